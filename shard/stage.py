@@ -1,0 +1,113 @@
+"""The contracts of a stage: what comes in, what goes out, and what a backend must do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from transport.messages import DType, Entry, Op, Result, SequenceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """Which layers of which model run where, and in what precision.
+
+    `kv_capacity_tokens` bounds the tokens of KV that all sequences together may hold; `context_tokens` those of one.
+    Hidden states come in as `wire_dtype` and go out as `next_dtype`.
+    """
+
+    first: int
+    last: int
+    num_layers: int
+    device: str
+    compute_dtype: DType
+    wire_dtype: DType
+    next_dtype: DType
+    context_tokens: int
+    kv_capacity_tokens: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == self.num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A packed ragged batch: the entries' tokens one after another. Stage 0 gets `hidden` None and uses the token ids.
+
+    hidden [num_tokens, hidden_size], float32, float16, or uint16 for bfloat16 bits.
+    """
+
+    entries: tuple[Entry, ...]
+    hidden: np.ndarray | None
+
+
+class ShardBackend(Protocol):
+    """Layers [first, last) of one model on one device with its KV caches. Never touches a socket; not thread-safe.
+
+    Each entry's `start` equals `length(sequence)`: the caller has truncated, and refused what lies beyond.
+    """
+
+    spec: ShardSpec
+    weights_bytes: int
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Hidden states [num_tokens, hidden_size] in `next_dtype` or, on the last stage, float32 logits
+        [Σ num_logits, vocab_size], rows in the order of the entries. Appends the batch to the sequences' KV."""
+
+    def length(self, sequence: SequenceId) -> int:
+        """Positions of KV held; 0 for a sequence that is not held."""
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        """Forget positions ≥ `length` and return the length reached: `length`, or 0 where a sliding window no longer
+        holds what going back so far needs (the engine then replays)."""
+
+    def release(self, sequence: SequenceId) -> None: ...
+
+    def kv_bytes(self) -> int:
+        """Bytes of KV memory held now."""
+
+    def num_kv_tokens(self) -> int:
+        """Positions held, over all sequences."""
+
+    def num_sequences(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInput:
+    """One step as it reaches a stage: ops in order, then a batch."""
+
+    ops: tuple[Op, ...]
+    entries: tuple[Entry, ...]
+    hidden: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenOutput:
+    """[num_tokens, hidden_size] in the shard's next_dtype (bfloat16 as uint16 bits)."""
+
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    results: tuple[Result, ...]
+
+
+StageOutput = HiddenOutput | TokenOutput
+
+
+class Stage(Protocol):
+    """Runs layers [first, last) of one model. Owns KV memory; never touches a socket."""
+
+    def forward(self, step: StageInput) -> StageOutput: ...
+
+    def truncate(self, sequence: SequenceId, length: int) -> int: ...
+
+    def release(self, sequence: SequenceId) -> None: ...

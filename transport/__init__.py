@@ -1,0 +1,1 @@
+"""Bytes between hosts: messages, codec, links. Knows no tensor library."""

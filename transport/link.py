@@ -1,0 +1,42 @@
+"""A link: one direction of one edge. `transport.zmq_link` and `transport.memory_link` implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transport.messages import DataMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A checked message and the buffers behind it. A buffer is read-only and may share memory with the frame."""
+
+    message: DataMessage
+    buffers: tuple[memoryview, ...] = ()
+
+
+class Sender(Protocol):
+    """The sending end. One owner thread."""
+
+    def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
+        """Queue a message; the buffers must not change afterwards. Raises RingDown if the peer is gone."""
+
+    def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """The receiving end. One owner thread, but for `wake`."""
+
+    def receive(self, timeout_s: float) -> Received | None:
+        """The next message; None after `timeout_s` or a `wake`. Raises RingDown if a peer that said Hello is gone.
+
+        A message that breaks the protocol or a limit never comes out: it is counted in `num_refused` and its connection
+        is closed or ignored.
+        """
+
+    def wake(self) -> None:
+        """Thread-safe: make a `receive` that is waiting, or the next one, return None."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,236 @@
+"""Every message between processes, as a frozen tagged struct.
+
+Data edges (ring): `Hello`, `Tokens` (engine → stage 0), `Hidden` (stage → stage), `Sampled` and `Failed` (→ engine).
+Control (head ↔ worker): `Register` … `Stop`. Client edge (HTTP ↔ engine): see `transport.requests`.
+A message that carries a tensor is followed by one raw buffer; its size must equal what the header announces.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NewType
+
+from msgspec import Struct
+
+PROTOCOL_VERSION = 1
+
+SequenceId = NewType("SequenceId", int)
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# Parts of a step.
+
+
+class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the last stage picks a token. Filters run in the order: penalties and bias, temperature, top-k, top-p, min-p.
+
+    `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. Random numbers are keyed by (seed, choice, position).
+    `top_logprobs` is how many alternatives to report, of the distribution before temperature and filters; None: no logprobs.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    choice: int = 0
+    top_logprobs: int | None = None
+
+
+class Open(Struct, frozen=True, tag="open", array_like=True):
+    """Start a sequence. The prompt travels once, so that the last stage can derive penalties from the ids."""
+
+    sequence: SequenceId
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+class Truncate(Struct, frozen=True, tag="truncate", array_like=True):
+    """Forget the KV of positions ≥ `length`."""
+
+    sequence: SequenceId
+    length: int
+
+
+class Release(Struct, frozen=True, tag="release", array_like=True):
+    """Forget the sequence and its KV. Unknown sequences are ignored."""
+
+    sequence: SequenceId
+
+
+Op = Open | Truncate | Release
+
+
+class Entry(Struct, frozen=True, array_like=True):
+    """Token ids of one sequence at positions [start, start + len(token_ids)); `num_logits` of the last ones are sampled."""
+
+    sequence: SequenceId
+    start: int
+    token_ids: tuple[int, ...]
+    num_logits: int
+
+
+class SampledToken(Struct, frozen=True, array_like=True):
+    """One sampled id; `logprob` and `top` are None and empty unless the sequence asked for logprobs."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Result(Struct, frozen=True, array_like=True):
+    """What an entry gave: `tokens[i]` is the token sampled for position `position + i`."""
+
+    sequence: SequenceId
+    position: int
+    tokens: tuple[SampledToken, ...]
+
+
+class Fence(Struct, frozen=True, array_like=True):
+    """Which ring, which of its lives, and which plan a message belongs to. Anything else is dropped."""
+
+    ring: str
+    epoch: int
+    plan: str
+
+
+# Data edges.
+
+
+class Hello(Struct, frozen=True, tag="hello", array_like=True):
+    """First message on a data connection."""
+
+    version: int
+    fence: Fence
+    sender: str
+
+
+class Tokens(Struct, frozen=True, tag="tokens", array_like=True):
+    """A step as the engine sends it to stage 0."""
+
+    fence: Fence
+    step: int
+    ops: tuple[Op, ...]
+    entries: tuple[Entry, ...]
+
+
+class Hidden(Struct, frozen=True, tag="hidden", array_like=True):
+    """A step between two stages; one buffer follows: [num_tokens, hidden_size] of `dtype`, bfloat16 as uint16 bits."""
+
+    fence: Fence
+    step: int
+    ops: tuple[Op, ...]
+    entries: tuple[Entry, ...]
+    dtype: DType
+    num_tokens: int
+    hidden_size: int
+
+
+class Sampled(Struct, frozen=True, tag="sampled", array_like=True):
+    """A step's results. Sent for every step, also when no entry wanted logits: it is what frees the step's slot."""
+
+    fence: Fence
+    step: int
+    results: tuple[Result, ...]
+
+
+class Failed(Struct, frozen=True, tag="failed", array_like=True):
+    """A stage could not run a step. Stages after it pass this on; the engine ends the step's sequences."""
+
+    fence: Fence
+    step: int
+    stage: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+DataMessage = Hello | Tokens | Hidden | Sampled | Failed
+
+
+# Control: head ↔ worker.
+
+
+class Register(Struct, frozen=True, tag="register", kw_only=True):
+    """A worker offers itself. `free_bytes` is what it may take, after the owner's cap."""
+
+    version: int
+    device: str
+    backend: str
+    host: str
+    pid: int
+    free_bytes: int
+    bandwidth_bytes_per_s: float
+    threads: int
+    compute_dtype: DType
+
+
+class Load(Struct, frozen=True, tag="load", kw_only=True):
+    """Load layers [first, last) of the model in folder `model_path`, then listen at `listen` and connect to `next`."""
+
+    fence: Fence
+    stage: int
+    first: int
+    last: int
+    model_path: str
+    compute_dtype: DType
+    wire_dtype: DType
+    next_dtype: DType
+    context_tokens: int
+    kv_capacity_tokens: int
+    listen: str
+    next: str
+
+
+class Loading(Struct, frozen=True, tag="loading"):
+    fence: Fence
+    read_bytes: int
+    total_bytes: int
+
+
+class Loaded(Struct, frozen=True, tag="loaded"):
+    fence: Fence
+    weights_bytes: int
+    kv_bytes: int
+    load_s: float
+
+
+class WorkerFault(Struct, frozen=True, tag="worker_fault"):
+    """The worker could not do what was asked, or can't go on."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class StatsRequest(Struct, frozen=True, tag="stats_request"):
+    token: int
+
+
+class Stats(Struct, frozen=True, tag="stats", kw_only=True):
+    """Counters since the last `Load`. Compute seconds are inside the stage; decode steps have one token an entry."""
+
+    token: int
+    decode_steps: int
+    decode_tokens: int
+    decode_s: float
+    prefill_tokens: int
+    prefill_s: float
+    sequences: int
+    kv_tokens: int
+    weights_bytes: int
+    kv_bytes: int
+    rss_bytes: int
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    """Leave: release everything and exit."""
+
+    reason: str = ""
+
+
+ControlMessage = Register | Load | Loading | Loaded | WorkerFault | StatsRequest | Stats | Stop
