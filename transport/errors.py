@@ -1,22 +1,22 @@
 """Every error a user can meet, as one tree, with the code that carries it across processes.
 
-    PotluckError
-    ├── BadRequest            what was asked for can't be done as asked (HTTP 400)
-    ├── ModelNotFound         no such model in the store, or no such file (404)
-    ├── BadCheckpoint         files that are truncated, corrupt or not what they say
-    ├── UnsupportedModel      an architecture or a feature of it that a backend can't run
-    ├── DoesNotFit            the pool's memory can't hold it
-    ├── DownloadFailed        a pull that did not complete (resumable)
-    ├── NoSpace               a disk that is too full
-    ├── ConfigError           a config file, option or environment variable
-    ├── AlreadyRunning        another head runs on this host
-    ├── NotRunning            no head runs on this host
-    ├── PortInUse             the endpoint's port is taken
-    ├── Busy                  the queue is full; try again (429)
-    ├── RingDown              a stage is gone; requests can't be served (503)
-    ├── StageFailed           a stage could not load or could not run a step
-    ├── BadMessage            a message that breaks the protocol or a limit
-    └── DeadlineExceeded      something waited for did not come in time
+PotluckError
+├── BadRequest            what was asked for can't be done as asked (HTTP 400)
+├── ModelNotFound         no such model in the store, or no such file (404)
+├── BadCheckpoint         files that are truncated, corrupt or not what they say
+├── UnsupportedModel      an architecture or a feature of it that a backend can't run
+├── DoesNotFit            the pool's memory can't hold it
+├── DownloadFailed        a pull that did not complete (resumable)
+├── NoSpace               a disk that is too full
+├── ConfigError           a config file, option or environment variable
+├── AlreadyRunning        another head runs on this host
+├── NotRunning            no head runs on this host
+├── PortInUse             the endpoint's port is taken
+├── Busy                  the queue is full; try again (429)
+├── RingDown              a stage is gone; requests can't be served (503)
+├── StageFailed           a stage could not load or could not run a step
+├── BadMessage            a message that breaks the protocol or a limit
+└── DeadlineExceeded      something waited for did not come in time
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     """How the last stage picks a token. Filters run in the order: penalties and bias, temperature, top-k, top-p, min-p.
 
     `temperature` 0 is greedy. `top_k` 0 and `min_p` 0 are off. Random numbers are keyed by (seed, choice, position).
-    `top_logprobs` is how many alternatives to report, of the distribution before temperature and filters; None: no logprobs.
+    `top_logprobs` is how many alternatives to report, of the distribution before temperature and filters; None is
+    no logprobs at all.
     """
 
     temperature: float = 1.0
@@ -66,7 +67,7 @@ Op = Open | Truncate | Release
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    """Token ids of one sequence at positions [start, start + len(token_ids)); `num_logits` of the last ones are sampled."""
+    """Token ids of one sequence at positions [start, start + len(token_ids)); the last `num_logits` are sampled from."""
 
     sequence: SequenceId
     start: int
@@ -139,10 +140,11 @@ class Sampled(Struct, frozen=True, tag="sampled", array_like=True):
 
 
 class Failed(Struct, frozen=True, tag="failed", array_like=True):
-    """A stage could not run a step. Stages after it pass this on; the engine ends the step's sequences."""
+    """A stage could not run a step. Later stages apply the ops and pass this on; the engine ends its sequences."""
 
     fence: Fence
     step: int
+    ops: tuple[Op, ...]
     stage: int
     code: str
     message: str
@@ -227,10 +229,14 @@ class Stats(Struct, frozen=True, tag="stats", kw_only=True):
     rss_bytes: int
 
 
+class Alive(Struct, frozen=True, tag="alive"):
+    """A worker's sign of life, once a second; the head gives up on a worker that is silent for several."""
+
+
 class Stop(Struct, frozen=True, tag="stop"):
     """Leave: release everything and exit."""
 
     reason: str = ""
 
 
-ControlMessage = Register | Load | Loading | Loaded | WorkerFault | StatsRequest | Stats | Stop
+ControlMessage = Register | Load | Loading | Loaded | WorkerFault | StatsRequest | Stats | Alive | Stop

@@ -116,6 +116,4 @@ class Pong(Struct, frozen=True, tag="pong", kw_only=True):
 
 
 ClientMessage = Submit | Cancel | Ping
-EngineEvent = (
-    Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed | EngineReady | EngineDown | Pong
-)
+EngineEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed | EngineReady | EngineDown | Pong

@@ -1,0 +1,183 @@
+"""Bytes ↔ messages: a msgpack header frame, then raw buffers. Everything is checked before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from transport.errors import BadMessage
+from transport.link import Received
+from transport.messages import (
+    DTYPE_BYTES,
+    ControlMessage,
+    DataMessage,
+    DType,
+    Entry,
+    Failed,
+    Fence,
+    Hello,
+    Hidden,
+    Op,
+    Open,
+    Release,
+    Sampled,
+    Sampling,
+    Tokens,
+)
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_CONTROL_BYTES = 2**20
+
+_encoder = msgspec.msgpack.Encoder()
+_data_decoder = msgspec.msgpack.Decoder(DataMessage)
+_control_decoder = msgspec.msgpack.Decoder(ControlMessage)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeLimits:
+    """What an edge of one plan may carry. A message outside of it is refused before a byte is used.
+
+    `dtype` and `hidden_size` are those of hidden states on this edge; token ids lie in [0, vocab_size).
+    """
+
+    fence: Fence
+    hidden_size: int
+    dtype: DType
+    vocab_size: int
+    context_tokens: int
+    max_step_tokens: int
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest frame that can be honest: for ZeroMQ's MAXMSGSIZE."""
+        return max(MAX_HEADER_BYTES, self.max_step_tokens * self.hidden_size * DTYPE_BYTES[self.dtype])
+
+
+def encode(message: DataMessage | ControlMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_control(frame: bytes | memoryview) -> ControlMessage:
+    """Raises BadMessage."""
+    message: ControlMessage = _decode(_control_decoder, frame, MAX_CONTROL_BYTES)
+    return message
+
+
+def decode_data(frames: Sequence[bytes | memoryview], limits: EdgeLimits) -> Received:
+    """Raises BadMessage for anything that is not a well-formed message of this edge, buffers included.
+
+    A message with another fence comes out undisturbed: the receiver drops it.
+    """
+    if not frames:
+        raise BadMessage("a message without frames")
+    message = _decode(_data_decoder, frames[0], MAX_HEADER_BYTES)
+    buffers = tuple(memoryview(frame) for frame in frames[1:])
+    if message.fence == limits.fence:
+        check(message, buffers, limits)
+    return Received(message=message, buffers=buffers)
+
+
+def check(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimits) -> None:
+    """Raises BadMessage if `message` can't belong to this edge."""
+    expected_buffers = 1 if isinstance(message, Hidden) else 0
+    if len(buffers) != expected_buffers:
+        raise BadMessage(f"{type(message).__name__} with {len(buffers)} buffers, not {expected_buffers}")
+    match message:
+        case Hello() | Failed(ops=()):
+            pass
+        case Failed(ops=ops):
+            _check_ops(ops, limits)
+        case Tokens(ops=ops, entries=entries):
+            _check_ops(ops, limits)
+            _check_entries(entries, limits)
+        case Hidden(ops=ops, entries=entries):
+            _check_ops(ops, limits)
+            _check_entries(entries, limits)
+            _check_hidden(message, buffers[0], limits)
+        case Sampled(results=results):
+            for result in results:
+                for token in result.tokens:
+                    if not 0 <= token.token_id < limits.vocab_size:
+                        raise BadMessage(f"token id {token.token_id} outside of the vocabulary of {limits.vocab_size}")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, limit_bytes: int) -> _T:
+    if len(frame) > limit_bytes:
+        raise BadMessage(f"a header of {len(frame)} bytes; at most {limit_bytes} are allowed")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadMessage(f"a header that can't be decoded: {error}") from error
+
+
+def _check_ids(ids: tuple[int, ...], limits: EdgeLimits) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+        raise BadMessage(f"token ids outside of the vocabulary of {limits.vocab_size}")
+
+
+def _check_ops(ops: tuple[Op, ...], limits: EdgeLimits) -> None:
+    for op in ops:
+        match op:
+            case Open(prompt_ids=prompt_ids, sampling=sampling):
+                if len(prompt_ids) > limits.context_tokens:
+                    raise BadMessage(f"a prompt of {len(prompt_ids)} tokens; the context is {limits.context_tokens}")
+                _check_ids(prompt_ids, limits)
+                _check_sampling(sampling, limits)
+            case Release():
+                pass
+            case _:
+                if op.length < 0:
+                    raise BadMessage(f"truncate to {op.length} tokens")
+
+
+def _check_sampling(sampling: Sampling, limits: EdgeLimits) -> None:
+    numbers = (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        *sampling.logit_bias.values(),
+    )
+    if not all(math.isfinite(number) for number in numbers):
+        raise BadMessage("a sampling parameter that is not a finite number")
+    if sampling.temperature < 0 or sampling.top_k < 0 or sampling.repetition_penalty <= 0:
+        raise BadMessage("a sampling parameter out of range")
+    if (sampling.top_logprobs or 0) < 0 or (sampling.top_logprobs or 0) > limits.vocab_size:
+        raise BadMessage(f"top_logprobs of {sampling.top_logprobs}")
+    _check_ids(tuple(sampling.logit_bias), limits)
+
+
+def _check_entries(entries: tuple[Entry, ...], limits: EdgeLimits) -> None:
+    num_tokens = 0
+    for entry in entries:
+        count = len(entry.token_ids)
+        num_tokens += count
+        if count == 0 or entry.start < 0 or entry.start + count > limits.context_tokens:
+            raise BadMessage(
+                f"an entry at positions [{entry.start}, {entry.start + count}); the context is {limits.context_tokens}"
+            )
+        if not 0 <= entry.num_logits <= count:
+            raise BadMessage(f"num_logits {entry.num_logits} of {count} tokens")
+        _check_ids(entry.token_ids, limits)
+    if num_tokens > limits.max_step_tokens:
+        raise BadMessage(f"a step of {num_tokens} tokens; at most {limits.max_step_tokens} are allowed")
+
+
+def _check_hidden(message: Hidden, buffer: memoryview, limits: EdgeLimits) -> None:
+    num_tokens = sum(len(entry.token_ids) for entry in message.entries)
+    if (message.num_tokens, message.hidden_size, message.dtype) != (num_tokens, limits.hidden_size, limits.dtype):
+        raise BadMessage(
+            f"hidden states [{message.num_tokens}, {message.hidden_size}] {message.dtype}; "
+            f"the plan says [{num_tokens}, {limits.hidden_size}] {limits.dtype}"
+        )
+    expected = num_tokens * limits.hidden_size * DTYPE_BYTES[limits.dtype]
+    if buffer.nbytes != expected:
+        raise BadMessage(f"a buffer of {buffer.nbytes} bytes; the header announces {expected}")
