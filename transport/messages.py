@@ -67,7 +67,7 @@ Op = Open | Truncate | Release
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    """Token ids of one sequence at positions [start, start + len(token_ids)); the last `num_logits` are sampled from."""
+    """Token ids of one sequence at positions [start, start + len(token_ids)); `num_logits` of the last are sampled."""
 
     sequence: SequenceId
     start: int
@@ -158,16 +158,20 @@ DataMessage = Hello | Tokens | Hidden | Sampled | Failed
 
 
 class Register(Struct, frozen=True, tag="register", kw_only=True):
-    """A worker offers itself. `free_bytes` is what it may take, after the owner's cap."""
+    """A worker offers its device. `free_bytes` is what it may take, after the owner's cap; devices that share memory
+    have the same `memory_pool`; `bandwidth_bytes_per_s` is that of a matrix-vector product in `compute_dtype`."""
 
     version: int
     device: str
-    backend: str
+    backend: Literal["torch", "mlx"]
+    kind: str
     host: str
     pid: int
-    free_bytes: int
-    bandwidth_bytes_per_s: float
     threads: int
+    free_bytes: int
+    total_bytes: int
+    memory_pool: str
+    bandwidth_bytes_per_s: float
     compute_dtype: DType
 
 
@@ -178,12 +182,14 @@ class Load(Struct, frozen=True, tag="load", kw_only=True):
     stage: int
     first: int
     last: int
+    num_layers: int
     model_path: str
     compute_dtype: DType
     wire_dtype: DType
     next_dtype: DType
     context_tokens: int
     kv_capacity_tokens: int
+    max_step_tokens: int
     listen: str
     next: str
 
@@ -217,16 +223,16 @@ class Stats(Struct, frozen=True, tag="stats", kw_only=True):
     """Counters since the last `Load`. Compute seconds are inside the stage; decode steps have one token an entry."""
 
     token: int
-    decode_steps: int
-    decode_tokens: int
-    decode_s: float
-    prefill_tokens: int
-    prefill_s: float
-    sequences: int
-    kv_tokens: int
-    weights_bytes: int
-    kv_bytes: int
     rss_bytes: int
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    sequences: int = 0
+    kv_tokens: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
 
 
 class Alive(Struct, frozen=True, tag="alive"):

@@ -3,8 +3,6 @@ says Hello with the right fence. Socket options and their values are those of th
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import time
 from collections.abc import Sequence
 
@@ -15,6 +13,7 @@ from transport.codec import EdgeLimits, decode_data, encode
 from transport.errors import BadMessage, RingDown
 from transport.link import Received
 from transport.messages import PROTOCOL_VERSION, DataMessage, Fence, Hello
+from transport.wake import Wake
 
 CONNECT_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 30.0
@@ -94,13 +93,11 @@ class ZmqReceiver:
         set_options(self._socket, max_message_bytes=limits.max_message_bytes)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.bind(endpoint)
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._wake = Wake()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        self._poller.register(self._wake.fileno(), zmq.POLLIN)
 
     @property
     def is_connected(self) -> bool:
@@ -118,22 +115,19 @@ class ZmqReceiver:
             elif self._monitor in ready:
                 self._note_disconnect()
             elif ready:
-                self._drain_wakes()
+                self._wake.clear()
                 return None
             if time.monotonic() >= deadline:
                 return None
 
     def wake(self) -> None:
-        # A full buffer means that wakes are waiting already; a closed one that nobody is.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake_in.send(b"\0")
+        self._wake.set()
 
     def close(self) -> None:
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(0)
-        self._wake_in.close()
-        self._wake_out.close()
+        self._wake.close()
 
     def _take(self) -> Received | None:
         frames = self._socket.recv_multipart(copy=False)
@@ -174,8 +168,3 @@ class ZmqReceiver:
         except zmq.ZMQError as error:
             return error.errno != zmq.EHOSTUNREACH
         return True
-
-    def _drain_wakes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_out.recv(4096):
-                pass

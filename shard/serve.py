@@ -1,0 +1,121 @@
+"""A stage's loop: take a step from the neighbour before, run it, hand the result to the neighbour after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shard.stage import HiddenOutput, ShardSpec, Stage, StageInput, StageOutput, TokenOutput
+from transport.errors import PotluckError, StageFailed
+from transport.link import Received, Receiver, Sender
+from transport.messages import DataMessage, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
+
+WIRE_NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_POLL_S = 1.0
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds of compute and what they were spent on. Steps with only single-token entries count as decode."""
+
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+
+    def add(self, entries: tuple[Entry, ...], seconds: float) -> None:
+        num_tokens = sum(len(entry.token_ids) for entry in entries)
+        if num_tokens == 0:
+            return
+        if num_tokens == len(entries):
+            self.decode_steps += 1
+            self.decode_tokens += num_tokens
+            self.decode_s += seconds
+        else:
+            self.prefill_tokens += num_tokens
+            self.prefill_s += seconds
+
+
+class StageServer:
+    """Runs one stage between two links until `stopped()` or until a neighbour is gone."""
+
+    def __init__(
+        self, stage: Stage, spec: ShardSpec, receiver: Receiver, sender: Sender, *, fence: Fence, index: int
+    ) -> None:
+        self._stage = stage
+        self._spec = spec
+        self._receiver = receiver
+        self._sender = sender
+        self._fence = fence
+        self._index = index
+        self._last_step = -1
+        self.clock = StageClock()
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        """Raises RingDown when a neighbour is gone, BadMessage when it breaks the protocol."""
+        while not stopped():
+            received = self._receiver.receive(_POLL_S)
+            if received is not None:
+                self._take(received)
+
+    def _take(self, received: Received) -> None:
+        match received.message:
+            case Tokens(step=step, ops=ops, entries=entries):
+                self._step(step, StageInput(ops=ops, entries=entries, hidden=None))
+            case Hidden(step=step, ops=ops, entries=entries, num_tokens=num_tokens, hidden_size=hidden_size) as message:
+                hidden = _as_array(received.buffers[0], WIRE_NUMPY[message.dtype], (num_tokens, hidden_size))
+                self._step(step, StageInput(ops=ops, entries=entries, hidden=hidden))
+            case Failed(step=step, ops=ops) as failed:
+                self._last_step = max(self._last_step, step)
+                self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
+                self._sender.send(failed)
+            case _:
+                pass
+
+    def _step(self, step: int, work: StageInput) -> None:
+        if step <= self._last_step:
+            return  # a duplicate
+        self._last_step = step
+        started = time.perf_counter()
+        try:
+            output = self._stage.forward(work)
+        except PotluckError as error:
+            self._sender.send(self._failure(step, work.ops, error))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it was, the step's requests must hear of it
+            wrapped = StageFailed(f"stage {self._index} failed at step {step}: {type(error).__name__}: {error}")
+            self._sender.send(self._failure(step, work.ops, wrapped))
+            return
+        self.clock.add(work.entries, time.perf_counter() - started)
+        message, buffers = self._message(step, work, output)
+        self._sender.send(message, buffers)
+
+    def _failure(self, step: int, ops: tuple[Op, ...], error: PotluckError) -> Failed:
+        return Failed(self._fence, step, ops, self._index, error.code, error.message, error.hint)
+
+    def _message(self, step: int, work: StageInput, output: StageOutput) -> tuple[DataMessage, tuple[memoryview, ...]]:
+        match output:
+            case TokenOutput(results=results):
+                return Sampled(self._fence, step, results), ()
+            case HiddenOutput(hidden=hidden):
+                num_tokens, hidden_size = hidden.shape
+                header = Hidden(
+                    self._fence, step, work.ops, work.entries, self._spec.next_dtype, num_tokens, hidden_size
+                )
+                return header, (_as_bytes(hidden),)
+
+
+def _as_array(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, int]) -> np.ndarray:
+    if shape[0] == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+def _as_bytes(array: np.ndarray) -> memoryview:
+    # A view with a zero in its shape can't be cast.
+    return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")

@@ -1,0 +1,209 @@
+"""A worker process: one device. Registers with the head, loads what it is told to, and serves it.
+
+Started as `python -P -m shard.worker --control ENDPOINT --register JSON` with a lifeline on standard input.
+The main thread loads and runs the stage; the control thread only passes commands and answers for statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import psutil
+import zmq
+
+from shard.load import load_shard
+from shard.local_stage import LocalStage
+from shard.open import open_checkpoint
+from shard.serve import StageServer
+from shard.stage import ShardBackend, ShardSpec
+from transport.codec import EdgeLimits
+from transport.control import ControlClient
+from transport.errors import PotluckError, StageFailed
+from transport.lifeline import hold_lifeline
+from transport.messages import (
+    ControlMessage,
+    Load,
+    Loaded,
+    Loading,
+    Register,
+    Stats,
+    StatsRequest,
+    Stop,
+    WorkerFault,
+)
+from transport.zmq_link import ZmqReceiver, ZmqSender
+
+_PROGRESS_INTERVAL_S = 0.1
+log = logging.getLogger("potluck.worker")
+
+
+class Worker:
+    """One device's process between `run` and its return."""
+
+    def __init__(self, control_endpoint: str, register: Register) -> None:
+        self._register = register
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._commands: queue.SimpleQueue[Load | Stop] = queue.SimpleQueue()
+        self._interrupt = threading.Event()
+        self._receiver: ZmqReceiver | None = None
+        self._backend: ShardBackend | None = None
+        self._server: StageServer | None = None
+        self._control = ControlClient(
+            self._context, control_endpoint, register, on_message=self._on_control, on_lost=self._on_head_lost
+        )
+
+    def run(self) -> None:
+        """Obey the head until it says stop or is gone."""
+        while True:
+            command = self._commands.get()
+            self._interrupt.clear()
+            if isinstance(command, Stop):
+                log.info("stopping: %s", command.reason or "told to")
+                break
+            try:
+                self._serve(command)
+            except PotluckError as error:
+                log.error("%s", error)
+                self._control.send(WorkerFault(error.code, error.message, error.hint))
+            except Exception as error:
+                log.exception("stage %d failed", command.stage)
+                self._control.send(WorkerFault(StageFailed.code, f"{type(error).__name__}: {error}"))
+            self._backend = self._server = None
+        self._control.close()
+
+    def _serve(self, load: Load) -> None:
+        spec = self._shard_spec(load)
+        checkpoint = open_checkpoint(Path(load.model_path))
+        limits = EdgeLimits(
+            fence=load.fence,
+            hidden_size=checkpoint.spec.hidden_size,
+            dtype=load.wire_dtype,
+            vocab_size=checkpoint.spec.vocab_size,
+            context_tokens=load.context_tokens,
+            max_step_tokens=load.max_step_tokens,
+        )
+        self._receiver = receiver = ZmqReceiver(self._context, load.listen, limits)
+        try:
+            started = time.monotonic()
+            backend = load_shard(
+                checkpoint, spec, backend=self._register.backend, progress=_Progress(self._control, load)
+            )
+            checkpoint.close()
+            server = StageServer(
+                LocalStage(backend),
+                spec,
+                receiver,
+                sender := ZmqSender(
+                    self._context, load.next, replace(limits, dtype=load.next_dtype), name=f"stage {load.stage}"
+                ),
+                fence=load.fence,
+                index=load.stage,
+            )
+            self._backend, self._server = backend, server
+            self._control.send(
+                Loaded(load.fence, backend.weights_bytes, backend.kv_bytes(), time.monotonic() - started)
+            )
+            log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
+            try:
+                server.run(self._interrupt.is_set)
+            finally:
+                sender.close()
+        finally:
+            self._receiver = None
+            receiver.close()
+
+    def _shard_spec(self, load: Load) -> ShardSpec:
+        return ShardSpec(
+            first=load.first,
+            last=load.last,
+            num_layers=load.num_layers,
+            device=self._register.kind,
+            compute_dtype=load.compute_dtype,
+            wire_dtype=load.wire_dtype,
+            next_dtype=load.next_dtype,
+            context_tokens=load.context_tokens,
+            kv_capacity_tokens=load.kv_capacity_tokens,
+        )
+
+    def _on_control(self, message: ControlMessage) -> None:
+        match message:
+            case StatsRequest(token=token):
+                self._control.send(self._stats(token))
+            case Load() | Stop():
+                self._interrupted_by(message)
+            case _:
+                log.warning("unexpected %s", type(message).__name__)
+
+    def _on_head_lost(self) -> None:
+        self._interrupted_by(Stop("the head is gone"))
+
+    def _interrupted_by(self, command: Load | Stop) -> None:
+        self._commands.put(command)
+        self._interrupt.set()
+        receiver = self._receiver
+        if receiver is not None:
+            receiver.wake()
+
+    def _stats(self, token: int) -> Stats:
+        backend, server = self._backend, self._server
+        rss_bytes = psutil.Process().memory_info().rss
+        if backend is None or server is None:
+            return Stats(token=token, rss_bytes=rss_bytes)
+        clock = server.clock
+        return Stats(
+            token=token,
+            decode_steps=clock.decode_steps,
+            decode_tokens=clock.decode_tokens,
+            decode_s=clock.decode_s,
+            prefill_tokens=clock.prefill_tokens,
+            prefill_s=clock.prefill_s,
+            sequences=backend.num_sequences(),
+            kv_tokens=backend.num_kv_tokens(),
+            weights_bytes=backend.weights_bytes,
+            kv_bytes=backend.kv_bytes(),
+            rss_bytes=rss_bytes,
+        )
+
+
+class _Progress:
+    """Passes loading progress on, some times a second."""
+
+    def __init__(self, control: ControlClient, load: Load) -> None:
+        self._control = control
+        self._load = load
+        self._next_s = 0.0
+
+    def __call__(self, read_bytes: int, total_bytes: int) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_s or read_bytes == total_bytes:
+            self._next_s = now_s + _PROGRESS_INTERVAL_S
+            self._control.send(Loading(self._load.fence, read_bytes, total_bytes))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="shard.worker", description=__doc__)
+    parser.add_argument("--control", required=True, help="the head's control endpoint")
+    parser.add_argument("--register", required=True, help="the device, as a Register message in JSON")
+    parser.add_argument("--remove", type=Path, default=None, help="folder to delete if the parent crashes")
+    options = parser.parse_args(arguments)
+    # The parent decides when to stop: a Ctrl-C in its terminal must not cut a step in half here.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hold_lifeline(options.remove)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    register = msgspec.json.decode(options.register, type=Register)
+    Worker(options.control, msgspec.structs.replace(register, pid=os.getpid())).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Control between the head and its workers, apart from the data: register, load, statistics, signs of life, stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+
+from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
+from transport.errors import BadMessage
+from transport.messages import PROTOCOL_VERSION, Alive, ControlMessage, Register, Stop
+from transport.wake import Wake
+from transport.zmq_link import set_options
+
+ALIVE_INTERVAL_S = 1.0
+SILENT_AFTER_S = 6.0
+_RETRY_S = 0.02
+
+
+class ControlClient:
+    """A worker's end. Registers at once; one thread owns the socket.
+
+    `on_message` and `on_lost` (the head is gone) are called from that thread and must not block.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        register: Register,
+        *,
+        on_message: Callable[[ControlMessage], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._outbox: deque[ControlMessage] = deque()
+        self._wake = Wake()
+        self._closing = threading.Event()
+        self._socket = context.socket(zmq.DEALER)
+        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(endpoint)
+        self.send(register)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread.start()
+
+    def send(self, message: ControlMessage) -> None:
+        """Thread-safe; never blocks."""
+        self._outbox.append(message)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Send what is queued and close; waits at most 2 s."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
+        while not self._closing.is_set():
+            wait_s = _RETRY_S if self._outbox else next_alive_s - time.monotonic()
+            ready = dict(poller.poll(max(1, int(wait_s * 1000))))
+            self._wake.clear()
+            self._flush()
+            if self._socket in ready:
+                self._on_message(decode_control(self._socket.recv()))
+            if self._monitor in ready:
+                self._on_lost()
+                break
+            if time.monotonic() >= next_alive_s:
+                self._outbox.append(Alive())
+                next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
+        self._flush()
+        # LINGER is 0 on every socket: give what was just written a moment to leave.
+        self._socket.close(linger=500)
+        self._monitor.close(0)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                self._socket.send(encode(self._outbox[0]), flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return  # not connected yet (IMMEDIATE)
+            self._outbox.popleft()
+
+
+@dataclass(slots=True)
+class Peer:
+    """A worker as the head knows it."""
+
+    identity: bytes
+    register: Register
+    last_heard_s: float = field(default_factory=time.monotonic)
+
+
+class ControlServer:
+    """The head's end. One thread owns the socket; `on_message(peer, message)` and `on_lost(peer)` run in it."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        on_message: Callable[[Peer, ControlMessage], None],
+        on_lost: Callable[[Peer], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._peers: dict[bytes, Peer] = {}
+        self._outbox: deque[tuple[bytes, ControlMessage]] = deque()
+        self._wake = Wake()
+        self._closing = threading.Event()
+        self.num_refused = 0
+        self._socket = context.socket(zmq.ROUTER)
+        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
+        self._socket.bind(endpoint)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread.start()
+
+    def send(self, peer: Peer, message: ControlMessage) -> None:
+        """Thread-safe; a message to a peer that is gone is dropped (its loss is reported by `on_lost`)."""
+        self._outbox.append((peer.identity, message))
+        self._wake.set()
+
+    def close(self) -> None:
+        """Send what is queued and close; waits at most 2 s."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        while not self._closing.is_set():
+            ready = dict(poller.poll(int(ALIVE_INTERVAL_S * 1000)))
+            self._wake.clear()
+            self._flush()
+            if self._socket in ready:
+                self._take(*self._socket.recv_multipart())
+            self._drop_silent(time.monotonic())
+        self._flush()
+        self._socket.close(linger=500)
+
+    def _take(self, identity: bytes, *frames: bytes) -> None:
+        try:
+            message = decode_control(frames[0] if len(frames) == 1 else b"")
+        except BadMessage:
+            self.num_refused += 1
+            return
+        peer = self._peers.get(identity)
+        if peer is None:
+            if not isinstance(message, Register):
+                self.num_refused += 1
+                return
+            if message.version != PROTOCOL_VERSION:
+                self.num_refused += 1
+                reason = f"the head speaks protocol {PROTOCOL_VERSION}, this worker {message.version}: update Potluck"
+                self._outbox.append((identity, Stop(reason)))
+                return
+            peer = self._peers[identity] = Peer(identity=identity, register=message)
+        peer.last_heard_s = time.monotonic()
+        if not isinstance(message, Alive):
+            self._on_message(peer, message)
+
+    def _drop_silent(self, now_s: float) -> None:
+        for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
+            del self._peers[peer.identity]
+            self._on_lost(peer)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            identity, message = self._outbox.popleft()
+            try:
+                self._socket.send_multipart([identity, encode(message)], flags=zmq.DONTWAIT)
+            except zmq.ZMQError:
+                peer = self._peers.pop(identity, None)
+                if peer is not None:
+                    self._on_lost(peer)
