@@ -1,7 +1,7 @@
 """No process outlives the one that started it.
 
-A parent gives each child a pipe as standard input and never writes to it. The pipe ends when the parent does, however it
-ends, SIGKILL included; the child then removes the folder of sockets it was told to and exits at once.
+A parent gives each child a pipe as standard input and never writes to it. The pipe ends when the parent does, however
+that ends, SIGKILL included; the child then removes the folder of sockets it was told to and exits at once.
 """
 
 from __future__ import annotations

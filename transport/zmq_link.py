@@ -34,7 +34,7 @@ def set_options(sock: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     sock.setsockopt(zmq.SNDBUF, _BUFFER_BYTES)
     sock.setsockopt(zmq.RCVBUF, _BUFFER_BYTES)
-    if sock.socket_type == zmq.ROUTER:
+    if sock.type == zmq.ROUTER:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     else:
         sock.setsockopt(zmq.IMMEDIATE, 1)

@@ -1,0 +1,168 @@
+"""Links deliver checked messages in order, refuse the rest, notice a dead peer, and can be woken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from transport.codec import EdgeLimits, encode
+from transport.errors import BadMessage, RingDown
+from transport.link import Received, Receiver
+from transport.memory_link import memory_link
+from transport.messages import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId, Tokens
+from transport.zmq_link import ZmqReceiver, ZmqSender
+
+FENCE = Fence("ring", 1, "plan")
+LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=100, context_tokens=64, max_step_tokens=32)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    with zmq.Context() as context:
+        yield context
+
+
+def step(number: int, fence: Fence = FENCE) -> Tokens:
+    return Tokens(fence, number, (), (Entry(SequenceId(1), 0, (1, 2), 1),))
+
+
+def hidden(number: int, buffer_tokens: int = 2) -> tuple[Hidden, memoryview]:
+    message = Hidden(FENCE, number, (), (Entry(SequenceId(1), 0, (1, 2), 1),), "float32", 2, 4)
+    return message, memoryview(bytes(buffer_tokens * 16))
+
+
+def next_message(receiver: Receiver, timeout_s: float = 5.0) -> Received:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        received = receiver.receive(0.2)
+        if received is not None:
+            return received
+    raise AssertionError("nothing came")
+
+
+def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    for number in range(50):
+        message, buffer = hidden(number)
+        sender.send(message, (buffer,))
+    got = [next_message(receiver) for _ in range(50)]
+    assert [received.message.step for received in got] == list(range(50))  # type: ignore[union-attr]
+    assert all(bytes(received.buffers[0]) == bytes(32) for received in got)
+    sender.close()
+    receiver.close()
+
+
+def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    for receiver in (ZmqReceiver(context, f"ipc://{tmp_path}/edge", LIMITS), memory_link(LIMITS)[1]):
+        threading.Timer(0.1, receiver.wake).start()
+        started = time.monotonic()
+        assert receiver.receive(10.0) is None
+        assert time.monotonic() - started < 5.0
+        receiver.close()
+
+
+def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="stage 0")
+    sender.send(step(1))
+    next_message(receiver)
+    sender.close()
+    with pytest.raises(RingDown, match="stage 0 is gone"):
+        next_message(receiver)
+    receiver.close()
+
+
+def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    receiver.close()
+    with pytest.raises(RingDown):
+        for _ in range(100):
+            sender.send(step(1))
+            time.sleep(0.05)
+    sender.close()
+
+
+def test_nobody_listening_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    with pytest.raises(RingDown):
+        ZmqSender(context, f"ipc://{tmp_path}/nobody", LIMITS, name="engine", connect_timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b""],
+        [b"\xc1garbage"],
+        [b"\x93\xa5hello\x01"],
+        [encode(step(1))],
+        [encode(Hello(PROTOCOL_VERSION + 1, FENCE, "old"))],
+        [encode(Hello(PROTOCOL_VERSION, Fence("other", 1, "plan"), "stranger"))],
+        [encode(Hello(PROTOCOL_VERSION, FENCE, "second"))],
+    ],
+)
+def test_a_stranger_is_ignored_and_the_peer_goes_on(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, frames: list[bytes]
+) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender.send(step(1))
+    assert next_message(receiver).message == step(1)
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(endpoint)
+    stranger.send_multipart(frames)
+    assert receiver.receive(0.3) is None
+    assert receiver.num_refused == 1
+    stranger.close(0)
+    assert receiver.receive(0.3) is None
+    sender.send(step(2))
+    assert next_message(receiver).message == step(2)
+    sender.close()
+    receiver.close()
+
+
+def test_an_oversized_frame_never_reaches_the_application(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(endpoint)
+    stranger.send(bytes(LIMITS.max_message_bytes + 1))
+    assert receiver.receive(0.5) is None
+    assert receiver.num_refused == 0
+    stranger.close(0)
+    receiver.close()
+
+
+def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="stage 3")
+    message, short = hidden(1, buffer_tokens=1)
+    sender.send(message, (short,))
+    with pytest.raises(BadMessage, match=r"stage 3.*16 bytes.*32"):
+        next_message(receiver)
+    sender.close()
+    receiver.close()
+
+
+def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/edge"
+    receiver = ZmqReceiver(context, endpoint, LIMITS)
+    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender.send(step(1, Fence("ring", 0, "plan")))
+    sender.send(step(2))
+    assert next_message(receiver).message == step(2)
+    assert receiver.num_refused == 1
+    sender.close()
+    receiver.close()
