@@ -1,4 +1,4 @@
-"""Tiny seeded random models of transformers, their files, and the unsplit reference logits: the oracle of every backend.
+"""Tiny seeded random models of transformers, their files, and the unsplit reference logits: every backend's oracle.
 
 Every model has 4 layers, hidden 64, 4 heads on 2 KV heads and a vocabulary of 128; families with sliding windows have
 window 8 and, where they can, mixed layer types. Weights are drawn wide enough for the layers to matter in the logits.

@@ -1,0 +1,92 @@
+"""The architectures that the torch backend runs: those whose every split the parity tests prove (tests/shard)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shard.stage import ShardSpec
+from transport.errors import BadCheckpoint, UnsupportedModel
+
+SUPPORTED = (
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+
+# Config lists with one item a layer, and lists of layer numbers.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def library_config(config: dict[str, Any]) -> Any:
+    """The transformers config of a whole model. `Any`: transformers is untyped.
+
+    Raises UnsupportedModel for an architecture or a quantized format that can't be run, BadCheckpoint for a config that
+    transformers refuses.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if "text_config" in config:
+        config = config["text_config"]
+    architecture = str(config.get("model_type", "without a model_type"))
+    if architecture not in SUPPORTED:
+        raise UnsupportedModel(
+            f"the torch backend can't run the architecture {architecture}", hint=f"supported: {', '.join(SUPPORTED)}"
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModel(f"the checkpoint is quantized with {method}", hint="choose a bf16 or GGUF version of it")
+    try:
+        return CONFIG_MAPPING[architecture].from_dict(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"config.json of this {architecture} model is not valid: {error}") from error
+
+
+def slice_config(full: Any, spec: ShardSpec) -> Any:
+    """The config of a model of layers [first, last) only: what depends on a layer's absolute number is resolved."""
+    if full.num_hidden_layers != spec.num_layers:
+        raise BadCheckpoint(f"the plan says {spec.num_layers} layers, config.json {full.num_hidden_layers}")
+    _check_rope(full, spec)
+    data = full.to_dict()
+    data["num_hidden_layers"] = spec.last - spec.first
+    for key in _PER_LAYER:
+        if data.get(key) is not None:
+            data[key] = list(data[key][spec.first : spec.last])
+    if "decoder_sparse_step" in data:
+        dense = set(data.get("mlp_only_layers") or ())
+        dense |= {layer for layer in range(spec.num_layers) if (layer + 1) % data["decoder_sparse_step"]}
+        data["mlp_only_layers"] = sorted(layer - spec.first for layer in dense if spec.first <= layer < spec.last)
+        data["decoder_sparse_step"] = 1
+    if "embedding_multiplier" in data and not spec.is_first:
+        data["embedding_multiplier"] = 1.0  # Granite scales whatever comes in, also another stage's hidden states.
+    data["tie_word_embeddings"] = False  # The loader ties, where one stage holds both ends.
+    return type(full).from_dict(data)
+
+
+def _check_rope(config: Any, spec: ShardSpec) -> None:
+    """Refuse rotary scaling that changes with the longest position in the batch: a sequence's KV would depend on the
+    others', and on when it was computed."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else (parameters,)
+    for kind in kinds:
+        rope_type = kind.get("rope_type", "default")
+        if rope_type == "dynamic":
+            raise UnsupportedModel("dynamic rotary scaling changes with the length of a text and can't be cached")
+        original = kind.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        if rope_type == "longrope" and spec.context_tokens > original:
+            raise UnsupportedModel(
+                f"this model's rotary scaling (longrope) is supported up to {original} tokens, "
+                f"the plan asks for {spec.context_tokens}",
+                hint=f"use --context {original} or less",
+            )

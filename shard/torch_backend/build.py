@@ -1,0 +1,92 @@
+"""Loads a TorchShard: an empty module, then each tensor read straight into its place, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from shard.checkpoint import Checkpoint
+from shard.stage import ShardSpec
+from shard.torch_backend.dtypes import NUMPY_DTYPES, to_numpy, to_torch
+from shard.torch_backend.memory import loading_memory
+from shard.torch_backend.shard import TorchShard
+from shard.torch_backend.skeleton import build_skeleton
+from shard.weights import Part, TensorNames, read_part, total_file_bytes
+from transport.errors import ConfigError
+
+
+def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Callable[[int, int], None]) -> TorchShard:
+    """Layers [first, last) on spec.device. `progress(read_bytes, total_bytes)` counts bytes of the stage's files.
+
+    Reads the stage's own tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint,
+    UnsupportedModel, DoesNotFit, ConfigError.
+    """
+    device = _device(spec.device)
+    model, tied = build_skeleton(checkpoint.config, spec)
+    names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied)
+    share_embedding = tied and spec.is_first and spec.is_last
+    # All names and shapes are checked before the first byte is read: a wrong checkpoint fails at once.
+    plan: dict[str, tuple[Part, ...]] = {
+        name: names.parts(name, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if not (share_embedding and name == "lm_head.weight")
+    }
+    total_bytes = total_file_bytes(checkpoint.tensors, (part for parts in plan.values() for part in parts))
+    reader = _Reader(checkpoint, spec, device)
+    read_bytes = weights_bytes = 0
+    progress(0, total_bytes)
+    for name, parts in plan.items():
+        with loading_memory(name, spec.device):
+            parameter = torch.empty_like(model.get_parameter(name), device=device, requires_grad=False)
+            for part in parts:
+                reader.read(part, parameter)
+                read_bytes += checkpoint.tensors[part.name].file_bytes
+                progress(read_bytes, total_bytes)
+        _set_parameter(model, name, parameter)
+        weights_bytes += parameter.nbytes
+    if share_embedding:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.to(device)  # The buffers: rotary frequencies and scales.
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"parameters without weights: {left}"
+    return TorchShard(model, spec, weights_bytes)
+
+
+class _Reader:
+    """Reads parts into parameters: on the CPU directly, elsewhere by way of one host buffer that is used again."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ShardSpec, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = spec.compute_dtype
+        self._device = device
+        self._buffer = np.empty(0, dtype=NUMPY_DTYPES[spec.compute_dtype])
+
+    def read(self, part: Part, parameter: torch.Tensor) -> None:
+        if self._device.type == "cpu":
+            read_part(self._checkpoint, part, to_numpy(parameter), self._dtype)
+            return
+        size = int(np.prod(part.shape))
+        if self._buffer.size < size:
+            self._buffer = np.empty(0, dtype=self._buffer.dtype)  # Freed before the larger one is allocated.
+            self._buffer = np.empty(size, dtype=self._buffer.dtype)
+        host = self._buffer[:size].reshape(part.shape)
+        self._checkpoint.read_into(part.name, host, self._dtype)
+        parameter[part.index].copy_(to_torch(host, self._dtype))
+
+
+def _device(name: str) -> torch.device:
+    """Raises ConfigError for a device that torch can't use here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"torch can't use the device {name} here: {error}", hint="use cpu, cuda:0 or mps") from error
+    return device
+
+
+def _set_parameter(model: Any, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))

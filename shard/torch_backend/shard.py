@@ -1,0 +1,110 @@
+"""TorchShard: layers of a transformers model with our own KV, run on packed ragged batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from shard.stage import Batch, ShardSpec
+from shard.torch_backend.attention import RaggedStep, Run
+from shard.torch_backend.dtypes import TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.kv import KVCache
+from shard.torch_backend.memory import step_memory
+from transport.errors import UnsupportedModel
+from transport.messages import SequenceId
+
+
+class TorchShard:
+    """Implements ShardBackend over a loaded transformers model (`shard.torch_backend.build`)."""
+
+    def __init__(self, model: Any, spec: ShardSpec, weights_bytes: int) -> None:
+        self.spec = spec
+        self.weights_bytes = weights_bytes
+        self._model = model
+        self._device = torch.device(spec.device)
+        self._kv = KVCache()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> np.ndarray:
+        """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
+        runs = self._runs(batch)
+        num_tokens = sum(run.num_tokens for run in runs)
+        try:
+            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes()):
+                output = self._run_model(batch, runs)
+        except Exception:
+            # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
+            for entry in batch.entries:
+                self._kv.truncate(entry.sequence, entry.start)
+            raise
+        for run in runs:
+            run.kv.length = run.start + run.num_tokens
+        return output
+
+    def length(self, sequence: SequenceId) -> int:
+        return self._kv.length(sequence)
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        return self._kv.truncate(sequence, length)
+
+    def release(self, sequence: SequenceId) -> None:
+        self._kv.release(sequence)
+
+    def kv_bytes(self) -> int:
+        return self._kv.num_bytes()
+
+    def num_kv_tokens(self) -> int:
+        return self._kv.num_tokens()
+
+    def num_sequences(self) -> int:
+        return self._kv.num_sequences()
+
+    def _runs(self, batch: Batch) -> list[Run]:
+        runs = []
+        offset = 0
+        for entry in batch.entries:
+            held = self._kv.sequence(entry.sequence)
+            assert entry.start == held.length, "the caller truncates, and refuses what lies beyond"
+            runs.append(Run(kv=held, offset=offset, num_tokens=len(entry.token_ids), start=entry.start))
+            offset += len(entry.token_ids)
+        return runs
+
+    def _run_model(self, batch: Batch, runs: list[Run]) -> np.ndarray:
+        step = RaggedStep(runs)
+        positions = np.concatenate([np.arange(run.start, run.start + run.num_tokens) for run in runs])
+        inputs: dict[str, Any] = {
+            "position_ids": self._to_device(torch.from_numpy(positions))[None],
+            "use_cache": False,  # The attention function keeps KV itself.
+            "ragged_step": step,
+        }
+        if self.spec.is_first:
+            ids = np.array([token for entry in batch.entries for token in entry.token_ids], dtype=np.int64)
+            inputs["input_ids"] = self._to_device(torch.from_numpy(ids))[None]
+        else:
+            assert batch.hidden is not None, "only stage 0 works from token ids"
+            hidden = self._to_device(to_torch(batch.hidden, self.spec.wire_dtype))
+            inputs["inputs_embeds"] = hidden.to(TORCH_DTYPES[self.spec.compute_dtype])[None]
+        if self.spec.is_last:
+            rows = self._to_device(torch.from_numpy(_logit_rows(batch)))
+            output = self._model(**inputs, logits_to_keep=rows).logits[0].to(torch.float32)
+        else:
+            output = self._model.model(**inputs).last_hidden_state[0].to(TORCH_DTYPES[self.spec.next_dtype])
+        missed = set(range(self.spec.last - self.spec.first)) - step.attended
+        if missed:
+            raise UnsupportedModel(f"layers {sorted(missed)} of this model did not attend through the ragged attention")
+        return to_numpy(output.cpu())
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
+
+def _logit_rows(batch: Batch) -> np.ndarray:
+    """Rows of the packed step whose logits are wanted: each entry's last num_logits tokens."""
+    rows: list[int] = []
+    end = 0
+    for entry in batch.entries:
+        end += len(entry.token_ids)
+        rows.extend(range(end - entry.num_logits, end))
+    return np.array(rows, dtype=np.int64)
