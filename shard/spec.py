@@ -52,9 +52,7 @@ class ModelSpec:
         """Bytes of KV for `tokens` positions of one sequence over layers [first, last)."""
         held = (
             elements * (tokens if window is None else min(tokens, window))
-            for elements, window in zip(
-                self.kv_elements_per_token[first:last], self.windows[first:last], strict=True
-            )
+            for elements, window in zip(self.kv_elements_per_token[first:last], self.windows[first:last], strict=True)
         )
         return sum(held) * DTYPE_BYTES[dtype]
 
@@ -63,4 +61,5 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelSpec:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**fields)

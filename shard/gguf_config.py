@@ -1,0 +1,165 @@
+"""GGUF metadata → the config.json that transformers and mlx-lm build a model from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shard.gguf_header import GgufHeader
+from shard.gguf_names import check_architecture
+from shard.gguf_rope import rope_scaling
+from transport.errors import BadCheckpoint, UnsupportedModel
+
+_CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+_GEMMA3_LOCAL_THETA = 10_000.0  # llama.cpp's own constant for files that do not say.
+_GEMMA3_PATTERN = 6
+_GEMMA2_WINDOW = 4096
+# llama.cpp scales attention by hidden / heads in the 27B models only, told by their layers.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+
+
+class Fields:
+    """The architecture's own metadata, `llama.block_count` and the like, checked as it is read."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
+        self._metadata = metadata
+        self._architecture = architecture
+
+    def get(self, key: str) -> Any:
+        return self._metadata.get(f"{self._architecture}.{key}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()  # One number per layer, all the same.
+        if value is None:
+            value = default
+        if isinstance(value, np.ndarray):
+            raise UnsupportedModel(
+                f"the GGUF's {self._architecture}.{key} differs from layer to layer", hint="use a uniform model"
+            )
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+            raise BadCheckpoint(f"the GGUF has {self._architecture}.{key} = {value!r}", hint="download it again")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise BadCheckpoint(f"the GGUF has {self._architecture}.{key} = {value!r}", hint="download it again")
+        # The shortest decimal that float32 can't tell apart: 1e-05, where the file's bits read as 9.99999974e-06.
+        return float(str(np.float32(value)))
+
+
+def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str, Any]:
+    """`rope_factors` is the tensor rope_freqs.weight, float32, where the file has it. Raises UnsupportedModel."""
+    architecture = header.metadata.get("general.architecture")
+    check_architecture(architecture)
+    assert isinstance(architecture, str)
+    fields = Fields(header.metadata, architecture)
+    if fields.get("expert_count"):
+        raise UnsupportedModel(
+            "a mixture of experts can't be read from a GGUF yet", hint="use the model's Hugging Face folder"
+        )
+    names = {tensor.name: tensor for tensor in header.tensors}
+    if "token_embd.weight" not in names:
+        raise BadCheckpoint("the GGUF has no token_embd.weight", hint="it is no language model, or was split in parts")
+    model_type, class_name = _CLASSES[architecture]
+    hidden = fields.whole("embedding_length")
+    heads = fields.whole("attention.head_count")
+    head_dim = fields.whole("attention.key_length", hidden // heads)
+    if fields.whole("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModel("keys and values of different sizes are not supported", hint="use another model")
+    theta = fields.number("rope.freq_base", 10_000.0)
+    config: dict[str, Any] = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": names["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": fields.whole("feed_forward_length"),
+        "num_hidden_layers": fields.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": fields.whole("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
+        "rope_scaling": rope_scaling(fields.get, theta, head_dim, rope_factors),
+        "tie_word_embeddings": "output.weight" not in names,
+        "torch_dtype": "bfloat16",
+    }
+    if fields.whole("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModel(
+            "a rotary embedding of only a part of each head is not supported", hint="use another model"
+        )
+    return config | _family_config(architecture, fields, config, names.keys()) | _token_ids(header.metadata)
+
+
+def _family_config(architecture: str, fields: Fields, config: dict[str, Any], names: Any) -> dict[str, Any]:
+    if architecture.startswith("gemma"):
+        return _gemma_config(architecture, fields, config)
+    attention_biases = {part for part in ("q", "k", "v", "output") if f"blk.0.attn_{part}.bias" in names}
+    if architecture == "llama":
+        return {
+            "hidden_act": "silu",
+            "attention_bias": _all_or_none(attention_biases, 4, "attention"),
+            "mlp_bias": _all_or_none({p for p in ("gate", "up", "down") if f"blk.0.ffn_{p}.bias" in names}, 3, "MLP"),
+        }
+    if attention_biases != ({"q", "k", "v"} if architecture == "qwen2" else set()):
+        raise UnsupportedModel(
+            f"this {architecture} has biases in attention where it should not", hint="use its Hugging Face folder"
+        )
+    return {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+
+
+def _all_or_none(found: set[str], expected: int, where: str) -> bool:
+    if found and len(found) != expected:
+        raise UnsupportedModel(f"biases in only some of the {where}'s projections: {found}", hint="use another model")
+    return bool(found)
+
+
+def _gemma_config(architecture: str, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    large = layers == _GEMMA_27B_LAYERS[architecture]
+    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+    pattern = _GEMMA3_PATTERN if architecture == "gemma3" else 2
+    if fields.get("attention.sliding_window_pattern") is not None:
+        pattern = fields.whole("attention.sliding_window_pattern")
+    gemma = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": fields.whole(
+            "attention.sliding_window", _GEMMA2_WINDOW if architecture == "gemma2" else None
+        ),
+        "layer_types": [
+            "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)
+        ],
+    }
+    if architecture == "gemma2":
+        return gemma | {
+            "attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0),
+        }
+    if fields.get("final_logit_softcapping"):
+        raise UnsupportedModel(
+            "this gemma3 caps its logits, which is not supported", hint="use its Hugging Face folder"
+        )
+    return gemma | {
+        "sliding_window_pattern": pattern,
+        "rope_local_base_freq": fields.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA),
+    }
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids that a file names; those that it does not name are None, never transformers' defaults."""
+    named = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    return {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in named.items()}

@@ -1,0 +1,156 @@
+"""ModelSpec from a Hugging Face config.json and the shapes of the tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shard.checkpoint import TensorInfo
+from shard.spec import ModelSpec
+from shard.window_facts import layer_windows
+from transport.errors import BadCheckpoint, UnsupportedModel
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MAX_LAYERS = 4096
+
+# State that is not 2 · kv_heads · head_dim per token and layer, or that layers share: sizes and cuts would be wrong.
+_REFUSED = {
+    "kv_lora_rank": "a compressed KV cache (multi-head latent attention)",
+    "num_kv_shared_layers": "layers that share their KV cache",
+    "ssm_state_size": "a recurrent state",
+    "mamba_d_state": "a recurrent state",
+    "attention_chunk_size": "chunked attention",
+    "is_encoder_decoder": "an encoder",
+    "quantization_config": "weights quantized in a safetensors form that can't be read yet",
+}
+_HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128}
+_TIED = ("gemma", "gemma2", "gemma3_text")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises BadCheckpoint."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadCheckpoint(
+            f"can't read {path}: {error.strerror}", hint="a model's folder has a config.json and *.safetensors files"
+        ) from error
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not JSON: {error}", hint="download it again") from error
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{path} is not a JSON object", hint="download it again")
+    return config
+
+
+def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file_bytes: int) -> ModelSpec:
+    """What the config says, checked against the tensors' shapes. `architecture` is the config's `model_type`.
+
+    Raises UnsupportedModel for what can't be split or sized, BadCheckpoint where config and tensors disagree.
+    """
+    family = _check_supported(config)
+    num_layers = _whole(config, "num_hidden_layers", at_most=_MAX_LAYERS)
+    hidden = _whole(config, "hidden_size")
+    heads = _whole(config, "num_attention_heads")
+    kv_heads = _whole(config, "num_key_value_heads", default=heads)
+    head_dim = _whole(config, "head_dim", default=_HEAD_DIM.get(family, hidden // heads))
+    embed = _tensor(tensors, EMBEDDING, columns=hidden)
+    tied = config.get("tie_word_embeddings")
+    if tied is None:
+        tied = family in _TIED or HEAD not in tensors
+    head = embed if tied else _tensor(tensors, HEAD, columns=hidden)
+    return ModelSpec(
+        architecture=family,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        vocab_size=embed.shape[0],
+        context_tokens=_whole(config, "max_position_embeddings"),
+        tied_embeddings=bool(tied),
+        layer_params=_layer_params(tensors, num_layers),
+        embed_params=math.prod(embed.shape),
+        norm_params=math.prod(_tensor(tensors, NORM, columns=hidden).shape),
+        head_params=math.prod(head.shape),
+        kv_elements_per_token=(2 * kv_heads * head_dim,) * num_layers,
+        windows=layer_windows(config, num_layers),
+        legal_cuts=tuple(range(1, num_layers)),
+        stored_dtype=_main_format(tensors),
+        file_bytes=file_bytes,
+    )
+
+
+def _check_supported(config: dict[str, Any]) -> str:
+    family = config.get("model_type")
+    if not isinstance(family, str) or not family:
+        raise BadCheckpoint(
+            "config.json names no model_type", hint="take the config.json of the model's own repository"
+        )
+    if "text_config" in config:
+        raise UnsupportedModel(
+            f"{family} is a model of several parts (text inside vision or audio)",
+            hint="take a text-only checkpoint of it, for example one whose model_type is gemma3_text",
+        )
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise UnsupportedModel(
+                f"{family} has {what} ({key} in config.json)",
+                hint="decoders with grouped or sliding-window attention work: Llama, Mistral, Qwen, Gemma",
+            )
+    return family
+
+
+def _whole(config: dict[str, Any], key: str, *, default: int | None = None, at_most: int = 1 << 31) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
+        raise BadCheckpoint(
+            f"config.json has {key} = {value!r}, where a number from 1 to {at_most:,} belongs",
+            hint="take the config.json of the model's own repository",
+        )
+    return value
+
+
+def _tensor(tensors: Mapping[str, TensorInfo], name: str, *, columns: int) -> TensorInfo:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise BadCheckpoint(
+            f"the files hold no tensor {name}",
+            hint="a file is missing, or the model is no decoder with Llama-like names; pull it again",
+        )
+    if tensor.shape[-1:] != (columns,):
+        raise BadCheckpoint(
+            f"{name} has the shape {tensor.shape}, but config.json says hidden_size {columns}",
+            hint="config.json and the weights are of different models",
+        )
+    return tensor
+
+
+def _layer_params(tensors: Mapping[str, TensorInfo], num_layers: int) -> tuple[int, ...]:
+    """Parameters of each layer. Layers past the last one (draft heads that some files carry) are not the model's."""
+    counts = [0] * num_layers
+    for name, tensor in tensors.items():
+        match = _LAYER.match(name)
+        if match is not None and int(match[1]) < num_layers:
+            counts[int(match[1])] += math.prod(tensor.shape)
+    if 0 in counts:
+        raise BadCheckpoint(
+            f"the files hold no tensor of layer {counts.index(0)} of {num_layers}",
+            hint="a file is missing; pull the model again",
+        )
+    return tuple(counts)
+
+
+def _main_format(tensors: Mapping[str, TensorInfo]) -> str:
+    """The format that holds most of the bytes."""
+    held: Counter[str] = Counter()
+    for tensor in tensors.values():
+        held[tensor.format] += tensor.file_bytes
+    return held.most_common(1)[0][0]
