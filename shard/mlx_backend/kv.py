@@ -1,0 +1,137 @@
+"""KV memory of one sequence in one layer, and several of them as one decode batch.
+
+Both look to a layer of mlx-lm like its own caches: `offset` for the rope, then `update_and_fetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+BLOCK_TOKENS = 256
+"""Buffers grow by this many tokens, so that a decode step writes in place instead of copying."""
+
+ROLLBACK_TOKENS = 64
+"""How far a sliding-window layer can always go back: more than any draft that speculation would take back."""
+
+
+class KVSlot:
+    """Keys and values of one sequence in one layer, [1, kv_heads, tokens, head_dim], grown in blocks.
+
+    A layer with a window keeps the last window + ROLLBACK_TOKENS positions (at most a block more between two moves).
+    """
+
+    def __init__(self, window: int | None, context_tokens: int) -> None:
+        self.offset = 0
+        self._window = window
+        self._context_tokens = context_tokens
+        self._base = 0  # the absolute position of the buffers' first token
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self._keys, self._values) if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append [1, kv_heads, n, head_dim]; return all positions that the first of them may see, and themselves."""
+        start, num_new = self.offset, keys.shape[2]
+        self._reserve(keys, values)
+        assert self._keys is not None and self._values is not None
+        first = first_visible(start, self._window) - self._base
+        begin, end = start - self._base, start - self._base + num_new
+        # Assignment to a slice replaces the array object; MLX reuses its buffer, as nothing else refers to it.
+        self._keys[..., begin:end, :] = keys
+        self._values[..., begin:end, :] = values
+        self.offset = start + num_new
+        return self._keys[..., first:end, :], self._values[..., first:end, :]
+
+    def can_truncate(self, length: int) -> bool:
+        """Whether all that position `length` would look back at is still held."""
+        return first_visible(length, self._window) >= self._base
+
+    def truncate(self, length: int) -> None:
+        assert length <= self.offset and self.can_truncate(length)
+        self.offset = length
+
+    def _reserve(self, keys: mx.array, values: mx.array) -> None:
+        """Make room for `keys`, dropping positions that are out of a window's reach."""
+        num_new, held = keys.shape[2], self.offset - self._base
+        capacity = 0 if self._keys is None else self._keys.shape[2]
+        if held + num_new <= capacity:
+            return
+        kept = held if self._window is None else min(held, self._window + ROLLBACK_TOKENS)
+        rounded = -(-(kept + num_new) // BLOCK_TOKENS) * BLOCK_TOKENS
+        room = max(kept + num_new, min(rounded, self._context_tokens))
+        self._keys = _moved(self._keys, keys, held - kept, held, room)
+        self._values = _moved(self._values, values, held - kept, held, room)
+        self._base += held - kept
+
+
+class DecodeSlots:
+    """The slots of several sequences in one layer as a cache for [batch, 1] tokens; `offset` is an array [batch].
+
+    Attention needs one array of keys, so the sequences' keys are copied side by side, padded on the right to the
+    longest. That costs a read and a write of the batch's KV; the weights, read once for all, are far larger.
+    """
+
+    def __init__(self, slots: Sequence[KVSlot], offset: mx.array) -> None:
+        self.offset = offset
+        self._slots = slots
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        rows = [slot.update_and_fetch(keys[i : i + 1], values[i : i + 1]) for i, slot in enumerate(self._slots)]
+        return _padded([k for k, _ in rows]), _padded([v for _, v in rows])
+
+
+def first_visible(position: int, window: int | None) -> int:
+    """The first position that `position` attends to: a window of w covers itself and the w - 1 before it."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def chunk_mask(start: int, num_tokens: int, window: int | None, *, as_array: bool) -> mx.array | str | None:
+    """The mask of `num_tokens` queries from position `start`, over the keys that `KVSlot` returns for them.
+
+    None where all is visible, else "causal" (aligned at the end) or a bool array [num_tokens, keys].
+    """
+    if num_tokens == 1:
+        return None
+    first, end = first_visible(start, window), start + num_tokens
+    slides = first_visible(end - 1, window) > first
+    if not slides and not as_array:
+        return "causal"
+    queries = mx.arange(start, end)[:, None]
+    keys = mx.arange(first, end)[None]
+    mask = keys <= queries
+    return mask & (keys > queries - window) if window is not None else mask
+
+
+def decode_mask(starts: Sequence[int], window: int | None) -> mx.array | None:
+    """Which of the padded keys are real, bool [batch, 1, 1, keys]; None where all are."""
+    visible = [start + 1 - first_visible(start, window) for start in starts]
+    if min(visible) == max(visible):
+        return None
+    return (mx.arange(max(visible))[None] < mx.array(visible)[:, None])[:, None, None, :]
+
+
+def _moved(old: mx.array | None, new: mx.array, begin: int, end: int, room: int) -> mx.array:
+    """A buffer of `room` tokens that starts with tokens [begin, end) of the old one."""
+    _, num_heads, _, head_dim = new.shape
+    empty = mx.zeros((1, num_heads, room - (end - begin), head_dim), new.dtype)
+    return empty if old is None or end == begin else mx.concatenate([old[..., begin:end, :], empty], axis=2)
+
+
+def _padded(rows: Sequence[mx.array]) -> mx.array:
+    """[1, heads, n_i, head_dim] each → [batch, heads, max n_i, head_dim], zeros on the right."""
+    longest = max(row.shape[2] for row in rows)
+    if all(row.shape[2] == longest for row in rows):
+        return mx.concatenate(list(rows), axis=0)
+    out = mx.zeros((len(rows), rows[0].shape[1], longest, rows[0].shape[3]), rows[0].dtype)
+    for i, row in enumerate(rows):
+        out[i, :, : row.shape[2], :] = row[0]
+    return out

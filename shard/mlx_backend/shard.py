@@ -1,0 +1,164 @@
+"""Layers of one model on MLX, with the KV of their sequences: the MLX side of `ShardBackend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from shard.mlx_backend.arrays import MLX_DTYPE, NUMPY_DTYPE, to_mlx, to_wire
+from shard.mlx_backend.kv import DecodeSlots, KVSlot, chunk_mask, decode_mask
+from shard.mlx_backend.modules import StageModules
+from shard.stage import Batch, ShardSpec
+from transport.errors import BadMessage, StageFailed
+from transport.messages import Entry, SequenceId
+
+
+class MlxShard:
+    """See `ShardBackend`. Single tokens of several sequences run as one batch, each longer chunk alone."""
+
+    def __init__(self, *, spec: ShardSpec, modules: StageModules, weights_bytes: int) -> None:
+        self.spec = spec
+        self.weights_bytes = weights_bytes
+        self._modules = modules
+        self._sequences: dict[SequenceId, list[KVSlot]] = {}
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        self._check(batch)
+        if not batch.entries:
+            width = self._modules.vocab_size if self.spec.is_last else self._modules.hidden_size
+            return np.empty((0, width), np.float32 if self.spec.is_last else NUMPY_DTYPE[self.spec.next_dtype])
+        try:
+            return self._forward(batch)
+        except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
+            for entry in batch.entries:
+                self.release(entry.sequence)
+            raise StageFailed(
+                f"MLX could not run {_num_tokens(batch.entries)} tokens in {len(batch.entries)} sequences: {error}",
+                hint="lower the context or the number of requests at once if memory ran out",
+            ) from error
+
+    def length(self, sequence: SequenceId) -> int:
+        slots = self._sequences.get(sequence)
+        return slots[0].offset if slots else 0
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        slots = self._sequences.get(sequence)
+        if slots is None:
+            return 0
+        if length >= slots[0].offset:
+            return slots[0].offset
+        if length <= 0 or not all(slot.can_truncate(length) for slot in slots):
+            self.release(sequence)
+            return 0
+        for slot in slots:
+            slot.truncate(length)
+        return length
+
+    def release(self, sequence: SequenceId) -> None:
+        self._sequences.pop(sequence, None)
+
+    def kv_bytes(self) -> int:
+        return sum(slot.nbytes for slots in self._sequences.values() for slot in slots)
+
+    def num_kv_tokens(self) -> int:
+        return sum(slots[0].offset for slots in self._sequences.values())
+
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def _forward(self, batch: Batch) -> np.ndarray:
+        entries = batch.entries
+        inputs = None if batch.hidden is None else to_mlx(batch.hidden, self.spec.wire_dtype)
+        begins = np.cumsum([0, *(len(entry.token_ids) for entry in entries)])
+        outputs: list[mx.array] = [mx.zeros((0, self._modules.hidden_size))] * len(entries)
+        for group in self._groups(entries):
+            members = [entries[i] for i in group]
+            if inputs is None:
+                hidden = self._embed(members)
+            else:
+                rows = [inputs[int(begins[i]) : int(begins[i + 1])] for i in group]
+                hidden = mx.stack(rows).astype(MLX_DTYPE[self.spec.compute_dtype])
+            hidden = self._layers(members, hidden)
+            for row, i in enumerate(group):
+                outputs[i] = hidden[row]
+        result = self._finish(entries, outputs)
+        # One evaluation a step. The KV is named because an entry that wants no logits would leave it uncomputed.
+        mx.eval(result, [slot.arrays for entry in entries for slot in self._sequences[entry.sequence]])
+        return np.array(result)
+
+    def _groups(self, entries: Sequence[Entry]) -> list[list[int]]:
+        """Indices of entries that run together: the single tokens in one group, each chunk in its own."""
+        singles = [i for i, entry in enumerate(entries) if len(entry.token_ids) == 1]
+        distinct = len({entry.sequence for entry in entries}) == len(entries)
+        if not self._modules.batched_decode or not distinct or len(singles) < 2:
+            return [[i] for i in range(len(entries))]
+        return [singles, *([i] for i, entry in enumerate(entries) if len(entry.token_ids) != 1)]
+
+    def _embed(self, members: Sequence[Entry]) -> mx.array:
+        ids = mx.array([list(entry.token_ids) for entry in members])
+        return self._modules.embedding(ids, self.spec.compute_dtype)
+
+    def _layers(self, members: Sequence[Entry], hidden: mx.array) -> mx.array:
+        """One chunk [1, tokens, hidden_size], or single tokens [batch, 1, hidden_size], through all layers."""
+        sequences = [self._slots(entry.sequence) for entry in members]
+        starts = [slots[0].offset for slots in sequences]
+        assert starts == [entry.start for entry in members]
+        masks = {window: self._mask(starts, hidden.shape[1], window) for window in set(self._modules.windows)}
+        offset = mx.array(starts) if len(members) > 1 else None
+        for i, (layer, window) in enumerate(zip(self._modules.layers, self._modules.windows, strict=True)):
+            slots = [sequence[i] for sequence in sequences]
+            cache = slots[0] if offset is None else DecodeSlots(slots, offset)
+            hidden = layer(hidden, masks[window], cache)
+        return hidden
+
+    def _mask(self, starts: Sequence[int], num_tokens: int, window: int | None) -> mx.array | str | None:
+        if len(starts) > 1:
+            return decode_mask(starts, window)
+        return chunk_mask(starts[0], num_tokens, window, as_array=self._modules.array_masks)
+
+    def _finish(self, entries: Sequence[Entry], outputs: Sequence[mx.array]) -> mx.array:
+        if not self.spec.is_last:
+            return to_wire(mx.concatenate(list(outputs)), self.spec.next_dtype)
+        rows = [
+            output[output.shape[0] - entry.num_logits :]
+            for entry, output in zip(entries, outputs, strict=True)
+            if entry.num_logits
+        ]
+        if not rows:
+            return mx.zeros((0, self._modules.vocab_size), mx.float32)
+        return self._modules.logits(mx.concatenate(rows))
+
+    def _slots(self, sequence: SequenceId) -> list[KVSlot]:
+        slots = self._sequences.get(sequence)
+        if slots is None:
+            slots = [KVSlot(window, self.spec.context_tokens) for window in self._modules.windows]
+            self._sequences[sequence] = slots
+        return slots
+
+    def _check(self, batch: Batch) -> None:
+        """What MLX would not notice: an index beyond the embedding reads foreign memory."""
+        if any(not entry.token_ids for entry in batch.entries):
+            raise BadMessage("a step without tokens reached a shard", hint="this is a bug in Potluck; please report it")
+        if batch.hidden is None and batch.entries:
+            largest = max(max(entry.token_ids) for entry in batch.entries)
+            smallest = min(min(entry.token_ids) for entry in batch.entries)
+            if smallest < 0 or largest >= self._modules.vocab_size:
+                raise BadMessage(
+                    f"token ids reach from {smallest} to {largest}; the model has {self._modules.vocab_size}",
+                    hint="the tokenizer does not belong to this model",
+                )
+        if batch.hidden is None:
+            return
+        shape = (_num_tokens(batch.entries), self._modules.hidden_size)
+        wanted = NUMPY_DTYPE[self.spec.wire_dtype]
+        if batch.hidden.shape != shape or batch.hidden.dtype != wanted:
+            raise BadMessage(
+                f"hidden states have shape {batch.hidden.shape} of {batch.hidden.dtype}; the step needs {shape} of "
+                f"{np.dtype(wanted)}"
+            )
+
+
+def _num_tokens(entries: Sequence[Entry]) -> int:
+    return sum(len(entry.token_ids) for entry in entries)
