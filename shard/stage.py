@@ -59,7 +59,8 @@ class ShardBackend(Protocol):
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Hidden states [num_tokens, hidden_size] in `next_dtype` or, on the last stage, float32 logits
-        [Σ num_logits, vocab_size], rows in the order of the entries. Appends the batch to the sequences' KV."""
+        [Σ num_logits, vocab_size], rows in the order of the entries. Appends the batch to the sequences' KV. An empty
+        batch (a step of ops only) gives no rows, of that width."""
 
     def length(self, sequence: SequenceId) -> int:
         """Positions of KV held; 0 for a sequence that is not held."""

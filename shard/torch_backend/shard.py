@@ -9,7 +9,7 @@ import torch
 
 from shard.stage import Batch, ShardSpec
 from shard.torch_backend.attention import RaggedStep, Run
-from shard.torch_backend.dtypes import TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.memory import step_memory
 from transport.errors import UnsupportedModel
@@ -29,6 +29,8 @@ class TorchShard:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
+        if not batch.entries:
+            return self._no_rows()
         runs = self._runs(batch)
         num_tokens = sum(run.num_tokens for run in runs)
         try:
@@ -95,6 +97,12 @@ class TorchShard:
         if missed:
             raise UnsupportedModel(f"layers {sorted(missed)} of this model did not attend through the ragged attention")
         return to_numpy(output.cpu())
+
+    def _no_rows(self) -> np.ndarray:
+        config = self._model.config
+        if self.spec.is_last:
+            return np.empty((0, config.vocab_size), dtype=np.float32)
+        return np.empty((0, config.hidden_size), dtype=NUMPY_DTYPES[self.spec.next_dtype])
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
