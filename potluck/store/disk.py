@@ -1,0 +1,51 @@
+"""Disk space: asked for before it is needed, and told with numbers when it runs out all the same."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transport.errors import NoSpace, PotluckError
+
+# Room for the index, the tokenizer and the file system's own book-keeping.
+MARGIN_BYTES = 32 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def require_space(folder: Path, need_bytes: int, what: str) -> None:
+    """Raise NoSpace unless `folder` has room for `need_bytes` more and a margin."""
+    free_bytes = shutil.disk_usage(folder).free
+    if need_bytes + MARGIN_BYTES > free_bytes:
+        raise _no_space(folder, f"{what} needs {_mb(need_bytes + MARGIN_BYTES)}", free_bytes)
+
+
+@contextmanager
+def translated_write_errors(folder: Path, what: str) -> Iterator[None]:
+    """Inside, an OSError of writing below `folder` becomes NoSpace, or a PotluckError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _no_space(
+                folder, f"the disk filled up while writing {what}", shutil.disk_usage(folder).free
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise PotluckError(
+                f"can't write {what} in {folder}: {error.strerror}",
+                hint="give yourself the right to write there, or set POTLUCK_HOME to another folder",
+            ) from error
+        raise
+
+
+def _no_space(folder: Path, what: str, free_bytes: int) -> NoSpace:
+    return NoSpace(
+        f"{what}; {folder} has {_mb(free_bytes)} free",
+        hint="free some space (potluck rm removes models), or set POTLUCK_HOME to a folder on another disk",
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

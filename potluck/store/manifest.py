@@ -1,0 +1,92 @@
+"""What the store knows of a model, kept as potluck.json beside its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shard.spec import ModelSpec
+from transport.errors import BadCheckpoint
+
+MANIFEST_FILE = "potluck.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """`sha256` is None for files that were never downloaded: of those, the time tells whether they changed."""
+
+    name: str
+    num_bytes: int
+    modified_ns: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """`path` is the folder that `open_checkpoint` and AutoTokenizer take. `source` is what to pull it again from."""
+
+    name: str
+    source: str
+    path: Path
+    files: tuple[StoredFile, ...]
+    spec: ModelSpec
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def is_present(self) -> bool:
+        """False if someone moved or deleted the files that it points to."""
+        return (self.path / "config.json").is_file()
+
+    def to_json(self) -> dict[str, Any]:
+        data = msgspec.to_builtins(self, enc_hook=str)
+        assert isinstance(data, dict)
+        return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Manifest:
+    version: int
+    name: str
+    source: str
+    path: str
+    files: tuple[StoredFile, ...]
+    spec: ModelSpec
+
+
+def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> None:
+    """`recorded_path` is "." for a model that lies in its own folder, so that a store can be moved."""
+    manifest = _Manifest(
+        version=MANIFEST_VERSION,
+        name=model.name,
+        source=model.source,
+        path=recorded_path,
+        files=model.files,
+        spec=model.spec,
+    )
+    (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+
+
+def read_manifest(folder: Path) -> StoredModel | None:
+    """None if there is no model, or one of another version of this file."""
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST_FILE).read_bytes(), type=_Manifest)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BadCheckpoint(f"{folder / MANIFEST_FILE} can't be read: {error}", hint="pull the model again") from error
+    if manifest.version != MANIFEST_VERSION:
+        return None
+    return StoredModel(
+        name=manifest.name,
+        source=manifest.source,
+        path=(folder / manifest.path).resolve(),
+        files=manifest.files,
+        spec=manifest.spec,
+    )

@@ -1,0 +1,25 @@
+"""How a pull tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["waiting", "download", "verify", "unpack", "ingest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullProgress:
+    """`done` of `total` bytes (steps, for "ingest"); `total` None when nobody knows. "waiting": for another process."""
+
+    stage: Stage
+    done: int
+    total: int | None
+
+
+Progress = Callable[[PullProgress], None]
+
+
+def ignore_progress(progress: PullProgress) -> None:
+    """For callers that show nothing."""

