@@ -173,7 +173,9 @@ def _check_entries(entries: tuple[Entry, ...], limits: EdgeLimits) -> None:
 
 def _check_hidden(message: Hidden, buffer: memoryview, limits: EdgeLimits) -> None:
     num_tokens = sum(len(entry.token_ids) for entry in message.entries)
-    if (message.num_tokens, message.hidden_size, message.dtype) != (num_tokens, limits.hidden_size, limits.dtype):
+    # A step of ops alone has no hidden states, and its sender may not know how wide they would be.
+    hidden_size = limits.hidden_size if num_tokens else message.hidden_size
+    if (message.num_tokens, message.hidden_size, message.dtype) != (num_tokens, hidden_size, limits.dtype):
         raise BadMessage(
             f"hidden states [{message.num_tokens}, {message.hidden_size}] {message.dtype}; "
             f"the plan says [{num_tokens}, {limits.hidden_size}] {limits.dtype}"

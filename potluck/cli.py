@@ -1,0 +1,46 @@
+"""The `potluck` command. Errors go to stderr as `error:` and `hint:` with exit code 1; data goes to stdout."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from potluck.commands import chat, demo, join, models, plan, run, status, up
+from potluck.terminal import errors
+from transport.errors import PotluckError
+
+app = typer.Typer(
+    name="potluck",
+    help="Pool the devices of a home to serve one large language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for command in (demo, up, join, run, chat, plan, status, models):
+    command.register(app)
+
+
+def print_error(error: PotluckError, console: Console) -> None:
+    console.print(f"[bold red]error:[/bold red] {escape(error.message)}", highlight=False, soft_wrap=True)
+    if error.hint:
+        console.print(f"[bold cyan]hint:[/bold cyan] {escape(error.hint)}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except PotluckError as error:
+        print_error(error, errors)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`potluck demo`: the whole main job on this machine. Three workers, torch, MLX, torch, serve one real chat model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from potluck.ask import Answer, ask
+from potluck.head import Head
+from potluck.options import JsonOption, PortOption, settings_with
+from potluck.session import running_head_of
+from potluck.status import StatusReport
+from potluck.terminal import data, errors, stage_table
+
+DEMO_MODEL = "smollm2"
+DEMO_DEVICES = ["torch:cpu", "mlx", "torch:cpu"]
+DEMO_QUESTION = "What is a potluck dinner? Answer in two sentences."
+_MAX_TOKENS = 80
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Exit after the answer instead of serving on.")] = False,
+    port: PortOption = None,
+    json_output: JsonOption = False,
+    question: Annotated[str, typer.Option("--question", help="What to ask.")] = DEMO_QUESTION,
+) -> None:
+    """Pool three workers on this machine (torch, MLX, torch), serve SmolLM2 over them, and ask it something."""
+    console = errors if json_output else data
+    settings = settings_with(model=DEMO_MODEL, devices=DEMO_DEVICES, threads=1, port=port, use_all_devices=True)
+    with running_head_of(settings, console) as head:
+        answer = _ask(head, question, console)
+        report = head.report()
+        console.print()
+        console.print(stage_table(report))
+        console.print(
+            f"{answer.tokens} tokens, {answer.tokens_per_s:.1f} tokens/s, first token after {answer.ttft_s:.2f} s",
+            highlight=False,
+        )
+        if json_output:
+            data.file.write(json.dumps(_facts(report, answer)) + "\n")
+            data.file.flush()
+        if not once:
+            console.print(f"Serving at [bold]{head.url}[/bold] (chat page there, API under /v1). Ctrl-C stops it.")
+            head.wait()
+
+
+def _ask(head: Head, question: str, console: Console) -> Answer:
+    console.print(f"\n[bold cyan]You:[/bold cyan] {question}\n[bold green]{head.model.name}:[/bold green] ", end="")
+
+    def show(text: str) -> None:
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+    options = {"temperature": 0, "max_tokens": _MAX_TOKENS}
+    answer = ask(head.url, [{"role": "user", "content": question}], model=head.model.name, on_text=show, options=options)
+    console.print()
+    return answer
+
+
+def _facts(report: StatusReport, answer: Answer) -> dict[str, Any]:
+    return {
+        "model": report.model,
+        "url": report.url,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "tokens_per_s": round(answer.tokens_per_s, 2),
+        "ttft_s": round(answer.ttft_s, 3),
+        "stages": [
+            {
+                "device": stage.device,
+                "backend": stage.backend,
+                "first": stage.first,
+                "last": stage.last,
+                "weights_bytes": stage.weights_bytes,
+                "kv_bytes": stage.kv_bytes,
+                "ms_per_token": round(stage.ms_per_token, 2) if stage.ms_per_token is not None else None,
+            }
+            for stage in report.stages
+        ],
+    }

@@ -1,0 +1,69 @@
+"""`potluck up MODEL`: serve a model over this host's devices, and those that join."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import msgspec
+import typer
+
+from potluck.options import (
+    ConcurrencyOption,
+    ConfigOption,
+    ContextOption,
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    PortOption,
+    ThreadsOption,
+    settings_with,
+)
+from potluck.session import running_head_of
+from potluck.terminal import data, errors, stage_table
+
+
+def register(app: typer.Typer) -> None:
+    app.command("up")(up)
+
+
+def up(
+    model: Annotated[str | None, typer.Argument(help="A model of the store, or a source to pull.")] = None,
+    device: DeviceOption = None,
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    context: ContextOption = None,
+    concurrency: ConcurrencyOption = None,
+    port: PortOption = None,
+    use_all: Annotated[
+        bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
+    ] = False,
+    wait_for: Annotated[
+        int | None, typer.Option("--wait-for", help="Wait until this many devices are in the pool.")
+    ] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Serve MODEL at an OpenAI-compatible endpoint until Ctrl-C."""
+    settings = settings_with(
+        config,
+        model=model,
+        devices=device,
+        memory=memory,
+        threads=threads,
+        context=context,
+        concurrency=concurrency,
+        port=port,
+        wait_for=wait_for,
+        use_all_devices=use_all or None,
+    )
+    console = errors if json_output else data
+    with running_head_of(settings, console) as head:
+        report = head.report()
+        console.print(stage_table(report))
+        console.print(f"Serving {head.model.name} at [bold]{head.url}[/bold] (chat page there, API under /v1)")
+        console.print("Ctrl-C stops it.")
+        if json_output:
+            data.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")
+            data.file.flush()
+        head.wait()

@@ -1,0 +1,113 @@
+"""Settings: one frozen dataclass from a TOML file, the command line on top. The CLI takes its defaults from here."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transport.errors import ConfigError
+
+DEFAULT_PORT = 11500
+DEFAULT_CONTEXT_TOKENS = 4096
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `potluck up` needs to know. `devices` empty means: what this host has.
+
+    `memory_bytes` and `threads` cap what each device of this host gives; None leaves it to what is free.
+    `context_tokens` None is 4,096 or the model's context if that is less.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    model: str | None = None
+    devices: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    threads: int | None = None
+    context_tokens: int | None = None
+    concurrency: int = 4
+    use_all_devices: bool = False
+    wait_for_devices: int = 0
+
+
+def load_settings(path: Path) -> Settings:
+    """Settings of a TOML file; defaults if there is none. Raises ConfigError for an unknown key or a wrong type."""
+    if not path.exists():
+        return Settings()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint="it must be a TOML file") from error
+    return settings_from(data, where=str(path))
+
+
+def settings_from(data: dict[str, Any], *, where: str) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    renamed = {("memory_bytes" if key == "memory" else key): value for key, value in data.items()}
+    unknown = sorted(set(renamed) - known)
+    if unknown:
+        keys = ", ".join(sorted(known - {"memory_bytes"} | {"memory"}))
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {keys}")
+    if isinstance(renamed.get("memory_bytes"), str):
+        renamed["memory_bytes"] = parse_bytes(renamed["memory_bytes"])
+    if isinstance(renamed.get("devices"), list):
+        renamed["devices"] = tuple(renamed["devices"])
+    _check_types(renamed, where)
+    return checked(replace(Settings(), **renamed))
+
+
+def checked(settings: Settings) -> Settings:
+    """The same settings. Raises ConfigError for a value that can't work."""
+    if not 0 <= settings.port <= 65535:
+        raise ConfigError(f"port {settings.port} does not exist", hint="choose one from 1 to 65535, or 0 for any")
+    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigError(
+            f"the endpoint can't listen on {settings.host}: only this host may use it so far",
+            hint="use 127.0.0.1, ::1 or localhost",
+        )
+    for name, value in (
+        ("threads", settings.threads),
+        ("memory", settings.memory_bytes),
+        ("context", settings.context_tokens),
+        ("concurrency", settings.concurrency),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1", hint=f"leave {name} out for the default")
+    return settings
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GiB", "500 MB" or "1073741824" in bytes. Raises ConfigError."""
+    number = text.strip().lower()
+    unit = number.lstrip("0123456789. ")
+    digits = number[: len(number) - len(unit)].strip()
+    try:
+        return int(float(digits) * _UNITS[unit if unit != "g" else "gib"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{text!r} is not an amount of memory", hint='write it as "8GiB" or "500MB"') from error
+
+
+def _check_types(data: dict[str, Any], where: str) -> None:
+    hints = get_type_hints(Settings)
+    for key, value in data.items():
+        expected = hints[key]
+        accepted: tuple[type, ...] = {
+            str: (str,),
+            int: (int,),
+            bool: (bool,),
+            tuple[str, ...]: (tuple,),
+        }.get(expected, (int,) if "int" in str(expected) else (str,))
+        wrong = not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted)
+        if wrong or (isinstance(value, tuple) and not all(isinstance(item, str) for item in value)):
+            raise ConfigError(
+                f"{where}: {key} = {value!r} has the wrong type", hint=f"it must be {_describe(accepted)}"
+            )
+
+
+def _describe(accepted: tuple[type, ...]) -> str:
+    return {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list of texts"}[accepted[0]]

@@ -1,0 +1,81 @@
+"""The engine's process: `python -P -m potluck.engine.process --settings JSON`, with a lifeline on standard input.
+
+Its own process, because a busy Python thread beside the engine's would cost every hop milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from potluck.engine.api_server import EngineApi
+from potluck.engine.limits import EngineLimits
+from potluck.engine.loop import Engine
+from potluck.engine.settings import EngineSettings
+from potluck.engine.tokenizer import load_tokenizer
+from transport.codec import EdgeLimits
+from transport.lifeline import hold_lifeline
+from transport.zmq_link import ZmqReceiver, ZmqSender
+
+# The first stage listens before it loads, but its process may still be starting.
+_FIRST_STAGE_TIMEOUT_S = 60.0
+
+
+def serve(settings: EngineSettings) -> None:
+    """Run the engine until its ring is down or its parent is gone."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    edge = EdgeLimits(
+        fence=settings.fence,
+        hidden_size=settings.hidden_size,
+        dtype=settings.wire_dtype,
+        vocab_size=settings.vocab_size,
+        context_tokens=settings.context_tokens,
+        max_step_tokens=settings.max_step_tokens,
+    )
+    # Bound first: the last stage may be loaded before the tokenizer is.
+    receiver = ZmqReceiver(context, settings.listen, edge)
+    tokenizer = load_tokenizer(Path(settings.model_path))
+    sender = ZmqSender(
+        context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S
+    )
+    api = EngineApi(context, settings.api)
+    engine = Engine(
+        model=settings.model,
+        sender=sender,
+        receiver=receiver,
+        tokenizer=tokenizer,
+        limits=EngineLimits(
+            context_tokens=settings.context_tokens,
+            kv_capacity_tokens=settings.kv_capacity_tokens,
+            vocab_size=settings.vocab_size,
+            max_steps_in_flight=settings.num_stages,
+        ),
+        fence=settings.fence,
+        emit=api.emit,
+        clock=time.monotonic,
+    )
+    api.serve(engine)
+    engine.run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="potluck.engine.process", description=__doc__)
+    parser.add_argument("--settings", required=True, help="EngineSettings in JSON")
+    parser.add_argument("--remove", type=Path, default=None, help="folder to delete if the parent crashes")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hold_lifeline(options.remove)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(msgspec.json.decode(options.settings, type=EngineSettings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

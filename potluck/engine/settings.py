@@ -1,0 +1,25 @@
+"""What an engine process is started with."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from transport.messages import DType, Fence
+
+
+class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model, the ring's two ends (`first_stage`, `listen`), and `api`, where the HTTP side connects."""
+
+    model: str
+    model_path: str
+    api: str
+    listen: str
+    first_stage: str
+    fence: Fence
+    num_stages: int
+    hidden_size: int
+    vocab_size: int
+    wire_dtype: DType
+    context_tokens: int
+    kv_capacity_tokens: int
+    max_step_tokens: int

@@ -1,0 +1,197 @@
+"""The head: this host's node, the pool, the ring and its engine, the endpoint. One at a time on a host."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import zmq
+
+from planner.plan import Plan
+from potluck.config import Settings
+from potluck.endpoint import Endpoint, bind_endpoint
+from potluck.head_file import HeadFacts, HeadFile
+from potluck.node import Node
+from potluck.offer import offered_devices
+from potluck.paths import logs_dir, runtime_dir
+from potluck.planning import plan_for
+from potluck.pool import Pool, PoolWorker
+from potluck.ring import Ring
+from potluck.status import StatusReport, report_of
+from potluck.store import StoredModel
+from transport.errors import PotluckError
+
+_REGISTER_TIMEOUT_S = 60.0
+_JOIN_TIMEOUT_S = 3600.0
+_READY_TIMEOUT_S = 300.0
+State = Literal["starting", "ready", "down"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a user sees while the head comes up: `say` a line; `tick` draws the loading of the stages."""
+
+    say: Callable[[str], None]
+    tick: Callable[[Sequence[PoolWorker]], None]
+
+
+class Head:
+    """`with Head(settings, model, progress) as head: head.wait()`. Leaving it leaves nothing behind."""
+
+    def __init__(self, settings: Settings, model: StoredModel, progress: Progress) -> None:
+        self._settings = settings
+        self._progress = progress
+        self._stack = ExitStack()
+        self._epoch = 0
+        self._local_names: list[str] = []
+        self._joined: list[PoolWorker] = []
+        self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
+        self._reporting = threading.Lock()
+        self.model = model
+        self.state: State = "starting"
+        self.ring: Ring | None = None
+        self.endpoint: Endpoint
+        self.plan: Plan
+        self._pool: Pool
+        self._node: Node
+        self._run_dir: Path
+
+    def __enter__(self) -> Head:
+        """Raises PotluckError: AlreadyRunning, PortInUse, DoesNotFit, StageFailed and so on."""
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        return self.endpoint.url
+
+    def report(self) -> StatusReport:
+        """Facts for `potluck status`, the stages' counters fresh. Thread-safe."""
+        with self._reporting:
+            ring = self.ring
+            if ring is not None:
+                self._pool.request_stats([stage.worker for stage in ring.stages])
+            return report_of(self, ring, self._pool.workers())
+
+    def wait(self) -> None:
+        """Until interrupted: takes in devices that join and reports a ring that goes down."""
+        while True:
+            match self._next_event():
+                case PotluckError() as error:
+                    self.state = "down"
+                    self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
+                case PoolWorker() as worker:
+                    self._joined.append(worker)
+            if self._joined and self.endpoint.is_idle():
+                self._take_in()
+
+    def _start(self) -> None:
+        head_file = self._stack.enter_context(HeadFile())
+        listener = bind_endpoint(self._settings.host, self._settings.port)
+        self._stack.callback(listener.close)
+        self._run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))
+        self._stack.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
+        # Not its context manager: that would wait for ever for a socket somebody forgot.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._stack.callback(context.destroy, 0)
+        self._pool = Pool(context, self._run_dir, on_fault=self._on_fault, on_joined=self._on_joined)
+        self._stack.callback(self._pool.close, "the head has stopped")
+        self._node = Node(control=self._pool.endpoint, logs=logs_dir(), on_exit=self._pool.report_exit)
+        self._stack.callback(self._node.stop)
+        self.endpoint = Endpoint(listener, self)
+        self._stack.callback(self.endpoint.stop)
+        head_file.publish(self._facts())
+        self._gather()
+        self._bring_up()
+        self.endpoint.start()
+
+    def _facts(self) -> HeadFacts:
+        return HeadFacts(pid=os.getpid(), url=self.url, model=self.model.name, control=self._pool.endpoint)
+
+    def _gather(self) -> None:
+        """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
+        self._progress.say("Measuring this host's devices")
+        settings = self._settings
+        devices = offered_devices(settings, say=self._progress.say)
+        self._node.start(devices, remove=self._run_dir)
+        names = self._local_names = [device.name for device in devices]
+        self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
+        if len(names) < settings.wait_for_devices:
+            self._progress.say(
+                f"Waiting for {settings.wait_for_devices - len(names)} more devices: run potluck join in another terminal"
+            )
+            self._pool.wait_for_devices(names, settings.wait_for_devices, _JOIN_TIMEOUT_S)
+
+    def _bring_up(self) -> None:
+        self.state = "starting"
+        self._epoch += 1
+        registers = [worker.register for worker in self._usable_workers()]
+        self.plan = plan_for(self.model.spec, registers, self._settings)
+        self.ring = Ring(
+            self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch
+        )
+        self._stack.callback(self.ring.take_down)
+        self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
+        self.ring.bring_up(self._progress.tick)
+        self.endpoint.connect(self.ring)
+        self._progress.say("Warming up")
+        self.endpoint.wait_ready(self.ring, _READY_TIMEOUT_S)
+        self.state = "ready"
+
+    def _usable_workers(self) -> list[PoolWorker]:
+        """This host's devices in the order they were asked for, then those that joined."""
+        order = {name: index for index, name in enumerate(self._local_names)}
+        workers = [worker for worker in self._pool.workers() if worker.fault is None]
+        return sorted(workers, key=lambda worker: order.get(worker.register.device, len(order)))
+
+    def _next_event(self) -> PotluckError | PoolWorker | None:
+        try:
+            return self._events.get(timeout=0.5)
+        except queue.Empty:
+            ring = self.ring
+            error = ring.engine_exit() if ring is not None else None
+            return error if error is not None and ring is not None and ring.mark_down(error) else None
+
+    def _take_in(self) -> None:
+        """Load the ring anew over all devices; nobody waits for an answer now."""
+        names = ", ".join(worker.register.device for worker in self._joined)
+        self._joined.clear()
+        self._progress.say(f"{names} joined: loading the ring anew")
+        if self.ring is not None:
+            self.ring.take_down()
+        try:
+            self._bring_up()
+        except PotluckError as error:
+            if self.ring is not None:
+                self.ring.mark_down(error)
+            self._events.put(error)
+            return
+        self._progress.say(f"Ready at {self.url}")
+
+    def _on_fault(self, worker: PoolWorker, error: PotluckError) -> None:
+        ring = self.ring
+        if ring is not None and any(stage.worker is worker for stage in ring.stages) and ring.mark_down(error):
+            self._events.put(error)
+
+    def _on_joined(self, worker: PoolWorker) -> None:
+        if self.state != "starting":
+            self._events.put(worker)
+

@@ -1,0 +1,87 @@
+"""Which head runs on this host: a lock that ends with its process, and a file that says where it answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+from filelock import FileLock, Timeout
+from msgspec import Struct
+
+from potluck.paths import runtime_dir
+from transport.errors import AlreadyRunning, NotRunning
+
+
+class HeadFacts(Struct, frozen=True, kw_only=True):
+    """What another process of this user needs to reach the head."""
+
+    pid: int
+    url: str
+    model: str
+    control: str
+
+
+def _file() -> Path:
+    return runtime_dir() / "head.json"
+
+
+def _lock() -> FileLock:
+    return FileLock(runtime_dir() / "head.lock", timeout=0)
+
+
+class HeadFile:
+    """Held by the head from start to end; `with HeadFile() as file: file.publish(...)`."""
+
+    def __init__(self) -> None:
+        self._lock = _lock()
+
+    def __enter__(self) -> HeadFile:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise _already_running() from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _file().unlink(missing_ok=True)
+        self._lock.release()
+
+    def publish(self, facts: HeadFacts) -> None:
+        temporary = _file().with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(msgspec.json.encode(facts))
+        temporary.replace(_file())
+
+
+def running_head() -> HeadFacts:
+    """The head of this host. Raises NotRunning; a file left by a crash is not a head, since its lock is free."""
+    lock = _lock()
+    try:
+        lock.acquire()
+    except Timeout:
+        facts = _read()
+        if facts is not None:
+            return facts
+        raise NotRunning("a head is starting on this host", hint="try again in a moment") from None
+    lock.release()
+    raise NotRunning("no head runs on this host", hint="start one with: potluck up MODEL")
+
+
+def _read() -> HeadFacts | None:
+    try:
+        return msgspec.json.decode(_file().read_bytes(), type=HeadFacts)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _already_running() -> AlreadyRunning:
+    facts = _read()
+    if facts is None:
+        return AlreadyRunning("another head is starting on this host", hint="see: potluck status")
+    return AlreadyRunning(
+        f"a head already serves {facts.model} at {facts.url} (process {facts.pid})",
+        hint="use it, stop it with Ctrl-C in its terminal, or see: potluck status",
+    )

@@ -1,0 +1,90 @@
+"""A host's node: probes its devices and runs one worker process for each. Part of `up`, all of `join`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from devices.device import Device
+from potluck.processes import Child, stop_all
+from transport.errors import PotluckError, RingDown
+from transport.messages import PROTOCOL_VERSION, Register
+
+_WATCH_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWorker:
+    device: Device
+    child: Child
+
+
+class Node:
+    """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself."""
+
+    def __init__(self, *, control: str, logs: Path, on_exit: Callable[[int, PotluckError], None]) -> None:
+        self._control = control
+        self._logs = logs
+        self._on_exit = on_exit
+        self._stopping = threading.Event()
+        self.workers: list[NodeWorker] = []
+
+    def start(self, devices: Sequence[Device], *, remove: Path | None = None) -> None:
+        """One worker a device. `remove` is the folder that they delete should this process crash."""
+        for device in devices:
+            arguments = ["--control", self._control, "--register", _register_json(device)]
+            if remove is not None:
+                arguments += ["--remove", str(remove)]
+            log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
+            log.unlink(missing_ok=True)
+            child = Child("shard.worker", arguments, log=log, threads=device.threads)
+            self.workers.append(NodeWorker(device=device, child=child))
+        threading.Thread(target=self._watch, name="node", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        stop_all(worker.child for worker in self.workers)
+
+    def all_gone(self) -> bool:
+        return all(worker.child.exit_code() is not None for worker in self.workers)
+
+    def _watch(self) -> None:
+        running = list(self.workers)
+        while running and not self._stopping.is_set():
+            for worker in list(running):
+                code = worker.child.exit_code()
+                if code is not None and not self._stopping.is_set():
+                    running.remove(worker)
+                    self._on_exit(worker.child.pid, _exit_error(worker, code))
+            time.sleep(_WATCH_INTERVAL_S)
+
+
+def _exit_error(worker: NodeWorker, code: int) -> PotluckError:
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    hint = f"its log: {worker.child.log}"
+    if code == -9:
+        hint = f"if you did not kill it, the system was out of memory: lower --context or --memory; {hint}"
+    return RingDown(f"the worker of {worker.device.name} {how}", hint=hint)
+
+
+def _register_json(device: Device) -> str:
+    register = Register(
+        version=PROTOCOL_VERSION,
+        device=device.name,
+        backend=device.backend,
+        kind=device.kind,
+        host=device.host,
+        pid=0,
+        threads=device.threads,
+        free_bytes=device.free_bytes,
+        total_bytes=device.total_bytes,
+        memory_pool=device.memory_pool,
+        bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
+        compute_dtype=device.compute_dtype,
+    )
+    return msgspec.json.encode(register).decode()

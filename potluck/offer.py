@@ -1,0 +1,30 @@
+"""What this host's devices are, under the names they will have in the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from devices.device import Device
+from devices.discover import default_devices, device_requests
+from devices.probe_all import probe_devices
+from potluck.config import Settings
+from potluck.paths import probe_cache_file
+from transport.errors import ConfigError
+
+
+def offered_devices(settings: Settings, *, say: Callable[[str], object], prefix: str | None = None) -> list[Device]:
+    """Probe them, within the owner's caps. A device that can't be probed is left out and named.
+
+    Raises ConfigError if none is left.
+    """
+    texts = settings.devices or default_devices()
+    requests = device_requests(texts, threads=settings.threads, memory_bytes=settings.memory_bytes)
+    found = probe_devices(requests, probe_cache_file())
+    for left_out in found.left_out:
+        say(f"[yellow]Left out {left_out.name}:[/yellow] {left_out.reason}")
+    if not found.devices:
+        raise ConfigError("no device of this host can be used", hint="see the reasons above, or choose one with --device")
+    if prefix is None:
+        return list(found.devices)
+    return [replace(device, name=f"{prefix}/{device.name}") for device in found.devices]

@@ -1,0 +1,57 @@
+"""Where Potluck keeps things on this host. `POTLUCK_HOME` and `POTLUCK_RUNTIME` move them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_config_dir, user_data_dir
+
+from transport.errors import ConfigError
+
+# A Unix socket's path has at most 107 bytes; the longest name below a run folder is "/engine-000".
+_MAX_SOCKET_PATH_BYTES = 107
+_LONGEST_SOCKET_NAME_BYTES = 24
+
+
+def home_dir() -> Path:
+    """Models, probe results and logs."""
+    return Path(os.environ.get("POTLUCK_HOME") or user_data_dir("potluck"))
+
+
+def config_file() -> Path:
+    return Path(os.environ.get("POTLUCK_CONFIG") or Path(user_config_dir("potluck")) / "config.toml")
+
+
+def logs_dir() -> Path:
+    path = home_dir() / "logs"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def probe_cache_file() -> Path:
+    return home_dir() / "probe.json"
+
+
+def runtime_dir() -> Path:
+    """A folder that only this user can enter, for sockets and the file that says which head runs.
+
+    Raises ConfigError if it belongs to someone else, is open to others, or is too deep for a socket's path.
+    """
+    base = os.environ.get("POTLUCK_RUNTIME")
+    if base:
+        path = Path(base)
+    elif os.environ.get("XDG_RUNTIME_DIR"):
+        path = Path(os.environ["XDG_RUNTIME_DIR"]) / "potluck"
+    else:
+        path = Path(tempfile.gettempdir()) / f"potluck-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise ConfigError(f"{path} belongs to another user", hint="set POTLUCK_RUNTIME to a folder of your own")
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    if len(os.fsencode(path)) + len(f"/run-{os.getpid()}") + _LONGEST_SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(f"{path} is too long for a socket's path", hint="set POTLUCK_RUNTIME to a shorter folder")
+    return path

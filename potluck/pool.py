@@ -1,0 +1,187 @@
+"""The workers that have registered with this head, what they report, and whether they are still there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from transport.control import ControlServer, Peer
+from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
+from transport.messages import (
+    ControlMessage,
+    Load,
+    Loaded,
+    Loading,
+    Register,
+    Stats,
+    StatsRequest,
+    Stop,
+    WorkerFault,
+)
+
+
+@dataclass(slots=True)
+class PoolWorker:
+    """One device's worker as the head sees it. `fault` is set once and means: it can't be used until it loads anew."""
+
+    peer: Peer
+    loading: Loading | None = None
+    loaded: Loaded | None = None
+    fault: PotluckError | None = None
+    stats: Stats | None = None
+    last_progress_s: float = 0.0
+
+    @property
+    def register(self) -> Register:
+        return self.peer.register
+
+
+class Pool:
+    """Owns the control socket. `on_fault(worker, error)` is called once for a worker of a running ring that fails."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        run_dir: Path,
+        *,
+        on_fault: Callable[[PoolWorker, PotluckError], None],
+        on_joined: Callable[[PoolWorker], None],
+    ) -> None:
+        self.endpoint = f"ipc://{run_dir}/control"
+        self._on_fault = on_fault
+        self._on_joined = on_joined
+        self._workers: dict[bytes, PoolWorker] = {}
+        self._changed = threading.Condition()
+        self._stats_token = 0
+        self._server = ControlServer(context, self.endpoint, on_message=self._on_message, on_lost=self._on_lost)
+
+    def workers(self) -> list[PoolWorker]:
+        """In order of registration names, so that plans do not depend on who was first."""
+        with self._changed:
+            return sorted(self._workers.values(), key=lambda worker: worker.register.device)
+
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Raises DeadlineExceeded."""
+        with self._changed:
+            if not self._changed.wait_for(ready, timeout_s):
+                raise DeadlineExceeded(f"{what} took more than {timeout_s:.0f} s", hint="see the logs: potluck status")
+
+    def wait_for_devices(self, names: Sequence[str], num_devices: int, timeout_s: float) -> None:
+        """Until the workers called `names` have registered and there are `num_devices` in all."""
+
+        def ready() -> bool:
+            registered = {worker.register.device for worker in self._workers.values()}
+            return registered >= set(names) and len(registered) >= num_devices
+
+        self.wait_for(ready, timeout_s, f"waiting for {max(len(names), num_devices)} devices")
+
+    def load(
+        self,
+        assignments: Sequence[tuple[PoolWorker, Load]],
+        *,
+        tick: Callable[[Sequence[PoolWorker]], None],
+        silence_s: float = 60.0,
+    ) -> None:
+        """Send every worker its load and wait until all have loaded; `tick` is called some times a second meanwhile.
+
+        Raises the first worker's error, or DeadlineExceeded if one reports no progress for `silence_s`.
+        """
+        now_s = time.monotonic()
+        with self._changed:
+            for worker, _ in assignments:
+                worker.loading = worker.loaded = worker.fault = worker.stats = None
+                worker.last_progress_s = now_s
+        for worker, load in assignments:
+            self._server.send(worker.peer, load)
+        workers = [worker for worker, _ in assignments]
+        with self._changed:
+            while not all(worker.loaded for worker in workers):
+                for worker in workers:
+                    if worker.fault is not None:
+                        raise worker.fault
+                    if worker.loaded is None and time.monotonic() - worker.last_progress_s > silence_s:
+                        raise DeadlineExceeded(
+                            f"{worker.register.device} made no progress in loading for {silence_s:.0f} s",
+                            hint="its log says more: potluck status",
+                        )
+                tick(workers)
+                self._changed.wait(0.1)
+        tick(workers)
+
+    def request_stats(self, workers: Sequence[PoolWorker], timeout_s: float = 2.0) -> None:
+        """Ask for fresh `stats`; a worker that does not answer in time keeps its old ones."""
+        with self._changed:
+            self._stats_token += 1
+            token = self._stats_token
+        for worker in workers:
+            self._server.send(worker.peer, StatsRequest(token))
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(worker.stats is not None and worker.stats.token >= token for worker in workers), timeout_s
+            )
+
+    def report_exit(self, pid: int, error: PotluckError) -> None:
+        """A worker process of this host has ended: known sooner than by its silence."""
+        with self._changed:
+            gone = [worker for worker in self._workers.values() if worker.register.pid == pid]
+        for worker in gone:
+            self._fail(worker, error)
+            with self._changed:
+                self._workers.pop(worker.peer.identity, None)
+
+    def close(self, reason: str) -> None:
+        for worker in self.workers():
+            self._server.send(worker.peer, Stop(reason))
+        self._server.close()
+
+    def _on_message(self, peer: Peer, message: ControlMessage) -> None:
+        with self._changed:
+            worker = self._workers.get(peer.identity)
+        match message:
+            case Register():
+                self._add(PoolWorker(peer=peer))
+            case WorkerFault(code=code, message=text, hint=hint) if worker is not None:
+                error = error_from_code(code, f"{worker.register.device}: {text}", hint)
+                self._fail(worker, error)
+            case Loading() if worker is not None:
+                with self._changed:
+                    worker.loading, worker.last_progress_s = message, time.monotonic()
+                    self._changed.notify_all()
+            case Loaded() if worker is not None:
+                with self._changed:
+                    worker.loaded, worker.last_progress_s = message, time.monotonic()
+                    self._changed.notify_all()
+            case Stats() if worker is not None:
+                with self._changed:
+                    worker.stats = message
+                    self._changed.notify_all()
+
+    def _add(self, worker: PoolWorker) -> None:
+        taken = {other.register.device for other in self._workers.values()}
+        if worker.register.device in taken:
+            self._server.send(worker.peer, Stop(f"a device called {worker.register.device} is in the pool already"))
+            return
+        with self._changed:
+            self._workers[worker.peer.identity] = worker
+            self._changed.notify_all()
+        self._on_joined(worker)
+
+    def _on_lost(self, peer: Peer) -> None:
+        with self._changed:
+            worker = self._workers.pop(peer.identity, None)
+        if worker is not None:
+            self._fail(worker, RingDown(f"{worker.register.device} went silent", hint="is its host asleep?"))
+
+    def _fail(self, worker: PoolWorker, error: PotluckError) -> None:
+        with self._changed:
+            first = worker.fault is None
+            if first:
+                worker.fault = error
+            self._changed.notify_all()
+        if first:
+            self._on_fault(worker, error)

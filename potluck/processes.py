@@ -1,0 +1,89 @@
+"""Child processes that can't outlive their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_TERMINATE_AFTER_S = 1.5
+_KILL_AFTER_S = 1.0
+
+
+class Child:
+    """A Python module run as a process, with a lifeline on its standard input (see `transport.lifeline`).
+
+    Its own session, so that a Ctrl-C in the terminal reaches only the parent, which then stops it in order.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1) -> None:
+        self.log = log
+        count = str(threads)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for the signal that ended it."""
+        return self._process.poll()
+
+    def last_words(self) -> str:
+        """The last line of its log, for an error message."""
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            if lines:
+                return lines[-1]
+        return ""
+
+    def end_lifeline(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def terminate(self) -> None:
+        if self.exit_code() is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        if self.exit_code() is None:
+            self._process.kill()
+
+    def wait(self, timeout_s: float) -> bool:
+        try:
+            self._process.wait(max(0.0, timeout_s))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def stop_all(children: Iterable[Child]) -> None:
+    """Give children that were asked to stop a moment, then end them. Returns within about 3 s."""
+    children = list(children)
+    for action, patience_s in ((Child.end_lifeline, _TERMINATE_AFTER_S), (Child.kill, _KILL_AFTER_S)):
+        for child in children:
+            action(child)
+        deadline = time.monotonic() + patience_s
+        for child in children:
+            child.wait(deadline - time.monotonic())

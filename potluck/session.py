@@ -1,0 +1,62 @@
+"""From settings to a head that serves: the store's model, the head, signals that end it in order."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from potluck.commands.models import pull_with_progress
+from potluck.config import Settings
+from potluck.head import Head
+from potluck.paths import home_dir
+from potluck.store import Store, StoredModel
+from potluck.terminal import head_progress
+from transport.errors import ConfigError
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def model_of(settings: Settings, console: Console) -> StoredModel:
+    """The settings' model, pulled first if it is not in the store. Raises ConfigError if none is named."""
+    if settings.model is None:
+        raise ConfigError("no model is named", hint="say which: potluck up smollm2, or model = in the config file")
+    return pull_with_progress(Store(home_dir()), settings.model, console)
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise one KeyboardInterrupt; what follows it is not interrupted again."""
+    previous = {number: signal.signal(number, _interrupt) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
+    """A head that is up. A signal ends it in order; before it was up it also means exit code 130."""
+    is_up = False
+    try:
+        with ending_signals(), ExitStack() as stack:
+            model = model_of(settings, console)
+            with head_progress(console) as progress:
+                head = stack.enter_context(Head(settings, model, progress))
+            is_up = True
+            yield head
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        if not is_up:
+            raise
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Once: the orderly end takes a few seconds, and a second Ctrl-C must not cut it in half.
+    for ending in _ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,114 @@
+"""The facts of a running head, as `potluck status` and the endpoint's status route give them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from potluck.paths import logs_dir
+
+if TYPE_CHECKING:
+    from potluck.head import Head
+    from potluck.pool import PoolWorker
+    from potluck.ring import Ring, RingStage
+
+
+class StageReport(Struct, frozen=True, kw_only=True):
+    """One stage: `ms_per_token` is compute per decode step since the last load, None before the first."""
+
+    stage: int
+    device: str
+    backend: str
+    kind: str
+    first: int
+    last: int
+    dtype: str
+    weights_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    sequences: int
+    rss_bytes: int
+    ms_per_token: float | None
+    pid: int
+    fault: str | None
+
+
+class DeviceReport(Struct, frozen=True, kw_only=True):
+    """A device of the pool that is not in the ring."""
+
+    device: str
+    backend: str
+    free_bytes: int
+    bandwidth_bytes_per_s: float
+    reason: str
+
+
+class StatusReport(Struct, frozen=True, kw_only=True):
+    """`state` is "starting", "ready" or "down"; `error` says why it is down."""
+
+    model: str
+    url: str
+    state: str
+    error: str | None
+    hint: str | None
+    pid: int
+    engine_pid: int | None
+    context_tokens: int
+    kv_capacity_tokens: int
+    stages: list[StageReport]
+    idle_devices: list[DeviceReport]
+    logs: str
+
+
+def stage_report(stage: RingStage, dtype: str) -> StageReport:
+    worker, register = stage.worker, stage.worker.register
+    stats, loaded = worker.stats, worker.loaded
+    return StageReport(
+        stage=stage.index,
+        device=register.device,
+        backend=register.backend,
+        kind=register.kind,
+        first=stage.first,
+        last=stage.last,
+        dtype=dtype,
+        weights_bytes=loaded.weights_bytes if loaded else 0,
+        kv_bytes=stats.kv_bytes if stats else 0,
+        kv_tokens=stats.kv_tokens if stats else 0,
+        sequences=stats.sequences if stats else 0,
+        rss_bytes=stats.rss_bytes if stats else 0,
+        ms_per_token=stats.decode_s / stats.decode_steps * 1000 if stats and stats.decode_steps else None,
+        pid=register.pid,
+        fault=worker.fault.message if worker.fault else None,
+    )
+
+
+def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> StatusReport:
+    stages = ring.stages if ring is not None else ()
+    used = {stage.worker.register.device for stage in stages}
+    reasons = dict(ring.plan.left_out) if ring is not None else {}
+    return StatusReport(
+        model=head.model.name,
+        url=head.url,
+        state=head.state,
+        error=ring.error.message if ring is not None and ring.error else None,
+        hint=(ring.error.hint or None) if ring is not None and ring.error else None,
+        pid=os.getpid(),
+        engine_pid=ring.engine_pid if ring is not None else None,
+        context_tokens=ring.plan.context_tokens if ring is not None else 0,
+        kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
+        stages=[stage_report(stage, ring.plan.stages[stage.index].compute_dtype) for stage in stages if ring],
+        idle_devices=[
+            DeviceReport(
+                device=worker.register.device,
+                backend=worker.register.backend,
+                free_bytes=worker.register.free_bytes,
+                bandwidth_bytes_per_s=worker.register.bandwidth_bytes_per_s,
+                reason=reasons.get(worker.register.device, "joined after the ring was loaded"),
+            )
+            for worker in workers
+            if worker.register.device not in used
+        ],
+        logs=str(logs_dir()),
+    )

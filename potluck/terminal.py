@@ -1,0 +1,77 @@
+"""What a user sees in a terminal: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from potluck.head import Progress as HeadProgress
+from potluck.pool import PoolWorker
+from potluck.status import StatusReport
+
+data = Console()
+errors = Console(stderr=True)
+
+
+def gib(num_bytes: float) -> str:
+    """"1.5 GiB", "57 MiB"."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+@contextmanager
+def head_progress(console: Console) -> Iterator[HeadProgress]:
+    """Lines of what happens, and one bar a stage while weights load."""
+    bars = Progress(
+        TextColumn("  {task.description}"), BarColumn(), DownloadColumn(binary_units=True), console=console, transient=True
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
+    def tick(workers: Sequence[PoolWorker]) -> None:
+        for worker in workers:
+            name = worker.register.device
+            if worker.loading is None:
+                continue
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=worker.loading.total_bytes)
+            bars.update(tasks[name], completed=worker.loading.read_bytes, total=worker.loading.total_bytes)
+
+    with bars:
+        yield HeadProgress(say=say, tick=tick)
+
+
+def stage_table(report: StatusReport) -> Table:
+    """The ring's stages, one a row."""
+    table = Table(title=f"{report.model}: {report.state}", title_justify="left")
+    for heading, justify in (
+        ("stage", "right"),
+        ("device", "left"),
+        ("backend", "left"),
+        ("layers", "left"),
+        ("weights", "right"),
+        ("KV", "right"),
+        ("resident", "right"),
+        ("ms/token", "right"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for stage in report.stages:
+        table.add_row(
+            str(stage.stage),
+            stage.device,
+            stage.backend,
+            f"{stage.first}–{stage.last - 1}",
+            gib(stage.weights_bytes),
+            gib(stage.kv_bytes),
+            gib(stage.rss_bytes),
+            f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
+        )
+    return table
+
+
+Say = Callable[[str], None]
