@@ -23,7 +23,7 @@ from potluck.head_file import HeadFacts, HeadFile
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
-from potluck.planning import plan_for
+from potluck.planning import device_of, plan_for
 from potluck.pool import Pool, PoolWorker
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
@@ -134,20 +134,17 @@ class Head:
         self._node.start(devices, remove=self._run_dir)
         names = self._local_names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
-        if len(names) < settings.wait_for_devices:
-            self._progress.say(
-                f"Waiting for {settings.wait_for_devices - len(names)} more devices: run potluck join in another terminal"
-            )
+        missing = settings.wait_for_devices - len(names)
+        if missing > 0:
+            self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
             self._pool.wait_for_devices(names, settings.wait_for_devices, _JOIN_TIMEOUT_S)
 
     def _bring_up(self) -> None:
         self.state = "starting"
         self._epoch += 1
-        registers = [worker.register for worker in self._usable_workers()]
-        self.plan = plan_for(self.model.spec, registers, self._settings)
-        self.ring = Ring(
-            self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch
-        )
+        devices = [device_of(worker.register) for worker in self._usable_workers()]
+        self.plan = plan_for(self.model, devices, self._settings)
+        self.ring = Ring(self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch)
         self._stack.callback(self.ring.take_down)
         self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
         self.ring.bring_up(self._progress.tick)
@@ -194,4 +191,3 @@ class Head:
     def _on_joined(self, worker: PoolWorker) -> None:
         if self.state != "starting":
             self._events.put(worker)
-

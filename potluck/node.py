@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 
 from devices.device import Device
+from potluck.planning import register_of
 from potluck.processes import Child, stop_all
 from transport.errors import PotluckError, RingDown
-from transport.messages import PROTOCOL_VERSION, Register
 
 _WATCH_INTERVAL_S = 0.1
 
@@ -37,7 +37,7 @@ class Node:
     def start(self, devices: Sequence[Device], *, remove: Path | None = None) -> None:
         """One worker a device. `remove` is the folder that they delete should this process crash."""
         for device in devices:
-            arguments = ["--control", self._control, "--register", _register_json(device)]
+            arguments = ["--control", self._control, "--register", msgspec.json.encode(register_of(device)).decode()]
             if remove is not None:
                 arguments += ["--remove", str(remove)]
             log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
@@ -70,21 +70,3 @@ def _exit_error(worker: NodeWorker, code: int) -> PotluckError:
     if code == -9:
         hint = f"if you did not kill it, the system was out of memory: lower --context or --memory; {hint}"
     return RingDown(f"the worker of {worker.device.name} {how}", hint=hint)
-
-
-def _register_json(device: Device) -> str:
-    register = Register(
-        version=PROTOCOL_VERSION,
-        device=device.name,
-        backend=device.backend,
-        kind=device.kind,
-        host=device.host,
-        pid=0,
-        threads=device.threads,
-        free_bytes=device.free_bytes,
-        total_bytes=device.total_bytes,
-        memory_pool=device.memory_pool,
-        bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
-        compute_dtype=device.compute_dtype,
-    )
-    return msgspec.json.encode(register).decode()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from devices.device import Device
 from devices.discover import default_devices, device_requests
-from devices.probe_all import probe_devices
+from devices.probes import probe_devices
 from potluck.config import Settings
 from potluck.paths import probe_cache_file
 from transport.errors import ConfigError
@@ -24,7 +24,9 @@ def offered_devices(settings: Settings, *, say: Callable[[str], object], prefix:
     for left_out in found.left_out:
         say(f"[yellow]Left out {left_out.name}:[/yellow] {left_out.reason}")
     if not found.devices:
-        raise ConfigError("no device of this host can be used", hint="see the reasons above, or choose one with --device")
+        raise ConfigError(
+            "no device of this host can be used", hint="see the reasons above, or choose one with --device"
+        )
     if prefix is None:
         return list(found.devices)
     return [replace(device, name=f"{prefix}/{device.name}") for device in found.devices]

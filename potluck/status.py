@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StageReport(Struct, frozen=True, kw_only=True):
-    """One stage: `ms_per_token` is compute per decode step since the last load, None before the first."""
+    """One stage: `ms_per_token` is the median compute of its last decode steps, None before the first."""
 
     stage: int
     device: str
@@ -78,7 +78,7 @@ def stage_report(stage: RingStage, dtype: str) -> StageReport:
         kv_tokens=stats.kv_tokens if stats else 0,
         sequences=stats.sequences if stats else 0,
         rss_bytes=stats.rss_bytes if stats else 0,
-        ms_per_token=stats.decode_s / stats.decode_steps * 1000 if stats and stats.decode_steps else None,
+        ms_per_token=stats.decode_p50_s * 1000 if stats and stats.decode_steps else None,
         pid=register.pid,
         fault=worker.fault.message if worker.fault else None,
     )
@@ -87,7 +87,7 @@ def stage_report(stage: RingStage, dtype: str) -> StageReport:
 def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> StatusReport:
     stages = ring.stages if ring is not None else ()
     used = {stage.worker.register.device for stage in stages}
-    reasons = dict(ring.plan.left_out) if ring is not None else {}
+    reasons = {device.name: device.reason for device in ring.plan.left_out} if ring is not None else {}
     return StatusReport(
         model=head.model.name,
         url=head.url,

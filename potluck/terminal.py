@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,7 +18,7 @@ errors = Console(stderr=True)
 
 
 def gib(num_bytes: float) -> str:
-    """"1.5 GiB", "57 MiB"."""
+    """ "1.5 GiB", "57 MiB"."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
@@ -26,7 +26,11 @@ def gib(num_bytes: float) -> str:
 def head_progress(console: Console) -> Iterator[HeadProgress]:
     """Lines of what happens, and one bar a stage while weights load."""
     bars = Progress(
-        TextColumn("  {task.description}"), BarColumn(), DownloadColumn(binary_units=True), console=console, transient=True
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        console=console,
+        transient=True,
     )
     tasks: dict[str, TaskID] = {}
 
@@ -72,6 +76,3 @@ def stage_table(report: StatusReport) -> Table:
             f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
         )
     return table
-
-
-Say = Callable[[str], None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,15 @@ from transport.errors import PotluckError, StageFailed
 from transport.link import Received, Receiver, Sender
 from transport.messages import DataMessage, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
 
-WIRE_NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+WIRE_NUMPY: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 _POLL_S = 1.0
+
+
+_RECENT_STEPS = 512
 
 
 @dataclass(slots=True)
@@ -27,6 +36,13 @@ class StageClock:
     decode_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    recent_decode_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+
+    @property
+    def decode_p50_s(self) -> float:
+        """Median of the last decode steps; 0 before the first."""
+        recent = list(self.recent_decode_s)
+        return statistics.median(recent) if recent else 0.0
 
     def add(self, entries: tuple[Entry, ...], seconds: float) -> None:
         num_tokens = sum(len(entry.token_ids) for entry in entries)
@@ -36,6 +52,7 @@ class StageClock:
             self.decode_steps += 1
             self.decode_tokens += num_tokens
             self.decode_s += seconds
+            self.recent_decode_s.append(seconds)
         else:
             self.prefill_tokens += num_tokens
             self.prefill_s += seconds
@@ -118,4 +135,4 @@ def _as_array(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, int]) 
 
 def _as_bytes(array: np.ndarray) -> memoryview:
     # A view with a zero in its shape can't be cast.
-    return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")

@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,6 @@ class Worker:
         self._register = register
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._commands: queue.SimpleQueue[Load | Stop] = queue.SimpleQueue()
-        self._interrupt = threading.Event()
         self._receiver: ZmqReceiver | None = None
         self._backend: ShardBackend | None = None
         self._server: StageServer | None = None
@@ -66,7 +64,6 @@ class Worker:
         """Obey the head until it says stop or is gone."""
         while True:
             command = self._commands.get()
-            self._interrupt.clear()
             if isinstance(command, Stop):
                 log.info("stopping: %s", command.reason or "told to")
                 break
@@ -115,7 +112,7 @@ class Worker:
             )
             log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
             try:
-                server.run(self._interrupt.is_set)
+                server.run(self._is_interrupted)
             finally:
                 sender.close()
         finally:
@@ -149,10 +146,12 @@ class Worker:
 
     def _interrupted_by(self, command: Load | Stop) -> None:
         self._commands.put(command)
-        self._interrupt.set()
         receiver = self._receiver
         if receiver is not None:
             receiver.wake()
+
+    def _is_interrupted(self) -> bool:
+        return not self._commands.empty()
 
     def _stats(self, token: int) -> Stats:
         backend, server = self._backend, self._server
@@ -165,6 +164,7 @@ class Worker:
             decode_steps=clock.decode_steps,
             decode_tokens=clock.decode_tokens,
             decode_s=clock.decode_s,
+            decode_p50_s=clock.decode_p50_s,
             prefill_tokens=clock.prefill_tokens,
             prefill_s=clock.prefill_s,
             sequences=backend.num_sequences(),

@@ -227,6 +227,7 @@ class Stats(Struct, frozen=True, tag="stats", kw_only=True):
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    decode_p50_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     sequences: int = 0

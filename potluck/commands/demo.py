@@ -58,7 +58,9 @@ def _ask(head: Head, question: str, console: Console) -> Answer:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     options = {"temperature": 0, "max_tokens": _MAX_TOKENS}
-    answer = ask(head.url, [{"role": "user", "content": question}], model=head.model.name, on_text=show, options=options)
+    answer = ask(
+        head.url, [{"role": "user", "content": question}], model=head.model.name, on_text=show, options=options
+    )
     console.print()
     return answer
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from potluck.head_file import running_head
 from potluck.node import Node
-from potluck.options import ConfigOption, DeviceOption, MemoryOption, ThreadsOption, settings_with
 from potluck.offer import offered_devices
+from potluck.options import ConfigOption, DeviceOption, MemoryOption, ThreadsOption, settings_with
 from potluck.paths import logs_dir
 from potluck.session import ending_signals
 from potluck.terminal import data, gib

@@ -1,0 +1,54 @@
+"""One running demo ring for the tests that only use it; homes of their own for those that break it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.potluck_process import Home, Running, up_arguments
+
+
+@pytest.fixture(scope="session")
+def data_home(smollm2_path: Path) -> Path:
+    """A POTLUCK_HOME that holds the demo model."""
+    return smollm2_path.parents[1]
+
+
+def make_home(data: Path) -> Home:
+    # A socket's path is short: pytest's own temporary folders are not.
+    return Home(data=data, runtime=Path(tempfile.mkdtemp(prefix="plt-")))
+
+
+@pytest.fixture
+def home(data_home: Path) -> Iterator[Home]:
+    """Folders of one test; whatever the test left running is ended."""
+    home = make_home(data_home)
+    yield home
+    for process in home.processes():
+        process.kill()
+    shutil.rmtree(home.runtime, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def demo(data_home: Path) -> Iterator[Running]:
+    """The demo's ring, torch, MLX, torch, serving."""
+    home = make_home(data_home)
+    running = Running(home, *up_arguments())
+    try:
+        running.facts()
+        yield running
+    finally:
+        running.stop()
+        for process in home.processes():
+            process.kill()
+        shutil.rmtree(home.runtime, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def url(demo: Running) -> str:
+    found: str = demo.facts()["url"]
+    return found

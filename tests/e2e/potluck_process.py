@@ -1,0 +1,119 @@
+"""Runs the `potluck` command as a user would, in folders of its own, and looks at what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+READY_S = 120.0
+DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
+COMMAND = [sys.executable, "-P", "-m", "potluck.cli"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """Where one user's Potluck keeps its things: the store may be shared by tests, the sockets may not."""
+
+    data: Path
+    runtime: Path
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "POTLUCK_HOME": str(self.data),
+            "POTLUCK_RUNTIME": str(self.runtime),
+            "POTLUCK_CONFIG": str(self.runtime / "config.toml"),
+            "COLUMNS": "160",
+        }
+
+    def run(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """A command that ends by itself."""
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that was started with these folders, told by its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("POTLUCK_RUNTIME") == str(self.runtime) and process.pid != os.getpid():
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def leftovers(self) -> list[str]:
+        """Processes, and anything but the lock and the config in the runtime folder."""
+        files = [str(path) for path in self.runtime.rglob("*") if path.name not in ("head.lock", "config.toml")]
+        return [" ".join(process.cmdline()) for process in self.processes()] + files
+
+
+class Running:
+    """A `potluck` command that serves. Its stdout lines of JSON are facts; `stop` ends it as Ctrl-C does."""
+
+    def __init__(self, home: Home, *arguments: str) -> None:
+        self.home = home
+        self.lines: list[str] = []
+        self.log = (home.runtime / "stderr.txt").open("w+")
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            env=home.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def facts(self, timeout_s: float = READY_S) -> dict[str, Any]:
+        """The first JSON object on stdout: the command is up."""
+        wait_until(lambda: bool(self.lines) or self.process.poll() is not None, timeout_s, self.said)
+        assert self.lines, f"ended with {self.process.returncode}: {self.said()}"
+        facts: dict[str, Any] = json.loads(self.lines[0])
+        return facts
+
+    def said(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = 10.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout_s)
+        self.log.close()
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.lines.append(line)
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[], object] = str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {describe()}"
+        time.sleep(0.05)
+
+
+def up_arguments(*extra: str, devices: Sequence[str] = DEMO_DEVICES) -> list[str]:
+    return ["up", "smollm2", *devices, "--use-all", "--threads", "1", "--port", "0", "--json", *extra]

@@ -1,0 +1,174 @@
+"""However a head ends, nothing is left; whatever goes wrong while it serves, its clients hear of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
+
+ONE_DEVICE = ("--device", "torch:cpu")
+TWO_DEVICES = ("--device", "torch:cpu", "--device", "torch:cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_however_it_ends(home: Home, number: signal.Signals) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    running.facts()
+    assert len(home.processes()) == 4  # head, engine, two workers
+    started = time.monotonic()
+    running.stop(number)
+    if number == signal.SIGKILL:
+        (home.runtime / "head.json").unlink()  # a plain file, not a head: the next command sees that its lock is free
+    wait_until(lambda: home.leftovers() in ([], [str(home.runtime / "stderr.txt")]), 5.0, home.leftovers)
+    assert time.monotonic() - started < 5.0
+
+
+def test_nothing_is_left_when_it_is_interrupted_while_loading(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    wait_until(lambda: len(home.processes()) >= 3, 60.0)
+    running.stop(signal.SIGINT)
+    wait_until(lambda: home.leftovers() == [str(home.runtime / "stderr.txt")], 5.0, home.leftovers)
+
+
+def test_a_second_head_says_which_one_runs(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=ONE_DEVICE))
+    facts = running.facts()
+    second = home.run(*up_arguments(devices=ONE_DEVICE))
+    assert second.returncode == 1
+    assert facts["url"] in second.stderr
+    assert str(running.process.pid) in second.stderr
+    status = home.run("status", "--json")
+    assert json.loads(status.stdout)["state"] == "ready"
+    running.stop()
+    after = home.run("status")
+    assert after.returncode == 1
+    assert "no head runs" in after.stderr
+
+
+def test_a_port_in_use(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = home.run("up", "smollm2", "--device", "torch:cpu", "--port", str(port))
+    assert done.returncode == 1
+    assert str(port) in done.stderr
+    assert "hint" in done.stderr
+    assert home.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["up", "no-such-model"], ["no-such-model", "hint"]),
+        (["up", "file:/no/such/file.gguf"], ["/no/such/file.gguf"]),
+        (["up", "smollm2", "--context", "1000000"], ["1000000", "hint"]),
+        (["up", "smollm2", "--device", "torch:cpu", "--memory", "50MB"], ["GiB", "hint"]),
+        (["up", "smollm2", "--device", "abacus"], ["abacus", "hint"]),
+        (["up", "smollm2", "--memory", "lots"], ["lots", "hint"]),
+        (["up", "smollm2", "--port", "99999"], ["99999"]),
+        (["up"], ["no model", "hint"]),
+        (["join"], ["no head runs", "hint"]),
+        (["chat"], ["no head runs", "hint"]),
+        (["rm", "no-such-model"], ["no-such-model"]),
+        (["show", "no-such-model"], ["no-such-model"]),
+        (["pull", "pypi:no such thing"], ["no such thing"]),
+        (["plan", "smollm2", "--memory", "50MB", "--device", "torch:cpu"], ["GiB", "hint"]),
+    ],
+)
+def test_bad_input_ends_with_the_next_step(home: Home, arguments: list[str], words: list[str]) -> None:
+    done = home.run(*arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert home.leftovers() == []
+
+
+def test_a_bad_config_file(home: Home) -> None:
+    (home.runtime / "config.toml").write_text("prot = 1\n")
+    done = home.run("up", "smollm2")
+    assert done.returncode == 1
+    assert "prot" in done.stderr
+    assert "port" in done.stderr
+
+
+def stream_lines(url: str, found: list[str]) -> None:
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Write a very long story."}],
+        "max_tokens": 1500,
+        "stream": True,
+        "logit_bias": {"2": -100},
+    }
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+        found.extend(line for line in response.iter_lines() if line.startswith("data:"))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_worker_that_dies_ends_its_requests_and_the_ring(home: Home, stage: int) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    facts = running.facts()
+    url = facts["url"]
+    lines: list[str] = []
+    thread = threading.Thread(target=stream_lines, args=(url, lines))
+    thread.start()
+    time.sleep(2.0)
+    os.kill(facts["stages"][stage]["pid"], signal.SIGKILL)
+    thread.join(20.0)
+    assert not thread.is_alive()
+    last = json.loads(lines[-1].removeprefix("data:"))
+    assert last["error"]["code"] == "ring_down"
+    assert not any("[DONE]" in line for line in lines)
+
+    def health() -> Any:
+        return httpx.get(f"{url}/health", timeout=5)
+
+    wait_until(lambda: health().status_code == 503, 10.0)
+    refused = httpx.post(
+        f"{url}/v1/chat/completions", json={"model": "smollm2", "messages": [{"role": "user", "content": "hi"}]}
+    )
+    assert refused.status_code == 503
+    status = json.loads(home.run("status", "--json").stdout)
+    assert status["state"] == "down"
+    assert "signal 9" in status["error"]
+    assert "signal 9" in running.said()
+    running.stop()
+
+
+def test_a_wedged_worker_at_load_is_not_waited_for_when_interrupted(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    wait_until(lambda: len(home.processes()) >= 3, 60.0)
+    for process in home.processes():
+        if "shard.worker" in " ".join(process.cmdline()):
+            process.suspend()
+    time.sleep(0.5)
+    running.stop(signal.SIGTERM)
+    wait_until(lambda: home.leftovers() == [str(home.runtime / "stderr.txt")], 5.0, home.leftovers)
+
+
+def test_a_device_joins_and_leaves(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=ONE_DEVICE))
+    url = running.facts()["url"]
+    joined = Running(home, "join", "--device", "torch:cpu", "--threads", "1", "--name", "second")
+
+    def stages() -> list[dict[str, Any]]:
+        report: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=10).json()
+        return report["stages"] if report["state"] == "ready" else []
+
+    wait_until(lambda: len(stages()) == 2, 90.0, running.said)
+    assert stages()[1]["device"] == "second/cpu"
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    joined.stop()
+    wait_until(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 503, 15.0)
+    running.stop()
