@@ -1,0 +1,145 @@
+"""The engine's end of the ring: numbered steps out, their results in, and a deadline on every one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from potluck.engine.limits import StepDeadlines
+from potluck.engine.scheduler import StepPlan
+from transport.errors import BadMessage, DeadlineExceeded
+from transport.link import Receiver, Sender
+from transport.messages import Failed, Fence, Result, Sampled, SequenceId, Tokens
+
+_RECENT_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    plan: StepPlan
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed:
+    """A stage could not run the step; later steps go on."""
+
+    plan: StepPlan
+    failed: Failed
+
+
+class ProgressClock:
+    """How long the ring may take, from how long it took: the slowest of the last steps, per token."""
+
+    def __init__(self, deadlines: StepDeadlines) -> None:
+        self._deadlines = deadlines
+        self._seconds_per_token: deque[float] = deque(maxlen=_RECENT_STEPS)
+
+    def note(self, seconds: float, num_tokens: int) -> None:
+        if num_tokens:
+            self._seconds_per_token.append(seconds / num_tokens)
+
+    def allowance_s(self, num_tokens: int) -> float:
+        """Seconds until the next step must come back, with `num_tokens` in flight."""
+        limits = self._deadlines
+        if not self._seconds_per_token:
+            return limits.first_s
+        return min(limits.max_s, max(limits.min_s, limits.factor * max(self._seconds_per_token) * num_tokens))
+
+
+class Ring:
+    """One thread owns it. Steps come back in the order they were sent; anything else is a fault of the ring."""
+
+    def __init__(
+        self, sender: Sender, receiver: Receiver, fence: Fence, deadlines: StepDeadlines, clock: Callable[[], float]
+    ) -> None:
+        self._sender = sender
+        self._receiver = receiver
+        self._fence = fence
+        self._clock = clock
+        self._progress = ProgressClock(deadlines)
+        self._in_flight: deque[tuple[int, StepPlan]] = deque()
+        self._next_step = 0
+        self._progress_s = 0.0
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def send(self, plan: StepPlan) -> int:
+        """Number the step and send it. Raises RingDown."""
+        if not self._in_flight:
+            self._progress_s = self._clock()
+        step = self._next_step
+        self._next_step += 1
+        self._in_flight.append((step, plan))
+        self._sender.send(Tokens(self._fence, step, plan.ops, plan.entries))
+        return step
+
+    def receive(self, idle_s: float) -> StepDone | StepFailed | None:
+        """The next step that came back; None after `idle_s` or a wake.
+
+        Raises RingDown if a neighbour is gone, BadMessage if an answer does not fit its question, DeadlineExceeded if
+        the ring has made no progress for too long.
+        """
+        remaining_s = self._remaining_s()
+        received = self._receiver.receive(idle_s if remaining_s is None else max(0.0, min(idle_s, remaining_s)))
+        if received is None:
+            remaining_s = self._remaining_s()
+            if remaining_s is not None and remaining_s <= 0:
+                raise DeadlineExceeded(
+                    f"step {self._in_flight[0][0]} has not come back {self._clock() - self._progress_s:.0f} s after "
+                    "the last sign of progress",
+                    hint="a device may be asleep, swapping or overloaded: look at it, then start again",
+                )
+            return None
+        match received.message:
+            case Sampled(fence=fence, step=step, results=results) if fence == self._fence:
+                plan = self._take(step)
+                if plan is None:
+                    return None
+                _check_results(step, plan, results)
+                return StepDone(plan=plan, results=results)
+            case Failed(fence=fence, step=step) as failed if fence == self._fence:
+                plan = self._take(step)
+                return None if plan is None else StepFailed(plan=plan, failed=failed)
+            case _:
+                return None  # another life of the ring, or a greeting
+
+    def abandon(self) -> None:
+        """Expect nothing any more."""
+        self._in_flight.clear()
+
+    def _remaining_s(self) -> float | None:
+        """Until the deadline; None if nothing is in flight."""
+        if not self._in_flight:
+            return None
+        num_tokens = sum(plan.num_tokens for _, plan in self._in_flight)
+        return self._progress_s + self._progress.allowance_s(num_tokens) - self._clock()
+
+    def _take(self, step: int) -> StepPlan | None:
+        """The step that came back; None for a duplicate."""
+        if not self._in_flight or step < self._in_flight[0][0]:
+            return None
+        expected, plan = self._in_flight[0]
+        if step != expected:
+            raise BadMessage(f"step {step} came back before step {expected}")
+        self._in_flight.popleft()
+        now_s = self._clock()
+        self._progress.note(now_s - self._progress_s, plan.num_tokens)
+        self._progress_s = now_s
+        return plan
+
+
+def _check_results(step: int, plan: StepPlan, results: tuple[Result, ...]) -> None:
+    asked = {
+        (entry.sequence, entry.start + len(entry.token_ids)): entry.num_logits
+        for entry in plan.entries
+        if entry.num_logits
+    }
+    got: dict[tuple[SequenceId, int], int] = {
+        (result.sequence, result.position): len(result.tokens) for result in results
+    }
+    if got != asked or len(results) != len(asked):
+        raise BadMessage(f"step {step} came back with other results than it asked for: {got} instead of {asked}")

@@ -1,0 +1,146 @@
+"""The tokenizer of a model folder: chats and texts → ids, and the bytes of ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from potluck.engine.token_bytes import piece_decoder
+from transport.errors import BadCheckpoint, BadRequest
+
+_FALLBACK_ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+_FALLBACK_STOP = "\nUser:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Token ids, and stop strings that the way they were made brings with it."""
+
+    ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+
+
+class Tokenizer:
+    """Thread-safe. Implements `potluck.engine.detokenizer.TokenTable`.
+
+    A model without a chat template gets the chat as a script ("User: …\\nAssistant:") and stops where it would write
+    the user's next line.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads tokenizer.json, tokenizer_config.json and the end-of-text ids of the configs. Raises BadCheckpoint."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise BadCheckpoint(
+                f"{folder} has no tokenizer.json", hint="pull the model again, or convert its tokenizer to that format"
+            )
+        try:
+            # Never AutoTokenizer: it picks a class by what the files say, may run their code, and takes twice as long.
+            self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            decoder = self._tokenizer.backend_tokenizer.decoder
+            decoder_json = b"null" if decoder is None else decoder.__getstate__()
+            self._decode_piece: Callable[[str], bytes] | None = piece_decoder(decoder_json)
+        except Exception as error:
+            # The tokenizers library raises a bare Exception for a bad file.
+            raise BadCheckpoint(f"{path} can't be read: {error}", hint="pull the model again") from error
+        added = self._tokenizer.added_tokens_decoder
+        self._added = {int(token_id): str(token.content).encode() for token_id, token in added.items()}
+        self._special = frozenset(int(token_id) for token_id, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        self._size = len(self._tokenizer)
+        self.eos_ids = self._find_eos_ids(folder)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """Raises BadRequest where the model's template refuses the messages.
+
+        Marks like `<|im_end|>` inside a message are encoded as text: a user can't forge a turn.
+        """
+        if not messages:
+            raise BadRequest("messages is empty", hint="send at least one message", param="messages")
+        if not self.has_chat_template:
+            return Prompt(ids=self.encode_text(_as_script(messages)), stop=(_FALLBACK_STOP,))
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise BadRequest(
+                f"the model's chat template refuses these messages: {error}",
+                hint="check the roles and their order: system first, then user and assistant in turn",
+                param="messages",
+            ) from error
+        return Prompt(ids=tuple(ids))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """The text as the model's training began one: with its begin-of-text token, if it has one."""
+        return tuple(self._tokenizer.encode(text))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._read_bytes(token_id)
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
+    def _read_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
+        # A model's vocabulary may be padded beyond the tokenizer's.
+        piece = self._tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self._size else None
+        if piece is None:
+            return b""
+        if self._decode_piece is not None:
+            return self._decode_piece(piece)
+        # What it adds after another token; the same token twice, so that a rule for the first one doesn't count.
+        once, twice = (str(self._tokenizer.decode([token_id] * count)) for count in (1, 2))
+        return twice[len(once) :].encode()
+
+    def _find_eos_ids(self, folder: Path) -> frozenset[int]:
+        found: set[int] = set()
+        if self._tokenizer.eos_token_id is not None:
+            found.add(self._tokenizer.eos_token_id)
+        for name in ("generation_config.json", "config.json"):
+            config = _read_json(folder / name)
+            for part in (config, config.get("text_config") or {}):
+                ids = part.get("eos_token_id")
+                found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not JSON: {error}", hint="pull the model again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _as_script(messages: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for message in messages:
+        role = message.get("role")
+        if role not in _FALLBACK_ROLES:
+            raise BadRequest(
+                f"role {role!r}: this model has no chat template",
+                hint="use the roles system, user and assistant",
+                param="messages",
+            )
+        lines.append(f"{_FALLBACK_ROLES[role]}{message.get('content') or ''}")
+    return "\n".join([*lines, "Assistant:"])
