@@ -1,0 +1,97 @@
+"""Which devices a host offers, and what a user's `--device` strings mean."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from devices.device import Backend, DeviceRequest
+from devices.nvidia import num_visible_gpus
+from transport.errors import ConfigError
+
+_FORM = re.compile(r"(?:(?P<backend>torch|mlx)(?::|$))?(?P<kind>cpu|mps|cuda(?::\d+)?)?")
+_HINT = "write torch:cpu, cuda:0, mps or mlx"
+
+
+def default_devices() -> list[str]:
+    """Every GPU of this host, or else its CPU.
+
+    A CPU beside a GPU is slower by far and is what its owner works with: it takes part when asked for.
+    """
+    num_gpus = num_visible_gpus()
+    if num_gpus:
+        return [f"cuda:{index}" for index in range(num_gpus)]
+    if _is_apple_silicon():
+        return ["mlx"] if importlib.util.find_spec("mlx") else ["mps"]
+    return ["torch:cpu"]
+
+
+def parse_device(text: str) -> tuple[Backend, str]:
+    """ "torch:cpu", "cpu", "cuda", "torch:cuda:1", "mps", "mlx" → backend and the device as it addresses it.
+
+    Raises ConfigError for anything else.
+    """
+    match = _FORM.fullmatch(text.strip().lower())
+    if match is None or not match[0]:
+        raise ConfigError(f"{text!r} is not a device", hint=_HINT)
+    backend, kind = match["backend"], match["kind"]
+    if backend == "mlx":
+        if kind is not None:
+            raise ConfigError(f"{text!r}: MLX has one device, and chooses it itself", hint="write mlx")
+        return "mlx", "mlx"
+    if kind is None:
+        raise ConfigError(f"{text!r} does not say which device torch should use", hint=_HINT)
+    return "torch", "cuda:0" if kind == "cuda" else kind
+
+
+def device_requests(
+    texts: Sequence[str], *, threads: int | None = None, memory_bytes: int | None = None
+) -> list[DeviceRequest]:
+    """Requests with unique names ("cpu-1", "cpu-2" where there are two); `threads` and `memory_bytes` cap each.
+
+    Without `threads`, the devices that compute on the CPU share its cores equally; others need one to be driven.
+    Raises ConfigError for a string that is no device, or a GPU named twice: two workers would only get in each
+    other's way there, while two CPU workers can have cores of their own.
+    """
+    parsed = [parse_device(text) for text in texts]
+    counts = Counter(kind for _, kind in parsed)
+    for kind, count in counts.items():
+        if count > 1 and not _is_on_cpu(kind):
+            raise ConfigError(f"the device {kind} is named {count} times", hint="name each GPU once")
+    num_on_cpu = sum(_is_on_cpu(kind) for _, kind in parsed)
+    share = max(1, _num_cores() // max(1, num_on_cpu))
+    seen: Counter[str] = Counter()
+    requests = []
+    for backend, kind in parsed:
+        seen[kind] += 1
+        default_threads = share if _is_on_cpu(kind) else 1
+        requests.append(
+            DeviceRequest(
+                name=kind if counts[kind] == 1 else f"{kind}-{seen[kind]}",
+                backend=backend,
+                kind=kind,
+                threads=default_threads if threads is None else threads,
+                memory_bytes=memory_bytes,
+            )
+        )
+    return requests
+
+
+def _is_on_cpu(kind: str) -> bool:
+    return kind == "cpu" or (kind == "mlx" and not _is_apple_silicon())
+
+
+def _is_apple_silicon() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _num_cores() -> int:
+    """Cores that this process may use: a container or taskset may allow fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

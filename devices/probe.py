@@ -1,0 +1,74 @@
+"""Measures one device in a process of its own: `python -P -m devices.probe --backend torch --device cpu --json`.
+
+With `--wait`, it says "ready" and starts to measure at the first line on standard input, so that several probes of a
+host measure at the same moment: they share its memory bus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+
+from devices.measure import Bench, Measured, measure
+from transport.errors import PotluckError
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+READY = "ready"
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(arguments.threads)
+    try:
+        bench = _bench(arguments.backend, arguments.device, arguments.threads)
+        if arguments.wait:
+            print(READY, flush=True)
+            if not sys.stdin.readline():
+                return 1  # The parent is gone.
+        measured = measure(bench)
+    except PotluckError as error:
+        return _fail(error.message)
+    except ImportError as error:
+        return _fail(f"{arguments.backend} is not installed ({error})")
+    except (RuntimeError, MemoryError) as error:
+        return _fail(f"{arguments.backend} failed on {arguments.device}: {error}")
+    print(json.dumps(asdict(measured)) if arguments.json else _line(measured), flush=True)
+    return 0
+
+
+def _bench(backend: str, kind: str, threads: int) -> Bench:
+    # Each library only where it is asked for; the thread variables must be set before it is loaded.
+    if backend == "torch":
+        from devices.probe_torch import TorchBench
+
+        return TorchBench(kind, threads)
+    from devices.probe_mlx import MlxBench
+
+    return MlxBench()
+
+
+def _fail(reason: str) -> int:
+    print(" ".join(reason.split()), file=sys.stderr)
+    return 1
+
+
+def _line(measured: Measured) -> str:
+    return f"{measured.bandwidth_bytes_per_s / 1e9:.1f} GB/s in {measured.compute_dtype}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="devices.probe", description="Measure one device.")
+    parser.add_argument("--backend", choices=("torch", "mlx"), required=True)
+    parser.add_argument("--device", required=True, help="cpu, cuda:0, mps or mlx")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--wait", action="store_true", help="measure only once a line comes in")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
