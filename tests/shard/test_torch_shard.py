@@ -126,6 +126,25 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
     assert relative_error(feed(shard, ids, 20, 40), reference[20:]) < 1e-5
 
 
+def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_prompts(4, [SLACK + 100])[ONE]
+    reference = reference_logits(tiny_model("mistral", 1), ids)
+    shard = whole(tiny("mistral"))
+    feed(shard, ids, 0, 40)
+
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise ValueError("broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard._model.model.layers[2].mlp, "forward", broken)
+        with pytest.raises(ValueError, match="broken"):
+            feed(shard, ids, 40, len(ids))
+    assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
+    assert relative_error(feed(shard, ids, 0, len(ids)), reference) < 1e-5
+
+
 def test_half_precision_wire_carries_bits(tiny: Tiny) -> None:
     """bfloat16 compute and wire stay within what 8 bits of mantissa allow over four layers."""
     ids = random_prompts(4, [20])[ONE]
