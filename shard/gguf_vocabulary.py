@@ -17,9 +17,11 @@ UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 _ENDS_OF_TURN = frozenset(
     {
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>",
-        "<|return|>", "<|call|>", "< EOT >", "_<EOT>", "</s>", "<EOT>",
+        "<|return|>", "<|call|>", "< EOT >", "_<EOT>", "<EOT>",
     }
 )  # fmt: skip
+# Tokens that llama.cpp takes for control tokens, whatever a file says that they are.
+_LOOKS_LIKE_CONTROL = _ENDS_OF_TURN | {"</s>"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ class Vocabulary:
         """The end token first, then the other tokens that end a turn."""
         ends = [] if self.eos is None else [self.eos]
         for token, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind in (CONTROL, USER_DEFINED) and text in _ENDS_OF_TURN and token not in ends:
+            if kind == CONTROL and text in _ENDS_OF_TURN and token not in ends:
                 ends.append(token)
         return ends
 
@@ -64,7 +66,7 @@ def vocabulary_from(metadata: Mapping[str, Any]) -> Vocabulary:
         model=_field(metadata, "model", str) or "",
         pre=_field(metadata, "pre", str) or "default",
         tokens=tokens,
-        types=[int(kind) for kind in types],
+        types=[CONTROL if text in _LOOKS_LIKE_CONTROL else int(kind) for text, kind in zip(tokens, types, strict=True)],
         scores=[float(score) for score in scores],
         merges=_strings(metadata, "merges"),
         bos=_token_id(metadata, "bos_token_id", len(tokens)),
