@@ -1,13 +1,15 @@
-"""Where to cut a chain of layers over a chain of devices: exact, by dynamic programming.
+"""Where to cut a chain of layers over a chain of devices, by dynamic programming.
 
 State: the layers placed so far, and the memory used in each pool that several devices share. A state is dropped when
-another at the same layer is no worse in cost and in every pool.
+another at the same layer is no worse in cost and in every pool. Most plans don't touch a pool's limit: those are found
+without that second part, exactly. Where they do, at most `_MAX_FRONT` states are kept at a layer, which is exact for
+small models and a good heuristic for many unequal layers on many devices that share memory.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from devices.device import Device
@@ -16,6 +18,8 @@ from planner.profile import ModelProfile
 Span = tuple[int, int]
 Cost = tuple[int, float]
 Memory = Callable[[Device, int, int], int]
+
+_MAX_FRONT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +41,56 @@ def best_spans(
     `memory(device, first, last)` never shrinks as a span grows.
     """
     counts = Counter(device.memory_pool for device in devices)
-    pools = [pool for pool, count in counts.items() if count > 1]
-    limits = tuple(min(d.total_bytes for d in devices if d.memory_pool == pool) for pool in pools)
+    shared = tuple(pool for pool, count in counts.items() if count > 1)
+    limits = {pool: min(device.total_bytes for device in devices if device.memory_pool == pool) for pool in shared}
+    spans = _search(profile, devices, shares, memory, {}, use_all)
+    if spans is None or _within(limits, devices, spans, memory):
+        return spans
+    return _search(profile, devices, shares, memory, limits, use_all)
+
+
+def _search(
+    profile: ModelProfile,
+    devices: Sequence[Device],
+    shares: Sequence[float],
+    memory: Memory,
+    limits: Mapping[str, int],
+    use_all: bool,
+) -> tuple[Span | None, ...] | None:
+    """The best spans that keep each pool in `limits` within its bytes."""
+    pools = tuple(limits)
     ends = (*profile.legal_cuts, profile.num_layers)
     fronts: dict[int, list[_Path]] = {0: [_Path((0, 0.0), (0,) * len(pools), ())]}
     for device, share in zip(devices, shares, strict=True):
         pool = pools.index(device.memory_pool) if device.memory_pool in pools else None
-        reached: dict[int, list[_Path]] = {}
+        reached: dict[int, list[_Path]] = defaultdict(list)
         for cut, paths in fronts.items():
             for path in paths:
                 skipped = (path.cost[0] + use_all, path.cost[1] + share**2)
-                reached.setdefault(cut, []).append(_Path(skipped, path.used, (*path.spans, None)))
+                reached[cut].append(_Path(skipped, path.used, (*path.spans, None)))
             for end in (end for end in ends if end > cut):
                 needed = memory(device, cut, end)
                 if needed > device.free_bytes:
                     break
                 error = (profile.work_params(cut, end) - share) ** 2
                 for path in paths:
-                    used = path.used if pool is None else _added(path.used, pool, needed)
-                    if all(amount <= limit for amount, limit in zip(used, limits, strict=True)):
-                        cost = (path.cost[0], path.cost[1] + error)
-                        reached.setdefault(end, []).append(_Path(cost, used, (*path.spans, (cut, end))))
-        fronts = {cut: _undominated(paths) for cut, paths in reached.items()}
+                    used = path.used
+                    if pool is not None:
+                        if used[pool] + needed > limits[device.memory_pool]:
+                            continue
+                        used = (*used[:pool], used[pool] + needed, *used[pool + 1 :])
+                    reached[end].append(_Path((path.cost[0], path.cost[1] + error), used, (*path.spans, (cut, end))))
+        fronts = {cut: _thinned(_undominated(paths)) for cut, paths in reached.items()}
     complete = fronts.get(profile.num_layers)
     return min(complete, key=lambda path: path.cost).spans if complete else None
 
 
-def _added(used: tuple[int, ...], pool: int, amount: int) -> tuple[int, ...]:
-    return (*used[:pool], used[pool] + amount, *used[pool + 1 :])
+def _within(limits: Mapping[str, int], devices: Sequence[Device], spans: Sequence[Span | None], memory: Memory) -> bool:
+    used: Counter[str] = Counter()
+    for device, span in zip(devices, spans, strict=True):
+        if span is not None:
+            used[device.memory_pool] += memory(device, *span)
+    return all(used[pool] <= limit for pool, limit in limits.items())
 
 
 def _undominated(paths: list[_Path]) -> list[_Path]:
@@ -72,4 +98,16 @@ def _undominated(paths: list[_Path]) -> list[_Path]:
     for path in sorted(paths, key=lambda path: (path.cost, path.used)):
         if not any(all(a <= b for a, b in zip(other.used, path.used, strict=True)) for other in kept):
             kept.append(path)
+            if not path.used:
+                break
     return kept
+
+
+def _thinned(front: list[_Path]) -> list[_Path]:
+    """At most `_MAX_FRONT` of a front sorted by cost: the thriftiest in each pool, and the rest evenly spread."""
+    if len(front) <= _MAX_FRONT:
+        return front
+    thriftiest = [min(front, key=lambda path: path.used[pool]) for pool in range(len(front[0].used))]
+    step = len(front) / (_MAX_FRONT - len(thriftiest))
+    spread = [front[int(i * step)] for i in range(_MAX_FRONT - len(thriftiest))]
+    return sorted({id(path): path for path in (*thriftiest, *spread)}.values(), key=lambda path: (path.cost, path.used))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 from transport.messages import DTYPE_BYTES, DType
 
@@ -33,7 +35,7 @@ class ModelProfile:
 
     def weights_bytes(self, first: int, last: int, dtype: DType) -> int:
         """Memory for the weights of a stage with layers [first, last)."""
-        total = sum(self.layer_params[first:last])
+        total = _between(self.layer_params, first, last)
         if first == 0:
             total += self.embed_params
         if last == self.num_layers:
@@ -44,15 +46,32 @@ class ModelProfile:
 
     def kv_bytes(self, first: int, last: int, context_tokens: int, concurrency: int, dtype: DType) -> int:
         """Memory for the KV of `concurrency` sequences of `context_tokens` each."""
-        elements = 0
-        for per_token, window in zip(self.kv_elements_per_token[first:last], self.windows[first:last], strict=True):
-            held = context_tokens if window is None else min(context_tokens, window + WINDOW_SLACK_TOKENS)
-            elements += per_token * held
-        return elements * concurrency * DTYPE_BYTES[dtype]
+        held = _held_elements(self.kv_elements_per_token, self.windows, context_tokens)
+        return _between(held, first, last) * concurrency * DTYPE_BYTES[dtype]
 
     def work_params(self, first: int, last: int) -> int:
         """Parameters that a decode step reads: the head is a matrix-vector product, the embedding one row."""
-        total = sum(self.layer_params[first:last])
+        total = _between(self.layer_params, first, last)
         if last == self.num_layers:
             total += self.norm_params + self.head_params
         return total
+
+
+def _between(values: tuple[int, ...], first: int, last: int) -> int:
+    """The sum of values[first:last]. A search asks for every pair, thousands of times."""
+    sums = _running_sums(values)
+    return sums[last] - sums[first]
+
+
+@lru_cache(maxsize=64)
+def _running_sums(values: tuple[int, ...]) -> tuple[int, ...]:
+    return (0, *accumulate(values))
+
+
+@lru_cache(maxsize=64)
+def _held_elements(per_token: tuple[int, ...], windows: tuple[int | None, ...], context_tokens: int) -> tuple[int, ...]:
+    """KV elements of one sequence of `context_tokens`, for each layer."""
+    return tuple(
+        elements * (context_tokens if window is None else min(context_tokens, window + WINDOW_SLACK_TOKENS))
+        for elements, window in zip(per_token, windows, strict=True)
+    )
