@@ -14,8 +14,7 @@ from devices.device import Backend, DeviceRequest
 from devices.nvidia import num_visible_gpus
 from transport.errors import ConfigError
 
-_FORM = re.compile(r"(?:(?P<backend>torch|mlx)(?::|$))?(?P<kind>cpu|mps|cuda(?::\d+)?)?")
-_HINT = "write torch:cpu, cuda:0, mps or mlx"
+_TORCH_DEVICE = re.compile(r"(?:torch:)?(cpu|mps|cuda(?::\d+)?)")
 
 
 def default_devices() -> list[str]:
@@ -36,17 +35,13 @@ def parse_device(text: str) -> tuple[Backend, str]:
 
     Raises ConfigError for anything else.
     """
-    match = _FORM.fullmatch(text.strip().lower())
-    if match is None or not match[0]:
-        raise ConfigError(f"{text!r} is not a device", hint=_HINT)
-    backend, kind = match["backend"], match["kind"]
-    if backend == "mlx":
-        if kind is not None:
-            raise ConfigError(f"{text!r}: MLX has one device, and chooses it itself", hint="write mlx")
+    name = text.strip().lower()
+    if name == "mlx":  # It has one device, and chooses it itself.
         return "mlx", "mlx"
-    if kind is None:
-        raise ConfigError(f"{text!r} does not say which device torch should use", hint=_HINT)
-    return "torch", "cuda:0" if kind == "cuda" else kind
+    match = _TORCH_DEVICE.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a device", hint="write torch:cpu, cuda:0, mps or mlx")
+    return "torch", "cuda:0" if match[1] == "cuda" else match[1]
 
 
 def device_requests(

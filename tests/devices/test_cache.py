@@ -1,0 +1,128 @@
+"""Measurements are remembered for the same set of devices, and a bad cache is only a slow start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from devices import cache
+from devices.cache import probe_devices
+from devices.device import DeviceRequest
+from devices.discover import device_requests
+from devices.measure import Measured
+from devices.nvidia import Gpu
+
+GIB = 2**30
+
+
+@dataclass
+class FakeProber:
+    results: list[Measured | str]
+    calls: list[list[str]] = field(default_factory=list)
+
+    def __call__(self, requests: Sequence[DeviceRequest]) -> list[Measured | str]:
+        self.calls.append([request.name for request in requests])
+        return self.results
+
+
+def _measured(bandwidth: float = 1e9, **changes: object) -> Measured:
+    facts: dict[str, object] = {
+        "bandwidth_bytes_per_s": bandwidth,
+        "compute_dtype": "bfloat16",
+        "uses_host_memory": True,
+        "limit_bytes": None,
+        "gpu": "",
+    }
+    return Measured(**{**facts, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "host_free_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(cache, "gpus", lambda: [Gpu(uuid="GPU-1", free_bytes=3 * GIB)])
+
+
+def test_second_time_from_the_cache_with_fresh_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prober = FakeProber([_measured(2e9), _measured(3e9, compute_dtype="float32")])
+    requests, path = device_requests(["cpu", "mlx"]), tmp_path / "deep" / "probes.json"
+    first = probe_devices(requests, path, prober=prober)
+    monkeypatch.setattr(cache, "host_free_bytes", lambda: 5 * GIB)
+    second = probe_devices(requests, path, prober=prober)
+    assert len(prober.calls) == 1
+    assert [d.bandwidth_bytes_per_s for d in second.devices] == [2e9, 3e9]
+    assert [d.free_bytes for d in (*first.devices, *second.devices)] == [8 * GIB] * 2 + [5 * GIB] * 2
+    assert len({d.memory_pool for d in second.devices}) == 1
+    probe_devices(requests, path, fresh=True, prober=prober)
+    assert len(prober.calls) == 2
+
+
+def test_another_set_of_devices_is_measured_anew(tmp_path: Path) -> None:
+    path = tmp_path / "probes.json"
+    one, two = FakeProber([_measured()]), FakeProber([_measured(), _measured()])
+    probe_devices(device_requests(["cpu"], threads=1), path, prober=one)
+    probe_devices(device_requests(["cpu"], threads=2), path, prober=one)
+    probe_devices(device_requests(["cpu", "cpu"], threads=1), path, prober=two)
+    assert (len(one.calls), len(two.calls)) == (2, 1)
+    probe_devices(device_requests(["cpu"], threads=1), path, prober=one)
+    assert len(one.calls) == 2
+
+
+def test_other_library_versions_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prober = FakeProber([_measured()])
+    probe_devices(device_requests(["cpu"]), tmp_path / "c", prober=prober)
+    monkeypatch.setattr(cache, "_version", lambda package: "99")
+    probe_devices(device_requests(["cpu"]), tmp_path / "c", prober=prober)
+    assert len(prober.calls) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 1, "entries": 3}', '{"version": 0}', "\0\0", "records"])
+def test_a_corrupt_cache_is_measured_again(damage: str, tmp_path: Path) -> None:
+    path, requests, prober = tmp_path / "probes.json", device_requests(["cpu"]), FakeProber([_measured()])
+    probe_devices(requests, path, prober=prober)
+    if damage == "records":
+        data = json.loads(path.read_text())
+        for records in data["entries"].values():
+            records[0]["bandwidth_bytes_per_s"] = -1.0
+        damage = json.dumps(data)
+    path.write_text(damage)
+    assert probe_devices(requests, path, prober=prober).devices
+    assert len(prober.calls) == 2
+    probe_devices(requests, path, prober=prober)
+    assert len(prober.calls) == 2
+
+
+def test_a_cache_that_can_not_be_written_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert probe_devices(device_requests(["cpu"]), tmp_path / "file" / "c", prober=FakeProber([_measured()])).devices
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_probe_leaves_its_device_out_and_is_not_remembered(tmp_path: Path) -> None:
+    prober = FakeProber([_measured(), "no driver"])
+    for _ in range(2):
+        probed = probe_devices(device_requests(["cpu", "cuda:0"]), tmp_path / "c", prober=prober)
+        assert [d.name for d in probed.devices] == ["cpu"]
+        assert [(out.name, out.reason) for out in probed.left_out] == [("cuda:0", "no driver")]
+    assert len(prober.calls) == 2
+
+
+def test_memory_of_a_gpu_is_its_own_and_caps_are_the_owners(tmp_path: Path) -> None:
+    gpu = _measured(uses_host_memory=False, limit_bytes=4 * GIB, gpu="GPU-1", compute_dtype="float16")
+    requests = device_requests(["cpu", "cuda:0"], memory_bytes=2 * GIB)
+    cpu, cuda = probe_devices(requests, tmp_path / "c", prober=FakeProber([_measured(), gpu])).devices
+    assert (cpu.free_bytes, cpu.total_bytes) == (2 * GIB, 8 * GIB)
+    assert (cuda.free_bytes, cuda.total_bytes) == (2 * GIB, 3 * GIB)
+    assert cpu.memory_pool != cuda.memory_pool
+
+
+def test_a_drivers_limit_bounds_unified_memory(tmp_path: Path) -> None:
+    metal = _measured(limit_bytes=6 * GIB)
+    cpu, mlx = probe_devices(
+        device_requests(["cpu", "mlx"]), tmp_path / "c", prober=FakeProber([_measured(), metal])
+    ).devices
+    assert (mlx.free_bytes, mlx.total_bytes) == (6 * GIB, 8 * GIB)
+    assert cpu.memory_pool == mlx.memory_pool
