@@ -1,0 +1,221 @@
+"""The engine's door for clients: one ROUTER, one thread. Requests come in, events go out to who asked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from potluck.engine.book import failure
+from transport.errors import Busy
+from transport.requests import (
+    Aborted,
+    Cancel,
+    ClientMessage,
+    Delta,
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    Finished,
+    Ping,
+    Pong,
+    RequestFailed,
+    Submit,
+)
+from transport.wake import Wake
+from transport.zmq_link import set_options
+
+MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
+_MAX_PREPARING = 64
+_MAX_BACKLOG = 20_000
+_RETRY_MS = 20
+_TICK_MS = 1000
+_NUM_PROBES = 3
+
+log = logging.getLogger("potluck.engine.api")
+
+
+class EngineLike(Protocol):
+    """What the door needs of `potluck.engine.loop.Engine`."""
+
+    def submit(self, submit: Submit) -> None: ...
+
+    def cancel(self, request: str) -> None: ...
+
+    def state_event(self) -> EngineReady | EngineDown | None: ...
+
+    def pong(self) -> Pong: ...
+
+
+@dataclass(slots=True)
+class _Client:
+    """A connection. `backlog` is what its socket would not take yet."""
+
+    identity: bytes
+    backlog: deque[EngineEvent] = field(default_factory=deque)
+    requests: set[str] = field(default_factory=set)
+
+
+class EngineApi:
+    """`emit` is the engine's; `serve` starts answering. A client that goes away takes its requests with it; one that
+    reads too slowly loses them. Neither ever holds up the engine."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.bind(endpoint)
+        self._wake = Wake()
+        self._outbox: deque[EngineEvent] = deque()
+        self._clients: dict[bytes, _Client] = {}
+        self._routes: dict[str, _Client] = {}
+        # One thread: tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair.
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._preparing: dict[str, Future[None]] = {}
+        self._num_probes = 0
+        self._is_closing = False
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._thread: threading.Thread | None = None
+        self.num_refused = 0
+
+    def emit(self, event: EngineEvent) -> None:
+        """Queue an event for whom it concerns. Thread-safe; never blocks."""
+        self._outbox.append(event)
+        self._wake.set()
+
+    def serve(self, engine: EngineLike) -> None:
+        """Start the door's thread."""
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine api", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send what can be sent at once, and close."""
+        self._is_closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(2.0)
+        self._preparer.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, engine: EngineLike) -> None:
+        poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wake.fileno()):
+            poller.register(source, zmq.POLLIN)
+        while not self._is_closing:
+            is_behind = any(client.backlog for client in self._clients.values())
+            ready = dict(poller.poll(_RETRY_MS if is_behind else _TICK_MS))
+            self._wake.clear()
+            if self._socket in ready:
+                self._take(engine)
+            if self._monitor in ready:
+                self._monitor.recv_multipart()
+                self._num_probes = _NUM_PROBES
+            if self._num_probes and not is_behind:
+                self._probe(engine)
+            self._deliver(engine)
+        # LINGER is 0 on every socket: give what was just written a moment to leave.
+        self._socket.close(linger=500)
+        self._monitor.close(0)
+
+    def _take(self, engine: EngineLike) -> None:
+        identity, *frames = self._socket.recv_multipart()
+        try:
+            message = self._decoder.decode(frames[0]) if len(frames) == 1 else None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            log.warning("a client's message can't be read: %s", error)
+            message = None
+        if message is None:
+            self.num_refused += 1
+            return
+        client = self._clients.get(identity)
+        if client is None:
+            client = self._clients[identity] = _Client(identity)
+            if (state := engine.state_event()) is not None:
+                client.backlog.append(state)
+        match message:
+            case Submit():
+                self._submit(engine, client, message)
+            case Cancel(request=request):
+                if request in client.requests:
+                    self._cancel(engine, request)
+            case Ping():
+                client.backlog.append(engine.pong())
+
+    def _submit(self, engine: EngineLike, client: _Client, submit: Submit) -> None:
+        if submit.request in self._routes:
+            self.num_refused += 1
+            log.warning("request id %s is in use; the second one is ignored", submit.request)
+            return
+        self._routes[submit.request] = client
+        client.requests.add(submit.request)
+        self._preparing = {name: future for name, future in self._preparing.items() if not future.done()}
+        if len(self._preparing) >= _MAX_PREPARING:
+            self._outbox.append(
+                failure(submit.request, Busy("too many requests at the same moment", hint="try again soon"))
+            )
+            return
+        self._preparing[submit.request] = self._preparer.submit(engine.submit, submit)
+
+    def _cancel(self, engine: EngineLike, request: str) -> None:
+        preparing = self._preparing.get(request)
+        if preparing is None:
+            engine.cancel(request)
+        else:
+            # The engine can only cancel what it has been given; called at once if that has happened.
+            preparing.add_done_callback(lambda _: engine.cancel(request))
+
+    def _deliver(self, engine: EngineLike) -> None:
+        while self._outbox:
+            event = self._outbox.popleft()
+            request = getattr(event, "request", None)
+            if request is None:
+                for client in self._clients.values():
+                    client.backlog.append(event)
+                continue
+            owner = self._routes.get(request)
+            if isinstance(event, Finished | Aborted | RequestFailed):
+                self._routes.pop(request, None)
+                if owner is not None:
+                    owner.requests.discard(request)
+            if owner is not None and owner.identity in self._clients:
+                owner.backlog.append(event)
+        for client in list(self._clients.values()):
+            self._send_backlog(engine, client)
+
+    def _send_backlog(self, engine: EngineLike, client: _Client) -> None:
+        while client.backlog:
+            try:
+                self._socket.send_multipart(
+                    [client.identity, self._encoder.encode(client.backlog[0])], flags=zmq.DONTWAIT
+                )
+            except zmq.Again:
+                break
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self._forget(engine, client)
+                return
+            client.backlog.popleft()
+        if len(client.backlog) > _MAX_BACKLOG:
+            log.warning("a client is %d events behind: its requests are cancelled", len(client.backlog))
+            client.backlog = deque(event for event in client.backlog if not isinstance(event, Delta))
+            for request in client.requests:
+                self._cancel(engine, request)
+
+    def _probe(self, engine: EngineLike) -> None:
+        """Somebody went, and ROUTER does not say who. Asked some times: its list may change a moment later."""
+        self._num_probes -= 1
+        pong = engine.pong()
+        for client in self._clients.values():
+            client.backlog.append(pong)
+
+    def _forget(self, engine: EngineLike, client: _Client) -> None:
+        del self._clients[client.identity]
+        for request in client.requests:
+            self._cancel(engine, request)

@@ -1,0 +1,271 @@
+"""The other side of the engine's door, for asyncio: one thread owns the socket, any event loop may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Literal
+
+import msgspec
+import zmq
+
+from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
+from potluck.engine.book import failure
+from transport.errors import Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
+from transport.requests import (
+    Aborted,
+    Cancel,
+    ClientMessage,
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    Finished,
+    Ping,
+    Pong,
+    RequestFailed,
+    Submit,
+)
+from transport.wake import Wake
+from transport.zmq_link import set_options
+
+_PING_INTERVAL_S = 1.0
+_SILENT_AFTER_S = 10.0
+_RETRY_MS = 20
+_MAX_OUTBOX = 10_000
+
+log = logging.getLogger("potluck.engine.client")
+
+_Inbox = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[EngineEvent]"]
+
+
+class EngineClient:
+    """Thread-safe. An engine that dies, falls silent or is down ends every request at once with an error."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(endpoint)
+        self._wake = Wake()
+        # Guards what the socket's thread and the event loops share: all of the following.
+        self._changed = threading.Condition()
+        self._outbox: deque[ClientMessage] = deque()
+        self._inboxes: dict[str, _Inbox] = {}
+        self._pings: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Pong]]] = []
+        self._state: Literal["starting", "ready", "down"] = "starting"
+        self._ready: EngineReady | None = None
+        self._error: PotluckError = RingDown("the engine is starting", hint="try again in a moment")
+        self._is_lost_for_good = False
+        self._is_closing = False
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
+        self._thread = threading.Thread(target=self._run, name="engine client", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> Literal["starting", "ready", "down"]:
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why the engine is not ready; empty if it is."""
+        return "" if self._state == "ready" else self._error.message
+
+    def wait_ready(self, timeout_s: float) -> EngineReady:
+        """Block until the engine has warmed up. Raises RingDown if it can't, DeadlineExceeded if it takes too long."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._state != "starting", timeout_s):
+                raise DeadlineExceeded(f"the engine was not ready within {timeout_s:.0f} s", hint="see its log")
+            if self._ready is None or self._state == "down":
+                raise self._error
+            return self._ready
+
+    async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
+        """The request's events up to its terminal one. Closing the iterator early cancels the request.
+
+        Sent when first iterated. If the engine is not ready the only event is a RequestFailed.
+        """
+        queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        with self._changed:
+            refusal = self._refusal()
+            if refusal is None:
+                self._inboxes[submit.request] = (asyncio.get_running_loop(), queue)
+                self._outbox.append(submit)
+        if refusal is not None:
+            yield failure(submit.request, refusal)
+            return
+        self._wake.set()
+        try:
+            while True:
+                event = await queue.get()
+                yield event
+                if isinstance(event, Finished | Aborted | RequestFailed):
+                    return
+        finally:
+            with self._changed:
+                is_open = self._inboxes.pop(submit.request, None) is not None
+            if is_open:
+                self.cancel(submit.request)
+
+    def cancel(self, request: str) -> None:
+        """End a request; its iterator, if somebody still reads it, ends with `Aborted`."""
+        self._send(Cancel(request))
+
+    async def ping(self, timeout_s: float = 5.0) -> Pong:
+        """The engine's state and counters. Raises RingDown or DeadlineExceeded."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Pong] = loop.create_future()
+        with self._changed:
+            self._pings.append((loop, future))
+        self._send(Ping())
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the engine did not answer within {timeout_s:.0f} s", hint="see its log") from error
+
+    def mark_down(self, error: PotluckError) -> None:
+        """Say, from outside, that this engine can't serve any more: a worker or its process died. For good."""
+        with self._changed:
+            self._is_lost_for_good = True
+        self._go_down(error)
+
+    def close(self) -> None:
+        """End every request and leave."""
+        self._is_closing = True
+        self._wake.set()
+        self._thread.join(2.0)
+        self.mark_down(RingDown("the head is stopping"))
+
+    def _refusal(self) -> PotluckError | None:
+        if self._state != "ready":
+            return self._error
+        if len(self._outbox) >= _MAX_OUTBOX:
+            return Busy("the engine takes no more requests", hint="try again soon")
+        return None
+
+    def _send(self, message: ClientMessage) -> None:
+        with self._changed:
+            self._outbox.append(message)
+        self._wake.set()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wake.fileno()):
+            poller.register(source, zmq.POLLIN)
+        next_ping_s = last_heard_s = time.monotonic()
+        is_connected = False
+        while not self._is_closing:
+            wait_ms = max(1, int((next_ping_s - time.monotonic()) * 1000))
+            ready = dict(poller.poll(min(wait_ms, _RETRY_MS) if self._outbox else wait_ms))
+            self._wake.clear()
+            if self._socket in ready:
+                is_connected, last_heard_s = True, time.monotonic()
+                self._take_all()
+            elif self._monitor in ready:
+                self._monitor.recv_multipart()
+                is_connected = False
+                self._go_down(RingDown("the engine's process is gone", hint="see its log, then start again"))
+            elif is_connected and time.monotonic() - last_heard_s > _SILENT_AFTER_S:
+                is_connected = False
+                self._go_down(RingDown(f"the engine has been silent for {_SILENT_AFTER_S:.0f} s", hint="see its log"))
+            if time.monotonic() >= next_ping_s:
+                next_ping_s = time.monotonic() + _PING_INTERVAL_S
+                if not any(isinstance(message, Ping) for message in list(self._outbox)[:8]):
+                    self._outbox.append(Ping())
+            self._flush()
+        self._socket.close()
+        self._monitor.close(0)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                self._socket.send(self._encoder.encode(self._outbox[0]), flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._outbox.popleft()
+
+    def _take_all(self) -> None:
+        """Everything that has arrived, handed to each event loop in one go."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[EngineEvent], EngineEvent]]] = {}
+        while True:
+            try:
+                frame = self._socket.recv(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            try:
+                event = self._decoder.decode(frame)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                log.error("the engine's message can't be read: %s", error)
+                continue
+            inbox = self._route(event)
+            if inbox is not None:
+                batches.setdefault(inbox[0], []).append((inbox[1], event))
+        for loop, batch in batches.items():
+            _call(loop, _put, batch)
+
+    def _route(self, event: EngineEvent) -> _Inbox | None:
+        match event:
+            case EngineReady():
+                self._set_ready(event)
+            case EngineDown(code=code, message=message, hint=hint):
+                self._go_down(error_from_code(code, message, hint))
+            case Pong():
+                with self._changed:
+                    pings, self._pings = self._pings, []
+                for loop, future in pings:
+                    _call(loop, _resolve, future, event)
+                # Back after a silence: the engine was ready all the time.
+                if event.state == "ready" and self._state == "down" and self._ready is not None:
+                    self._set_ready(self._ready)
+            case Finished(request=request) | Aborted(request=request) | RequestFailed(request=request):
+                with self._changed:
+                    return self._inboxes.pop(request, None)
+            case _:
+                with self._changed:
+                    return self._inboxes.get(event.request)
+        return None
+
+    def _set_ready(self, ready: EngineReady) -> None:
+        with self._changed:
+            if not self._is_lost_for_good:
+                self._ready, self._state = ready, "ready"
+                self._changed.notify_all()
+
+    def _go_down(self, error: PotluckError) -> None:
+        with self._changed:
+            self._state, self._error = "down", error
+            inboxes, self._inboxes = self._inboxes, {}
+            pings, self._pings = self._pings, []
+            # Their clients have been told: an engine that comes back must not go on with them.
+            self._outbox = deque(Cancel(request) for request in inboxes)
+            self._changed.notify_all()
+        for request, (loop, queue) in inboxes.items():
+            _call(loop, _put, [(queue, failure(request, error))])
+        for loop, future in pings:
+            _call(loop, _refuse, future, error)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    # A loop that has been closed has nobody left who waits.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
+
+
+def _put(batch: list[tuple[asyncio.Queue[EngineEvent], EngineEvent]]) -> None:
+    for queue, event in batch:
+        queue.put_nowait(event)
+
+
+def _resolve(future: asyncio.Future[Pong], pong: Pong) -> None:
+    if not future.done():
+        future.set_result(pong)
+
+
+def _refuse(future: asyncio.Future[Pong], error: PotluckError) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,39 @@
+"""An engine with scripted stages as a process of its own: `python -m tests.engine.engine_process ENDPOINT`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import zmq
+
+from potluck.engine.api_server import EngineApi
+from potluck.engine.limits import EngineLimits
+from potluck.engine.loop import Engine
+from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing
+
+
+def slowly_forever(prompt: tuple[int, ...], position: int) -> int:
+    time.sleep(0.002)
+    return ord("x")
+
+
+def main(endpoint: str) -> None:
+    ring = FakeRing(slowly_forever)
+    api = EngineApi(zmq.Context(), endpoint)
+    engine = Engine(
+        model="scripted",
+        sender=ring.sender,
+        receiver=ring.receiver,
+        tokenizer=ByteTokenizer(),
+        limits=EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, max_steps_in_flight=2),
+        fence=FENCE,
+        emit=api.emit,
+        clock=time.monotonic,
+    )
+    api.serve(engine)
+    engine.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
