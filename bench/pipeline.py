@@ -18,15 +18,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from bench.hardware import facts
 from bench.rings import BenchRing, RunResult, split_ring, unsplit_ring
-from potluck.commands.models import pull_quietly
+from potluck.paths import home_dir
+from potluck.store import Store
 from transport.messages import DType
 
 _PROMPT = "Write a long story about a lighthouse keeper and a storm. " * 8
 
 
 def measure(model: Path, *, dtype: DType, num_tokens: int, rounds: int, max_stages: int) -> dict[str, object]:
+    torch.set_num_threads(1)
     with ExitStack() as stack:
         rings: list[BenchRing] = [stack.enter_context(unsplit_ring(model, dtype))]
         rings += [stack.enter_context(split_ring(model, dtype, stages)) for stages in range(1, max_stages + 1)]
@@ -69,7 +73,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
     options = parser.parse_args()
     found = measure(
-        pull_quietly(options.model).path,
+        Store(home_dir()).pull(options.model, lambda _: None).path,
         dtype=options.dtype,
         num_tokens=options.tokens,
         rounds=options.rounds,

@@ -19,7 +19,7 @@ import zmq
 from devices.device import Device
 from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
-from potluck.engine.tokenizer import load_tokenizer
+from potluck.engine.tokenizer import Tokenizer
 from potluck.node import Node
 from potluck.pool import Pool
 from shard.load import load_shard
@@ -101,7 +101,7 @@ class BenchRing:
             model=model.name,
             sender=timed,
             receiver=timed,
-            tokenizer=load_tokenizer(model),
+            tokenizer=Tokenizer(model),
             limits=EngineLimits(
                 context_tokens=CONTEXT_TOKENS,
                 kv_capacity_tokens=CONTEXT_TOKENS,

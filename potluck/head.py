@@ -7,9 +7,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -25,6 +23,7 @@ from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.planning import device_of, plan_for
 from potluck.pool import Pool, PoolWorker
+from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
@@ -36,18 +35,10 @@ _READY_TIMEOUT_S = 300.0
 State = Literal["starting", "ready", "down"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """What a user sees while the head comes up: `say` a line; `tick` draws the loading of the stages."""
-
-    say: Callable[[str], None]
-    tick: Callable[[Sequence[PoolWorker]], None]
-
-
 class Head:
     """`with Head(settings, model, progress) as head: head.wait()`. Leaving it leaves nothing behind."""
 
-    def __init__(self, settings: Settings, model: StoredModel, progress: Progress) -> None:
+    def __init__(self, settings: Settings, model: StoredModel, progress: HeadProgress) -> None:
         self._settings = settings
         self._progress = progress
         self._stack = ExitStack()
@@ -97,6 +88,7 @@ class Head:
             match self._next_event():
                 case PotluckError() as error:
                     self.state = "down"
+                    self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
                 case PoolWorker() as worker:
                     self._joined.append(worker)
@@ -116,12 +108,12 @@ class Head:
         self._stack.callback(self._pool.close, "the head has stopped")
         self._node = Node(control=self._pool.endpoint, logs=logs_dir(), on_exit=self._pool.report_exit)
         self._stack.callback(self._node.stop)
-        self.endpoint = Endpoint(listener, self)
+        self.endpoint = Endpoint(context, listener, model=self.model.name)
         self._stack.callback(self.endpoint.stop)
+        self.endpoint.start(self.report)
         head_file.publish(self._facts())
         self._gather()
         self._bring_up()
-        self.endpoint.start()
 
     def _facts(self) -> HeadFacts:
         return HeadFacts(pid=os.getpid(), url=self.url, model=self.model.name, control=self._pool.endpoint)
@@ -148,9 +140,13 @@ class Head:
         self._stack.callback(self.ring.take_down)
         self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
         self.ring.bring_up(self._progress.tick)
-        self.endpoint.connect(self.ring)
         self._progress.say("Warming up")
-        self.endpoint.wait_ready(self.ring, _READY_TIMEOUT_S)
+        client = self.endpoint.connect(self.ring.api_endpoint)
+        try:
+            client.wait_ready(_READY_TIMEOUT_S)
+        except PotluckError as error:
+            # A worker or the engine that died says more than the engine's client can.
+            raise self.ring.error or self.ring.engine_exit() or error from error
         self.state = "ready"
 
     def _usable_workers(self) -> list[PoolWorker]:
@@ -172,6 +168,7 @@ class Head:
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
         self._progress.say(f"{names} joined: loading the ring anew")
+        self.endpoint.disconnect()
         if self.ring is not None:
             self.ring.take_down()
         try:

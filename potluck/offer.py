@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from devices.device import Device
 from devices.discover import default_devices, device_requests
-from devices.probes import probe_devices
+from devices.cache import probe_devices
 from potluck.config import Settings
 from potluck.paths import probe_cache_file
 from transport.errors import ConfigError

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from potluck.head import Progress as HeadProgress
 from potluck.pool import PoolWorker
+from potluck.progress import HeadProgress
 from potluck.status import StatusReport
 
 data = Console()

@@ -24,7 +24,7 @@ WIRE_NUMPY: dict[str, np.dtype[Any]] = {
 _POLL_S = 1.0
 
 
-_RECENT_STEPS = 512
+_RECENT_STEPS = 64
 
 
 @dataclass(slots=True)

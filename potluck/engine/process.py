@@ -9,6 +9,7 @@ import argparse
 import logging
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from potluck.engine.api_server import EngineApi
 from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
 from potluck.engine.settings import EngineSettings
-from potluck.engine.tokenizer import load_tokenizer
+from potluck.engine.tokenizer import Tokenizer
 from transport.codec import EdgeLimits
 from transport.lifeline import hold_lifeline
 from transport.zmq_link import ZmqReceiver, ZmqSender
@@ -41,10 +42,8 @@ def serve(settings: EngineSettings) -> None:
     )
     # Bound first: the last stage may be loaded before the tokenizer is.
     receiver = ZmqReceiver(context, settings.listen, edge)
-    tokenizer = load_tokenizer(Path(settings.model_path))
-    sender = ZmqSender(
-        context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S
-    )
+    tokenizer = Tokenizer(Path(settings.model_path))
+    sender = ZmqSender(context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S)
     api = EngineApi(context, settings.api)
     engine = Engine(
         model=settings.model,
@@ -63,6 +62,8 @@ def serve(settings: EngineSettings) -> None:
     )
     api.serve(engine)
     engine.run()
+    # The ring is down: requests are still answered, with the reason, until the parent ends this process.
+    threading.Event().wait()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,175 @@
+"""The HTTP endpoint in a thread of the head's process, over whichever engine the ring has now."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Literal
+
+import msgspec
+import uvicorn
+import zmq
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from potluck.engine.client import EngineClient
+from potluck.http.app import create_app
+from potluck.status import StatusReport
+from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
+from transport.requests import EngineEvent, Pong, RequestFailed, Submit
+
+_START_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 3.0
+
+
+def bind_endpoint(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before anything is loaded. Raises PortInUse, ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"port {port} of {host} is in use", hint="choose another one with --port, or 0 for any free one"
+            ) from error
+        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another --port") from error
+    return listener
+
+
+class EngineSwitch:
+    """Passes requests to the engine of the ring that is up, and says why there is none."""
+
+    def __init__(self) -> None:
+        self._client: EngineClient | None = None
+        self._error: PotluckError = RingDown("the ring is starting", hint="try again in a moment")
+
+    @property
+    def state(self) -> Literal["starting", "ready", "down"]:
+        return "starting" if self._client is None else self._client.state
+
+    @property
+    def reason(self) -> str:
+        return self._error.message if self._client is None else self._client.reason
+
+    async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
+        """The request's events up to its terminal one."""
+        if self._client is None:
+            error = self._error
+            yield RequestFailed(request=submit.request, code=error.code, message=error.message, hint=error.hint)
+            return
+        events = self._client.submit(submit)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            # Closing it cancels what has not ended.
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def switch(self, client: EngineClient | None) -> None:
+        previous, self._client = self._client, client
+        if previous is not None:
+            previous.close()
+
+    def mark_down(self, error: PotluckError) -> None:
+        if self._client is not None:
+            self._client.mark_down(error)
+
+    async def ping(self) -> Pong:
+        if self._client is None:
+            raise self._error
+        return await self._client.ping()
+
+
+class Endpoint:
+    """Serves the API, the chat page and the head's status on a listening socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], listener: socket.socket, *, model: str) -> None:
+        self._context = context
+        self._listener = listener
+        self._model = model
+        self._engine = EngineSwitch()
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def start(self, report: Callable[[], StatusReport]) -> None:
+        """Serve from now on; requests are refused with a reason until an engine is connected."""
+        app = create_app(self._engine, model=self._model)
+        _add_status(app, report)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, args=(self._server,), name="http", daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise ConfigError(f"the endpoint at {self.url} did not start", hint="see the messages above")
+            time.sleep(0.01)
+
+    def connect(self, api_endpoint: str) -> EngineClient:
+        """Send requests to the engine that answers there."""
+        client = EngineClient(self._context, api_endpoint)
+        self._engine.switch(client)
+        return client
+
+    def disconnect(self) -> None:
+        """The engine is being replaced."""
+        self._engine.switch(None)
+
+    def mark_down(self, error: PotluckError) -> None:
+        self._engine.mark_down(error)
+
+    def is_idle(self) -> bool:
+        """Nobody waits for an answer, or nobody will get one."""
+        if self._loop is None or self._engine.state != "ready":
+            return True
+        try:
+            pong = asyncio.run_coroutine_threadsafe(self._engine.ping(), self._loop).result(_STOP_TIMEOUT_S)
+        except (PotluckError, TimeoutError):
+            return False
+        return pong.active_requests == 0 and pong.queued_requests == 0
+
+    def stop(self) -> None:
+        """End open requests and close; takes at most a few seconds."""
+        self._engine.switch(None)
+        if self._server is not None:
+            self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    def _serve(self, server: uvicorn.Server) -> None:
+        async def main() -> None:
+            self._loop = asyncio.get_running_loop()
+            await server.serve(sockets=[self._listener])
+
+        asyncio.run(main())
+
+
+def _add_status(app: Starlette, report: Callable[[], StatusReport]) -> None:
+    async def status(request: Request) -> Response:
+        facts = await asyncio.to_thread(report)
+        return Response(msgspec.json.encode(facts), media_type="application/json")
+
+    app.router.routes.append(Route("/potluck/status", status))

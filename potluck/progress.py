@@ -1,0 +1,16 @@
+"""How a head tells what it does while it comes up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from potluck.pool import PoolWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadProgress:
+    """`say` a line (rich markup); `tick` draws the loading of the stages, some times a second."""
+
+    say: Callable[[str], None]
+    tick: Callable[[Sequence[PoolWorker]], None]
