@@ -14,12 +14,14 @@ from shard.mlx_backend.modules import StageModules
 from shard.mlx_backend.shard import MlxShard
 from shard.mlx_backend.weights import Part, Progress, fill
 from shard.stage import ShardSpec
+from transport.errors import DoesNotFit
 
 
 def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda done, total: None) -> MlxShard:
     """Load layers [spec.first, spec.last) and what the stage needs besides. `progress(read_bytes, total_bytes)`.
 
-    Raises UnsupportedModel for an architecture or a feature that can't run here, BadCheckpoint for bad files.
+    Raises UnsupportedModel for an architecture or a feature that can't run here, BadCheckpoint for bad files,
+    DoesNotFit where memory runs out.
     """
     family = family_of(checkpoint.config)
     if spec.device.endswith(":cpu"):
@@ -35,7 +37,13 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
         parts.append(Part(module=modules.norm, prefix="model.norm.", experts={}))
     if modules.head is not None:
         parts.append(Part(module=modules.head, prefix="lm_head.", experts={}))
-    weights_bytes = fill(parts, checkpoint, spec.compute_dtype, progress)
+    try:
+        weights_bytes = fill(parts, checkpoint, spec.compute_dtype, progress)
+    except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
+        raise DoesNotFit(
+            f"{spec.device} has no memory left for layers [{spec.first}, {spec.last}): {error}",
+            hint="give this device fewer layers, lower --context, or pair another device",
+        ) from error
     return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes)
 
 

@@ -1,0 +1,114 @@
+"""Run as a program: loads two of four layers of a made-up model on MLX and prints how the process grew, as JSON.
+
+The peak of a process that ran other tests would say nothing, and torch must not come along.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shard.checkpoint import TensorInfo
+from shard.mlx_backend.build import build
+from shard.mlx_backend.library import model_module
+from shard.spec import ModelSpec
+from shard.stage import ShardSpec
+from transport.messages import DType
+
+LAYERS, HIDDEN, INNER, VOCAB = 4, 1024, 6144, 32_000
+LARGEST_BYTES = 4 * INNER * HIDDEN
+
+_LAYER_SHAPES: dict[str, tuple[int, ...]] = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+    "input_layernorm": (HIDDEN,),
+    "post_attention_layernorm": (HIDDEN,),
+}
+LAYER_PARAMS = sum(int(np.prod(shape)) for shape in _LAYER_SHAPES.values())
+
+
+class MadeUp:
+    """A Checkpoint whose tensors are ones, made as they are read."""
+
+    spec = ModelSpec(
+        architecture="llama",
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        context_tokens=512,
+        tied_embeddings=False,
+        layer_params=(LAYER_PARAMS,) * LAYERS,
+        embed_params=VOCAB * HIDDEN,
+        norm_params=HIDDEN,
+        head_params=VOCAB * HIDDEN,
+        kv_elements_per_token=(2 * HIDDEN,) * LAYERS,
+        windows=(None,) * LAYERS,
+        legal_cuts=(1, 2, 3),
+        stored_dtype="BF16",
+        file_bytes=0,
+    )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_attention_heads": 16,
+            "rms_norm_eps": 1e-6,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 512,
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        shapes = {
+            f"model.layers.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in _LAYER_SHAPES.items()
+        }
+        return {
+            name: TensorInfo(name=name, shape=shape, format="BF16", file_bytes=2 * int(np.prod(shape)))
+            for name, shape in shapes.items()
+        }
+
+    def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
+        out[...] = 1
+
+    def close(self) -> None: ...
+
+
+def main() -> None:
+    spec = ShardSpec(
+        first=1,
+        last=3,
+        num_layers=LAYERS,
+        device="mlx",
+        compute_dtype="float32",
+        wire_dtype="float32",
+        next_dtype="float32",
+        context_tokens=512,
+        kv_capacity_tokens=512,
+    )
+    model_module("llama")
+    before_bytes = _peak_bytes()
+    shard = build(MadeUp(), spec)
+    found = {
+        "weights_bytes": shard.weights_bytes,
+        "grown_bytes": _peak_bytes() - before_bytes,
+        "imported": [name for name in ("torch", "transformers", "mlx_lm") if name in sys.modules],
+    }
+    print(json.dumps(found))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Loading on MLX takes the memory of the stage's own weights: no second copy, no other layers, no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mlx.core")
+
+from tests.shard.mlx_load_peak import LARGEST_BYTES, LAYER_PARAMS
+
+
+def test_peak_memory_is_the_stages_own_weights() -> None:
+    command = [sys.executable, "-m", "tests.shard.mlx_load_peak"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(done.stdout)
+    assert found["weights_bytes"] == 2 * LAYER_PARAMS * 4
+    # The tensor being read is held twice for a moment, and MLX's first kernels take some.
+    assert found["grown_bytes"] <= found["weights_bytes"] + 2.5 * LARGEST_BYTES
+    assert found["imported"] == []
