@@ -82,7 +82,9 @@ def ragged_attention(
 
     Raises UnsupportedModel on any argument it does not know: ignoring one would be silently wrong.
     """
-    if unknown or attention_mask is not None or dropout or is_causal is False:
+    # Some modules say it in a keyword, some (Gemma 3) only in an attribute and in the mask that they don't get here.
+    is_bidirectional = is_causal is False or not getattr(module, "is_causal", True)
+    if unknown or attention_mask is not None or dropout or is_bidirectional:
         named = sorted(unknown) or ["attention_mask, dropout or bidirectional attention"]
         raise UnsupportedModel(f"{type(module).__name__} asks for attention features not known here: {named}")
     index = int(module.layer_idx)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from shard.load import load_shard
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
+from shard.torch_backend.build import _Reader
 from shard.torch_backend.kv import SLACK, LayerKV, SequenceKV
 from shard.torch_backend.shard import TorchShard
+from shard.weights import TensorNames
 from tests.shard.ring import random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import WINDOW, MemoryCheckpoint, memory_checkpoint, reference_logits, tiny_config, tiny_model
 from transport.errors import BadCheckpoint, ConfigError, DoesNotFit, StageFailed, UnsupportedModel
@@ -186,6 +189,31 @@ def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None
         assert calls == sorted(calls)
 
 
+def test_other_devices_are_filled_by_way_of_one_host_buffer(tiny: Tiny) -> None:
+    """The way to cuda and mps, taken with parameters that a CPU can look at."""
+    checkpoint = tiny("mixtral")
+    reader = _Reader(checkpoint, tiny_spec(0, 4, compute_dtype="bfloat16"), torch.device("meta"))
+    names = TensorNames(checkpoint.tensors, first=0, tied_embeddings=False)
+    for name in ("model.layers.2.mlp.experts.gate_up_proj", "model.norm.weight", "lm_head.weight"):
+        wanted = tiny_model("mixtral", 1).get_parameter(name).to(torch.bfloat16)
+        parameter = torch.full_like(wanted, torch.nan, requires_grad=False)
+        for part in names.parts(name, tuple(wanted.shape)):
+            reader.read(part, parameter)
+        assert torch.equal(parameter, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mixtral"])
+def test_a_gpu_gives_the_same_logits(tiny: Tiny, family: str) -> None:
+    ids = random_prompts(4, [60])[ONE]
+    reference = reference_logits(tiny_model(family, 1), ids)
+    stages = [load_shard(tiny(family), tiny_spec(a, b, device="cuda:0"), backend="torch") for a, b in ((0, 2), (2, 4))]
+    bounds = (0, 25, 40, *range(41, 61))
+    steps = [Entry(ONE, a, tuple(ids[a:b]), b - a) for a, b in pairwise(bounds)]
+    rows = np.concatenate([run_step(stages, [entry]) for entry in steps])
+    assert relative_error(rows, reference) < 1e-4
+
+
 def changed(checkpoint: MemoryCheckpoint, config: dict[str, Any], **arrays: np.ndarray | None) -> MemoryCheckpoint:
     kept = {name: array for name, array in {**checkpoint.arrays, **arrays}.items() if array is not None}
     return MemoryCheckpoint(spec=checkpoint.spec, config={**checkpoint.config, **config}, arrays=kept)
@@ -271,6 +299,12 @@ def test_attention_refuses_what_it_does_not_know(named: dict[str, Any]) -> None:
     assert attend(scaling=0.5, sliding_window=None).shape == (1, 3, 4, 4)
     with pytest.raises(UnsupportedModel, match="_Module asks for attention features"):
         attend(**named)
+
+
+def test_bidirectional_models_are_refused(tiny: Tiny) -> None:
+    shard = whole(changed(tiny("gemma3_text"), {"use_bidirectional_attention": True}))
+    with pytest.raises(UnsupportedModel, match="bidirectional"):
+        feed(shard, [5, 6], 0, 2)
 
 
 def test_a_layer_that_attends_twice_or_never_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
