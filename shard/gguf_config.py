@@ -66,6 +66,10 @@ def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str
     check_architecture(architecture)
     assert isinstance(architecture, str)
     fields = Fields(header.metadata, architecture)
+    if header.metadata.get("split.count", 0) > 1:
+        raise UnsupportedModel(
+            "the GGUF is one of several parts", hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT"
+        )
     if fields.get("expert_count"):
         raise UnsupportedModel(
             "a mixture of experts can't be read from a GGUF yet", hint="use the model's Hugging Face folder"

@@ -143,7 +143,9 @@ class _Parser:
         if kind == _ARRAY:
             raise self._bad("it has an array of arrays, which no supported model uses")
         if kind == _STRING:
-            return [self._string() for _ in range(self._count("<Q", MAX_ARRAY_ITEMS, least_bytes=8, what="strings"))]
+            count = self._count("<Q", MAX_ARRAY_ITEMS, least_bytes=8, what="strings")
+            # Two pieces of a vocabulary that are not UTF-8 must not become the same: whoever uses them is to see it.
+            return [self._string("surrogateescape") for _ in range(count)]
         return self._numbers(kind, self._count("<Q", MAX_ARRAY_ITEMS, least_bytes=1, what="numbers"))
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
@@ -161,12 +163,11 @@ class _Parser:
     def _number(self, form: str) -> int:
         return int(struct.unpack(form, self._take(struct.calcsize(form)))[0])
 
-    def _string(self) -> str:
+    def _string(self, errors: str = "replace") -> str:
         length = int.from_bytes(self._take(8), "little")
         if length > MAX_STRING_BYTES:
             raise self._bad(f"it has a string of {length:,} bytes")
-        # A vocabulary may hold pieces that are not whole characters; llama.cpp keeps their bytes, and so do we.
-        return self._take(length).decode("utf-8", errors="surrogateescape")
+        return self._take(length).decode("utf-8", errors=errors)
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:

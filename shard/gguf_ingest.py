@@ -30,7 +30,7 @@ def ingest_gguf(file: Path, folder: Path, *, recorded_as: str, progress: Progres
     path. `progress(done, total)` counts steps. Raises BadCheckpoint or UnsupportedModel, before anything is usable.
     """
     before = file.stat()
-    header = read_header(file, progress)
+    header = read_header(file, lambda done, total: progress(done, total + 1))
     config = config_from(header, _rope_factors(file, header))
     tensors = tuple(
         _indexed(config["model_type"], header.metadata["general.architecture"], config, tensor)
@@ -44,6 +44,7 @@ def ingest_gguf(file: Path, folder: Path, *, recorded_as: str, progress: Progres
     write_tokenizer(header.metadata, config["max_position_embeddings"], folder)
     write_index(folder, index)
     _check_complete(config, tensors, before.st_size)
+    progress(1, 1)
 
 
 def _check_complete(config: dict[str, Any], tensors: tuple[IndexedTensor, ...], file_bytes: int) -> None:

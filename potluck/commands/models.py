@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -76,7 +76,9 @@ def list_models(json_output: JsonOption = False) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "architecture", "layers", "format", "size", "source"):
-        table.add_column(heading, justify="right" if heading in ("layers", "size") else "left")
+        justify: Literal["left", "right"] = "right" if heading in ("layers", "size") else "left"
+        # A name that is cut can't be typed again; a long source folds.
+        table.add_column(heading, justify=justify, no_wrap=heading != "source", overflow="fold")
     for model in models:
         size = gib(model.num_bytes) if model.is_present else "missing"
         spec = model.spec

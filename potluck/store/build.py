@@ -37,12 +37,19 @@ def build(source: Source, name: str, place: Workplace, progress: Progress) -> No
         return
     path = fetch_snapshot(source, progress) if isinstance(source, HubSource) else source.path
     if path.is_dir():
+        _refuse_gguf_folder(path)
         _write(source, name, place, path, str(path), files_of(path))
     elif path.suffix == ".gguf":
         _ingest(path, str(path), place, progress)
         _write(source, name, place, place.folder, ".", files_of(path))
     else:
         raise BadRequest(f"{path} is neither a folder nor a .gguf", hint="give a model's folder or its .gguf file")
+
+
+def _refuse_gguf_folder(folder: Path) -> None:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not (folder / "config.json").exists():
+        raise BadRequest(f"{folder} holds GGUF files, not a Hugging Face model", hint=f"give the file: {ggufs[0]}")
 
 
 def files_of(path: Path) -> tuple[StoredFile, ...]:
