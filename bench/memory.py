@@ -74,7 +74,7 @@ def _load_peaks(model: Path, backend: str, logs: Path) -> list[int]:
             return [_peak_bytes(worker.register.pid) for worker in workers]
         finally:
             node.stop()
-            pool.close("the bench is over")
+            pool.close()
             shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -242,7 +242,7 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
             receiver.close()
     finally:
         node.stop()
-        pool.close("the bench is over")
+        pool.close()
         context.destroy(0)
         shutil.rmtree(run_dir, ignore_errors=True)
 

@@ -113,6 +113,7 @@ class Endpoint:
         _add_status(app, report)
         config = uvicorn.Config(
             app,
+            log_config=None,
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -27,7 +27,7 @@ from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
-from transport.errors import PotluckError
+from transport.errors import PotluckError, RingDown
 
 _REGISTER_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 3600.0
@@ -105,9 +105,12 @@ class Head:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
         self._pool = Pool(context, self._run_dir, on_fault=self._on_fault, on_joined=self._on_joined)
-        self._stack.callback(self._pool.close, "the head has stopped")
+        self._stack.callback(self._pool.close)
         self._node = Node(control=self._pool.endpoint, logs=logs_dir(), on_exit=self._pool.report_exit)
         self._stack.callback(self._node.stop)
+        # Workers first hear that it is over: they would take an engine that stops before them for a fault.
+        self._stack.callback(self._take_down_ring)
+        self._stack.callback(self._pool.stop_workers, "the head has stopped")
         self.endpoint = Endpoint(context, listener, model=self.model.name)
         self._stack.callback(self.endpoint.stop)
         self.endpoint.start(self.report)
@@ -134,10 +137,9 @@ class Head:
     def _bring_up(self) -> None:
         self.state = "starting"
         self._epoch += 1
-        devices = [device_of(worker.register) for worker in self._usable_workers()]
+        devices = [device_of(worker.register) for worker in self._workers_in_order()]
         self.plan = plan_for(self.model, devices, self._settings)
         self.ring = Ring(self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch)
-        self._stack.callback(self.ring.take_down)
         self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
         self.ring.bring_up(self._progress.tick)
         self._progress.say("Warming up")
@@ -149,11 +151,14 @@ class Head:
             raise self.ring.error or self.ring.engine_exit() or error from error
         self.state = "ready"
 
-    def _usable_workers(self) -> list[PoolWorker]:
+    def _take_down_ring(self) -> None:
+        if self.ring is not None:
+            self.ring.take_down()
+
+    def _workers_in_order(self) -> list[PoolWorker]:
         """This host's devices in the order they were asked for, then those that joined."""
         order = {name: index for index, name in enumerate(self._local_names)}
-        workers = [worker for worker in self._pool.workers() if worker.fault is None]
-        return sorted(workers, key=lambda worker: order.get(worker.register.device, len(order)))
+        return sorted(self._pool.workers(), key=lambda worker: order.get(worker.register.device, len(order)))
 
     def _next_event(self) -> PotluckError | PoolWorker | None:
         try:
@@ -170,7 +175,8 @@ class Head:
         self._progress.say(f"{names} joined: loading the ring anew")
         self.endpoint.disconnect()
         if self.ring is not None:
-            self.ring.take_down()
+            self.ring.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
+        self._take_down_ring()
         try:
             self._bring_up()
         except PotluckError as error:

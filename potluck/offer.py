@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from devices.cache import probe_devices
 from devices.device import Device
 from devices.discover import default_devices, device_requests
-from devices.cache import probe_devices
 from potluck.config import Settings
 from potluck.paths import probe_cache_file
 from transport.errors import ConfigError

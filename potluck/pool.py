@@ -14,6 +14,7 @@ from transport.control import ControlServer, Peer
 from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.messages import (
     ControlMessage,
+    Fence,
     Load,
     Loaded,
     Loading,
@@ -27,9 +28,13 @@ from transport.messages import (
 
 @dataclass(slots=True)
 class PoolWorker:
-    """One device's worker as the head sees it. `fault` is set once and means: it can't be used until it loads anew."""
+    """One device's worker as the head sees it. What it says of another load than that of `fence` is late and ignored.
+
+    `fault` is set once for each load: the worker can't be used until it loads anew.
+    """
 
     peer: Peer
+    fence: Fence | None = None
     loading: Loading | None = None
     loaded: Loaded | None = None
     fault: PotluckError | None = None
@@ -93,7 +98,8 @@ class Pool:
         """
         now_s = time.monotonic()
         with self._changed:
-            for worker, _ in assignments:
+            for worker, load in assignments:
+                worker.fence = load.fence
                 worker.loading = worker.loaded = worker.fault = worker.stats = None
                 worker.last_progress_s = now_s
         for worker, load in assignments:
@@ -134,9 +140,12 @@ class Pool:
             with self._changed:
                 self._workers.pop(worker.peer.identity, None)
 
-    def close(self, reason: str) -> None:
+    def stop_workers(self, reason: str) -> None:
+        """Tell every worker to leave; does not wait."""
         for worker in self.workers():
             self._server.send(worker.peer, Stop(reason))
+
+    def close(self) -> None:
         self._server.close()
 
     def _on_message(self, peer: Peer, message: ControlMessage) -> None:
@@ -145,14 +154,14 @@ class Pool:
         match message:
             case Register():
                 self._add(PoolWorker(peer=peer))
-            case WorkerFault(code=code, message=text, hint=hint) if worker is not None:
+            case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
-            case Loading() if worker is not None:
+            case Loading(fence=fence) if worker and fence == worker.fence:
                 with self._changed:
                     worker.loading, worker.last_progress_s = message, time.monotonic()
                     self._changed.notify_all()
-            case Loaded() if worker is not None:
+            case Loaded(fence=fence) if worker and fence == worker.fence:
                 with self._changed:
                     worker.loaded, worker.last_progress_s = message, time.monotonic()
                     self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console
 from potluck.commands.models import pull_with_progress
 from potluck.config import Settings
 from potluck.head import Head
-from potluck.paths import home_dir
+from potluck.paths import home_dir, logs_dir
 from potluck.store import Store, StoredModel
 from potluck.terminal import head_progress
 from transport.errors import ConfigError
@@ -42,6 +43,7 @@ def ending_signals() -> Iterator[None]:
 def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
     """A head that is up. A signal ends it in order; before it was up it also means exit code 130."""
     is_up = False
+    _log_to_file()
     try:
         with ending_signals(), ExitStack() as stack:
             model = model_of(settings, console)
@@ -53,6 +55,18 @@ def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
         console.print("\nStopped.")
         if not is_up:
             raise
+
+
+def _log_to_file() -> None:
+    """A terminal shows what a user can act on; tracebacks of a failed request are for the log."""
+    logging.basicConfig(
+        filename=logs_dir() / "head.log",
+        filemode="w",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        force=True,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

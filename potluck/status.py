@@ -10,13 +10,15 @@ from msgspec import Struct
 from potluck.paths import logs_dir
 
 if TYPE_CHECKING:
+    from planner.plan import StagePlan
     from potluck.head import Head
     from potluck.pool import PoolWorker
     from potluck.ring import Ring, RingStage
 
 
 class StageReport(Struct, frozen=True, kw_only=True):
-    """One stage: `ms_per_token` is the median compute of its last decode steps, None before the first."""
+    """One stage. `kv_bytes` are held now, `kv_reserved_bytes` are the plan's; `ms_per_token` is the median compute of
+    its last decode steps, None before the first."""
 
     stage: int
     device: str
@@ -27,6 +29,7 @@ class StageReport(Struct, frozen=True, kw_only=True):
     dtype: str
     weights_bytes: int
     kv_bytes: int
+    kv_reserved_bytes: int
     kv_tokens: int
     sequences: int
     rss_bytes: int
@@ -62,7 +65,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     logs: str
 
 
-def stage_report(stage: RingStage, dtype: str) -> StageReport:
+def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
     worker, register = stage.worker, stage.worker.register
     stats, loaded = worker.stats, worker.loaded
     return StageReport(
@@ -72,9 +75,10 @@ def stage_report(stage: RingStage, dtype: str) -> StageReport:
         kind=register.kind,
         first=stage.first,
         last=stage.last,
-        dtype=dtype,
+        dtype=planned.compute_dtype,
         weights_bytes=loaded.weights_bytes if loaded else 0,
         kv_bytes=stats.kv_bytes if stats else 0,
+        kv_reserved_bytes=planned.kv_bytes,
         kv_tokens=stats.kv_tokens if stats else 0,
         sequences=stats.sequences if stats else 0,
         rss_bytes=stats.rss_bytes if stats else 0,
@@ -98,7 +102,7 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> Statu
         engine_pid=ring.engine_pid if ring is not None else None,
         context_tokens=ring.plan.context_tokens if ring is not None else 0,
         kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
-        stages=[stage_report(stage, ring.plan.stages[stage.index].compute_dtype) for stage in stages if ring],
+        stages=[stage_report(stage, ring.plan.stages[stage.index]) for stage in stages if ring],
         idle_devices=[
             DeviceReport(
                 device=worker.register.device,

@@ -59,7 +59,7 @@ def stage_table(report: StatusReport) -> Table:
         ("backend", "left"),
         ("layers", "left"),
         ("weights", "right"),
-        ("KV", "right"),
+        ("KV of plan", "right"),
         ("resident", "right"),
         ("ms/token", "right"),
     ):
@@ -71,7 +71,7 @@ def stage_table(report: StatusReport) -> Table:
             stage.backend,
             f"{stage.first}–{stage.last - 1}",
             gib(stage.weights_bytes),
-            gib(stage.kv_bytes),
+            f"{gib(stage.kv_bytes)} of {gib(stage.kv_reserved_bytes)}",
             gib(stage.rss_bytes),
             f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
         )

@@ -71,10 +71,10 @@ class Worker:
                 self._serve(command)
             except PotluckError as error:
                 log.error("%s", error)
-                self._control.send(WorkerFault(error.code, error.message, error.hint))
+                self._control.send(WorkerFault(command.fence, error.code, error.message, error.hint))
             except Exception as error:
                 log.exception("stage %d failed", command.stage)
-                self._control.send(WorkerFault(StageFailed.code, f"{type(error).__name__}: {error}"))
+                self._control.send(WorkerFault(command.fence, StageFailed.code, f"{type(error).__name__}: {error}"))
             self._backend = self._server = None
         self._control.close()
 

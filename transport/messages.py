@@ -208,8 +208,9 @@ class Loaded(Struct, frozen=True, tag="loaded"):
 
 
 class WorkerFault(Struct, frozen=True, tag="worker_fault"):
-    """The worker could not do what was asked, or can't go on."""
+    """The worker could not load what was asked, or can't go on serving it. It is ready for another `Load`."""
 
+    fence: Fence
     code: str
     message: str
     hint: str = ""
