@@ -70,12 +70,13 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if name == "gemma2" and not config.get("attn_logit_softcapping"):
         raise UnsupportedModel("the MLX backend can't run gemma2 without attn_logit_softcapping", hint=_HINT)
+    partial = config.get("partial_rotary_factor")
     refused = {
         "hidden_act": activation if activation != family.activation else None,
         "attn_logit_softcapping": config.get("attn_logit_softcapping") if name == "gemma3_text" else None,
         "use_bidirectional_attention": config.get("use_bidirectional_attention"),
         "attention_bias": config.get("attention_bias") if "attention_bias" not in family.defaults else None,
-        "partial_rotary_factor": config.get("partial_rotary_factor"),
+        "partial_rotary_factor": partial if partial != 1.0 else None,
     }
     for key, value in refused.items():
         if value:

@@ -48,6 +48,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(module="llama", rope_types=_SCALED_ROPE, defaults=_LLAMA),
         "mistral": Family(module="llama", rope_types=_SCALED_ROPE, defaults=_LLAMA),
+        "smollm3": Family(
+            module="smollm3",
+            default_theta=2_000_000.0,
+            rope_types=_SCALED_ROPE,
+            defaults=MappingProxyType({**_LLAMA, "no_rope_layers": None, "no_rope_layer_interval": 4}),
+        ),
+        "olmo2": Family(module="olmo2", rope_types=_SCALED_ROPE, defaults=_LLAMA),
+        "phi3": Family(
+            module="phi3",
+            defaults=MappingProxyType({"num_key_value_heads": None, "partial_rotary_factor": 1.0}),
+        ),
         "qwen2": Family(module="qwen2", rope_types=_SCALED_ROPE),
         "qwen3": Family(module="qwen3", rope_types=_SCALED_ROPE, defaults=MappingProxyType({"head_dim": 128})),
         "gemma2": Family(

@@ -21,7 +21,7 @@ IDS = [int(i) for i in np.random.default_rng(7).integers(0, tiny.VOCAB_SIZE, siz
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("family", tiny.CORE_FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.CORE_FAMILIES, "smollm3", "olmo2", "phi3"])
 def test_ragged_steps_give_the_unsplit_logits(family: str, tmp_path: Path) -> None:
     """Chunks, decodes, and both in one step, of three sequences of different lengths, beyond the window."""
     model, checkpoint = checkpoint_of(family, tmp_path)
