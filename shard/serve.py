@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -89,7 +90,9 @@ class StageServer:
                 self._step(step, StageInput(ops=ops, entries=entries, hidden=hidden))
             case Failed(step=step, ops=ops) as failed:
                 self._last_step = max(self._last_step, step)
-                self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
+                # The step has failed already: what is wrong with its ops as well changes nothing for its requests.
+                with contextlib.suppress(PotluckError):
+                    self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
                 self._sender.send(failed)
             case _:
                 pass

@@ -14,8 +14,9 @@ class ModelSpec:
 
     `layer_params[i]` are the parameters of layer i; `kv_elements_per_token[i]` is 2 · kv_heads · head_dim of layer i;
     `windows[i]` is the sliding window of layer i in tokens, None for full attention.
-    `head_params` is the output projection's, also when tied to the embedding (each end of the ring then holds a copy).
-    `legal_cuts` are the layer indices where the model may be split (all of 1 … num_layers - 1 unless layers share state).
+    `head_params` is the output projection's, also when tied to the embedding (each end then holds a copy).
+    `legal_cuts` are the layer indices where the model may be split: all of 1 … num_layers - 1 unless layers share
+    state.
     """
 
     architecture: str

@@ -71,7 +71,7 @@ def test_a_port_in_use(home: Home) -> None:
     [
         (["up", "no-such-model"], ["no-such-model", "hint"]),
         (["up", "file:/no/such/file.gguf"], ["/no/such/file.gguf"]),
-        (["up", "smollm2", "--context", "1000000"], ["1000000", "hint"]),
+        (["up", "smollm2", "--context", "1000000"], ["1,000,000", "8192", "hint"]),
         (["up", "smollm2", "--device", "torch:cpu", "--memory", "50MB"], ["GiB", "hint"]),
         (["up", "smollm2", "--device", "abacus"], ["abacus", "hint"]),
         (["up", "smollm2", "--memory", "lots"], ["lots", "hint"]),

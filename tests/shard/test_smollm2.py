@@ -38,7 +38,7 @@ def prompt_ids(smollm2_path: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def unsplit(checkpoint: Checkpoint) -> Any:
-    """transformers' model in fp32, its weights dequantized by the checkpoint's reader (equal to gguf's, see test_gguf)."""
+    """transformers' model in fp32, its weights dequantized by our reader (equal to gguf's, see test_gguf)."""
     config = transformers.AutoConfig.for_model(**checkpoint.config)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
