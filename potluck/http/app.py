@@ -1,0 +1,96 @@
+"""The application: OpenAI's API, health, and the chat page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from potluck.http.chat import ChatCompletions, EngineLike
+from potluck.http.errors import ApiError
+from transport.errors import ModelNotFound
+
+_PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(engine: EngineLike, *, model: str) -> Starlette:
+    """Serves one model by its name. Whether it can answer is the engine's state, asked anew for each request."""
+    created = int(time.time())
+    card = {"id": model, "object": "model", "created": created, "owned_by": "potluck"}
+
+    async def list_models(request: Request) -> Response:
+        return _json({"object": "list", "data": [card]})
+
+    async def show_model(request: Request) -> Response:
+        asked = request.path_params["model"]
+        if asked != model:
+            raise ApiError(
+                404, f"the model {asked!r} is not served here; {model!r} is", code=ModelNotFound.code, param="model"
+            )
+        return _json(card)
+
+    async def health(request: Request) -> Response:
+        state = engine.state
+        body = {"status": state, "model": model}
+        if state != "ready":
+            body["reason"] = engine.reason
+        return _json(body, status=200 if state == "ready" else 503)
+
+    async def page(request: Request) -> Response:
+        return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", ChatCompletions(engine, model).__call__, methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{model:path}", show_model),
+            Route("/health", health),
+            Route("/", page),
+            Mount("/page", _PageFiles(directory=_PAGE)),
+        ],
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
+    )
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+def _json(body: Any, *, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "there is nothing here", 405: f"{request.method} is not possible here"}
+    message = f"{request.url.path}: {what.get(error.status_code, error.detail)}"
+    response = ApiError(error.status_code, message, code="not_found").response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    # Starlette logs the traceback after this; the client is not shown our insides.
+    return ApiError(500, "Potluck failed at this request; see its log", code="internal_error").response()

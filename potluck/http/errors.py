@@ -1,0 +1,49 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from transport.errors import Busy, PotluckError, RingDown, error_from_code
+from transport.requests import RequestFailed
+
+_RETRY_AFTER_S = {Busy.code: 2, RingDown.code: 10}
+
+
+class ApiError(Exception):
+    """An error with its HTTP status; `param` names the field that it is about."""
+
+    def __init__(self, status: int, message: str, *, code: str = "invalid_request", param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    @classmethod
+    def of(cls, error: PotluckError, *, param: str | None = None) -> ApiError:
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        return cls(error.status, message, code=error.code, param=param)
+
+    @classmethod
+    def of_failure(cls, failed: RequestFailed) -> ApiError:
+        """The error that ended a request in the engine."""
+        return cls.of(error_from_code(failed.code, failed.message, failed.hint), param=failed.param)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self._type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {}
+        if self.code in _RETRY_AFTER_S:
+            headers["Retry-After"] = str(_RETRY_AFTER_S[self.code])
+        return Response(msgspec.json.encode(self.body()), self.status, media_type="application/json", headers=headers)
+
+    @property
+    def _type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if 400 <= self.status < 500 else "server_error"
