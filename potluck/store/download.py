@@ -18,10 +18,15 @@ _BLOCK_BYTES = 1 << 20
 _WAITS_S = (0.2, 1.0, 3.0)
 
 
+class DownloadRefused(Exception):
+    """The server gave us nothing at all. Another client may know a proxy, a password or a certificate that we don't."""
+
+
 def download(url: str, partial: Path, *, extra_bytes: int, progress: Progress, what: str) -> None:
     """Fill `partial` with the file at `url`, from where it ends. `extra_bytes`: room needed besides, for unpacking.
 
-    Raises NoSpace, or DownloadFailed when the connection fails again and again; the part that came stays.
+    Raises NoSpace; DownloadRefused if nothing came at all; DownloadFailed when the connection fails again and again:
+    the part that came stays.
     """
     tries = 0
     with httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
@@ -34,6 +39,8 @@ def download(url: str, partial: Path, *, extra_bytes: int, progress: Progress, w
             except httpx.HTTPError as error:
                 why = str(error) or type(error).__name__
             tries = 0 if _size(partial) > had_bytes else tries + 1
+            if tries > len(_WAITS_S) and not _size(partial):
+                raise DownloadRefused(why)
             if tries > len(_WAITS_S):
                 raise DownloadFailed(
                     f"downloading {what} failed: {why}; {_size(partial):,} bytes are kept",
@@ -70,10 +77,7 @@ def _fetch(client: httpx.Client, url: str, partial: Path, extra_bytes: int, prog
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             return _is_all_there(response, partial, start)
         if response.is_client_error:
-            raise DownloadFailed(
-                f"downloading {what} was refused: HTTP {response.status_code}",
-                hint="check the package index's settings",
-            )
+            raise DownloadRefused(f"HTTP {response.status_code}")
         response.raise_for_status()
         if response.status_code != httpx.codes.PARTIAL_CONTENT:
             start = 0  # The server knows no ranges: from the beginning.
@@ -84,7 +88,8 @@ def _fetch(client: httpx.Client, url: str, partial: Path, extra_bytes: int, prog
         with translated_write_errors(partial.parent, what), partial.open("r+b" if start else "wb") as out:
             out.seek(start)
             progress(PullProgress(stage="download", done=done, total=total))
-            for block in response.iter_raw(_BLOCK_BYTES):
+            # As it comes: what waits for a larger block would be lost with the connection.
+            for block in response.iter_raw():
                 out.write(block)
                 done += len(block)
                 progress(PullProgress(stage="download", done=done, total=total))

