@@ -221,7 +221,7 @@ class Engine:
             self._state = "down"
             commands = list(self._commands)
             self._commands.clear()
-        log.error("the ring is down: %s", down.message)
+        log.log(logging.INFO if self._is_stopping else logging.ERROR, "the ring is down: %s", down.message)
         self._ring.abandon()
         self._book.fail_all(down)
         for command in commands:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Tokenizer:
         try:
             # Never AutoTokenizer: it picks a class by what the files say, may run their code, and takes twice as long.
             self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            # The engine refuses long prompts with numbers; the library's own warning would only be noise.
+            self._tokenizer.model_max_length = sys.maxsize
             decoder = self._tokenizer.backend_tokenizer.decoder
             decoder_json = b"null" if decoder is None else decoder.__getstate__()
             self._decode_piece: Callable[[str], bytes] | None = piece_decoder(decoder_json)
