@@ -141,7 +141,8 @@ def _does_not_fit(demand: _Demand, devices: Sequence[Device]) -> DoesNotFit:
     needed = demand.memory_bytes(most_compact, 0, profile.num_layers)
     available = _available_bytes(devices)
     what = f"{profile.name} needs {needed / GIB:.2f} GiB at {demand.context_tokens:,} tokens × {demand.concurrency}"
-    message = f"{what}; the {len(devices)} devices offer {available / GIB:.2f} GiB"
+    offers = "1 device offers" if len(devices) == 1 else f"{len(devices)} devices offer"
+    message = f"{what}; {offers} {available / GIB:.2f} GiB"
     if needed <= available:
         message += ", but no cut into stages fits each of them (every worker takes some for itself)"
     hint = "pair another device, lower --context or the number of conversations, or raise --memory"
