@@ -12,7 +12,7 @@ from typing import Any
 from potluck.store.disk import require_space, translated_write_errors
 from potluck.store.progress import Progress, PullProgress
 from potluck.store.sources import HubSource
-from transport.errors import DownloadFailed, ModelNotFound, UnsupportedModel
+from transport.errors import DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # Copies of the weights in other forms, which some repositories keep beside the ones that are read.
@@ -23,14 +23,7 @@ def fetch_snapshot(source: HubSource, progress: Progress) -> Path:
     """The folder of the repository's files, or the path of its one .gguf. Raises PotluckError."""
     # Its import takes half a second, which `potluck list` should not pay.
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # The base of all that its client raises.
 
     wanted: dict[str, Any] = {
         "repo_id": source.repository,
@@ -47,20 +40,8 @@ def fetch_snapshot(source: HubSource, progress: Progress) -> Path:
             total = _space_checked(snapshot_download(**wanted, dry_run=True, tqdm_class=_bar(None)), cache, source)
         with translated_write_errors(cache, source.text):
             folder = Path(snapshot_download(**wanted, tqdm_class=_bar(_Counter(progress, total))))
-    except GatedRepoError as error:
-        raise DownloadFailed(
-            f"{source.repository} is gated", hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ModelNotFound(
-            f"the hub has no {source.text.removeprefix('hf:')}", hint="check the name; a private one needs HF_TOKEN"
-        ) from error
-    except (LocalEntryNotFoundError, DryRunError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        cause = error.__cause__ or error
-        raise DownloadFailed(
-            f"{source.text} can't be had from the hub, nor from its cache in {cache}: {cause}",
-            hint="HF_HUB_OFFLINE is set: unset it" if constants.HF_HUB_OFFLINE else "check the network and HF_ENDPOINT",
-        ) from error
+    except (HTTPError, OSError) as error:
+        raise _translated(source, error, cache) from error
     return _checked(source, folder)
 
 
@@ -77,6 +58,25 @@ def delete_snapshot(path: Path) -> None:
         scan_cache_dir().delete_revisions(revision).execute()
     except CacheNotFound:
         return
+
+
+def _translated(source: HubSource, error: Exception, cache: Path) -> PotluckError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    cause = error.__cause__ or error  # The client wraps what the hub said in what it could not do about it.
+    if isinstance(cause, GatedRepoError):
+        return DownloadFailed(
+            f"{source.repository} is gated", hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login"
+        )
+    if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError):
+        return ModelNotFound(
+            f"the hub has no {source.text.removeprefix('hf:')}", hint="check the name; a private one needs HF_TOKEN"
+        )
+    return DownloadFailed(
+        f"{source.text} can't be had from the hub, nor from its cache in {cache}: {cause}",
+        hint="HF_HUB_OFFLINE is set: unset it" if constants.HF_HUB_OFFLINE else "check the network and HF_ENDPOINT",
+    )
 
 
 def _checked(source: HubSource, folder: Path) -> Path:

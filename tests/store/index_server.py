@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import zipfile
@@ -80,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.split("?")[0].strip("/").split("/")[-1]
         if name == WHEEL:
-            self._wheel()
+            with contextlib.suppress(ConnectionError):  # Clients are killed on purpose.
+                self._wheel()
         elif name == f"{WHEEL}.metadata":
             self._answer(_METADATA)
         elif name == PACKAGE:
