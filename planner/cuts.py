@@ -20,6 +20,8 @@ Cost = tuple[int, float]
 Memory = Callable[[Device, int, int], int]
 
 _MAX_FRONT = 64
+_MAX_COMPARED = 600
+_BUCKETS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def _search(
                             continue
                         used = (*used[:pool], used[pool] + needed, *used[pool + 1 :])
                     reached[end].append(_Path((path.cost[0], path.cost[1] + error), used, (*path.spans, (cut, end))))
-        fronts = {cut: _thinned(_undominated(paths)) for cut, paths in reached.items()}
+        fronts = {cut: _thinned(_undominated(_bucketed(paths, limits))) for cut, paths in reached.items()}
     complete = fronts.get(profile.num_layers)
     return min(complete, key=lambda path: path.cost).spans if complete else None
 
@@ -91,6 +93,21 @@ def _within(limits: Mapping[str, int], devices: Sequence[Device], spans: Sequenc
         if span is not None:
             used[device.memory_pool] += memory(device, *span)
     return all(used[pool] <= limit for pool, limit in limits.items())
+
+
+def _bucketed(paths: list[_Path], limits: Mapping[str, int]) -> list[_Path]:
+    """Where there are too many to compare with each other: the cheapest of those that use about the same memory, and
+    the thriftiest in each pool."""
+    if len(paths) <= _MAX_COMPARED or not limits:
+        return paths
+    grains = [max(1, limit // _BUCKETS) for limit in limits.values()]
+    cheapest: dict[tuple[int, ...], _Path] = {}
+    for path in paths:
+        bucket = tuple(used // grain for used, grain in zip(path.used, grains, strict=True))
+        if bucket not in cheapest or path.cost < cheapest[bucket].cost:
+            cheapest[bucket] = path
+    thriftiest = [min(paths, key=lambda path: (path.used[pool], path.cost)) for pool in range(len(grains))]
+    return [*cheapest.values(), *thriftiest]
 
 
 def _undominated(paths: list[_Path]) -> list[_Path]:
@@ -107,7 +124,7 @@ def _thinned(front: list[_Path]) -> list[_Path]:
     """At most `_MAX_FRONT` of a front sorted by cost: the thriftiest in each pool, and the rest evenly spread."""
     if len(front) <= _MAX_FRONT:
         return front
-    thriftiest = [min(front, key=lambda path: path.used[pool]) for pool in range(len(front[0].used))]
+    thriftiest = [min(front, key=lambda path: (path.used[pool], path.cost)) for pool in range(len(front[0].used))]
     step = len(front) / (_MAX_FRONT - len(thriftiest))
     spread = [front[int(i * step)] for i in range(_MAX_FRONT - len(thriftiest))]
     return sorted({id(path): path for path in (*thriftiest, *spread)}.values(), key=lambda path: (path.cost, path.used))

@@ -59,7 +59,7 @@ def plan_proportional(
     _check(profile, devices, context_tokens, concurrency)
     demand = _Demand(profile, context_tokens, concurrency)
     shares = _shares(profile, devices)
-    spans = best_spans(profile, devices, shares, demand.memory_bytes, use_all=use_all)
+    spans = _spans(demand, devices, use_all=use_all)
     if spans is None:
         raise _does_not_fit(demand, devices)
     stages = [_stage(demand, device, span) for device, span in zip(devices, spans, strict=True) if span is not None]
@@ -137,8 +137,7 @@ def _why_left_out(demand: _Demand, device: Device, share: float) -> str:
 
 def _does_not_fit(demand: _Demand, devices: Sequence[Device]) -> DoesNotFit:
     profile = demand.profile
-    most_compact = min(devices, key=lambda device: DTYPE_BYTES[device.compute_dtype])
-    needed = demand.memory_bytes(most_compact, 0, profile.num_layers)
+    needed = _needed_bytes(demand, devices)
     available = _available_bytes(devices)
     what = f"{profile.name} needs {needed / GIB:.2f} GiB at {demand.context_tokens:,} tokens × {demand.concurrency}"
     offers = "1 device offers" if len(devices) == 1 else f"{len(devices)} devices offer"
@@ -148,6 +147,19 @@ def _does_not_fit(demand: _Demand, devices: Sequence[Device]) -> DoesNotFit:
     hint = "pair another device, lower --context or the number of conversations, or raise --memory"
     fitting = _largest_halved_context(demand, devices)
     return DoesNotFit(message, hint=f"--context {fitting} would fit; or {hint}" if fitting else hint)
+
+
+def _spans(demand: _Demand, devices: Sequence[Device], *, use_all: bool) -> tuple[tuple[int, int] | None, ...] | None:
+    if _needed_bytes(demand, devices) > _available_bytes(devices):
+        return None  # No need to search.
+    shares = _shares(demand.profile, devices)
+    return best_spans(demand.profile, devices, shares, demand.memory_bytes, use_all=use_all)
+
+
+def _needed_bytes(demand: _Demand, devices: Sequence[Device]) -> int:
+    """The least that the model takes: all of it in one worker of the most compact dtype."""
+    most_compact = min(devices, key=lambda device: DTYPE_BYTES[device.compute_dtype])
+    return demand.memory_bytes(most_compact, 0, demand.profile.num_layers)
 
 
 def _available_bytes(devices: Sequence[Device]) -> int:
@@ -165,8 +177,7 @@ def _largest_halved_context(demand: _Demand, devices: Sequence[Device]) -> int |
     context_tokens = demand.context_tokens // 2
     while context_tokens >= _SMALLEST_CONTEXT:
         smaller = _Demand(demand.profile, context_tokens, demand.concurrency)
-        shares = _shares(demand.profile, devices)
-        if best_spans(demand.profile, devices, shares, smaller.memory_bytes, use_all=False) is not None:
+        if _spans(smaller, devices, use_all=False) is not None:
             return context_tokens
         context_tokens //= 2
     return None
