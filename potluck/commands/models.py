@@ -24,6 +24,9 @@ from transport.messages import DTYPE_BYTES
 # What a stage computes in unless the plan says otherwise, and what sizes are shown in.
 _SHOWN_DTYPE = "bfloat16"
 
+# Into a pipe, lines are never broken.
+_UNLIMITED_COLUMNS = 4096
+
 ModelArgument = Annotated[str, typer.Argument(help="A model's name, as `potluck list` shows it.")]
 SourceArgument = Annotated[
     str,
@@ -77,14 +80,14 @@ def list_models(json_output: JsonOption = False) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "architecture", "layers", "format", "size", "source"):
         justify: Literal["left", "right"] = "right" if heading in ("layers", "size") else "left"
-        # A name that is cut can't be typed again; a long source folds.
-        table.add_column(heading, justify=justify, no_wrap=heading != "source", overflow="fold")
+        # A name that is cut can't be typed again; the others fold.
+        table.add_column(heading, justify=justify, no_wrap=heading == "name", overflow="fold")
     for model in models:
         size = gib(model.num_bytes) if model.is_present else "missing"
         spec = model.spec
         row = (model.name, spec.architecture, str(spec.num_layers), spec.stored_dtype, size, model.source)
         table.add_row(*(escape(cell) for cell in row))
-    data.print(table)
+    data.print(table, width=None if data.is_terminal else _UNLIMITED_COLUMNS)
 
 
 def show(name: ModelArgument, json_output: JsonOption = False) -> None:
@@ -98,7 +101,7 @@ def show(name: ModelArgument, json_output: JsonOption = False) -> None:
     table.add_column(overflow="fold")
     for label, value in _rows(model):
         table.add_row(label, escape(value))
-    data.print(table)
+    data.print(table, width=None if data.is_terminal else _UNLIMITED_COLUMNS)
 
 
 def remove(name: ModelArgument, json_output: JsonOption = False) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from shard.gguf_ingest import ingest_gguf
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ORACLE = json.loads((FIXTURES / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
+SENTENCEPIECE_ORACLE = json.loads((FIXTURES / "tokenizer_gemma3.json").read_text(encoding="utf-8"))
+# gemma-3-270m-q4_k_m.gguf, 241 MB: too much for every run (see the fixture for how its ids were made).
+GEMMA3 = os.environ.get("POTLUCK_TEST_GEMMA3_GGUF")
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +24,26 @@ def tokenizer(smollm2_path: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2_path)
 
 
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if GEMMA3 is None:
+        pytest.skip("POTLUCK_TEST_GEMMA3_GGUF does not say where the file is")
+    folder = tmp_path_factory.mktemp("gemma3")
+    ingest_gguf(Path(GEMMA3), folder, recorded_as=GEMMA3)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("case", ORACLE["cases"], ids=lambda case: repr(case["text"])[:30])
 def test_ids_are_llama_cpps(tokenizer: Any, case: dict[str, Any]) -> None:
+    check(tokenizer, case)
+
+
+def test_sentencepiece_ids_are_llama_cpps(sentencepiece: Any) -> None:
+    for case in SENTENCEPIECE_ORACLE["cases"]:
+        check(sentencepiece, case)
+
+
+def check(tokenizer: Any, case: dict[str, Any]) -> None:
     text = case["text"]
     assert tokenizer.encode(text, add_special_tokens=False) == case["special"]
     assert tokenizer.encode(text, add_special_tokens=True) == case["special_ends"]

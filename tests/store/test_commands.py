@@ -1,0 +1,67 @@
+"""`potluck pull | list | show | rm` as a user runs them: processes, exit codes, what is on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.shard.test_safetensors import tensors, write_folder
+from tests.shard.tiny_gguf import write_gguf
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {"POTLUCK_HOME": str(tmp_path / "home"), "POTLUCK_RUNTIME": str(tmp_path / "run"), "COLUMNS": "200"}
+
+
+def potluck(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "potluck.cli", *arguments]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    pulled = potluck(environment, "pull", str(tmp_path / "tiny.gguf"), "--json")
+    assert pulled.returncode == 0, pulled.stderr
+    *events, last = map(json.loads, pulled.stdout.splitlines())
+    assert {event["stage"] for event in events} == {"ingest"}
+    assert events[-1]["done"] == events[-1]["total"]
+    assert (last["name"], last["architecture"], last["layers"]) == ("tiny", "llama", 2)
+    assert json.loads(potluck(environment, "list", "--json").stdout) == [last]
+
+    shown = json.loads(potluck(environment, "show", "tiny", "--json").stdout)
+    assert shown["tokenizer"] is True
+    assert shown["chat_template"] is False
+    assert shown["backends"] == ["torch", "mlx"]
+    assert shown["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, head_dim, bytes
+    assert shown["kv_bytes_default_context"] == 256 * shown["kv_bytes_per_token"]
+
+    write_folder(tmp_path / "a-name-that-is-quite-long-for-a-column", tensors())
+    potluck(environment, "pull", str(tmp_path / "a-name-that-is-quite-long-for-a-column"))
+    table = potluck(environment | {"COLUMNS": "60"}, "list").stdout
+    assert "a-name-that-is-quite-long-for-a-column" in table
+    assert "tiny.gguf" in "".join(potluck(environment, "show", "tiny").stdout.split())
+
+    removed = potluck(environment, "rm", "tiny")
+    assert removed.returncode == 0
+    assert "its files stay" in removed.stdout
+    assert (tmp_path / "tiny.gguf").exists()
+
+
+def test_errors_end_with_a_hint_and_exit_code_1(environment: dict[str, str]) -> None:
+    for arguments in (["show", "nothing"], ["rm", "nothing"], ["pull", "nothing"], ["pull", "/no/such.gguf"]):
+        done = potluck(environment, *arguments)
+        assert done.returncode == 1
+        assert done.stdout.strip() == ""
+        assert "error: " in done.stderr
+        assert "hint: " in done.stderr
+    empty = potluck(environment, "list")
+    assert empty.returncode == 0
+    assert "potluck pull smollm2" in empty.stdout
