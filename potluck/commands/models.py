@@ -87,7 +87,7 @@ def list_models(json_output: JsonOption = False) -> None:
         spec = model.spec
         row = (model.name, spec.architecture, str(spec.num_layers), spec.stored_dtype, size, model.source)
         table.add_row(*(escape(cell) for cell in row))
-    data.print(table, width=None if data.is_terminal else _UNLIMITED_COLUMNS)
+    _print(table)
 
 
 def show(name: ModelArgument, json_output: JsonOption = False) -> None:
@@ -101,7 +101,7 @@ def show(name: ModelArgument, json_output: JsonOption = False) -> None:
     table.add_column(overflow="fold")
     for label, value in _rows(model):
         table.add_row(label, escape(value))
-    data.print(table, width=None if data.is_terminal else _UNLIMITED_COLUMNS)
+    _print(table)
 
 
 def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
@@ -118,6 +118,11 @@ def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
     data.print(f"{escape(model.name)} is removed; {escape(kept)}", soft_wrap=True)
     if in_use:
         errors.print("The running head still has it open, and keeps serving it until it stops.")
+
+
+def _print(table: Table) -> None:
+    console = data if data.is_terminal else Console(file=data.file, width=_UNLIMITED_COLUMNS)
+    console.print(table)
 
 
 def _is_in_use(name: str) -> bool:
