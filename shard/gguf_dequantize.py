@@ -24,7 +24,12 @@ def row_bytes(format: str, columns: int) -> int:
 
 def check_format(format: str) -> None:
     """Raise UnsupportedModel for a type that can't be turned into floats."""
-    if format not in _FORMATS and GGMLQuantizationType[format] not in quants._type_traits:
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[format]]
+    try:
+        values = dequantize_rows(np.zeros((1, int(block_bytes)), np.uint8), format)
+    except NotImplementedError:
+        values = None
+    if values is None or values.shape != (1, block) or values.dtype != np.float32:
         raise UnsupportedModel(
             f"tensors of GGUF type {format} can't be read", hint="take a Q4_K_M, Q5_K_M, Q8_0, F16 or BF16 file"
         )

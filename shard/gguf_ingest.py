@@ -32,6 +32,8 @@ def ingest_gguf(file: Path, folder: Path, *, recorded_as: str, progress: Progres
     before = file.stat()
     header = read_header(file, lambda done, total: progress(done, total + 1))
     config = config_from(header, _rope_factors(file, header))
+    for form in sorted({tensor.format for tensor in header.tensors}):
+        check_format(form)
     tensors = tuple(
         _indexed(config["model_type"], header.metadata["general.architecture"], config, tensor)
         for tensor in header.tensors
@@ -67,7 +69,6 @@ def _check_complete(config: dict[str, Any], tensors: tuple[IndexedTensor, ...], 
 
 
 def _indexed(model_type: str, architecture: str, config: dict[str, Any], tensor: GgufTensor) -> IndexedTensor:
-    check_format(tensor.format)
     name = hugging_face_name(architecture, tensor.name)
     rotary_heads = None
     if model_type == "llama" and ".self_attn.q_proj." in name:

@@ -78,11 +78,14 @@ class _Handler(BaseHTTPRequestHandler):
     served: Index
     protocol_version = "HTTP/1.1"
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # Clients are killed on purpose.
+            super().handle()
+
     def do_GET(self) -> None:
         name = self.path.split("?")[0].strip("/").split("/")[-1]
         if name == WHEEL:
-            with contextlib.suppress(ConnectionError):  # Clients are killed on purpose.
-                self._wheel()
+            self._wheel()
         elif name == f"{WHEEL}.metadata":
             self._answer(_METADATA)
         elif name == PACKAGE:

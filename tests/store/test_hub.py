@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,10 @@ except PotluckError as error:
 class _Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # Clients end without a word.
+            super().handle()
 
     def do_HEAD(self) -> None:
         self._serve(body=False)
