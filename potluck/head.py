@@ -27,11 +27,12 @@ from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
-from transport.errors import PotluckError, RingDown
+from transport.errors import NeighbourGone, PotluckError, RingDown
 
 _REGISTER_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 3600.0
 _READY_TIMEOUT_S = 300.0
+_CAUSE_WITHIN_S = 0.5
 State = Literal["starting", "ready", "down"]
 
 
@@ -188,7 +189,16 @@ class Head:
 
     def _on_fault(self, worker: PoolWorker, error: PotluckError) -> None:
         ring = self.ring
-        if ring is not None and any(stage.worker is worker for stage in ring.stages) and ring.mark_down(error):
+        if ring is None or worker.fence != ring.fence:
+            return
+        if isinstance(error, NeighbourGone):
+            # A symptom, and often known before its cause, which is what the user needs.
+            threading.Timer(_CAUSE_WITHIN_S, self._ring_lost, (ring, error)).start()
+        else:
+            self._ring_lost(ring, error)
+
+    def _ring_lost(self, ring: Ring, error: PotluckError) -> None:
+        if ring.mark_down(error):
             self._events.put(error)
 
     def _on_joined(self, worker: PoolWorker) -> None:

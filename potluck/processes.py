@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_TERMINATE_AFTER_S = 1.5
-_KILL_AFTER_S = 1.0
+_TERMINATE_S = 1.5
+_KILL_S = 1.0
 
 
 class Child:
@@ -57,11 +57,6 @@ class Child:
                 return lines[-1]
         return ""
 
-    def end_lifeline(self) -> None:
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-
     def terminate(self) -> None:
         if self.exit_code() is None:
             self._process.terminate()
@@ -79,9 +74,12 @@ class Child:
 
 
 def stop_all(children: Iterable[Child]) -> None:
-    """Give children that were asked to stop a moment, then end them. Returns within about 3 s."""
+    """End children and see that they are gone. Returns within about 3 s.
+
+    Their lifelines stay open until then: one that ends means that this process has crashed, and they would clean up.
+    """
     children = list(children)
-    for action, patience_s in ((Child.end_lifeline, _TERMINATE_AFTER_S), (Child.kill, _KILL_AFTER_S)):
+    for action, patience_s in ((Child.terminate, _TERMINATE_S), (Child.kill, _KILL_S)):
         for child in children:
             action(child)
         deadline = time.monotonic() + patience_s

@@ -59,11 +59,11 @@ def stage_table(report: StatusReport) -> Table:
         ("backend", "left"),
         ("layers", "left"),
         ("weights", "right"),
-        ("KV of plan", "right"),
+        ("KV (plan)", "right"),
         ("resident", "right"),
         ("ms/token", "right"),
     ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for stage in report.stages:
         table.add_row(
             str(stage.stage),
@@ -71,7 +71,7 @@ def stage_table(report: StatusReport) -> Table:
             stage.backend,
             f"{stage.first}–{stage.last - 1}",
             gib(stage.weights_bytes),
-            f"{gib(stage.kv_bytes)} of {gib(stage.kv_reserved_bytes)}",
+            f"{gib(stage.kv_bytes)} ({gib(stage.kv_reserved_bytes)})",
             gib(stage.rss_bytes),
             f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
         )

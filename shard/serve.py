@@ -75,7 +75,7 @@ class StageServer:
         self.clock = StageClock()
 
     def run(self, stopped: Callable[[], bool]) -> None:
-        """Raises RingDown when a neighbour is gone, BadMessage when it breaks the protocol."""
+        """Raises NeighbourGone when one is gone, BadMessage when it breaks the protocol."""
         while not stopped():
             received = self._receiver.receive(_POLL_S)
             if received is not None:

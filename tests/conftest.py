@@ -17,5 +17,5 @@ def models_home() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """The folder of SmolLM2-135M-Instruct, as `open_checkpoint` and AutoTokenizer take it. Read it, never write to it."""
+    """The folder of SmolLM2-135M-Instruct, as `open_checkpoint` and AutoTokenizer take it, to read only."""
     return Store(models_home()).pull("smollm2").path

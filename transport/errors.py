@@ -103,6 +103,10 @@ class RingDown(PotluckError):
     status = 503
 
 
+class NeighbourGone(RingDown):
+    code = "neighbour_gone"
+
+
 class StageFailed(PotluckError):
     code = "stage_failed"
     status = 503

@@ -21,7 +21,7 @@ class Sender(Protocol):
     """The sending end. One owner thread."""
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
-        """Queue a message; the buffers must not change afterwards. Raises RingDown if the peer is gone."""
+        """Queue a message; the buffers must not change afterwards. Raises NeighbourGone if the peer is gone."""
 
     def close(self) -> None: ...
 
@@ -30,7 +30,7 @@ class Receiver(Protocol):
     """The receiving end. One owner thread, but for `wake`."""
 
     def receive(self, timeout_s: float) -> Received | None:
-        """The next message; None after `timeout_s` or a `wake`. Raises RingDown if a peer that said Hello is gone.
+        """The next message; None after `timeout_s` or a `wake`. Raises NeighbourGone if a peer that said Hello is gone.
 
         A message that breaks the protocol or a limit never comes out: it is counted in `num_refused` and its connection
         is closed or ignored.

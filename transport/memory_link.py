@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from transport.codec import EdgeLimits, check
-from transport.errors import BadMessage, RingDown
+from transport.errors import BadMessage, NeighbourGone
 from transport.link import Received
 from transport.messages import DataMessage
 
@@ -26,7 +26,7 @@ class MemorySender:
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         if self._channel.closed.is_set():
-            raise RingDown("the neighbour has closed the link")
+            raise NeighbourGone("the neighbour has closed the link")
         self._channel.queue.put(Received(message=message, buffers=tuple(buffers)))
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class MemoryReceiver:
             received = None
         if received is None:
             if self._channel.closed.is_set() and self._channel.queue.empty():
-                raise RingDown("the neighbour has closed the link")
+                raise NeighbourGone("the neighbour has closed the link")
             return None
         if self._limits is not None:
             if received.message.fence != self._limits.fence:

@@ -10,7 +10,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.codec import EdgeLimits, decode_data, encode
-from transport.errors import BadMessage, RingDown
+from transport.errors import BadMessage, NeighbourGone
 from transport.link import Received
 from transport.messages import PROTOCOL_VERSION, DataMessage, Fence, Hello
 from transport.wake import Wake
@@ -52,7 +52,7 @@ class ZmqSender:
         name: str,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """Raises RingDown if nobody listens at `endpoint` within `connect_timeout_s`."""
+        """Raises NeighbourGone if nobody listens at `endpoint` within `connect_timeout_s`."""
         self._endpoint = endpoint
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=limits.max_message_bytes)
@@ -61,19 +61,19 @@ class ZmqSender:
         self._socket.connect(endpoint)
         try:
             self.send(Hello(PROTOCOL_VERSION, limits.fence, name))
-        except RingDown:
+        except NeighbourGone:
             self.close()
             raise
         self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         if self._monitor.poll(0):
-            raise RingDown(f"the neighbour at {self._endpoint} is gone")
+            raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
         frames: list[bytes | memoryview] = [encode(message), *buffers]
         try:
             self._socket.send_multipart(frames, copy=False)
         except zmq.Again as error:
-            raise RingDown(f"the neighbour at {self._endpoint} does not take messages") from error
+            raise NeighbourGone(f"the neighbour at {self._endpoint} does not take messages") from error
 
     def close(self) -> None:
         self._socket.disable_monitor()
@@ -160,7 +160,7 @@ class ZmqReceiver:
         parse_monitor_message(self._monitor.recv_multipart())
         # A stranger that goes away is nobody's loss, and ROUTER does not say who went: ask for the peer.
         if self._peer is not None and not self._can_reach(self._peer):
-            raise RingDown(f"{self._peer_name} is gone")
+            raise NeighbourGone(f"{self._peer_name} is gone")
 
     def _can_reach(self, peer: bytes) -> bool:
         try:

@@ -80,7 +80,7 @@ def _facts(report: StatusReport, answer: Answer) -> dict[str, Any]:
                 "first": stage.first,
                 "last": stage.last,
                 "weights_bytes": stage.weights_bytes,
-                "kv_bytes": stage.kv_bytes,
+                "kv_bytes": stage.kv_reserved_bytes,
                 "ms_per_token": round(stage.ms_per_token, 2) if stage.ms_per_token is not None else None,
             }
             for stage in report.stages

@@ -216,7 +216,7 @@ class Engine:
         with self._changed:
             if self._down is not None:
                 return
-            down = error if isinstance(error, RingDown) else RingDown(error.message, hint=error.hint)
+            down = RingDown(error.message, hint=error.hint)  # whatever it was, it means this to a client
             self._down = down
             self._state = "down"
             commands = list(self._commands)

@@ -122,9 +122,7 @@ def test_a_mixed_bf16_ring_stays_close_and_sensible(
 ) -> None:
     """torch in bf16, MLX in fp32 (its CPU build), bf16 on the wire. The logprobs of the prompt's next token, whole
     vocabulary, stay within BF16_TOLERANCE of the largest fp32 logit."""
-    stages = ring(
-        checkpoint, [14, 16], ["torch", "mlx", "torch"], ["bfloat16", "float32", "bfloat16"], "bfloat16"
-    )
+    stages = ring(checkpoint, [14, 16], ["torch", "mlx", "torch"], ["bfloat16", "float32", "bfloat16"], "bfloat16")
     vocab = checkpoint.spec.vocab_size
     output = run(
         stages,
