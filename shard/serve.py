@@ -111,9 +111,11 @@ class StageServer:
             wrapped = StageFailed(f"stage {self._index} failed at step {step}: {type(error).__name__}: {error}")
             self._sender.send(self._failure(step, work.ops, wrapped))
             return
-        self.clock.add(work.entries, time.perf_counter() - started)
+        ended = time.perf_counter()
         message, buffers = self._message(step, work, output)
         self._sender.send(message, buffers)
+        # The neighbour need not wait for the books.
+        self.clock.add(work.entries, ended - started)
 
     def _failure(self, step: int, ops: tuple[Op, ...], error: PotluckError) -> Failed:
         return Failed(self._fence, step, ops, self._index, error.code, error.message, error.hint)

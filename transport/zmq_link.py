@@ -20,6 +20,7 @@ SEND_TIMEOUT_S = 30.0
 _HEARTBEAT_MS = 500
 _HEARTBEAT_TIMEOUT_MS = 1500
 _BUFFER_BYTES = 2**20
+_ZERO_COPY_BYTES = 2**16
 
 
 def set_options(sock: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
@@ -67,13 +68,18 @@ class ZmqSender:
         self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
-        if self._monitor.poll(0):
-            raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
         frames: list[bytes | memoryview] = [encode(message), *buffers]
+        last = len(frames) - 1
         try:
-            self._socket.send_multipart(frames, copy=False)
+            for index, frame in enumerate(frames):
+                # Small frames are copied: to track a buffer until it has left takes longer.
+                is_large = len(frame) >= _ZERO_COPY_BYTES
+                self._socket.send(frame, flags=0 if index == last else zmq.SNDMORE, copy=not is_large)
         except zmq.Again as error:
             raise NeighbourGone(f"the neighbour at {self._endpoint} does not take messages") from error
+        # Afterwards, since asking takes as long as sending and the neighbour need not wait for it.
+        if int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
 
     def close(self) -> None:
         self._socket.disable_monitor()
