@@ -1,0 +1,100 @@
+"""Profiles a model on one device: `python -P -m shard.profile --model FOLDER --backend torch --device cpu`.
+
+Prints one JSON object. With `--serve` it is a child: a line of JSON for all that happens ("doing", then "report" or
+"error"), and it waits for commands on standard input ("steady SECONDS") until that ends, with its parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from transport.errors import PotluckError, StageFailed
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_EXIT_ORPHANED = 75
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    for variable in _THREAD_VARIABLES:  # Before a library that reads them is loaded.
+        os.environ[variable] = str(options.threads)
+    commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+    if options.serve:
+        threading.Thread(target=_read_commands, args=(commands,), name="commands", daemon=True).start()
+    try:
+        _run(options, commands)
+    except PotluckError as error:
+        return _fail(error, options.serve)
+    except Exception as error:  # noqa: BLE001 - the root of the process: whatever it was, its parent must hear of it
+        return _fail(StageFailed(f"{type(error).__name__}: {error}"), options.serve)
+    return 0
+
+
+def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
+    from shard.open import open_checkpoint
+    from shard.profile.profile import Profiler, ProfileSettings
+
+    settings = ProfileSettings(
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        budget_s=options.budget,
+        memory_bytes=options.memory,
+    )
+    checkpoint = open_checkpoint(options.model)
+    tell = (lambda what: _say(doing=what)) if options.serve else (lambda what: None)
+    profiler = Profiler(checkpoint, settings, tell=tell)
+    report = msgspec.to_builtins(profiler.profile())
+    if not options.serve:
+        print(json.dumps(report))
+        return
+    _say(report=report)
+    while True:
+        match commands.get().split():
+            case ["steady", seconds]:
+                _say(steady_s=profiler.steady(float(seconds)))
+            case words:
+                raise StageFailed(f"a profile does not know the command {' '.join(words)!r}")
+
+
+def _read_commands(commands: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        commands.put(line)
+    os._exit(_EXIT_ORPHANED)  # The parent is gone, or wants no more.
+
+
+def _say(**fact: Any) -> None:
+    print(json.dumps(fact), flush=True)
+
+
+def _fail(error: PotluckError, serve: bool) -> int:
+    if serve:
+        _say(error={"code": error.code, "message": error.message, "hint": error.hint})
+    print(error, file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shard.profile", description="Measure a model's layers on one device.")
+    parser.add_argument("--model", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--backend", choices=("torch", "mlx"), required=True)
+    parser.add_argument("--device", required=True, help="cpu, cuda:0, mps or mlx")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds to measure for, after loading")
+    parser.add_argument("--memory", type=int, default=None, help="most bytes of weights to hold at once")
+    parser.add_argument("--serve", action="store_true", help="speak lines of JSON with a parent")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

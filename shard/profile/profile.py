@@ -1,0 +1,124 @@
+"""The profile of one model on one device: which stages are loaded for it, in what order, and what is reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shard.checkpoint import Checkpoint
+from shard.load import Backend
+from shard.profile.clock import Clock
+from shard.profile.ends import ROWS, by_rows, rest_times
+from shard.profile.kinds import Choice, Span, choose, end_span, layer_kinds
+from shard.profile.layers import LayerProbe, Loaded
+from shard.profile.report import GridReport, ProfileReport
+from shard.profile.stage import TimedStage
+from transport.messages import DTYPE_BYTES, DType
+
+Tell = Callable[[str], None]
+
+_LARGEST_EMBEDDING_BYTES = 256 << 20
+"""To read a larger one would take longer than all that is measured, for a lookup that takes next to nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSettings:
+    """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound)."""
+
+    backend: Backend
+    device: str
+    dtype: DType
+    budget_s: float = 5.0
+    memory_bytes: int | None = None
+
+
+class Profiler:
+    """Measures once (`profile`), and then again while other devices work (`steady`)."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: ProfileSettings, *, tell: Tell) -> None:
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._tell = tell
+        self._clock = Clock(settings.budget_s)
+        self._kinds = layer_kinds(checkpoint)
+        self._run: TimedStage | None = None
+
+    def profile(self) -> ProfileReport:
+        """Raises PotluckError where a stage can't be loaded or run."""
+        self._tell("loading layers")
+        choice = choose(self._checkpoint.spec, self._kinds, self._settings.dtype, self._settings.memory_bytes)
+        run = self._run = self._load(choice.run)
+        loaded = Loaded(
+            run=run,
+            kinds=self._kinds[choice.run.first : choice.run.last],
+            singles=tuple(self._load(span) for span in choice.singles),
+        )
+        probe = LayerProbe(loaded=loaded, clock=self._clock, tell=self._tell)
+        layers = probe.measure()
+        steady_s = self.steady(0.06 * self._settings.budget_s)
+        head = self._head(probe, choice)
+        embed = self._embed(probe, choice)
+        return ProfileReport(
+            kinds=self._kinds,
+            layers=layers,
+            embed=embed,
+            head=head,
+            step_s=probe.step_s,
+            steady_s=steady_s,
+            steady_layers=run.num_layers,
+        )
+
+    def steady(self, seconds: float) -> float:
+        """Run decode steps of one sequence without a pause; the median second of one. After `profile`."""
+        assert self._run is not None, "profile comes first"
+        run = self._run
+        sequences = run.open(1)
+        run.step(sequences, 8, num_logits=0)
+        taken: list[float] = []
+        ends_at = time.perf_counter() + seconds
+        while time.perf_counter() < ends_at or len(taken) < 3:
+            taken.append(run.step(sequences))
+        run.release(sequences)
+        return statistics.fmean(taken) if len(taken) < 5 else statistics.median(taken)
+
+    def _head(self, probe: LayerProbe, choice: Choice) -> GridReport:
+        spec = self._checkpoint.spec
+        span = end_span(spec, first=False)
+        if not self._fits(spec.head_params + spec.norm_params, span):
+            # It can't be had here: as many parameters as some layers, read at the same speed.
+            kind = self._kinds[-1]
+            worth = spec.head_params / spec.layer_params[-1]
+            rows = tuple(probe.short[kind])
+            return by_rows(rows, [worth * probe.layer_s(kind, count) for count in rows])
+        self._tell("the head")
+        return self._rest(probe, choice, span, kind=self._kinds[-1])
+
+    def _embed(self, probe: LayerProbe, choice: Choice) -> GridReport:
+        spec = self._checkpoint.spec
+        span = end_span(spec, first=True)
+        num_bytes = spec.embed_params * DTYPE_BYTES[self._settings.dtype]
+        if num_bytes > _LARGEST_EMBEDDING_BYTES or not self._fits(spec.embed_params, span):
+            return by_rows(ROWS, [0.0] * len(ROWS))
+        self._tell("the embedding")
+        return self._rest(probe, choice, span, kind=self._kinds[0])
+
+    def _rest(self, probe: LayerProbe, choice: Choice, span: Span, *, kind: int) -> GridReport:
+        single = choice.singles[kind]
+        ours = sum(probe.layer_s(self._kinds[layer]) for layer in range(span.first, span.last))
+        theirs = sum(probe.layer_s(self._kinds[layer]) for layer in range(single.first, single.last))
+        return rest_times(self._load(span), probe.loaded.singles[kind], ours - theirs, self._clock)
+
+    def _fits(self, params: int, span: Span) -> bool:
+        if self._settings.memory_bytes is None:
+            return True
+        params += sum(self._checkpoint.spec.layer_params[span.first : span.last])
+        held = sum(stage.weights_bytes for stage in (self._run,) if stage is not None)
+        return params * DTYPE_BYTES[self._settings.dtype] + 2 * held <= self._settings.memory_bytes
+
+    def _load(self, span: Span) -> TimedStage:
+        settings = self._settings
+        return TimedStage(
+            self._checkpoint, span, backend=settings.backend, device=settings.device, dtype=settings.dtype
+        )

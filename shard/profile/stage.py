@@ -1,0 +1,98 @@
+"""A few real layers, run step after step as a stage runs them, and timed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from shard.checkpoint import Checkpoint
+from shard.load import Backend, load_shard
+from shard.local_stage import LocalStage
+from shard.profile.kinds import Span
+from shard.stage import ShardSpec, StageInput
+from transport.messages import DType, Entry, Open, Release, Sampling, SequenceId
+
+_NO_BOUND = 1 << 30
+
+
+class TimedStage:
+    """Layers `span` of a checkpoint behind LocalStage. Inputs are random: no layer's time depends on their values,
+    but for the choice of experts, which random inputs spread as real ones do."""
+
+    def __init__(self, checkpoint: Checkpoint, span: Span, *, backend: Backend, device: str, dtype: DType) -> None:
+        model = checkpoint.spec
+        self.spec = ShardSpec(
+            first=span.first,
+            last=span.last,
+            num_layers=model.num_layers,
+            device=device,
+            compute_dtype=dtype,
+            wire_dtype=dtype,
+            next_dtype=dtype,
+            context_tokens=model.context_tokens,
+            kv_capacity_tokens=_NO_BOUND,
+        )
+        self._backend = load_shard(checkpoint, self.spec, backend=backend)
+        self._stage = LocalStage(self._backend)
+        self._random = np.random.default_rng(0)
+        self.window = max_window(model.windows[span.first : span.last])
+        self._hidden_size, self._vocab_size = model.hidden_size, model.vocab_size
+        self._ids = itertools.count(1)
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.last - self.spec.first
+
+    @property
+    def weights_bytes(self) -> int:
+        return self._backend.weights_bytes
+
+    def length(self, sequence: SequenceId) -> int:
+        return self._backend.length(sequence)
+
+    def open(self, count: int) -> tuple[SequenceId, ...]:
+        """New, empty sequences."""
+        sequences = tuple(SequenceId(next(self._ids)) for _ in range(count))
+        ops = tuple(Open(sequence, (), Sampling()) for sequence in sequences)
+        self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
+        return sequences
+
+    def release(self, sequences: Sequence[SequenceId]) -> None:
+        ops = tuple(Release(sequence) for sequence in sequences)
+        self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
+
+    def step(self, sequences: Sequence[SequenceId], num_tokens: int = 1, num_logits: int = 1) -> float:
+        """Append `num_tokens` to each sequence in one step; the seconds it took."""
+        ids = tuple(self._random.integers(0, self._vocab_size, num_tokens).tolist())
+        entries = tuple(
+            Entry(sequence, self._backend.length(sequence), ids, min(num_logits, num_tokens)) for sequence in sequences
+        )
+        work = StageInput(ops=(), entries=entries, hidden=self._hidden(len(sequences) * num_tokens))
+        started = time.perf_counter()
+        self._stage.forward(work)
+        return time.perf_counter() - started
+
+    def fresh_chunk(self, num_tokens: int) -> float:
+        """Seconds of the first chunk of a prompt."""
+        sequences = self.open(1)
+        try:
+            return self.step(sequences, num_tokens, num_logits=0)
+        finally:
+            self.release(sequences)
+
+    def _hidden(self, num_tokens: int) -> np.ndarray | None:
+        if self.spec.is_first:
+            return None
+        values = self._random.standard_normal((num_tokens, self._hidden_size), dtype=np.float32)
+        if self.spec.wire_dtype == "bfloat16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16)
+        return values.astype(np.float16 if self.spec.wire_dtype == "float16" else np.float32)
+
+
+def max_window(windows: Sequence[int | None]) -> int | None:
+    """What the layers can look back at: None where one of them sees everything."""
+    known = [window for window in windows if window is not None]
+    return max(known) if known and len(known) == len(windows) else None
