@@ -18,6 +18,7 @@ import zmq
 from bench.hardware import facts
 from bench.random_checkpoint import LlamaShape, write_checkpoint
 from devices.device import Device
+from potluck.lan import ThisHost
 from potluck.node import Node
 from potluck.pool import Pool, PoolWorker
 from shard.open import open_checkpoint
@@ -59,17 +60,23 @@ def _load_peaks(model: Path, backend: str, logs: Path) -> list[int]:
     thirds = [spec.num_layers * index // 3 for index in range(4)]
     run_dir = Path(tempfile.mkdtemp(prefix="pl-"))
     with zmq.Context() as context:
-        pool = Pool(context, run_dir, on_fault=lambda worker, error: None, on_joined=lambda worker: None)
-        node = Node(control=pool.endpoint, logs=logs, on_exit=pool.report_exit)
+        pool = Pool(
+            context,
+            run_dir,
+            on_fault=lambda worker, error: None,
+            on_joined=lambda worker: None,
+            here=ThisHost(name="bench"),
+        )
+        node = Node(control=pool.endpoint, logs=logs, run_dir=run_dir, on_exit=pool.report_exit)
         try:
-            node.start([_device(f"{backend}-{index}", backend) for index in range(3)], remove=run_dir)
+            node.start([_device(f"{backend}-{index}", backend) for index in range(3)])
             pool.wait_for_devices([worker.device.name for worker in node.workers], 3, 60.0)
             workers = pool.workers()
             fence = Fence("bench", 1, "memory")
             loads = []
             for index, worker in enumerate(workers):
-                loads.append((worker, _load(model, fence, run_dir, index, thirds, backend)))
-            # Nobody listens behind the last stage, so its load ends only when the bench does: wait for the weights.
+                loads.append((worker, _load(model, fence, index, thirds, backend)))
+            # Nobody says where to send, so that loading does not end: wait for the weights.
             _load_weights(pool, loads)
             return [_peak_bytes(worker.register.pid) for worker in workers]
         finally:
@@ -88,12 +95,13 @@ def _load_weights(pool: Pool, loads: list[tuple[PoolWorker, Load]]) -> None:
             raise _Read
 
     try:
-        pool.load(loads, tick=tick)
+        pool.listen(loads)
+        pool.wait_until_loaded([worker for worker, _ in loads], tick=tick)
     except _Read:
         return
 
 
-def _load(model: Path, fence: Fence, run_dir: Path, index: int, thirds: list[int], backend: str) -> Load:
+def _load(model: Path, fence: Fence, index: int, thirds: list[int], backend: str) -> Load:
     return Load(
         fence=fence,
         stage=index,
@@ -107,8 +115,7 @@ def _load(model: Path, fence: Fence, run_dir: Path, index: int, thirds: list[int
         context_tokens=1024,
         kv_capacity_tokens=1024,
         max_step_tokens=1024,
-        listen=f"ipc://{run_dir}/s{index}",
-        next=f"ipc://{run_dir}/s{index + 1}",
+        listen="local",
     )
 
 

@@ -20,6 +20,7 @@ from devices.device import Device
 from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
 from potluck.engine.tokenizer import Tokenizer
+from potluck.lan import ThisHost
 from potluck.node import Node
 from potluck.pool import Pool
 from shard.load import load_shard
@@ -31,7 +32,7 @@ from shard.stage import ShardSpec
 from transport.codec import EdgeLimits
 from transport.link import Received, Receiver, Sender
 from transport.memory_link import memory_link
-from transport.messages import DataMessage, DType, Fence, Load, Sampled, Sampling, Tokens
+from transport.messages import Connect, DataMessage, DType, Fence, Load, Sampled, Sampling, Tokens
 from transport.requests import Delta, EngineDown, EngineEvent, EngineReady, Finished, RequestFailed, Submit
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
@@ -199,16 +200,21 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
     run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     limits = _limits(spec, fence, dtype)
-    pool = Pool(context, run_dir, on_fault=lambda worker, error: None, on_joined=lambda worker: None)
-    node = Node(control=pool.endpoint, logs=run_dir, on_exit=pool.report_exit)
+    pool = Pool(
+        context,
+        run_dir,
+        on_fault=lambda worker, error: None,
+        on_joined=lambda worker: None,
+        here=ThisHost(name="bench"),
+    )
+    node = Node(control=pool.endpoint, logs=run_dir, run_dir=run_dir, on_exit=pool.report_exit)
     try:
         receiver = ZmqReceiver(context, f"ipc://{run_dir}/engine", limits)
-        node.start([_device(index, dtype) for index in range(num_stages)], remove=run_dir)
+        node.start([_device(index, dtype) for index in range(num_stages)])
         pool.wait_for_devices([worker.device.name for worker in node.workers], num_stages, 60.0)
         workers = pool.workers()
         loads = []
         for index, worker in enumerate(workers):
-            is_last = index == num_stages - 1
             load = Load(
                 fence=fence,
                 stage=index,
@@ -222,12 +228,14 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
                 context_tokens=CONTEXT_TOKENS,
                 kv_capacity_tokens=CONTEXT_TOKENS,
                 max_step_tokens=MAX_STEP_TOKENS,
-                listen=f"ipc://{run_dir}/s{index}",
-                next=f"ipc://{run_dir}/{'engine' if is_last else f's{index + 1}'}",
+                listen="local",
             )
             loads.append((worker, load))
-        pool.load(loads, tick=lambda _: None)
-        sender = ZmqSender(context, f"ipc://{run_dir}/s0", limits, name="the bench")
+        endpoints = pool.listen(loads)
+        following = [*endpoints[1:], receiver.endpoint]
+        pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
+        pool.wait_until_loaded(workers, tick=lambda _: None)
+        sender = ZmqSender(context, endpoints[0], limits, name="the bench")
 
         def stage_p50() -> list[float]:
             pool.request_stats(workers)

@@ -20,6 +20,8 @@ class Settings:
     """What `potluck up` needs to know. `devices` empty means: what this host has.
 
     `memory_bytes` and `threads` cap what each device of this host gives; None leaves it to what is free.
+    `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
+    a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
     """
 
@@ -33,6 +35,10 @@ class Settings:
     concurrency: int = 4
     use_all_devices: bool = False
     wait_for_devices: int = 0
+    host_name: str | None = None
+    lan_host: str | None = None
+    lan_port: int = 0
+    insecure_lan: bool = False
 
 
 def load_settings(path: Path) -> Settings:
@@ -63,8 +69,11 @@ def settings_from(data: dict[str, Any], *, where: str) -> Settings:
 
 def checked(settings: Settings) -> Settings:
     """The same settings. Raises ConfigError for a value that can't work."""
-    if not 0 <= settings.port <= 65535:
-        raise ConfigError(f"port {settings.port} does not exist", hint="choose one from 1 to 65535, or 0 for any")
+    for port in (settings.port, settings.lan_port):
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"port {port} does not exist", hint="choose one from 1 to 65535, or 0 for any")
+    if settings.host_name is not None and (not settings.host_name.strip() or "/" in settings.host_name):
+        raise ConfigError(f"{settings.host_name!r} is no name for a host", hint="choose one without a slash")
     if settings.host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
             f"the endpoint can't listen on {settings.host}: only this host may use it so far",

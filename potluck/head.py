@@ -18,6 +18,7 @@ from planner.plan import Plan
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
+from potluck.lan import INSECURE_WARNING, this_host
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
@@ -48,6 +49,7 @@ class Head:
         self._joined: list[PoolWorker] = []
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
         self._reporting = threading.Lock()
+        self._here = this_host(settings)
         self.model = model
         self.state: State = "starting"
         self.ring: Ring | None = None
@@ -74,6 +76,11 @@ class Head:
     @property
     def url(self) -> str:
         return self.endpoint.url
+
+    @property
+    def lan(self) -> str | None:
+        """ "ADDRESS:PORT" where other hosts join, if they may."""
+        return self._pool.lan
 
     def report(self) -> StatusReport:
         """Facts for `potluck status`, the stages' counters fresh. Thread-safe."""
@@ -105,9 +112,24 @@ class Head:
         # Not its context manager: that would wait for ever for a socket somebody forgot.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
-        self._pool = Pool(context, self._run_dir, on_fault=self._on_fault, on_joined=self._on_joined)
+        self._pool = Pool(
+            context,
+            self._run_dir,
+            on_fault=self._on_fault,
+            on_joined=self._on_joined,
+            here=self._here,
+            lan_port=self._settings.lan_port,
+        )
         self._stack.callback(self._pool.close)
-        self._node = Node(control=self._pool.endpoint, logs=logs_dir(), on_exit=self._pool.report_exit)
+        if self._pool.lan is not None:
+            self._say_lan(self._pool.lan)
+        self._node = Node(
+            control=self._pool.endpoint,
+            logs=logs_dir(),
+            run_dir=self._run_dir,
+            on_exit=self._pool.report_exit,
+            address=self._here.address,
+        )
         self._stack.callback(self._node.stop)
         # Workers first hear that it is over: they would take an engine that stops before them for a fault.
         self._stack.callback(self._take_down_ring)
@@ -120,14 +142,29 @@ class Head:
         self._bring_up()
 
     def _facts(self) -> HeadFacts:
-        return HeadFacts(pid=os.getpid(), url=self.url, model=self.model.name, control=self._pool.endpoint)
+        return HeadFacts(
+            pid=os.getpid(),
+            url=self.url,
+            model=self.model.name,
+            control=self._pool.endpoint,
+            host=self._here.name,
+            address=self._here.address,
+            lan=self._pool.lan,
+        )
+
+    def _say_lan(self, lan: str) -> None:
+        insecure = ""
+        if self._here.is_exposed:
+            insecure = " --insecure-lan"
+            self._progress.say(INSECURE_WARNING)
+        self._progress.say(f"Other hosts join with: potluck join --head {lan}{insecure}")
 
     def _gather(self) -> None:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
         self._progress.say("Measuring this host's devices")
         settings = self._settings
-        devices = offered_devices(settings, say=self._progress.say)
-        self._node.start(devices, remove=self._run_dir)
+        devices = offered_devices(settings, say=self._progress.say, host=self._here.name)
+        self._node.start(devices)
         names = self._local_names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
         missing = settings.wait_for_devices - len(names)
@@ -140,7 +177,15 @@ class Head:
         self._epoch += 1
         devices = [device_of(worker.register) for worker in self._workers_in_order()]
         self.plan = plan_for(self.model, devices, self._settings)
-        self.ring = Ring(self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch)
+        self.ring = Ring(
+            self._pool,
+            self.model,
+            self.plan,
+            here=self._here,
+            run_dir=self._run_dir,
+            logs=logs_dir(),
+            epoch=self._epoch,
+        )
         self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
         self.ring.bring_up(self._progress.tick)
         self._progress.say("Warming up")

@@ -15,12 +15,18 @@ from transport.errors import AlreadyRunning, NotRunning
 
 
 class HeadFacts(Struct, frozen=True, kw_only=True):
-    """What another process of this user needs to reach the head."""
+    """What another process of this user needs to reach the head.
+
+    `control` is for this host, `lan` ("ADDRESS:PORT") for others; `host` and `address` are this host's in the pool.
+    """
 
     pid: int
     url: str
     model: str
     control: str
+    host: str
+    address: str | None = None
+    lan: str | None = None
 
 
 def _file() -> Path:

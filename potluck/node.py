@@ -27,19 +27,30 @@ class NodeWorker:
 class Node:
     """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself."""
 
-    def __init__(self, *, control: str, logs: Path, on_exit: Callable[[int, PotluckError], None]) -> None:
+    def __init__(
+        self,
+        *,
+        control: str,
+        logs: Path,
+        run_dir: Path,
+        on_exit: Callable[[int, PotluckError], None],
+        address: str | None = None,
+    ) -> None:
+        """Workers put their sockets in `run_dir` and delete it should this process crash; `address` is where they
+        listen for other hosts."""
         self._control = control
         self._logs = logs
+        self._run_dir = run_dir
+        self._address = address
         self._on_exit = on_exit
         self._stopping = threading.Event()
         self.workers: list[NodeWorker] = []
 
-    def start(self, devices: Sequence[Device], *, remove: Path | None = None) -> None:
-        """One worker a device. `remove` is the folder that they delete should this process crash."""
+    def start(self, devices: Sequence[Device]) -> None:
+        """One worker a device."""
         for device in devices:
-            arguments = ["--control", self._control, "--register", msgspec.json.encode(register_of(device)).decode()]
-            if remove is not None:
-                arguments += ["--remove", str(remove)]
+            register = msgspec.json.encode(register_of(device, address=self._address)).decode()
+            arguments = ["--control", self._control, "--register", register, "--run-dir", str(self._run_dir)]
             log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
             log.unlink(missing_ok=True)
             child = Child("shard.worker", arguments, log=log, threads=device.threads)

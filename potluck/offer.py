@@ -13,9 +13,12 @@ from potluck.paths import probe_cache_file
 from transport.errors import ConfigError
 
 
-def offered_devices(settings: Settings, *, say: Callable[[str], object], prefix: str | None = None) -> list[Device]:
+def offered_devices(
+    settings: Settings, *, say: Callable[[str], object], prefix: str | None = None, host: str | None = None
+) -> list[Device]:
     """Probe them, within the owner's caps. A device that can't be probed is left out and named.
 
+    `prefix` is that of the devices' names, `host` this host's name in the pool.
     Raises ConfigError if none is left.
     """
     texts = settings.devices or default_devices()
@@ -27,6 +30,12 @@ def offered_devices(settings: Settings, *, say: Callable[[str], object], prefix:
         raise ConfigError(
             "no device of this host can be used", hint="see the reasons above, or choose one with --device"
         )
-    if prefix is None:
-        return list(found.devices)
-    return [replace(device, name=f"{prefix}/{device.name}") for device in found.devices]
+    return [_in_pool(device, prefix, host) for device in found.devices]
+
+
+def _in_pool(device: Device, prefix: str | None, host: str | None) -> Device:
+    name = device.name if prefix is None else f"{prefix}/{device.name}"
+    if host is None:
+        return replace(device, name=name)
+    # Memory that devices share is named after the host.
+    return replace(device, name=name, host=host, memory_pool=f"{host}/{device.memory_pool.partition('/')[2]}")

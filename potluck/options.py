@@ -24,6 +24,18 @@ ConcurrencyOption = Annotated[
     int | None, typer.Option("--concurrency", help="Chats of full context that KV memory is reserved for.")
 ]
 PortOption = Annotated[int | None, typer.Option("--port", help="The endpoint's port; 0 for any free one.")]
+InsecureLanOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-lan", help="Let the ring cross the network unencrypted: everyone on it can read the prompts."
+    ),
+]
+LanHostOption = Annotated[
+    str | None, typer.Option("--lan-host", help="This host's IPv4 address for the others. Default: found out.")
+]
+HostNameOption = Annotated[
+    str | None, typer.Option("--host-name", help="This host's name in the pool. Default: the system's.")
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print facts as JSON on stdout.")]
 
@@ -40,6 +52,10 @@ def settings_with(
     port: int | None = None,
     wait_for: int | None = None,
     use_all_devices: bool | None = None,
+    host_name: str | None = None,
+    lan_host: str | None = None,
+    lan_port: int | None = None,
+    insecure_lan: bool | None = None,
 ) -> Settings:
     """The config file's settings with what the command line says on top. Raises ConfigError."""
     base = load_settings(config_file() if config is None else _existing(config))
@@ -53,6 +69,10 @@ def settings_with(
         "port": port,
         "wait_for_devices": wait_for,
         "use_all_devices": use_all_devices,
+        "host_name": host_name,
+        "lan_host": lan_host,
+        "lan_port": lan_port,
+        "insecure_lan": insecure_lan,
     }
     return checked(replace(base, **{key: value for key, value in said.items() if value is not None}))  # type: ignore[arg-type]
 

@@ -39,8 +39,8 @@ def profile_of(model: StoredModel) -> ModelProfile:
     )
 
 
-def register_of(device: Device) -> Register:
-    """How a worker introduces its device; it fills in its own `pid`."""
+def register_of(device: Device, *, address: str | None = None) -> Register:
+    """How a worker introduces its device; it fills in its own `pid`. `address` is its host's for other hosts."""
     return Register(
         version=PROTOCOL_VERSION,
         device=device.name,
@@ -54,6 +54,7 @@ def register_of(device: Device) -> Register:
         memory_pool=device.memory_pool,
         bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
         compute_dtype=device.compute_dtype,
+        address=address,
     )
 
 

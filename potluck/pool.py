@@ -10,11 +10,15 @@ from pathlib import Path
 
 import zmq
 
+from potluck.lan import ThisHost
 from transport.control import ControlServer, Peer
+from transport.endpoints import tcp_endpoint
 from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.messages import (
+    Connect,
     ControlMessage,
     Fence,
+    Listening,
     Load,
     Loaded,
     Loading,
@@ -35,6 +39,7 @@ class PoolWorker:
 
     peer: Peer
     fence: Fence | None = None
+    listening: Listening | None = None
     loading: Loading | None = None
     loaded: Loaded | None = None
     fault: PotluckError | None = None
@@ -56,14 +61,30 @@ class Pool:
         *,
         on_fault: Callable[[PoolWorker, PotluckError], None],
         on_joined: Callable[[PoolWorker], None],
+        here: ThisHost,
+        lan_port: int = 0,
     ) -> None:
-        self.endpoint = f"ipc://{run_dir}/control"
+        """`here` is the head's host; if it has an address, workers of other hosts may register there."""
+        self._here = here
         self._on_fault = on_fault
         self._on_joined = on_joined
         self._workers: dict[bytes, PoolWorker] = {}
         self._changed = threading.Condition()
         self._stats_token = 0
-        self._server = ControlServer(context, self.endpoint, on_message=self._on_message, on_lost=self._on_lost)
+        endpoints = [f"ipc://{run_dir}/control"]
+        if here.address is not None:
+            endpoints.append(tcp_endpoint(here.address, lan_port))
+        self._server = ControlServer(context, endpoints, on_message=self._on_message, on_lost=self._on_lost)
+
+    @property
+    def endpoint(self) -> str:
+        """Where this host's workers register."""
+        return self._server.endpoints[0]
+
+    @property
+    def lan(self) -> str | None:
+        """ "ADDRESS:PORT" where workers of other hosts register, if they may."""
+        return self._server.endpoints[1].removeprefix("tcp://") if len(self._server.endpoints) > 1 else None
 
     def workers(self) -> list[PoolWorker]:
         """In order of registration names, so that plans do not depend on who was first."""
@@ -85,27 +106,53 @@ class Pool:
 
         self.wait_for(ready, timeout_s, f"waiting for {max(len(names), num_devices)} devices")
 
-    def load(
+    def listen(self, assignments: Sequence[tuple[PoolWorker, Load]], timeout_s: float = 30.0) -> list[str]:
+        """Send every worker its load; they go on loading. Returns where each of them listens.
+
+        Raises the first worker's error, or DeadlineExceeded.
+        """
+        with self._changed:
+            for worker, load in assignments:
+                worker.fence = load.fence
+                worker.listening = worker.loading = worker.loaded = worker.fault = worker.stats = None
+        for worker, load in assignments:
+            self._server.send(worker.peer, load)
+        found: list[str] = []
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(worker.listening or worker.fault for worker, _ in assignments), timeout_s
+            )
+            for worker, _ in assignments:
+                if worker.fault is not None:
+                    raise worker.fault
+                if worker.listening is None:
+                    raise DeadlineExceeded(
+                        f"{worker.register.device} did not listen within {timeout_s:.0f} s",
+                        hint="its log says more: potluck status",
+                    )
+                found.append(worker.listening.endpoint)
+        return found
+
+    def connect(self, connections: Sequence[tuple[PoolWorker, Connect]]) -> None:
+        """Say to workers that have their load where to send; does not wait."""
+        for worker, connect in connections:
+            self._server.send(worker.peer, connect)
+
+    def wait_until_loaded(
         self,
-        assignments: Sequence[tuple[PoolWorker, Load]],
+        workers: Sequence[PoolWorker],
         *,
         tick: Callable[[Sequence[PoolWorker]], None],
         silence_s: float = 60.0,
     ) -> None:
-        """Send every worker its load and wait until all have loaded; `tick` is called some times a second meanwhile.
+        """Until all have loaded and are connected; `tick` is called some times a second meanwhile.
 
         Raises the first worker's error, or DeadlineExceeded if one reports no progress for `silence_s`.
         """
-        now_s = time.monotonic()
         with self._changed:
-            for worker, load in assignments:
-                worker.fence = load.fence
-                worker.loading = worker.loaded = worker.fault = worker.stats = None
+            now_s = time.monotonic()
+            for worker in workers:
                 worker.last_progress_s = now_s
-        for worker, load in assignments:
-            self._server.send(worker.peer, load)
-        workers = [worker for worker, _ in assignments]
-        with self._changed:
             while not all(worker.loaded for worker in workers):
                 for worker in workers:
                     if worker.fault is not None:
@@ -157,6 +204,10 @@ class Pool:
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
+            case Listening(fence=fence) if worker and fence == worker.fence:
+                with self._changed:
+                    worker.listening = message
+                    self._changed.notify_all()
             case Loading(fence=fence) if worker and fence == worker.fence:
                 with self._changed:
                     worker.loading, worker.last_progress_s = message, time.monotonic()
@@ -171,14 +222,24 @@ class Pool:
                     self._changed.notify_all()
 
     def _add(self, worker: PoolWorker) -> None:
-        taken = {other.register.device for other in self._workers.values()}
-        if worker.register.device in taken:
-            self._server.send(worker.peer, Stop(f"a device called {worker.register.device} is in the pool already"))
+        reason = self._why_not(worker.register)
+        if reason is not None:
+            self._server.send(worker.peer, Stop(reason))
             return
         with self._changed:
             self._workers[worker.peer.identity] = worker
             self._changed.notify_all()
         self._on_joined(worker)
+
+    def _why_not(self, register: Register) -> str | None:
+        """Names tell devices and hosts apart: a second one of the same name can't come in."""
+        others = [other.register for other in self._workers.values()]
+        if register.device in {other.device for other in others}:
+            return f"a device called {register.device} is in the pool already: choose another --name"
+        addresses = {self._here.name: self._here.address, **{other.host: other.address for other in others}}
+        if addresses.get(register.host, register.address) != register.address:
+            return f"another host called {register.host} is in the pool already: choose another --host-name"
+        return None
 
     def _on_lost(self, peer: Peer) -> None:
         with self._changed:

@@ -20,7 +20,10 @@ class Child:
     Its own session, so that a Ctrl-C in the terminal reaches only the parent, which then stops it in order.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1, inherit: Sequence[int] = ()
+    ) -> None:
+        """`inherit` are descriptors that the child gets under the same numbers."""
         self.log = log
         count = str(threads)
         environment = {
@@ -39,6 +42,7 @@ class Child:
                 stderr=output,
                 env=environment,
                 start_new_session=True,
+                pass_fds=tuple(inherit),
             )
 
     @property

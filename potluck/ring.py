@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from planner.plan import Plan
 from potluck.engine.settings import EngineSettings
+from potluck.lan import ThisHost
 from potluck.pool import Pool, PoolWorker
 from potluck.processes import Child, stop_all
 from potluck.store import StoredModel
-from transport.errors import PotluckError, RingDown
-from transport.messages import Fence, Load
+from transport.endpoints import tcp_endpoint
+from transport.errors import ConfigError, PotluckError, RingDown
+from transport.messages import Connect, Fence, Load
 
 MAX_STEP_TOKENS = 1024
 
@@ -32,10 +36,25 @@ class RingStage:
 
 
 class Ring:
-    """One loaded model over the pool's workers. `take_down` is safe at any time."""
+    """One loaded model over the pool's workers. `take_down` is safe at any time.
 
-    def __init__(self, pool: Pool, model: StoredModel, plan: Plan, *, run_dir: Path, logs: Path, epoch: int) -> None:
+    Neighbours on one host talk over ipc, others over TCP.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: StoredModel,
+        plan: Plan,
+        *,
+        here: ThisHost,
+        run_dir: Path,
+        logs: Path,
+        epoch: int,
+    ) -> None:
+        """`here` is the host of the engine. Raises ConfigError if two neighbours can't reach each other."""
         self._pool = pool
+        self._here = here
         self._model = model
         self._run_dir = run_dir
         self._epoch = epoch
@@ -46,6 +65,7 @@ class Ring:
         self.fence = Fence(secrets.token_hex(8), epoch, plan.id)
         self.stages: tuple[RingStage, ...] = self._assign()
         self.error: PotluckError | None = None
+        self._check_reachable()
 
     @property
     def api_endpoint(self) -> str:
@@ -58,8 +78,13 @@ class Ring:
 
     def bring_up(self, tick: Callable[[Sequence[PoolWorker]], None]) -> None:
         """Load every stage; the engine starts meanwhile. Raises the first error, after which `take_down` is due."""
-        self._engine = Child("potluck.engine.process", self._engine_arguments(), log=self._engine_log, threads=1)
-        self._pool.load([(stage.worker, self._load(stage)) for stage in self.stages], tick=tick)
+        endpoints = self._pool.listen([(stage.worker, self._load(stage)) for stage in self.stages])
+        following = [*endpoints[1:], self._start_engine(first_stage=endpoints[0])]
+        workers = [stage.worker for stage in self.stages]
+        self._pool.connect(
+            [(worker, Connect(self.fence, next)) for worker, next in zip(workers, following, strict=True)]
+        )
+        self._pool.wait_until_loaded(workers, tick=tick)
 
     def mark_down(self, error: PotluckError) -> bool:
         """Remember why the ring can't serve; True the first time."""
@@ -93,8 +118,23 @@ class Ring:
     def _endpoint(self, name: str) -> str:
         return f"ipc://{self._run_dir}/{name}-{self._epoch}"
 
+    def _host_before(self, index: int) -> str:
+        """Of who sends to stage `index`; the engine is before the first and, as `len(stages)`, after the last."""
+        return self.stages[index - 1].worker.register.host if index else self._here.name
+
+    def _reached_from(self, index: int, host: str) -> Literal["local", "network"]:
+        return "local" if self._host_before(index) == host else "network"
+
+    def _check_reachable(self) -> None:
+        ends = [(stage.worker.register.host, stage.worker.register.address) for stage in self.stages]
+        for index, (host, address) in enumerate([*ends, (self._here.name, self._here.address)]):
+            if address is None and self._reached_from(index, host) == "network":
+                raise ConfigError(
+                    f"{host} can't be reached from {self._host_before(index)}",
+                    hint="start both with --insecure-lan, or one with other devices",
+                )
+
     def _load(self, stage: RingStage) -> Load:
-        is_last = stage.index == len(self.stages) - 1
         plan = self.plan
         return Load(
             fence=self.fence,
@@ -109,18 +149,35 @@ class Ring:
             context_tokens=plan.context_tokens,
             kv_capacity_tokens=plan.kv_capacity_tokens,
             max_step_tokens=MAX_STEP_TOKENS,
-            listen=self._endpoint(f"stage{stage.index}"),
-            next=self._endpoint("engine" if is_last else f"stage{stage.index + 1}"),
+            listen=self._reached_from(stage.index, stage.worker.register.host),
         )
 
-    def _engine_arguments(self) -> list[str]:
+    def _start_engine(self, *, first_stage: str) -> str:
+        """Returns where it listens for the last stage."""
+        address = self._here.address
+        if address is None or self._reached_from(len(self.stages), self._here.name) == "local":
+            listen = self._endpoint("engine")
+            self._engine = self._engine_child(self._engine_arguments(first_stage, listen, None), ())
+            return listen
+        # Bound here, so that its port is known before the engine is.
+        with socket.create_server((address, 0)) as listener:
+            listen = tcp_endpoint(address, listener.getsockname()[1])
+            arguments = self._engine_arguments(first_stage, listen, listener.fileno())
+            self._engine = self._engine_child(arguments, (listener.fileno(),))
+        return listen
+
+    def _engine_child(self, arguments: list[str], inherit: tuple[int, ...]) -> Child:
+        return Child("potluck.engine.process", arguments, log=self._engine_log, threads=1, inherit=inherit)
+
+    def _engine_arguments(self, first_stage: str, listen: str, listener: int | None) -> list[str]:
         spec = self._model.spec
         settings = EngineSettings(
             model=self._model.name,
             model_path=str(self._model.path),
             api=self.api_endpoint,
-            listen=self._endpoint("engine"),
-            first_stage=self._endpoint("stage0"),
+            listen=listen,
+            listener=listener,
+            first_stage=first_stage,
             fence=self.fence,
             num_stages=len(self.stages),
             hidden_size=spec.hidden_size,

@@ -22,6 +22,7 @@ class StageReport(Struct, frozen=True, kw_only=True):
 
     stage: int
     device: str
+    host: str
     backend: str
     kind: str
     first: int
@@ -49,10 +50,11 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
 
 
 class StatusReport(Struct, frozen=True, kw_only=True):
-    """`state` is "starting", "ready" or "down"; `error` says why it is down."""
+    """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts join."""
 
     model: str
     url: str
+    lan: str | None
     state: str
     error: str | None
     hint: str | None
@@ -71,6 +73,7 @@ def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
     return StageReport(
         stage=stage.index,
         device=register.device,
+        host=register.host,
         backend=register.backend,
         kind=register.kind,
         first=stage.first,
@@ -95,6 +98,7 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> Statu
     return StatusReport(
         model=head.model.name,
         url=head.url,
+        lan=head.lan,
         state=head.state,
         error=ring.error.message if ring is not None and ring.error else None,
         hint=(ring.error.hint or None) if ring is not None and ring.error else None,

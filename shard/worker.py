@@ -27,10 +27,14 @@ from shard.serve import StageServer
 from shard.stage import ShardBackend, ShardSpec
 from transport.codec import EdgeLimits
 from transport.control import ControlClient
-from transport.errors import PotluckError, StageFailed
+from transport.endpoints import tcp_endpoint
+from transport.errors import ConfigError, DeadlineExceeded, PotluckError, StageFailed
 from transport.lifeline import hold_lifeline
 from transport.messages import (
+    Connect,
     ControlMessage,
+    Fence,
+    Listening,
     Load,
     Loaded,
     Loading,
@@ -43,16 +47,19 @@ from transport.messages import (
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 _PROGRESS_INTERVAL_S = 0.1
+_CONNECT_WITHIN_S = 60.0
 log = logging.getLogger("potluck.worker")
 
 
 class Worker:
     """One device's process between `run` and its return."""
 
-    def __init__(self, control_endpoint: str, register: Register) -> None:
+    def __init__(self, control_endpoint: str, register: Register, run_dir: Path) -> None:
         self._register = register
+        self._run_dir = run_dir
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._commands: queue.SimpleQueue[Load | Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Load | Connect | Stop] = queue.SimpleQueue()
+        self._put_off: Load | Stop | None = None
         self._receiver: ZmqReceiver | None = None
         self._backend: ShardBackend | None = None
         self._server: StageServer | None = None
@@ -63,7 +70,7 @@ class Worker:
     def run(self) -> None:
         """Obey the head until it says stop or is gone."""
         while True:
-            command = self._commands.get()
+            command = self._next_command()
             if isinstance(command, Stop):
                 log.info("stopping: %s", command.reason or "told to")
                 break
@@ -89,35 +96,61 @@ class Worker:
             context_tokens=load.context_tokens,
             max_step_tokens=load.max_step_tokens,
         )
-        self._receiver = receiver = ZmqReceiver(self._context, load.listen, limits)
+        self._receiver = receiver = ZmqReceiver(self._context, self._listen_at(load), limits)
         try:
+            self._control.send(Listening(load.fence, receiver.endpoint))
             started = time.monotonic()
             backend = load_shard(
                 checkpoint, spec, backend=self._register.backend, progress=_Progress(self._control, load)
             )
             checkpoint.close()
-            server = StageServer(
-                LocalStage(backend),
-                spec,
-                receiver,
-                sender := ZmqSender(
-                    self._context, load.next, replace(limits, dtype=load.next_dtype), name=f"stage {load.stage}"
-                ),
-                fence=load.fence,
-                index=load.stage,
-            )
-            self._backend, self._server = backend, server
-            self._control.send(
-                Loaded(load.fence, backend.weights_bytes, backend.kv_bytes(), time.monotonic() - started)
-            )
-            log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
+            load_s = time.monotonic() - started
+            following = self._wait_for_connect(load.fence)
+            if following is None:
+                return
+            next_limits = replace(limits, dtype=load.next_dtype)
+            sender = ZmqSender(self._context, following.next, next_limits, name=f"stage {load.stage}")
             try:
+                server = StageServer(LocalStage(backend), spec, receiver, sender, fence=load.fence, index=load.stage)
+                self._backend, self._server = backend, server
+                self._control.send(Loaded(load.fence, backend.weights_bytes, backend.kv_bytes(), load_s))
+                log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
                 server.run(self._is_interrupted)
             finally:
                 sender.close()
         finally:
             self._receiver = None
             receiver.close()
+
+    def _next_command(self) -> Load | Stop:
+        command: Load | Connect | Stop | None = self._put_off
+        self._put_off = None
+        while command is None or isinstance(command, Connect):  # one that comes after its load has failed
+            command = self._commands.get()
+        return command
+
+    def _wait_for_connect(self, fence: Fence) -> Connect | None:
+        """None if something else is to be done first. Raises DeadlineExceeded."""
+        while True:
+            try:
+                command = self._commands.get(timeout=_CONNECT_WITHIN_S)
+            except queue.Empty:
+                raise DeadlineExceeded(
+                    f"the head did not say within {_CONNECT_WITHIN_S:.0f} s where the next stage is",
+                    hint="did another stage fail to start?",
+                ) from None
+            if not isinstance(command, Connect):
+                self._put_off = command
+                return None
+            if command.fence == fence:
+                return command
+
+    def _listen_at(self, load: Load) -> str:
+        if load.listen == "local":
+            return f"ipc://{self._run_dir}/{os.getpid()}-{load.fence.epoch}"
+        if self._register.address is None:
+            raise ConfigError("this worker has no address for other hosts", hint="start it with --insecure-lan")
+        return tcp_endpoint(self._register.address)
 
     def _shard_spec(self, load: Load) -> ShardSpec:
         return ShardSpec(
@@ -136,7 +169,7 @@ class Worker:
         match message:
             case StatsRequest(token=token):
                 self._control.send(self._stats(token))
-            case Load() | Stop():
+            case Load() | Connect() | Stop():
                 self._interrupted_by(message)
             case _:
                 log.warning("unexpected %s", type(message).__name__)
@@ -144,14 +177,14 @@ class Worker:
     def _on_head_lost(self) -> None:
         self._interrupted_by(Stop("the head is gone"))
 
-    def _interrupted_by(self, command: Load | Stop) -> None:
+    def _interrupted_by(self, command: Load | Connect | Stop) -> None:
         self._commands.put(command)
         receiver = self._receiver
         if receiver is not None:
             receiver.wake()
 
     def _is_interrupted(self) -> bool:
-        return not self._commands.empty()
+        return self._put_off is not None or not self._commands.empty()
 
     def _stats(self, token: int) -> Stats:
         backend, server = self._backend, self._server
@@ -194,14 +227,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="shard.worker", description=__doc__)
     parser.add_argument("--control", required=True, help="the head's control endpoint")
     parser.add_argument("--register", required=True, help="the device, as a Register message in JSON")
-    parser.add_argument("--remove", type=Path, default=None, help="folder to delete if the parent crashes")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder for sockets; deleted if the parent crashes")
     options = parser.parse_args(arguments)
     # The parent decides when to stop: a Ctrl-C in its terminal must not cut a step in half here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    hold_lifeline(options.remove)
+    hold_lifeline(options.run_dir)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     register = msgspec.json.decode(options.register, type=Register)
-    Worker(options.control, msgspec.structs.replace(register, pid=os.getpid())).run()
+    Worker(options.control, msgspec.structs.replace(register, pid=os.getpid()), options.run_dir).run()
     return 0
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import zmq
 
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
+from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
 from transport.messages import PROTOCOL_VERSION, Alive, ControlMessage, Register, Stop
 from transport.wake import Wake
@@ -18,13 +19,14 @@ from transport.zmq_link import set_options
 
 ALIVE_INTERVAL_S = 1.0
 SILENT_AFTER_S = 6.0
+REACH_WITHIN_S = 20.0
 _RETRY_S = 0.02
 
 
 class ControlClient:
     """A worker's end. Registers at once; one thread owns the socket.
 
-    `on_message` and `on_lost` (the head is gone) are called from that thread and must not block.
+    `on_message` and `on_lost` (the head is gone, or was never reached) are called from that thread and must not block.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class ControlClient:
         self._wake = Wake()
         self._closing = threading.Event()
         self._socket = context.socket(zmq.DEALER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
+        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES, on_network=is_tcp(endpoint))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
         self.send(register)
@@ -66,6 +68,7 @@ class ControlClient:
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
+        reach_by_s: float | None = time.monotonic() + REACH_WITHIN_S
         while not self._closing.is_set():
             wait_s = _RETRY_S if self._outbox else next_alive_s - time.monotonic()
             ready = dict(poller.poll(max(1, int(wait_s * 1000))))
@@ -73,7 +76,9 @@ class ControlClient:
             self._flush()
             if self._socket in ready:
                 self._on_message(decode_control(self._socket.recv()))
-            if self._monitor in ready:
+            if not self._outbox:
+                reach_by_s = None
+            if self._monitor in ready or (reach_by_s is not None and time.monotonic() >= reach_by_s):
                 self._on_lost()
                 break
             if time.monotonic() >= next_alive_s:
@@ -103,12 +108,15 @@ class Peer:
 
 
 class ControlServer:
-    """The head's end. One thread owns the socket; `on_message(peer, message)` and `on_lost(peer)` run in it."""
+    """The head's end. One thread owns the socket; `on_message(peer, message)` and `on_lost(peer)` run in it.
+
+    `endpoints` are those that it listens at, with the ports that were free.
+    """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
+        endpoints: Sequence[str],
         *,
         on_message: Callable[[Peer, ControlMessage], None],
         on_lost: Callable[[Peer], None],
@@ -121,8 +129,8 @@ class ControlServer:
         self._closing = threading.Event()
         self.num_refused = 0
         self._socket = context.socket(zmq.ROUTER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
-        self._socket.bind(endpoint)
+        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES, on_network=any(map(is_tcp, endpoints)))
+        self.endpoints = [bind(self._socket, endpoint) for endpoint in endpoints]
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 

@@ -17,11 +17,12 @@ EXIT_ORPHANED = 75
 
 def hold_lifeline(remove: Path | None = None) -> None:
     """Start watching standard input. `remove` is deleted when the parent is gone: the crashed parent can't."""
-    threading.Thread(target=_watch, args=(remove,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(sys.stdin.fileno(), remove), name="lifeline", daemon=True).start()
 
 
-def _watch(remove: Path | None) -> None:
-    while sys.stdin.buffer.read(1):
+def _watch(descriptor: int, remove: Path | None) -> None:
+    # Not sys.stdin: its lock, held by this thread for ever, aborts an orderly exit.
+    while os.read(descriptor, 1):
         pass
     if remove is not None:
         shutil.rmtree(remove, ignore_errors=True)

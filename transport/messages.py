@@ -11,7 +11,7 @@ from typing import Literal, NewType
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]
@@ -159,7 +159,8 @@ DataMessage = Hello | Tokens | Hidden | Sampled | Failed
 
 class Register(Struct, frozen=True, tag="register", kw_only=True):
     """A worker offers its device. `free_bytes` is what it may take, after the owner's cap; devices that share memory
-    have the same `memory_pool`; `bandwidth_bytes_per_s` is that of a matrix-vector product in `compute_dtype`."""
+    have the same `memory_pool`; `bandwidth_bytes_per_s` is that of a matrix-vector product in `compute_dtype`.
+    `address` is where other hosts reach this one; None: only processes of this host can."""
 
     version: int
     device: str
@@ -173,10 +174,13 @@ class Register(Struct, frozen=True, tag="register", kw_only=True):
     memory_pool: str
     bandwidth_bytes_per_s: float
     compute_dtype: DType
+    address: str | None = None
 
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
-    """Load layers [first, last) of the model in folder `model_path`, then listen at `listen` and connect to `next`."""
+    """Listen, answer `Listening`, load layers [first, last) of the model in folder `model_path`, wait for `Connect`.
+
+    `listen` says from where the stage before connects: from this host ("local") or another one ("network")."""
 
     fence: Fence
     stage: int
@@ -190,7 +194,20 @@ class Load(Struct, frozen=True, tag="load", kw_only=True):
     context_tokens: int
     kv_capacity_tokens: int
     max_step_tokens: int
-    listen: str
+    listen: Literal["local", "network"]
+
+
+class Listening(Struct, frozen=True, tag="listening"):
+    """The worker listens at `endpoint` for the stage before its own."""
+
+    fence: Fence
+    endpoint: str
+
+
+class Connect(Struct, frozen=True, tag="connect"):
+    """Send what the stage gives to `next`: where the stage after it, or the engine, listens."""
+
+    fence: Fence
     next: str
 
 
@@ -201,6 +218,8 @@ class Loading(Struct, frozen=True, tag="loading"):
 
 
 class Loaded(Struct, frozen=True, tag="loaded"):
+    """The stage is loaded and connected."""
+
     fence: Fence
     weights_bytes: int
     kv_bytes: int
@@ -247,4 +266,6 @@ class Stop(Struct, frozen=True, tag="stop"):
     reason: str = ""
 
 
-ControlMessage = Register | Load | Loading | Loaded | WorkerFault | StatsRequest | Stats | Alive | Stop
+ControlMessage = (
+    Register | Load | Listening | Connect | Loading | Loaded | WorkerFault | StatsRequest | Stats | Alive | Stop
+)

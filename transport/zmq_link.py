@@ -10,6 +10,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.codec import EdgeLimits, decode_data, encode
+from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage, NeighbourGone
 from transport.link import Received
 from transport.messages import PROTOCOL_VERSION, DataMessage, Fence, Hello
@@ -19,22 +20,29 @@ CONNECT_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 30.0
 _HEARTBEAT_MS = 500
 _HEARTBEAT_TIMEOUT_MS = 1500
-_BUFFER_BYTES = 2**20
+_CONNECT_TIMEOUT_MS = 3000
+_LOCAL_BUFFER_BYTES = 2**20
+# What the kernel may hold back: heartbeats stand behind it in the queue of a slow network.
+_NETWORK_BUFFER_BYTES = 2**18
 _ZERO_COPY_BYTES = 2**16
+_PROBE_INTERVAL_S = 0.02
+_NUM_PROBES = 25
 
 
-def set_options(sock: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
-    """The options every Potluck socket has."""
+def set_options(sock: zmq.Socket[bytes], *, max_message_bytes: int, on_network: bool = False) -> None:
+    """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one."""
+    buffer_bytes = _NETWORK_BUFFER_BYTES if on_network else _LOCAL_BUFFER_BYTES
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 3000)
     sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
     sock.setsockopt(zmq.RECONNECT_IVL, 100)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-    sock.setsockopt(zmq.SNDBUF, _BUFFER_BYTES)
-    sock.setsockopt(zmq.RCVBUF, _BUFFER_BYTES)
+    sock.setsockopt(zmq.SNDBUF, buffer_bytes)
+    sock.setsockopt(zmq.RCVBUF, buffer_bytes)
     if sock.type == zmq.ROUTER:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     else:
@@ -56,7 +64,7 @@ class ZmqSender:
         """Raises NeighbourGone if nobody listens at `endpoint` within `connect_timeout_s`."""
         self._endpoint = endpoint
         self._socket = context.socket(zmq.DEALER)
-        set_options(self._socket, max_message_bytes=limits.max_message_bytes)
+        set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
         self._socket.setsockopt(zmq.SNDTIMEO, int(connect_timeout_s * 1000))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
@@ -88,17 +96,31 @@ class ZmqSender:
 
 
 class ZmqReceiver:
-    """Binds `endpoint` and admits one sender. Implements `transport.link.Receiver`."""
+    """Binds `endpoint` and admits one sender. Implements `transport.link.Receiver`.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, limits: EdgeLimits) -> None:
+    `listener` is the descriptor of a TCP socket that listens there already.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        limits: EdgeLimits,
+        *,
+        listener: int | None = None,
+    ) -> None:
+        """Raises ConfigError if it can't listen at `endpoint`."""
         self._limits = limits
         self._peer: bytes | None = None
         self._peer_name = ""
+        self._probes_left = 0
         self.num_refused = 0
         self._socket = context.socket(zmq.ROUTER)
-        set_options(self._socket, max_message_bytes=limits.max_message_bytes)
+        set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
+        if listener is not None:
+            self._socket.setsockopt(zmq.USE_FD, listener)
+        self.endpoint = bind(self._socket, endpoint)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket.bind(endpoint)
         self._wake = Wake()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -112,8 +134,9 @@ class ZmqReceiver:
     def receive(self, timeout_s: float) -> Received | None:
         deadline = time.monotonic() + timeout_s
         while True:
-            remaining_ms = max(0, int((deadline - time.monotonic()) * 1000 + 0.999))
-            ready = dict(self._poller.poll(remaining_ms))
+            remaining_s = deadline - time.monotonic()
+            wait_s = min(remaining_s, _PROBE_INTERVAL_S) if self._probes_left else remaining_s
+            ready = dict(self._poller.poll(max(0, int(wait_s * 1000 + 0.999))))
             if self._socket in ready:
                 received = self._take()
                 if received is not None:
@@ -123,6 +146,8 @@ class ZmqReceiver:
             elif ready:
                 self._wake.clear()
                 return None
+            elif self._probes_left:
+                self._probe()
             if time.monotonic() >= deadline:
                 return None
 
@@ -164,7 +189,14 @@ class ZmqReceiver:
 
     def _note_disconnect(self) -> None:
         parse_monitor_message(self._monitor.recv_multipart())
-        # A stranger that goes away is nobody's loss, and ROUTER does not say who went: ask for the peer.
+        # A stranger that goes away is nobody's loss, and ROUTER does not say who went: ask for the peer. More than
+        # once, because this news can be ahead of ROUTER's own.
+        if self._peer is not None:
+            self._probes_left = _NUM_PROBES
+            self._probe()
+
+    def _probe(self) -> None:
+        self._probes_left -= 1
         if self._peer is not None and not self._can_reach(self._peer):
             raise NeighbourGone(f"{self._peer_name} is gone")
 

@@ -13,7 +13,10 @@ from potluck.options import (
     ConfigOption,
     ContextOption,
     DeviceOption,
+    HostNameOption,
+    InsecureLanOption,
     JsonOption,
+    LanHostOption,
     MemoryOption,
     PortOption,
     ThreadsOption,
@@ -41,6 +44,12 @@ def up(
     wait_for: Annotated[
         int | None, typer.Option("--wait-for", help="Wait until this many devices are in the pool.")
     ] = None,
+    insecure_lan: InsecureLanOption = False,
+    lan_host: LanHostOption = None,
+    lan_port: Annotated[
+        int | None, typer.Option("--lan-port", help="The port where other hosts join. Default: any free one.")
+    ] = None,
+    host_name: HostNameOption = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -56,6 +65,10 @@ def up(
         port=port,
         wait_for=wait_for,
         use_all_devices=use_all or None,
+        host_name=host_name,
+        lan_host=lan_host,
+        lan_port=lan_port,
+        insecure_lan=insecure_lan or None,
     )
     console = errors if json_output else data
     with running_head_of(settings, console) as head:

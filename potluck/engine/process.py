@@ -41,7 +41,7 @@ def serve(settings: EngineSettings) -> None:
         max_step_tokens=settings.max_step_tokens,
     )
     # Bound first: the last stage may be loaded before the tokenizer is.
-    receiver = ZmqReceiver(context, settings.listen, edge)
+    receiver = ZmqReceiver(context, settings.listen, edge, listener=settings.listener)
     tokenizer = Tokenizer(Path(settings.model_path))
     sender = ZmqSender(context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S)
     api = EngineApi(context, settings.api)

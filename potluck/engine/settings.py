@@ -8,12 +8,16 @@ from transport.messages import DType, Fence
 
 
 class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The model, the ring's two ends (`first_stage`, `listen`), and `api`, where the HTTP side connects."""
+    """The model, the ring's two ends (`first_stage`, `listen`), and `api`, where the HTTP side connects.
+
+    `listener` is the inherited descriptor of the socket that listens at `listen`, if there is one.
+    """
 
     model: str
     model_path: str
     api: str
     listen: str
+    listener: int | None
     first_stage: str
     fence: Fence
     num_stages: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 import zmq
 
 from transport.codec import EdgeLimits, encode
-from transport.errors import BadMessage, RingDown
+from transport.errors import BadMessage, ConfigError, RingDown
 from transport.link import Received, Receiver
 from transport.memory_link import memory_link
 from transport.messages import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId, Tokens
@@ -19,6 +21,12 @@ from transport.zmq_link import ZmqReceiver, ZmqSender
 
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=100, context_tokens=64, max_step_tokens=32)
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """To bind; the receiver's own `endpoint` is the one to connect to."""
+    return "tcp://127.0.0.1:*" if request.param == "tcp" else f"ipc://{tmp_path}/edge"
 
 
 @pytest.fixture
@@ -45,10 +53,9 @@ def next_message(receiver: Receiver, timeout_s: float = 5.0) -> Received:
     raise AssertionError("nothing came")
 
 
-def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
+def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
     for number in range(50):
         message, buffer = hidden(number)
         sender.send(message, (buffer,))
@@ -59,8 +66,8 @@ def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[by
     receiver.close()
 
 
-def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    for receiver in (ZmqReceiver(context, f"ipc://{tmp_path}/edge", LIMITS), memory_link(LIMITS)[1]):
+def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    for receiver in (ZmqReceiver(context, endpoint, LIMITS), memory_link(LIMITS)[1]):
         threading.Timer(0.1, receiver.wake).start()
         started = time.monotonic()
         assert receiver.receive(10.0) is None
@@ -68,10 +75,9 @@ def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[byt
         receiver.close()
 
 
-def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
+def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="stage 0")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 0")
     sender.send(step(1))
     next_message(receiver)
     sender.close()
@@ -80,10 +86,9 @@ def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_p
     receiver.close()
 
 
-def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
+def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
     receiver.close()
     with pytest.raises(RingDown):
         for _ in range(100):
@@ -110,15 +115,14 @@ def test_nobody_listening_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket
     ],
 )
 def test_a_stranger_is_ignored_and_the_peer_goes_on(
-    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, frames: list[bytes]
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frames: list[bytes]
 ) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
     sender.send(step(1))
     assert next_message(receiver).message == step(1)
     stranger = context.socket(zmq.DEALER)
-    stranger.connect(endpoint)
+    stranger.connect(receiver.endpoint)
     stranger.send_multipart(frames)
     assert receiver.receive(0.3) is None
     assert receiver.num_refused == 1
@@ -131,12 +135,11 @@ def test_a_stranger_is_ignored_and_the_peer_goes_on(
 
 
 def test_an_oversized_frame_never_reaches_the_application(
-    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str
 ) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
     receiver = ZmqReceiver(context, endpoint, LIMITS)
     stranger = context.socket(zmq.DEALER)
-    stranger.connect(endpoint)
+    stranger.connect(receiver.endpoint)
     stranger.send(bytes(LIMITS.max_message_bytes + 1))
     assert receiver.receive(0.5) is None
     assert receiver.num_refused == 0
@@ -144,10 +147,9 @@ def test_an_oversized_frame_never_reaches_the_application(
     receiver.close()
 
 
-def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
+def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="stage 3")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 3")
     message, short = hidden(1, buffer_tokens=1)
     sender.send(message, (short,))
     with pytest.raises(BadMessage, match=r"stage 3.*16 bytes.*32"):
@@ -156,13 +158,37 @@ def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[b
     receiver.close()
 
 
-def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/edge"
+def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
     receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, endpoint, LIMITS, name="engine")
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
     sender.send(step(1, Fence("ring", 0, "plan")))
     sender.send(step(2))
     assert next_message(receiver).message == step(2)
     assert receiver.num_refused == 1
     sender.close()
     receiver.close()
+
+
+def test_a_receiver_takes_a_socket_that_listens_already(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    endpoint = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    receiver = ZmqReceiver(context, endpoint, LIMITS, listener=listener.detach())
+    assert receiver.endpoint == endpoint
+    sender = ZmqSender(context, endpoint, LIMITS, name="stage 0")
+    sender.send(step(1))
+    assert next_message(receiver).message == step(1)
+    sender.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://203.0.113.7:*", "ipc:///no/such/folder/edge"])
+def test_an_endpoint_that_can_not_be_bound_is_an_error_with_its_name(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(endpoint)):
+        ZmqReceiver(context, endpoint, LIMITS)
+
+
+def test_nobody_at_an_address_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    with pytest.raises(RingDown):
+        ZmqSender(context, "tcp://127.0.0.1:1", LIMITS, name="engine", connect_timeout_s=0.5)
