@@ -1,0 +1,53 @@
+"""Memory: what a stage takes, and what the devices of a pool may take together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from devices.device import Device
+from planner.profile import ModelProfile
+
+RUNTIME_RESERVE_BYTES = 512 * 2**20
+"""For each worker: its interpreter and libraries (torch with transformers takes 350 MB), and a step's activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the ring must hold: weights, KV for `concurrency` sequences of `context_tokens`, a reserve each worker."""
+
+    profile: ModelProfile
+    context_tokens: int
+    concurrency: int
+
+    def weights_bytes(self, device: Device, first: int, last: int) -> int:
+        return self.profile.weights_bytes(first, last, device.compute_dtype)
+
+    def kv_bytes(self, device: Device, first: int, last: int) -> int:
+        return self.profile.kv_bytes(first, last, self.context_tokens, self.concurrency, device.compute_dtype)
+
+    def memory_bytes(self, device: Device, first: int, last: int) -> int:
+        """Never shrinks as [first, last) grows."""
+        return (
+            self.weights_bytes(device, first, last)
+            + self.kv_bytes(device, first, last)
+            + RUNTIME_RESERVE_BYTES
+        )
+
+
+def pool_totals(devices: Iterable[Device]) -> dict[str, int]:
+    """The most that the devices of each pool may take together."""
+    totals: dict[str, int] = {}
+    for device in devices:
+        key = device.memory_pool
+        totals[key] = min(totals.get(key, device.total_bytes), device.total_bytes)
+    return totals
+
+
+def available_bytes(devices: Sequence[Device]) -> int:
+    free: dict[str, int] = defaultdict(int)
+    for device in devices:
+        free[device.memory_pool] += device.free_bytes
+    totals = pool_totals(devices)
+    return sum(min(num_bytes, totals[key]) for key, num_bytes in free.items())

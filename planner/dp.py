@@ -1,0 +1,151 @@
+"""The exact search over subsets, order and cuts, by dynamic programming.
+
+F[e][S, l]: the least Σ cost + Σ hops of a ring's start that uses the devices S, the last of them e, for the layers
+[0, l). F[e][S ∪ e, l] = min over d in S and l' < l of F[d][S, l'] + hop(d, e) + cost_e(l', l). Costs are differences of
+running sums, so the minimum over l' is one of a sliding window; devices of a class count, they have no names. A tied
+embedding is held once where one stage has both ends: such a span starts at 0 and is looked at apart.
+(Held and Karp 1962 for the subsets; PERFORMANCE.md, "Formulas".)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.cost import Floats
+from planner.evaluate import Assignment, Placed
+from planner.problem import Ints, Problem
+
+_SLACK = 1.0 + 1e-12
+"""A load that is the cap itself must pass, whichever way it was added up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The cheapest ring under a cap: its cost, and the highest load of its devices and hops."""
+
+    cost_s: float
+    load_s: float
+    assignment: Assignment
+
+
+class Search:
+    """One problem, searched under different caps and for different numbers of stages."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        sizes = [len(members) for members in problem.members]
+        self._strides = np.cumprod([1, *[size + 1 for size in sizes]])[:-1]
+        self._counts = np.stack(np.unravel_index(np.arange(problem.num_states), [s + 1 for s in sizes], order="F"), 1)
+        self._stages = self._counts.sum(axis=1)
+        self._table = np.empty((len(sizes), problem.num_states, len(problem.boundaries)))
+        self._allowed = self._allowed_states()
+
+    def best(self, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
+        """None if no ring keeps within memory, the cap and the number of stages."""
+        problem, table = self._problem, self._table
+        windows = [self._window(index, cap_s) for index in range(len(problem.members))]
+        hops = np.where(problem.transfers <= cap_s * _SLACK, problem.hops[:-1, :-1], np.inf)
+        table.fill(np.inf)
+        for index, spans in enumerate(problem.spans):
+            last = windows[index].first_last
+            start = problem.hops[-1, index] + spans.cost_first + spans.cost_step
+            table[index, self._strides[index], 1 : last + 1] = start + spans.cost[1 : last + 1]
+        for num_stages in range(2, most_stages + 1):
+            for index in range(len(problem.members)):
+                self._extend(num_stages, index, windows[index], hops[:, index])
+        totals = table[:, :, -1] + problem.hops[:-1, -1, None]
+        allowed = self._allowed & (self._stages >= least_stages) & (self._stages <= most_stages)
+        totals[:, ~allowed] = np.inf
+        last_class, state = np.unravel_index(int(np.argmin(totals)), totals.shape)
+        cost_s = float(totals[last_class, state])
+        if cost_s == np.inf:
+            return None
+        return self._found(cost_s, self._trace(int(state), int(last_class), windows, hops))
+
+    def _allowed_states(self) -> npt.NDArray[np.bool_]:
+        allowed: npt.NDArray[np.bool_] = (self._counts >= np.array(self._problem.least)).all(axis=1)
+        for classes, least, most in self._problem.pools:
+            used = self._counts[:, list(classes)].sum(axis=1)
+            allowed &= (used >= least) & (used <= most)
+        return allowed
+
+    def _window(self, index: int, cap_s: float) -> _Window:
+        spans = self._problem.spans[index]
+        if cap_s == np.inf:
+            return _Window(spans.lowest, spans.first_last)
+        room = cap_s * _SLACK - spans.load_step
+        lowest = np.maximum(spans.lowest, np.searchsorted(spans.load, spans.load - room, side="left"))
+        first_last = int(np.searchsorted(spans.load, room - spans.load_first, side="right")) - 1
+        return _Window(lowest, max(0, min(spans.first_last, first_last)))
+
+    def _extend(self, num_stages: int, index: int, window: _Window, hops: Floats) -> None:
+        """All rings' starts of `num_stages` stages whose last is of class `index`."""
+        problem, table = self._problem, self._table
+        states = np.flatnonzero((self._stages == num_stages) & (self._counts[:, index] > 0))
+        if not len(states) or window.is_empty:
+            return
+        before = states - self._strides[index]
+        reached = np.full((len(states), len(problem.boundaries)), np.inf)
+        for other, hop_s in enumerate(hops):
+            if hop_s < np.inf:
+                np.minimum(reached, table[other][before] + hop_s, out=reached)
+        spans = problem.spans[index]
+        reached -= spans.cost
+        table[index][states] = window.least(reached) + (spans.cost + spans.cost_step)
+
+    def _trace(self, state: int, index: int, windows: list[_Window], hops: Floats) -> list[tuple[int, int, int]]:
+        """(class, first boundary, last boundary) of each stage."""
+        problem, high = self._problem, len(self._problem.boundaries) - 1
+        stages: list[tuple[int, int, int]] = []
+        while self._stages[state] > 1:
+            before = state - self._strides[index]
+            lowest = windows[index].lowest[high]
+            starts = slice(lowest, high)
+            options = self._table[:, before, starts] + hops[:, index, None] - problem.spans[index].cost[starts]
+            other, offset = np.unravel_index(int(np.argmin(options)), options.shape)
+            low = int(lowest + offset)
+            stages.append((index, low, high))
+            state, index, high = int(before), int(other), low
+        return [(index, 0, high), *reversed(stages)]
+
+    def _found(self, cost_s: float, stages: list[tuple[int, int, int]]) -> Found:
+        problem = self._problem
+        used = [0] * len(problem.members)
+        placed: list[Placed] = []
+        loads: list[float] = []
+        for index, low, high in stages:
+            spans = problem.spans[index]
+            device = problem.members[index][used[index]]
+            placed.append(Placed(device, problem.boundaries[low], problem.boundaries[high]))
+            start = spans.load_first if low == 0 else -float(spans.load[low])
+            loads.append(float(spans.load[high]) + start + spans.load_step)
+            used[index] += 1
+        loads += [float(problem.transfers[a[0], b[0]]) for a, b in zip(stages, stages[1:], strict=False)]
+        return Found(cost_s=cost_s, load_s=max(loads), assignment=tuple(placed))
+
+
+class _Window:
+    """The starts that a span may have, by its end: [lowest[end], end), besides 0."""
+
+    def __init__(self, lowest: Ints, first_last: int) -> None:
+        ends = np.arange(len(lowest))
+        self.lowest = lowest
+        self.first_last = first_last
+        self._ends = np.flatnonzero(lowest < ends)
+        self._lengths = (ends - lowest)[self._ends]
+        self.is_empty = not len(self._ends)
+
+    def least(self, values: Floats) -> Floats:
+        """[rows, starts] → [rows, ends]: the least value among each end's starts; two overlapping powers of two."""
+        result = np.full_like(values, np.inf)
+        power = 1
+        while power <= self._lengths.max():
+            ends = self._ends[(self._lengths >= power) & (self._lengths < 2 * power)]
+            if len(ends):
+                result[:, ends] = np.minimum(values[:, self.lowest[ends]], values[:, ends - power])
+            values = np.minimum(values[:, :-power], values[:, power:])
+            power *= 2
+        return result

@@ -1,0 +1,164 @@
+"""The best ring of one node of a search: exact where no two devices get into each other's way.
+
+What devices do to each other beyond hops (memory of a shared pool, a shared bus with more devices at work than the
+node says, hops that share a medium) is left out here, which never makes a ring look worse; `branch.py` adds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.cost import CostModel, Floats
+from planner.dp import Found, Search
+from planner.evaluate import Assignment, Objective
+from planner.limits import SearchLimits
+from planner.problem import Problem, problem_of
+
+Progress = Callable[[int], object]
+"""Called with the number of searches done so far."""
+
+TOO_MANY_STATES = 4096
+"""Subsets of 12 devices that all differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxed:
+    """No ring within the node's limits has a better objective than `bound_s`."""
+
+    bound_s: float
+    assignment: Assignment
+
+
+class Relaxation:
+    def __init__(self, costs: CostModel, objective: Objective, progress: Progress | None = None) -> None:
+        self._costs = costs
+        self._objective = objective
+        self._progress = progress
+        self._num_searches = 0
+
+    def solve(self, limits: SearchLimits, cutoff_s: float) -> Relaxed | None:
+        """The best ring, or None if there is none better than `cutoff_s`."""
+        if not limits.devices:
+            return None
+        most = len(limits.devices)
+        if self._objective == "latency":
+            problem = problem_of(self._costs, limits, 1, one_chat=True)
+            found = self._best(Search(problem), np.inf, 1, most)
+            return Relaxed(found.cost_s, found.assignment) if found and found.cost_s < cutoff_s else None
+        best: Relaxed | None = None
+        for group, least_stages, most_stages in self._groups(most):
+            problem = problem_of(self._costs, limits, group, one_chat=False)
+            search = _Capped(problem, least_stages, most_stages, self._best)
+            found_s = best.bound_s if best else cutoff_s
+            if self._objective == "auto":
+                better = search.auto(self._costs.workload.concurrency, found_s)
+            else:
+                better = search.throughput(found_s)
+            best = better or best
+        return best
+
+    def _groups(self, most: int) -> list[tuple[int, int, int]]:
+        """(sequences of a step, from, to how many stages make it that many)."""
+        sizes = {stages: self._costs.workload.group_size(stages) for stages in range(1, most + 1)}
+        groups = sorted(set(sizes.values()))
+        return [
+            (group, min(s for s in sizes if sizes[s] == group), max(s for s in sizes if sizes[s] == group))
+            for group in groups
+        ]
+
+    def _best(self, search: Search, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
+        self._num_searches += 1
+        if self._progress is not None:
+            self._progress(self._num_searches)
+        return search.best(cap_s, least_stages, most_stages)
+
+
+class _Capped:
+    """Searches under caps on the load, which only matter where they equal the load of some span or hop."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        least_stages: int,
+        most_stages: int,
+        best: Callable[[Search, float, int, int], Found | None],
+    ) -> None:
+        self._problem = problem
+        self._least, self._most = least_stages, most_stages
+        self._search: Search | None = None
+        self._run = best
+
+    def throughput(self, cutoff_s: float) -> Relaxed | None:
+        """The lowest cap that any ring keeps."""
+        group = self._problem.group
+        caps = self._caps(cutoff_s)
+        low, high, best = 0, len(caps), None
+        first = True
+        while low < high:
+            # The lowest is often far below what is possible, the cutoff rarely far above: look there first.
+            middle = high - 1 if first else (low + high) // 2
+            first = False
+            found = self._under(float(caps[middle]))
+            if found is None:
+                low = middle + 1
+            else:
+                best = Relaxed(found.load_s / group, found.assignment)
+                high = min(middle, int(np.searchsorted(caps, found.load_s * (1 - 1e-12))))
+        return best
+
+    def auto(self, concurrency: int, cutoff_s: float) -> Relaxed | None:
+        """The least max(trip / concurrency, load / group): trips get shorter as the cap rises."""
+        group = self._problem.group
+        caps = self._caps(cutoff_s)
+        if not len(caps):
+            return None
+        best: Relaxed | None = None
+        low, high = 0, len(caps)
+        middle = high - 1
+        while low < high:
+            found = self._under(float(caps[middle]))
+            trip_s = found.cost_s / concurrency if found else np.inf
+            if found is not None:
+                value_s = max(trip_s, found.load_s / group)
+                if value_s < min(cutoff_s, best.bound_s if best else np.inf):
+                    best = Relaxed(value_s, found.assignment)
+            if found is not None and trip_s <= caps[middle] / group:
+                # Lower caps may do better; those above this ring's load give the same ring.
+                high = middle
+            elif middle == len(caps) - 1 and trip_s >= cutoff_s:
+                return None
+            else:
+                low = middle + 1
+                if best is not None and best.bound_s * group < caps[-1]:
+                    high = min(high, int(np.searchsorted(caps, best.bound_s * group)))
+            middle = (low + high) // 2
+        return best
+
+    def _under(self, cap_s: float) -> Found | None:
+        if self._search is None:
+            self._search = Search(self._problem)
+        return self._run(self._search, cap_s, self._least, self._most)
+
+    def _caps(self, cutoff_s: float) -> Floats:
+        """Loads of spans and hops between what is possible at best and what is wanted, ascending."""
+        values = [self._problem.transfers.ravel()]
+        for spans in self._problem.spans:
+            loads = spans.load[None, :] - spans.load[1:, None] + spans.load_step
+            values += [loads[loads > 0], spans.load[1:] + spans.load_first + spans.load_step]
+        found = np.unique(np.concatenate(values))
+        found = found[(found < cutoff_s * self._problem.group) & (found >= least_load_s(self._problem) * (1 - 1e-9))]
+        return found[np.isfinite(found)]
+
+
+def least_load_s(problem: Problem) -> float:
+    """No ring has a lower highest load: layers weighed by the fastest device for each, as if they could be shared
+    out exactly, without steps, embedding or hops."""
+    layers = np.array([np.diff(spans.load) for spans in problem.spans])
+    weights = layers.min(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(layers > 0, weights / layers, 1.0)
+    speeds = ratios.max(axis=1) * np.array([len(members) for members in problem.members])
+    return float(weights.sum() / speeds.sum())

@@ -1,0 +1,39 @@
+"""What the ring will be used for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """`concurrency` chats at once, each a prompt and an answer, KV memory for `context_tokens` of each.
+
+    A prompt goes in chunks of `chunk_tokens`, or of `busy_chunk_tokens` while others decode, as the engine sends it.
+    """
+
+    prompt_tokens: int = 256
+    output_tokens: int = 256
+    concurrency: int = 1
+    context_tokens: int = 4096
+    chunk_tokens: int = 256
+    busy_chunk_tokens: int = 64
+
+    @property
+    def decode_context_tokens(self) -> int:
+        """KV that a decode step reads, on average over an answer."""
+        return min(self.prompt_tokens + self.output_tokens // 2, self.context_tokens)
+
+    def chunks(self, *, busy: bool) -> tuple[tuple[int, int], ...]:
+        """(tokens, tokens before them) of each chunk of the prompt."""
+        size = self.busy_chunk_tokens if busy else self.chunk_tokens
+        starts = range(0, self.prompt_tokens, size)
+        return tuple((min(size, self.prompt_tokens - start), start) for start in starts)
+
+    def group_size(self, num_stages: int) -> int:
+        """Sequences of one decode step: the engine keeps a step in flight for each stage (engine/scheduler.py)."""
+        return -(-self.concurrency // num_stages)
+
+    def num_groups(self, num_stages: int) -> int:
+        """Decode steps that are in flight at once."""
+        return -(-self.concurrency // self.group_size(num_stages))
