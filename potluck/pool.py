@@ -11,6 +11,7 @@ from pathlib import Path
 import zmq
 
 from potluck.lan import ThisHost
+from potluck.questions import Questions
 from transport.control import ControlServer, Peer
 from transport.endpoints import tcp_endpoint
 from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
@@ -74,6 +75,10 @@ class Pool:
         endpoints = [f"ipc://{run_dir}/control"]
         if here.address is not None:
             endpoints.append(tcp_endpoint(here.address, lan_port))
+        self.questions = Questions(
+            lambda peer, message: self._server.send(peer, message),
+            lambda worker: worker.peer.identity in self._workers,
+        )
         self._server = ControlServer(context, endpoints, on_message=self._on_message, on_lost=self._on_lost)
 
     @property
@@ -178,6 +183,10 @@ class Pool:
                 lambda: all(worker.stats is not None and worker.stats.token >= token for worker in workers), timeout_s
             )
 
+    def tell(self, worker: PoolWorker, message: ControlMessage) -> None:
+        """Does not wait."""
+        self._server.send(worker.peer, message)
+
     def report_exit(self, pid: int, error: PotluckError) -> None:
         """A worker process of this host has ended: known sooner than by its silence."""
         with self._changed:
@@ -220,6 +229,8 @@ class Pool:
                 with self._changed:
                     worker.stats = message
                     self._changed.notify_all()
+            case _ if worker is not None:
+                self.questions.hear(message)
 
     def _add(self, worker: PoolWorker) -> None:
         reason = self._why_not(worker.register)

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
@@ -22,6 +23,7 @@ import zmq
 
 from shard.load import load_shard
 from shard.local_stage import LocalStage
+from shard.measuring import Measuring
 from shard.open import open_checkpoint
 from shard.serve import StageServer
 from shard.stage import ShardBackend, ShardSpec
@@ -33,14 +35,19 @@ from transport.lifeline import hold_lifeline
 from transport.messages import (
     Connect,
     ControlMessage,
+    EndProfile,
     Fence,
+    LinkListen,
+    LinkProbe,
     Listening,
     Load,
     Loaded,
     Loading,
+    Profile,
     Register,
     Stats,
     StatsRequest,
+    Steady,
     Stop,
     WorkerFault,
 )
@@ -66,6 +73,7 @@ class Worker:
         self._control = ControlClient(
             self._context, control_endpoint, register, on_message=self._on_control, on_lost=self._on_head_lost
         )
+        self._measuring = Measuring(self._context, register, endpoint=self._endpoint, send=self._control.send)
 
     def run(self) -> None:
         """Obey the head until it says stop or is gone."""
@@ -74,6 +82,7 @@ class Worker:
             if isinstance(command, Stop):
                 log.info("stopping: %s", command.reason or "told to")
                 break
+            self._measuring.end()  # It would take the memory that is to be loaded into.
             try:
                 self._serve(command)
             except PotluckError as error:
@@ -83,6 +92,7 @@ class Worker:
                 log.exception("stage %d failed", command.stage)
                 self._control.send(WorkerFault(command.fence, StageFailed.code, f"{type(error).__name__}: {error}"))
             self._backend = self._server = None
+        self._measuring.end()
         self._control.close()
 
     def _serve(self, load: Load) -> None:
@@ -96,7 +106,9 @@ class Worker:
             context_tokens=load.context_tokens,
             max_step_tokens=load.max_step_tokens,
         )
-        self._receiver = receiver = ZmqReceiver(self._context, self._listen_at(load), limits)
+        self._receiver = receiver = ZmqReceiver(
+            self._context, self._endpoint(load.listen, str(load.fence.epoch)), limits
+        )
         try:
             self._control.send(Listening(load.fence, receiver.endpoint))
             started = time.monotonic()
@@ -145,9 +157,9 @@ class Worker:
             if command.fence == fence:
                 return command
 
-    def _listen_at(self, load: Load) -> str:
-        if load.listen == "local":
-            return f"ipc://{self._run_dir}/{os.getpid()}-{load.fence.epoch}"
+    def _endpoint(self, listen: Literal["local", "network"], name: str) -> str:
+        if listen == "local":
+            return f"ipc://{self._run_dir}/{os.getpid()}-{name}"
         if self._register.address is None:
             raise ConfigError("this worker has no address for other hosts", hint="start it with --insecure-lan")
         return tcp_endpoint(self._register.address)
@@ -171,6 +183,10 @@ class Worker:
                 self._control.send(self._stats(token))
             case Load() | Connect() | Stop():
                 self._interrupted_by(message)
+            case Profile() | Steady() | LinkListen() | LinkProbe():
+                self._measuring.ask(message)
+            case EndProfile():
+                self._measuring.end()
             case _:
                 log.warning("unexpected %s", type(message).__name__)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from shard.profile.settings import BUDGET_S
 from transport.errors import PotluckError, StageFailed
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
     from shard.open import open_checkpoint
-    from shard.profile.profile import Profiler, ProfileSettings
+    from shard.profile.profile import Profiler
+    from shard.profile.settings import ProfileSettings
 
     settings = ProfileSettings(
         backend=options.backend,
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", required=True, help="cpu, cuda:0, mps or mlx")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds to measure for, after loading")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds to measure for, after loading")
     parser.add_argument("--memory", type=int, default=None, help="most bytes of weights to hold at once")
     parser.add_argument("--serve", action="store_true", help="speak lines of JSON with a parent")
     return parser

@@ -5,33 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from shard.checkpoint import Checkpoint
-from shard.load import Backend
 from shard.profile.clock import Clock
 from shard.profile.ends import ROWS, by_rows, rest_times
 from shard.profile.kinds import Choice, Span, choose, end_span, layer_kinds
 from shard.profile.layers import LayerProbe, Loaded
 from shard.profile.report import GridReport, ProfileReport
+from shard.profile.settings import ProfileSettings
 from shard.profile.stage import TimedStage
-from transport.messages import DTYPE_BYTES, DType
+from transport.messages import DTYPE_BYTES
 
 Tell = Callable[[str], None]
 
 _LARGEST_EMBEDDING_BYTES = 256 << 20
 """To read a larger one would take longer than all that is measured, for a lookup that takes next to nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileSettings:
-    """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound)."""
-
-    backend: Backend
-    device: str
-    dtype: DType
-    budget_s: float = 5.0
-    memory_bytes: int | None = None
 
 
 class Profiler:

@@ -1,0 +1,21 @@
+"""What a profile is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shard.load import Backend
+from transport.messages import DType
+
+BUDGET_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSettings:
+    """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound)."""
+
+    backend: Backend
+    device: str
+    dtype: DType
+    budget_s: float = BUDGET_S
+    memory_bytes: int | None = None
