@@ -1,0 +1,12 @@
+"""Several honest hosts on one Linux machine: namespaces, rate limits, delay, loss, CPU and memory limits.
+
+spec = load_spec(Path("three.toml"))
+with Lab(spec) as lab:
+    lab.run("fast", ["ping", "-c1", lab.address("slow")])
+"""
+
+from bench.lab.errors import LabError
+from bench.lab.lab import Lab, why_not
+from bench.lab.spec import HostSpec, LabSpec, LinkSpec, load_spec, parse_spec
+
+__all__ = ["HostSpec", "Lab", "LabError", "LabSpec", "LinkSpec", "load_spec", "parse_spec", "why_not"]

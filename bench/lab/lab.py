@@ -1,0 +1,202 @@
+"""A lab that is up: run commands in its hosts; when it is left, nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.lab.errors import LabError
+from bench.lab.groups import hierarchy, make_groups, remove_groups
+from bench.lab.network import (
+    RELAY_READY,
+    addresses,
+    build_network,
+    missing_tools,
+    namespace,
+    remove_network,
+    route_through_relay,
+    try_network,
+)
+from bench.lab.spec import HostSpec, LabSpec
+from bench.lab.state import (
+    PREFIX,
+    HostFacts,
+    LabFacts,
+    forget,
+    launch_command,
+    leftovers,
+    owner_start_s,
+    remember,
+)
+from potluck.paths import home_dir
+
+_RELAY_WITHIN_S = 10.0
+_RELAY_GROUP = HostSpec(name="_relay")
+_FREE_GROUP = HostSpec(name="_free")
+
+
+def why_not() -> str | None:
+    """Why this machine can't have a lab; None if it can."""
+    if not sys.platform.startswith("linux"):
+        return "a lab needs Linux"
+    if os.geteuid() != 0:
+        return "a lab needs root"
+    if missing := missing_tools():
+        return f"a lab needs {', '.join(missing)} (Debian: apt install iproute2 util-linux)"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "a lab needs /dev/net/tun"
+    try:
+        hierarchy()
+        try_network(_new_id())
+    except LabError as error:
+        return f"this machine can't have a lab: {error.message}"
+    return None
+
+
+def remove_leftovers() -> list[str]:
+    """Take down labs whose process is gone. Returns their ids. Raises LabError."""
+    found = leftovers()
+    for lab in found:
+        take_down(lab)
+    return found
+
+
+def take_down(lab: str) -> None:
+    """Whatever there is of it. Raises LabError if something won't go."""
+    remove_groups(lab)
+    remove_network(lab)
+    forget(lab)
+
+
+class Lab:
+    """`with Lab(spec) as lab: lab.run("fast", [...])`. Every host has a POTLUCK_HOME of its own, with one store."""
+
+    def __init__(self, spec: LabSpec, *, store: Path | None = None) -> None:
+        """`store` is the POTLUCK_HOME whose models the hosts share; this user's by default."""
+        self._spec = spec
+        self._store = (store or home_dir()).resolve()
+        self._children: list[subprocess.Popen[Any]] = []
+        self.id = _new_id()
+        self.facts: LabFacts
+
+    def __enter__(self) -> Lab:
+        """Raises LabError; what a crash of another lab has left is removed first."""
+        reason = why_not()
+        if reason is not None:
+            raise LabError(reason)
+        remove_leftovers()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs in the hosts and remove them."""
+        take_down(self.id)
+        for child in self._children:
+            child.wait()
+
+    def address(self, host: str) -> str:
+        self._spec.host(host)
+        return self.facts.hosts[host].address
+
+    def environment(self) -> dict[str, str]:
+        """For a process outside of the hosts: `python -m bench.lab exec` finds the lab by it."""
+        return {**os.environ, "POTLUCK_LAB": str(self.facts.file)}
+
+    def popen(
+        self,
+        host: str,
+        command: Sequence[str],
+        *,
+        limited: bool = True,
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen[Any]:
+        """Start a command in a host; `options` are Popen's. Not `limited`: on its network only, for who measures."""
+        self._spec.host(host)
+        argv, env = launch_command(self.facts, host, command, limited=limited)
+        child: subprocess.Popen[Any] = subprocess.Popen(argv, env={**env, **(environment or {})}, **options)
+        self._children.append(child)
+        return child
+
+    def run(
+        self,
+        host: str,
+        command: Sequence[str],
+        *,
+        limited: bool = True,
+        timeout_s: float = 120.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """A command that ends by itself, with its output. Raises subprocess.TimeoutExpired after killing it."""
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with self.popen(host, command, limited=limited, environment=environment, text=True, **pipes) as child:
+            try:
+                output, errors = child.communicate(timeout=timeout_s)
+            except BaseException:
+                child.kill()
+                raise
+        return subprocess.CompletedProcess(list(command), child.returncode, output, errors)
+
+    def _build(self) -> None:
+        known = addresses(self._spec)
+        groups = hierarchy()
+        self.facts = LabFacts(
+            id=self.id, pid=os.getpid(), start_s=owner_start_s(os.getpid()), store=str(self._store), hosts={}
+        )
+        remember(self.facts)  # before there is anything to forget
+        free = make_groups(groups, self.id, _FREE_GROUP)
+        for host in self._spec.hosts:
+            facts = HostFacts(
+                address=known[host.name],
+                namespace=namespace(self.id, host.name),
+                groups=[str(group) for group in make_groups(groups, self.id, host)],
+                free_groups=[str(group) for group in free],
+            )
+            self.facts.hosts[host.name] = facts
+        remember(self.facts)
+        build_network(self.id, self._spec)
+        relays = [str(group) for group in make_groups(groups, self.id, _RELAY_GROUP)]
+        for host in self._spec.hosts:
+            self._start_relay(host, relays)
+
+    def _start_relay(self, host: HostSpec, groups: list[str]) -> None:
+        links = {
+            self.facts.hosts[link.target].address: (link.delay_s, link.jitter_s, link.loss)
+            for link in self._spec.links_from(host.name)
+            if link.is_relayed
+        }
+        if not links:
+            return
+        command = [sys.executable, "-P", "-m", "bench.lab.relay", "--links", json.dumps(links)]
+        argv, env = launch_command(self.facts, host.name, command, groups=groups)
+        child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        self._children.append(child)
+        assert child.stdout is not None
+        deadline = time.monotonic() + _RELAY_WITHIN_S
+        with contextlib.closing(child.stdout) as output:
+            said = output.readline().strip()
+        if said != RELAY_READY or time.monotonic() > deadline:
+            raise LabError(f"the relay of {host.name} did not start")
+        route_through_relay(self.id, self._spec, host)
+
+
+def _new_id() -> str:
+    return f"{PREFIX}{secrets.token_hex(3)}"
