@@ -34,6 +34,11 @@ def probe_cache_file() -> Path:
     return home_dir() / "probe.json"
 
 
+def profiles_dir() -> Path:
+    """What was measured of devices with a model, and of links."""
+    return home_dir() / "profiles"
+
+
 def runtime_dir() -> Path:
     """A folder that only this user can enter, for sockets and the file that says which head runs.
 

@@ -15,7 +15,7 @@ import numpy as np
 from shard.stage import HiddenOutput, ShardSpec, Stage, StageInput, StageOutput, TokenOutput
 from transport.errors import PotluckError, StageFailed
 from transport.link import Received, Receiver, Sender
-from transport.messages import DataMessage, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
+from transport.messages import DataMessage, DecodeBucket, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
 
 WIRE_NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -29,6 +29,16 @@ _RECENT_STEPS = 64
 
 
 @dataclass(slots=True)
+class _Bucket:
+    """See DecodeBucket."""
+
+    steps: int = 0
+    rows: int = 0
+    context_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class StageClock:
     """Seconds of compute and what they were spent on. Steps with only single-token entries count as decode."""
 
@@ -38,12 +48,26 @@ class StageClock:
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     recent_decode_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    _buckets: dict[int, _Bucket] = field(default_factory=dict)
 
     @property
     def decode_p50_s(self) -> float:
         """Median of the last decode steps; 0 before the first."""
         recent = list(self.recent_decode_s)
         return statistics.median(recent) if recent else 0.0
+
+    def buckets(self) -> tuple[DecodeBucket, ...]:
+        """Decode steps by their number of sequences. Another thread may be adding a step: it is in or out, or half."""
+        return tuple(
+            DecodeBucket(
+                largest_rows=largest,
+                steps=bucket.steps,
+                rows=bucket.rows,
+                context_tokens=bucket.context_tokens,
+                seconds=bucket.seconds,
+            )
+            for largest, bucket in sorted(self._buckets.copy().items())
+        )
 
     def add(self, entries: tuple[Entry, ...], seconds: float) -> None:
         num_tokens = sum(len(entry.token_ids) for entry in entries)
@@ -54,6 +78,11 @@ class StageClock:
             self.decode_tokens += num_tokens
             self.decode_s += seconds
             self.recent_decode_s.append(seconds)
+            bucket = self._buckets.setdefault(1 << (num_tokens - 1).bit_length(), _Bucket())
+            bucket.steps += 1
+            bucket.rows += num_tokens
+            bucket.context_tokens += sum(entry.start for entry in entries)
+            bucket.seconds += seconds
         else:
             self.prefill_tokens += num_tokens
             self.prefill_s += seconds

@@ -23,6 +23,7 @@ import zmq
 
 from shard.load import load_shard
 from shard.local_stage import LocalStage
+from shard.machine import machine_facts
 from shard.measuring import Measuring
 from shard.open import open_checkpoint
 from shard.serve import StageServer
@@ -214,6 +215,7 @@ class Worker:
             decode_tokens=clock.decode_tokens,
             decode_s=clock.decode_s,
             decode_p50_s=clock.decode_p50_s,
+            decode_buckets=clock.buckets(),
             prefill_tokens=clock.prefill_tokens,
             prefill_s=clock.prefill_s,
             sequences=backend.num_sequences(),
@@ -250,7 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     hold_lifeline(options.run_dir)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     register = msgspec.json.decode(options.register, type=Register)
-    Worker(options.control, msgspec.structs.replace(register, pid=os.getpid()), options.run_dir).run()
+    register = msgspec.structs.replace(register, pid=os.getpid(), machine=machine_facts(register.backend))
+    Worker(options.control, register, options.run_dir).run()
     return 0
 
 

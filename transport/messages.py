@@ -160,7 +160,8 @@ DataMessage = Hello | Tokens | Hidden | Sampled | Failed
 class Register(Struct, frozen=True, tag="register", kw_only=True):
     """A worker offers its device. `free_bytes` is what it may take, after the owner's cap; devices that share memory
     have the same `memory_pool`; `bandwidth_bytes_per_s` is that of a matrix-vector product in `compute_dtype`.
-    `address` is where other hosts reach this one; None: only processes of this host can."""
+    `address` is where other hosts reach this one; None: only processes of this host can. `machine` is what times
+    measured there depend on besides the device: hardware, limits, library versions."""
 
     version: int
     device: str
@@ -175,6 +176,7 @@ class Register(Struct, frozen=True, tag="register", kw_only=True):
     bandwidth_bytes_per_s: float
     compute_dtype: DType
     address: str | None = None
+    machine: str = ""
 
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
@@ -239,6 +241,17 @@ class StatsRequest(Struct, frozen=True, tag="stats_request"):
     token: int
 
 
+class DecodeBucket(Struct, frozen=True, kw_only=True):
+    """Decode steps of more than half of, and at most `largest_rows` sequences (a power of two), added up: their number,
+    sequences, tokens of context and compute seconds."""
+
+    largest_rows: int
+    steps: int
+    rows: int
+    context_tokens: int
+    seconds: float
+
+
 class Stats(Struct, frozen=True, tag="stats", kw_only=True):
     """Counters since the last `Load`. Compute seconds are inside the stage; decode steps have one token an entry."""
 
@@ -248,6 +261,7 @@ class Stats(Struct, frozen=True, tag="stats", kw_only=True):
     decode_tokens: int = 0
     decode_s: float = 0.0
     decode_p50_s: float = 0.0
+    decode_buckets: tuple[DecodeBucket, ...] = ()
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     sequences: int = 0

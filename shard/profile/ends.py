@@ -16,7 +16,7 @@ _CONTEXT = 24
 
 def rest_times(end: TimedStage, single: TimedStage, layers_s: float, clock: Clock) -> GridReport:
     """What a decode step of `end` takes more than one of `single`, by sequences; `layers_s` is how much of that its
-    layers are (0 where the two have layers alike). For the head that is norm, projection and sampling."""
+    layers are (0 where the two have layers alike). Of the head that is norm, projection and sampling."""
     ends, singles = end.open(ROWS[-1]), single.open(ROWS[-1])
     for stage, sequences in ((end, ends), (single, singles)):
         stage.step(sequences, _CONTEXT, num_logits=0)

@@ -216,9 +216,9 @@ class LayerProbe:
         if unknowns <= 0:
             return 0.0
         step = (sum(w * seconds for w, seconds in zip(weights, single_s, strict=True)) - run_s) / unknowns
-        least = min(single_s)
-        # A layer can't take nothing, whatever the noise says.
-        return min(max(step, -0.5 * least), 0.9 * least)
+        # Neither a step nor a layer takes less than nothing, whatever the noise says. (Under a CPU quota a step can
+        # seem to: what was saved up while it waited is spent at once. The run's time has that in it.)
+        return min(max(step, 0.0), 0.9 * min(single_s))
 
     def _split(self, run_s: float, single_s: Sequence[float]) -> list[float]:
         """Seconds of a layer of each kind: the run's time, in the proportions of the single layers."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shard.checkpoint import Checkpoint
 from shard.profile.clock import Clock
-from shard.profile.ends import ROWS, by_rows, rest_times
+from shard.profile.ends import by_rows, rest_times
 from shard.profile.kinds import Choice, Span, choose, end_span, layer_kinds
 from shard.profile.layers import LayerProbe, Loaded
 from shard.profile.report import GridReport, ProfileReport
@@ -55,7 +55,6 @@ class Profiler:
             head=head,
             step_s=probe.step_s,
             steady_s=steady_s,
-            steady_layers=run.num_layers,
         )
 
     def steady(self, seconds: float) -> float:
@@ -88,9 +87,11 @@ class Profiler:
         span = end_span(spec, first=True)
         num_bytes = spec.embed_params * DTYPE_BYTES[self._settings.dtype]
         if num_bytes > _LARGEST_EMBEDDING_BYTES or not self._fits(spec.embed_params, span):
-            return by_rows(ROWS, [0.0] * len(ROWS))
+            return by_rows((1,), [0.0])
         self._tell("the embedding")
-        return self._rest(probe, choice, span, kind=self._kinds[0])
+        grid = self._rest(probe, choice, span, kind=self._kinds[0])
+        # A lookup takes less than the noise of what it is taken from: no slope by rows, which would go on for prompts.
+        return by_rows((1,), [statistics.median(seconds for (seconds,) in grid.seconds)])
 
     def _rest(self, probe: LayerProbe, choice: Choice, span: Span, *, kind: int) -> GridReport:
         single = choice.singles[kind]

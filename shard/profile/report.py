@@ -30,9 +30,8 @@ class LayerReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kinds[i]` is the kind of layer i. `step_s` is what a step costs besides its layers; it may be below 0 where the
-    first moments of a step are cheap (a CPU quota that has been saved up). `steady_s` is a decode step of
-    `steady_layers` layers over and over, to compare with when other devices are busy."""
+    """`kinds[i]` is the kind of layer i. `step_s` is what a step costs besides its layers. `steady_s` is a decode step
+    of some layers over and over: of two profiles of devices that are alike, the lower one was disturbed less."""
 
     kinds: tuple[int, ...]
     layers: tuple[LayerReport, ...]
@@ -40,7 +39,6 @@ class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     head: GridReport
     step_s: float
     steady_s: float
-    steady_layers: int
 
     def is_sound(self) -> bool:
         """Whether it can be planned with."""
@@ -49,7 +47,7 @@ class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             bool(self.kinds)
             and all(0 <= kind < len(self.layers) for kind in self.kinds)
             and all(grid.is_sound() for grid in grids)
-            and abs(self.step_s) < float("inf")
+            and 0 <= self.step_s < float("inf")
             and 0 < self.steady_s < float("inf")
         )
 
