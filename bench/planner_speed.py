@@ -43,16 +43,16 @@ def pool_of(num_devices: int, num_kinds: int, seed: int, devices_per_host: int =
     """Devices of `num_kinds` kinds, as unequal as a home's; at least two hold a 70B model together."""
     rng = random.Random(seed)
     kinds = [_kind(rng) for _ in range(num_kinds)]
-    devices = [
-        _device(f"d{number}", f"h{number // devices_per_host}", *kinds[number % num_kinds])
-        for number in range(num_devices)
-    ]
+    facts = [(f"h{number // devices_per_host}", *kinds[number % num_kinds]) for number in range(num_devices)]
+    room = {host: max(size for at, *_, size in facts if at == host) * 5 // 4 for host, *_ in facts}
+    devices = [_device(f"d{number}", *fact, room[fact[0]]) for number, fact in enumerate(facts)]
     hosts = sorted({times.device.host for times in devices})
     hops = {pair: 10 ** rng.uniform(-3.7, -2.3) for pair in ((a, b) for a in hosts for b in hosts)}
     if num_kinds < num_devices:
         hops = dict.fromkeys(hops, 5e-4)
     links = [
-        LinkTimes(source=a, target=b, hop_s=hop_s, hop_p95_s=2 * hop_s, bytes_per_s=1e8) for (a, b), hop_s in hops.items()
+        LinkTimes(source=a, target=b, hop_s=hop_s, hop_p95_s=2 * hop_s, bytes_per_s=1e8)
+        for (a, b), hop_s in hops.items()
     ]
     return PoolTimes(head="h0", devices=tuple(devices), links=tuple(links))
 
@@ -62,9 +62,11 @@ def _kind(rng: random.Random) -> tuple[float, float, int]:
     return 10 ** rng.uniform(-2.7, -1.7), rng.choice([1.0, 1.4]), int(rng.uniform(12, 48) * _GIB)
 
 
-def _device(name: str, host: str, layer_s: float, busy: float, num_bytes: int) -> DeviceTimes:
+def _device(name: str, host: str, layer_s: float, busy: float, num_bytes: int, pool_bytes: int) -> DeviceTimes:
     def grid(scale_s: float, rows: tuple[int, int]) -> Grid:
-        seconds = tuple(tuple(scale_s * (1 + 0.05 * row) * (1 + context / 1e5) for context in (0, 4096)) for row in rows)
+        seconds = tuple(
+            tuple(scale_s * (1 + 0.05 * row) * (1 + context / 1e5) for context in (0, 4096)) for row in rows
+        )
         return Grid(rows=rows, contexts=(0, 4096), seconds=seconds)
 
     return DeviceTimes(
@@ -75,7 +77,7 @@ def _device(name: str, host: str, layer_s: float, busy: float, num_bytes: int) -
             host=host,
             threads=1,
             free_bytes=num_bytes,
-            total_bytes=int(num_bytes * 1.5),
+            total_bytes=pool_bytes,
             bandwidth_bytes_per_s=1.7e9 / layer_s,
             compute_dtype="bfloat16",
             memory_pool=f"{host}/ram",

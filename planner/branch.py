@@ -5,7 +5,8 @@ lost and this one is gone:
 - members of a pool use m₁ + m₂ + … > total: in any ring some member stays within mᵢ · total / Σm (one branch each);
 - n devices of a pool are at work, the node reckoned with fewer: fewer than n, or at least n;
 - hops that share a link or medium load it more than allowed: one of them is not used (one branch each).
-After `MAX_NODES` the best ring found so far is returned and said to be not proven best.
+Cautious rings come first, so that much of the tree is cut off at once. Where `WORK` is used up, which takes many
+devices that share resources and limit each other, the best ring so far is returned and said to be not proven best.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.cost import CostModel
 from planner.evaluate import Assignment, Objective, objective_s, pool_bytes
 from planner.limits import SearchLimits
-from planner.relaxed import Progress, Relaxation
+from planner.relaxed import Progress, Relaxation, Relaxed
 
-MAX_NODES = 400
+WORK: dict[Objective, float] = {"latency": 2e9, "throughput": 2e9, "auto": 6e9}
+"""In numbers that searches combine: about 1e9 a second on one core. A search of twelve unequal devices takes 1e8."""
+
 _SAME = 1.0 + 1e-9
 
 
@@ -39,36 +42,75 @@ def solve(
     limits: SearchLimits,
     *,
     progress: Progress | None = None,
-    max_nodes: int = MAX_NODES,
+    work: float | None = None,
 ) -> Solution | None:
     """The ring with the least `objective_s`; None if none fits."""
-    relaxation = Relaxation(costs, objective, progress)
-    best: Solution | None = None
-    order = itertools.count()
-    nodes: list[tuple[float, int, SearchLimits, Assignment]] = []
+    tree = _Tree(costs, objective, Relaxation(costs, objective, progress))
+    tree.add(limits)
+    if tree.is_settled():
+        return tree.best
+    for cautious in _cautious(costs, limits):
+        tree.consider(cautious)
+    budget = WORK[objective] if work is None else work
+    while not tree.is_settled():
+        # Without any ring so far the search goes on for longer.
+        if tree.relaxation.work > (budget if tree.best else 10 * budget):
+            return replace(tree.best, is_exact=False) if tree.best else None
+        tree.branch()
+    return tree.best
 
-    def add(node: SearchLimits) -> None:
-        relaxed = relaxation.solve(node, best.objective_s if best else float("inf"))
+
+class _Tree:
+    def __init__(self, costs: CostModel, objective: Objective, relaxation: Relaxation) -> None:
+        self.relaxation = relaxation
+        self.best: Solution | None = None
+        self._costs = costs
+        self._objective = objective
+        self._order = itertools.count()
+        self._nodes: list[tuple[float, int, SearchLimits, Assignment]] = []
+
+    @property
+    def _best_s(self) -> float:
+        return self.best.objective_s if self.best else float("inf")
+
+    def add(self, node: SearchLimits) -> None:
+        relaxed = self.consider(node)
         if relaxed is not None:
-            heapq.heappush(nodes, (relaxed.bound_s, next(order), node, relaxed.assignment))
+            heapq.heappush(self._nodes, (relaxed.bound_s, next(self._order), node, relaxed.assignment))
 
-    add(limits)
-    num_nodes = 0
-    while nodes:
-        bound_s, _, node, assignment = heapq.heappop(nodes)
-        if best is not None and bound_s >= best.objective_s:
-            break
-        true_s = objective_s(costs, assignment, objective)
-        if true_s < (best.objective_s if best else float("inf")):
-            best = Solution(true_s, assignment, True)
-        if true_s <= bound_s * _SAME:
-            break
-        num_nodes += 1
-        if num_nodes > max_nodes and best is not None:
-            return Solution(best.objective_s, best.assignment, False)
-        for child in _children(costs, objective, node, assignment, bound_s):
-            add(child)
-    return best
+    def consider(self, node: SearchLimits) -> Relaxed | None:
+        """The node's best ring, if it may be better than the best so far; which it replaces, if it breaks no rule."""
+        relaxed = self.relaxation.solve(node, self._best_s)
+        if relaxed is not None:
+            true_s = objective_s(self._costs, relaxed.assignment, self._objective)
+            if true_s < self._best_s:
+                self.best = Solution(true_s, relaxed.assignment, True)
+        return relaxed
+
+    def is_settled(self) -> bool:
+        """No node left can be better than the best ring."""
+        return not self._nodes or self._nodes[0][0] * _SAME >= self._best_s
+
+    def branch(self) -> None:
+        bound_s, _, node, assignment = heapq.heappop(self._nodes)
+        for child in _children(self._costs, self._objective, node, assignment, bound_s):
+            self.add(child)
+
+
+def _cautious(costs: CostModel, limits: SearchLimits) -> list[SearchLimits]:
+    """Shared memory split in proportion; only the fastest device of each pool; only the largest one."""
+    whole_s = {device: costs.decode(device, 1).span_s(0, costs.profile.num_layers) for device in limits.devices}
+    split, fast, large = limits, limits, limits
+    for pool, total in costs.pool_total_bytes.items():
+        members = [device for device in limits.devices if costs.pool_of[device] == pool]
+        if len(members) < 2:
+            continue
+        free = {device: limits.free_bytes[device] for device in members}
+        for device in members:
+            split = split.with_free_bytes(device, free[device] * total // max(total, sum(free.values())))
+        fast = fast.without_devices(set(members) - {min(members, key=whole_s.__getitem__)} - limits.required)
+        large = large.without_devices(set(members) - {max(members, key=free.__getitem__)} - limits.required)
+    return [split, fast, large]
 
 
 def _children(
@@ -100,18 +142,14 @@ def _overfull(costs: CostModel, node: SearchLimits, assignment: Assignment) -> l
 def _crowded(costs: CostModel, node: SearchLimits, assignment: Assignment) -> list[SearchLimits]:
     used = Counter(costs.pool_of[placed.device] for placed in assignment)
     for pool, count in used.items():
-        slows = any(
-            costs.pool.devices[device].busy > 1 for device in node.devices if costs.pool_of[device] == pool
-        )
+        slows = any(costs.pool.devices[device].busy > 1 for device in node.devices if costs.pool_of[device] == pool)
         if slows and count > node.at_least(pool):
             most = costs.pool_sizes[pool]
             return [node.with_num_used(pool, 0, count - 1), node.with_num_used(pool, count, most)]
     return []
 
 
-def _without_a_hop(
-    costs: CostModel, node: SearchLimits, assignment: Assignment, bound_s: float
-) -> list[SearchLimits]:
+def _without_a_hop(costs: CostModel, node: SearchLimits, assignment: Assignment, bound_s: float) -> list[SearchLimits]:
     """Of the link or medium with the highest load."""
     group = costs.workload.group_size(len(assignment))
     hops = [(a.device, b.device) for a, b in itertools.pairwise(assignment)]

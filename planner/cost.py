@@ -128,7 +128,8 @@ class CostModel:
         """What a decode step of `group` occupies a link, with the prompts that its tokens stand for."""
         tokens = group * self.workload.prompt_tokens
         return (
-            self.transfer_s(source, target, group) + self.transfer_s(source, target, tokens) / self.workload.output_tokens
+            self.transfer_s(source, target, group)
+            + self.transfer_s(source, target, tokens) / self.workload.output_tokens
         )
 
     def trip_hop_s(self, source: int | None, target: int | None, group: int) -> float:

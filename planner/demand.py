@@ -29,11 +29,7 @@ class Demand:
 
     def memory_bytes(self, device: Device, first: int, last: int) -> int:
         """Never shrinks as [first, last) grows."""
-        return (
-            self.weights_bytes(device, first, last)
-            + self.kv_bytes(device, first, last)
-            + RUNTIME_RESERVE_BYTES
-        )
+        return self.weights_bytes(device, first, last) + self.kv_bytes(device, first, last) + RUNTIME_RESERVE_BYTES
 
 
 def pool_totals(devices: Iterable[Device]) -> dict[str, int]:

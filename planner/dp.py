@@ -9,6 +9,7 @@ embedding is held once where one stage has both ends: such a span starts at 0 an
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ class Search:
         self._stages = self._counts.sum(axis=1)
         self._table = np.empty((len(sizes), problem.num_states, len(problem.boundaries)))
         self._allowed = self._allowed_states()
+        self.work = float(self._table.size * (len(sizes) + 12)) + 5e6
 
     def best(self, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
         """None if no ring keeps within memory, the cap and the number of stages."""
@@ -66,7 +68,7 @@ class Search:
         return self._found(cost_s, self._trace(int(state), int(last_class), windows, hops))
 
     def _allowed_states(self) -> npt.NDArray[np.bool_]:
-        allowed: npt.NDArray[np.bool_] = (self._counts >= np.array(self._problem.least)).all(axis=1)
+        allowed = np.asarray((self._counts >= np.array(self._problem.least)).all(axis=1))
         for classes, least, most in self._problem.pools:
             used = self._counts[:, list(classes)].sum(axis=1)
             allowed &= (used >= least) & (used <= most)
@@ -123,7 +125,7 @@ class Search:
             start = spans.load_first if low == 0 else -float(spans.load[low])
             loads.append(float(spans.load[high]) + start + spans.load_step)
             used[index] += 1
-        loads += [float(problem.transfers[a[0], b[0]]) for a, b in zip(stages, stages[1:], strict=False)]
+        loads += [float(problem.transfers[a[0], b[0]]) for a, b in itertools.pairwise(stages)]
         return Found(cost_s=cost_s, load_s=max(loads), assignment=tuple(placed))
 
 

@@ -32,6 +32,9 @@ class SearchLimits:
         before = self.num_used.get(pool, (0, most))
         return replace(self, num_used={**self.num_used, pool: (max(before[0], least), min(before[1], most))})
 
+    def without_devices(self, devices: set[int]) -> SearchLimits:
+        return replace(self, devices=tuple(device for device in self.devices if device not in devices))
+
     def without_hop(self, source: int, target: int) -> SearchLimits:
         return replace(self, forbidden=self.forbidden | {(source, target)})
 

@@ -1,4 +1,4 @@
-"""A plan: which device runs which layers, in what precision, and what that takes."""
+"""A plan: which device runs which layers, in what precision, what that takes, and what it is expected to do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from devices.device import LeftOut
+from planner.evaluate import Prediction
 from transport.messages import DType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """Layers [first, last) on the device called `device`. `predicted_s` is the time of one decode token, from the
-    weights it reads and the device's measured bandwidth."""
+    """Layers [first, last) on the device called `device`.
+
+    `memory_bytes` is weights, KV for all sequences, and the worker's reserve. `decode_s` is predicted for a decode
+    step of one sequence, `group_decode_s` for one of the plan's group while the other stages work too; `hop_s` is the
+    hop into this stage.
+    """
 
     device: str
     backend: str
@@ -23,7 +28,10 @@ class StagePlan:
     compute_dtype: DType
     weights_bytes: int
     kv_bytes: int
-    predicted_s: float
+    memory_bytes: int
+    decode_s: float
+    group_decode_s: float
+    hop_s: float
 
     @property
     def num_layers(self) -> int:
@@ -31,15 +39,45 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Another way to use devices, and its decode rates for one chat and for the workload's."""
+
+    what: str
+    tokens_per_s: float
+    tokens_per_s_many: float
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """`binding`: what limits this plan. `best_single`: the best device that holds the model alone, if one does.
+
+    `replicas`: two rings beside each other, where they would serve the workload's chats faster than this plan.
+    `one_more`: this plan's objective with another device.
+    """
+
+    binding: str
+    best_single: Alternative | None
+    replicas: Alternative | None
+    one_more: Alternative | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Stages in ring order. `context_tokens` bounds the KV of one sequence, `kv_capacity_tokens` that of all."""
+    """Stages in ring order. `context_tokens` bounds the KV of one sequence, `kv_capacity_tokens` that of all.
+
+    `is_exact`: no ring has a better predicted objective (strategy latency, throughput or auto).
+    """
 
     stages: tuple[StagePlan, ...]
     wire_dtype: DType
     context_tokens: int
     kv_capacity_tokens: int
     strategy: str
+    prediction: Prediction
     left_out: tuple[LeftOut, ...] = ()
+    is_exact: bool = False
+    advice: Advice | None = None
 
     @property
     def id(self) -> str:

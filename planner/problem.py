@@ -62,10 +62,7 @@ def problem_of(costs: CostModel, limits: SearchLimits, group: int, *, one_chat: 
     members = classes_of(costs, limits)
     heads = [each[0] for each in members]
     place = {device: index for index, device in enumerate(limits.devices)}
-    if one_chat:
-        full = hop_matrix(costs, limits, group)
-    else:
-        full = _trip_hops(costs, limits, group)
+    full = hop_matrix(costs, limits, group) if one_chat else _trip_hops(costs, limits, group)
     first = [place[head] for head in heads]
     hops = full[np.ix_([*first, -1], [*first, -1])]
     for index, each in enumerate(members):
@@ -129,9 +126,7 @@ def _at(seconds: StageSeconds, boundaries: tuple[int, ...]) -> Floats:
     return ends
 
 
-def _memory_window(
-    costs: CostModel, device: int, boundaries: tuple[int, ...], free_bytes: int
-) -> tuple[Ints, int]:
+def _memory_window(costs: CostModel, device: int, boundaries: tuple[int, ...], free_bytes: int) -> tuple[Ints, int]:
     """Memory never shrinks as a span grows, so each end has a lowest start."""
     count = len(boundaries)
     lowest = np.zeros(count, dtype=np.int64)

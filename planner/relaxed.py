@@ -38,6 +38,7 @@ class Relaxation:
         self._objective = objective
         self._progress = progress
         self._num_searches = 0
+        self.work = 0.0
 
     def solve(self, limits: SearchLimits, cutoff_s: float) -> Relaxed | None:
         """The best ring, or None if there is none better than `cutoff_s`."""
@@ -71,6 +72,7 @@ class Relaxation:
 
     def _best(self, search: Search, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
         self._num_searches += 1
+        self.work += search.work
         if self._progress is not None:
             self._progress(self._num_searches)
         return search.best(cap_s, least_stages, most_stages)

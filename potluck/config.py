@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from planner.make import STRATEGIES
+from planner.manual import parse_layers
 from transport.errors import ConfigError
 
 DEFAULT_PORT = 11500
@@ -23,6 +25,7 @@ class Settings:
     `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
+    `objective` is what plans are best at; `layers` says them by hand ("mac=20,gpu=12").
     """
 
     host: str = "127.0.0.1"
@@ -34,6 +37,8 @@ class Settings:
     context_tokens: int | None = None
     concurrency: int = 4
     use_all_devices: bool = False
+    objective: str = "auto"
+    layers: str | None = None
     wait_for_devices: int = 0
     host_name: str | None = None
     lan_host: str | None = None
@@ -79,6 +84,10 @@ def checked(settings: Settings) -> Settings:
             f"the endpoint can't listen on {settings.host}: only this host may use it so far",
             hint="use 127.0.0.1, ::1 or localhost",
         )
+    if settings.objective not in STRATEGIES:
+        raise ConfigError(f"objective {settings.objective!r} is unknown", hint=f"it is one of: {', '.join(STRATEGIES)}")
+    if settings.layers is not None:
+        parse_layers(settings.layers)
     for name, value in (
         ("threads", settings.threads),
         ("memory", settings.memory_bytes),

@@ -22,7 +22,7 @@ from potluck.lan import INSECURE_WARNING, this_host
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
-from potluck.planning import device_of, plan_for
+from potluck.planning import device_of, estimated_times, plan_for
 from potluck.pool import Pool, PoolWorker
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
@@ -176,7 +176,8 @@ class Head:
         self.state = "starting"
         self._epoch += 1
         devices = [device_of(worker.register) for worker in self._workers_in_order()]
-        self.plan = plan_for(self.model, devices, self._settings)
+        times = estimated_times(self.model, devices, self._here.name)
+        self.plan = plan_for(self.model, times, self._settings)
         self.ring = Ring(
             self._pool,
             self.model,

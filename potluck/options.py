@@ -23,6 +23,17 @@ ContextOption = Annotated[
 ConcurrencyOption = Annotated[
     int | None, typer.Option("--concurrency", help="Chats of full context that KV memory is reserved for.")
 ]
+ObjectiveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        help="What the plan is best at: auto (that many chats), latency (one chat), throughput; or a simple rule: "
+        "proportional (to bandwidth), memory, even.",
+    ),
+]
+LayersOption = Annotated[
+    str | None, typer.Option("--layers", help='Layers by hand, in the ring\'s order, such as "mac=20,gpu=12".')
+]
 PortOption = Annotated[int | None, typer.Option("--port", help="The endpoint's port; 0 for any free one.")]
 InsecureLanOption = Annotated[
     bool,
@@ -52,6 +63,8 @@ def settings_with(
     port: int | None = None,
     wait_for: int | None = None,
     use_all_devices: bool | None = None,
+    objective: str | None = None,
+    layers: str | None = None,
     host_name: str | None = None,
     lan_host: str | None = None,
     lan_port: int | None = None,
@@ -69,6 +82,8 @@ def settings_with(
         "port": port,
         "wait_for_devices": wait_for,
         "use_all_devices": use_all_devices,
+        "objective": objective,
+        "layers": layers,
         "host_name": host_name,
         "lan_host": lan_host,
         "lan_port": lan_port,

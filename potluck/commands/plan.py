@@ -1,17 +1,22 @@
-"""`potluck plan MODEL`: how a model would be split over this host's devices, without loading it."""
+"""`potluck plan MODEL`: how a model would be split over devices, and what that would do, without loading it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from planner.explain import predicted_tokens_per_s, stage_rows
+from planner.advice import advised
+from planner.estimate import estimated_pool
+from planner.measured import PoolTimes
 from planner.plan import Plan
+from planner.profile import ModelProfile
+from planner.workload import Workload
+from potluck.config import Settings
+from potluck.hypothetical import parse_hypothetical, pool_with
 from potluck.offer import offered_devices
 from potluck.options import (
     ConcurrencyOption,
@@ -19,13 +24,18 @@ from potluck.options import (
     ContextOption,
     DeviceOption,
     JsonOption,
+    LayersOption,
     MemoryOption,
+    ObjectiveOption,
     ThreadsOption,
     settings_with,
 )
-from potluck.planning import plan_for
+from potluck.plan_view import plan_json, show_plan
+from potluck.planning import estimated_times, plan_with, profile_of, workload_of
+from potluck.saved_pool import load_pool, save_pool
 from potluck.session import model_of
-from potluck.terminal import data, errors, gib
+from potluck.terminal import data, errors
+from transport.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -39,13 +49,28 @@ def plan(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
+    prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a usual prompt.")] = None,
+    output: Annotated[int | None, typer.Option("--output", help="Tokens of a usual answer.")] = None,
+    objective: ObjectiveOption = None,
+    layers: LayersOption = None,
     use_all: Annotated[
         bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
     ] = False,
+    without: Annotated[list[str] | None, typer.Option("--without", help="A device to do without; repeat it.")] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            help='A device that you don\'t have: "name,mem=24GiB,bw=1000GB/s" and, if known, tflops=80, link=1GB/s, '
+            "latency=0.5ms, kind=cuda|mps|mlx|cpu; repeat it.",
+        ),
+    ] = None,
+    pool: Annotated[Path | None, typer.Option("--pool", help="Plan for the pool of this file.")] = None,
+    save: Annotated[Path | None, typer.Option("--save-pool", help="Save what was measured to this file.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Say which device would run which layers, and what that takes, without loading anything."""
+    """Say which device would run which layers, and what that takes and gives, without loading anything."""
     settings = settings_with(
         config,
         model=model,
@@ -55,47 +80,72 @@ def plan(
         context=context,
         concurrency=concurrency,
         use_all_devices=use_all or None,
+        objective=objective,
+        layers=layers,
     )
-    stored = model_of(settings, errors)
-    found = plan_for(stored, offered_devices(settings, say=errors.print), settings)
+    profile, times = _saved(pool, settings) if pool is not None else _here(settings)
+    if save is not None:
+        save_pool(save, profile, times)
+    for text in with_ or ():
+        times = pool_with(times, profile, parse_hypothetical(text))
+    times = _without(times, without or ())
+    found = _plan(profile, times, settings, _with_lengths(workload_of(profile, settings), prompt, output))
     if json_output:
-        facts = {
-            "model": stored.name,
-            "id": found.id,
-            "strategy": found.strategy,
-            "wire_dtype": found.wire_dtype,
-            "context_tokens": found.context_tokens,
-            "kv_capacity_tokens": found.kv_capacity_tokens,
-            "predicted_tokens_per_s": predicted_tokens_per_s(found),
-            "stages": [asdict(row) for row in stage_rows(found)],
-            "left_out": [asdict(item) for item in found.left_out],
-        }
-        data.file.write(json.dumps(facts) + "\n")
-        return
-    show(stored.name, found)
+        data.file.write(json.dumps(plan_json(profile.name, found)) + "\n")
+    else:
+        show_plan(data, profile.name, found)
 
 
-def show(model: str, plan: Plan) -> None:
-    table = Table(title=f"{model}: {plan.strategy} plan {plan.id}", title_justify="left")
-    for heading in ("stage", "device", "backend", "dtype", "layers", "weights", "KV", "predicted ms"):
-        table.add_column(heading, justify="left" if heading in ("device", "backend", "dtype", "layers") else "right")
-    for row in stage_rows(plan):
-        table.add_row(
-            str(row.stage),
-            row.device,
-            row.backend,
-            row.compute_dtype,
-            f"{row.first}–{row.last - 1}",
-            gib(row.weights_bytes),
-            gib(row.kv_bytes),
-            f"{row.predicted_ms_per_token:.1f}",
-        )
-    data.print(table)
-    for item in plan.left_out:
-        data.print(f"Left out {escape(item.name)}: {escape(item.reason)}", highlight=False, soft_wrap=True)
-    data.print(
-        f"Context {plan.context_tokens} tokens, KV for {plan.kv_capacity_tokens} tokens in all. At most "
-        f"{predicted_tokens_per_s(plan):.1f} tokens/s for one chat, from reading the weights alone.",
-        highlight=False,
-        soft_wrap=True,
+def _plan(profile: ModelProfile, times: PoolTimes, settings: Settings, workload: Workload) -> Plan:
+    with errors.status("Planning") as status:
+
+        def progress(searches: int) -> None:
+            status.update(f"Planning: {searches} searches")
+
+        found = plan_with(profile, times, settings, workload, progress=progress)
+        return advised(profile, times, workload, found, progress)
+
+
+def _here(settings: Settings) -> tuple[ModelProfile, PoolTimes]:
+    stored = model_of(settings, errors)
+    devices = offered_devices(settings, say=errors.print)
+    return profile_of(stored), estimated_times(stored, devices, devices[0].host)
+
+
+def _saved(path: Path, settings: Settings) -> tuple[ModelProfile, PoolTimes]:
+    """The file's times, for its own model; for another one they are estimated from its devices' bandwidths."""
+    saved = load_pool(path)
+    if settings.model is None or settings.model == saved.profile.name:
+        return saved.profile, saved.times
+    profile = profile_of(model_of(settings, errors))
+    if profile.name == saved.profile.name:
+        return profile, saved.times
+    errors.print(
+        f"{path} was measured with {saved.profile.name}: times of {profile.name} are estimates", highlight=False
     )
+    devices = [times.device for times in saved.times.devices]
+    estimated = estimated_pool(profile, devices, saved.times.head)
+    return profile, replace(saved.times, devices=estimated.devices)
+
+
+def _without(times: PoolTimes, names: list[str] | tuple[str, ...]) -> PoolTimes:
+    have = [each.device.name for each in times.devices]
+    for name in names:
+        if name not in have:
+            raise ConfigError(f"--without names {name}, which is not in the pool", hint=f"it has: {', '.join(have)}")
+    return replace(times, devices=tuple(each for each in times.devices if each.device.name not in names))
+
+
+def _with_lengths(workload: Workload, prompt: int | None, output: int | None) -> Workload:
+    found = replace(
+        workload,
+        prompt_tokens=workload.prompt_tokens if prompt is None else prompt,
+        output_tokens=workload.output_tokens if output is None else output,
+    )
+    if found.prompt_tokens + found.output_tokens > found.context_tokens:
+        raise ConfigError(
+            f"a prompt of {found.prompt_tokens} and an answer of {found.output_tokens} tokens do not go into a context "
+            f"of {found.context_tokens}",
+            hint="raise --context, or lower --prompt or --output",
+        )
+    return found

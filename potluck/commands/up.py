@@ -17,7 +17,9 @@ from potluck.options import (
     InsecureLanOption,
     JsonOption,
     LanHostOption,
+    LayersOption,
     MemoryOption,
+    ObjectiveOption,
     PortOption,
     ThreadsOption,
     settings_with,
@@ -41,6 +43,8 @@ def up(
     use_all: Annotated[
         bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
     ] = False,
+    objective: ObjectiveOption = None,
+    layers: LayersOption = None,
     wait_for: Annotated[
         int | None, typer.Option("--wait-for", help="Wait until this many devices are in the pool.")
     ] = None,
@@ -65,6 +69,8 @@ def up(
         port=port,
         wait_for=wait_for,
         use_all_devices=use_all or None,
+        objective=objective,
+        layers=layers,
         host_name=host_name,
         lan_host=lan_host,
         lan_port=lan_port,

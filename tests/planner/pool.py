@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from devices.device import Device
-from planner.partition import RUNTIME_RESERVE_BYTES
+from planner.demand import RUNTIME_RESERVE_BYTES
 from planner.profile import ModelProfile
 
 MIB = 2**20

@@ -38,7 +38,9 @@ def random_workload(rng: random.Random) -> Workload:
     )
 
 
-def grid(rng: random.Random, scale_s: float, rows: tuple[int, ...] = (1, 8), contexts: tuple[int, ...] = (0, 1024)) -> Grid:
+def grid(
+    rng: random.Random, scale_s: float, rows: tuple[int, ...] = (1, 8), contexts: tuple[int, ...] = (0, 1024)
+) -> Grid:
     at_one = scale_s * rng.uniform(0.3, 3)
     by_row, by_token = rng.uniform(0.01, 0.6), rng.uniform(0, 1e-3)
     seconds = tuple(

@@ -1,0 +1,85 @@
+"""Times that were not measured: from a device's bandwidth, and of links of the usual kind.
+
+For devices that someone does not own, and where nothing was measured yet. A decode step reads its weights and KV once
+at the device's bandwidth, and computes 2 operations a parameter for each further sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from devices.device import Device
+from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.profile import WINDOW_SLACK_TOKENS, ModelProfile
+from transport.messages import DTYPE_BYTES
+
+STEP_S = 2e-4
+"""Entering and leaving a backend."""
+
+SAME_HOST = (1e-4, 2e9)
+OTHER_HOST = (5e-4, 1.1e8)
+"""Seconds of a hop and bytes a second: PERFORMANCE.md for one host; a home's gigabit network between two."""
+
+_OPERATIONS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0, "mps": 60.0, "mlx": 60.0}
+"""What devices of a kind compute while they read a byte. CPU: PERFORMANCE.md (69 GFLOP/s at 10 GB/s)."""
+
+
+def times_from_bandwidth(profile: ModelProfile, device: Device, *, flops: float | None = None) -> DeviceTimes:
+    """An estimate; `flops` is the device's rate of operations if it is known."""
+    rate = flops or device.bandwidth_bytes_per_s * _OPERATIONS_PER_BYTE.get(device.kind.split(":")[0], 8.0)
+    facts = list(zip(profile.layer_params, profile.kv_elements_per_token, profile.windows, strict=True))
+    distinct = list(dict.fromkeys(facts))
+    return DeviceTimes(
+        device=device,
+        kinds=tuple(distinct.index(fact) for fact in facts),
+        layers=tuple(_layer(profile, device, rate, *fact) for fact in distinct),
+        embed=Grid(rows=(1,), contexts=(0,), seconds=((0.0,),)),
+        head=_dense(device, rate, profile.norm_params + profile.head_params),
+        step_s=STEP_S,
+    )
+
+
+def estimated_link(source: str, target: str) -> LinkTimes:
+    hop_s, bytes_per_s = SAME_HOST if source == target else OTHER_HOST
+    return LinkTimes(source=source, target=target, hop_s=hop_s, hop_p95_s=2 * hop_s, bytes_per_s=bytes_per_s)
+
+
+def estimated_pool(profile: ModelProfile, devices: Sequence[Device], head: str) -> PoolTimes:
+    """A pool of which only bandwidths are known, in a network where every host reaches every other."""
+    hosts = list(dict.fromkeys([head, *(device.host for device in devices)]))
+    return PoolTimes(
+        head=head,
+        devices=tuple(times_from_bandwidth(profile, device) for device in devices),
+        links=tuple(estimated_link(source, target) for source in hosts for target in hosts),
+    )
+
+
+def _layer(
+    profile: ModelProfile, device: Device, rate: float, params: int, kv_elements: int, window: int | None
+) -> LayerTimes:
+    width, bandwidth = DTYPE_BYTES[device.compute_dtype], device.bandwidth_bytes_per_s
+    furthest = profile.context_tokens
+    held = sorted({0, furthest} if window is None else {0, min(furthest, window + WINDOW_SLACK_TOKENS), furthest})
+
+    def decode_s(rows: int, context: int) -> float:
+        tokens = context if window is None else min(context, window)
+        read_bytes = width * (params + rows * tokens * kv_elements)
+        return read_bytes / bandwidth + 2 * params * (rows - 1) / rate
+
+    def chunk_s(rows: int, context: int) -> float:
+        tokens = context if window is None else min(context, window)
+        return width * (params + tokens * kv_elements) / bandwidth + 2 * params * (rows - 1) / rate
+
+    return LayerTimes(
+        decode=Grid(
+            rows=(1, 2), contexts=tuple(held), seconds=tuple(tuple(decode_s(r, c) for c in held) for r in (1, 2))
+        ),
+        prefill=Grid(
+            rows=(1, 2), contexts=tuple(held), seconds=tuple(tuple(chunk_s(r, c) for c in held) for r in (1, 2))
+        ),
+    )
+
+
+def _dense(device: Device, rate: float, params: int) -> Grid:
+    read_s = params * DTYPE_BYTES[device.compute_dtype] / device.bandwidth_bytes_per_s
+    return Grid(rows=(1, 2), contexts=(0,), seconds=((read_s,), (read_s + 2 * params / rate,)))

@@ -1,0 +1,174 @@
+"""From what was measured to a plan: the planner's one entry point."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+from devices.device import LeftOut
+from planner.branch import Solution, solve
+from planner.cost import CostModel
+from planner.demand import Demand, available_bytes
+from planner.evaluate import Assignment, Objective, factors, objective_s, predict
+from planner.explain import why_left_out
+from planner.limits import whole_pool
+from planner.manual import LayerCounts, place_by_hand
+from planner.measured import PoolTimes
+from planner.narrow import narrowed
+from planner.plan import Plan, StagePlan
+from planner.profile import ModelProfile
+from planner.relaxed import Progress
+from planner.rules import Rule, follow_rule
+from planner.usable import GIB, check, usable
+from planner.workload import Workload
+from transport.errors import ConfigError, DoesNotFit
+from transport.messages import DTYPE_BYTES, DType
+
+Strategy = Literal["auto", "latency", "throughput", "proportional", "memory", "even"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+_SMALLEST_CONTEXT = 256
+_MOST_CHOICES = 64
+
+
+def make_plan(
+    profile: ModelProfile,
+    pool: PoolTimes,
+    workload: Workload,
+    objective: Strategy = "auto",
+    *,
+    layers: LayerCounts | None = None,
+    use_all: bool = False,
+    wire_dtype: DType | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The best ring for the objective, or the one that `layers` says.
+
+    `use_all`: as many devices as possible get a stage. Devices that can't take part are left out, with the reason.
+    Raises DoesNotFit where no assignment fits, ConfigError for what contradicts the model or the pool.
+    """
+    _check_workload(workload)
+    demand = Demand(profile, workload.context_tokens, workload.concurrency)
+    check(pool, demand)
+    if layers is not None:
+        costs = CostModel(profile, pool, workload, wire_dtype)
+        unused = {times.device.name for times in pool.devices} - {name for name, _ in layers}
+        left_out = [LeftOut(name=name, reason="--layers gives it none") for name in sorted(unused)]
+        return plan_of(costs, place_by_hand(costs, layers), "manual", left_out)
+    kept, left_out = usable(pool, demand)
+    if not kept.devices:
+        raise does_not_fit(profile, pool, workload, left_out)
+    costs = CostModel(profile, kept, workload, wire_dtype)
+    if objective == "auto" or objective == "latency" or objective == "throughput":
+        found = solve_for(costs, objective, use_all=use_all, progress=progress)
+    else:
+        found = _by_rule(costs, objective, use_all=use_all)
+    if found is None:
+        raise does_not_fit(profile, pool, workload, left_out)
+    left_out += why_left_out(costs, found.assignment, objective)
+    return plan_of(costs, found.assignment, objective, left_out, is_exact=found.is_exact)
+
+
+def solve_for(
+    costs: CostModel, objective: Objective, *, use_all: bool = False, progress: Progress | None = None
+) -> Solution | None:
+    """The best ring; with `use_all` the best one of as many devices as possible."""
+    if not use_all:
+        return narrowed(costs, objective, progress)
+    devices = range(len(costs.pool.devices))
+    for count in range(min(len(devices), costs.profile.num_layers), 0, -1):
+        best: Solution | None = None
+        for chosen in itertools.islice(itertools.combinations(devices, count), _MOST_CHOICES):
+            limits = replace(whole_pool(costs, frozenset(chosen)), devices=chosen)
+            found = solve(costs, objective, limits, progress=progress)
+            if found is not None and (best is None or found.objective_s < best.objective_s):
+                best = found
+        if best is not None:
+            return best
+    return None
+
+
+def plan_of(
+    costs: CostModel,
+    assignment: Assignment,
+    strategy: str,
+    left_out: Sequence[LeftOut],
+    *,
+    is_exact: bool = False,
+) -> Plan:
+    prediction = predict(costs, assignment)
+    slow = factors(costs, assignment, busy=prediction.num_groups > 1)
+    stages = []
+    for index, placed in enumerate(assignment):
+        device = costs.pool.devices[placed.device].device
+        span = placed.first, placed.last
+        group_s = slow[index] * costs.decode(placed.device, prediction.group_size).span_s(*span)
+        stages.append(
+            StagePlan(
+                device=device.name,
+                backend=device.backend,
+                first=placed.first,
+                last=placed.last,
+                compute_dtype=device.compute_dtype,
+                weights_bytes=costs.demand.weights_bytes(device, *span),
+                kv_bytes=costs.demand.kv_bytes(device, *span),
+                memory_bytes=costs.demand.memory_bytes(device, *span),
+                decode_s=prediction.decode_s[index],
+                group_decode_s=group_s,
+                hop_s=prediction.hops_s[index],
+            )
+        )
+    return Plan(
+        stages=tuple(stages),
+        wire_dtype=costs.wire_dtype,
+        context_tokens=costs.workload.context_tokens,
+        kv_capacity_tokens=costs.workload.context_tokens * costs.workload.concurrency,
+        strategy=strategy,
+        prediction=prediction,
+        left_out=tuple(left_out),
+        is_exact=is_exact,
+    )
+
+
+def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, left_out: Sequence[LeftOut]) -> DoesNotFit:
+    demand = Demand(profile, workload.context_tokens, workload.concurrency)
+    devices = [times.device for times in pool.devices]
+    compact = min(devices, key=lambda device: DTYPE_BYTES[device.compute_dtype])
+    needed, available = demand.memory_bytes(compact, 0, profile.num_layers), available_bytes(devices)
+    what = f"{profile.name} needs {needed / GIB:.2f} GiB at {demand.context_tokens:,} tokens × {demand.concurrency}"
+    offers = "1 device offers" if len(devices) == 1 else f"{len(devices)} devices offer"
+    message = f"{what}; {offers} {available / GIB:.2f} GiB"
+    if needed <= available:
+        message += ", but no cut into stages fits each of them (every worker takes some for itself)"
+    message += "".join(f"; {item.name} is left out: {item.reason}" for item in left_out)
+    hint = "pair another device, lower --context or the number of conversations, or raise --memory"
+    fitting = _largest_halved_context(profile, pool, workload)
+    return DoesNotFit(message, hint=f"--context {fitting} would fit; or {hint}" if fitting else hint)
+
+
+def _by_rule(costs: CostModel, rule: Rule, *, use_all: bool) -> Solution | None:
+    assignment = follow_rule(costs, rule, use_all=use_all)
+    if assignment is None:
+        return None
+    total_s = objective_s(costs, assignment, "latency")
+    return Solution(total_s, assignment, False) if total_s < float("inf") else None
+
+
+def _largest_halved_context(profile: ModelProfile, pool: PoolTimes, workload: Workload) -> int | None:
+    """The first of context/2, /4, … that fits."""
+    context_tokens = workload.context_tokens // 2
+    while context_tokens >= _SMALLEST_CONTEXT:
+        smaller = replace(workload, context_tokens=context_tokens)
+        kept, _ = usable(pool, Demand(profile, context_tokens, workload.concurrency))
+        if kept.devices and solve_for(CostModel(profile, kept, smaller), "latency") is not None:
+            return context_tokens
+        context_tokens //= 2
+    return None
+
+
+def _check_workload(workload: Workload) -> None:
+    for name, value in (("prompt", workload.prompt_tokens), ("output", workload.output_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value} tokens; it must be at least 1", hint=f"leave --{name} out")

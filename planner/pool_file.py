@@ -1,0 +1,104 @@
+"""A pool as plain data, for a file: what was measured, and the model that it was measured with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from planner.measured import DeviceTimes, Grid, PoolTimes
+from planner.profile import ModelProfile
+from transport.errors import ConfigError
+
+FORMAT = "potluck-pool"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedPool:
+    """`times` are of the model in `profile`; for another one only the devices' own facts hold."""
+
+    format: str
+    version: int
+    profile: ModelProfile
+    times: PoolTimes
+
+
+def pool_to_json(profile: ModelProfile, times: PoolTimes) -> dict[str, Any]:
+    saved = SavedPool(format=FORMAT, version=VERSION, profile=profile, times=times)
+    plain: dict[str, Any] = msgspec.to_builtins(saved)
+    return plain
+
+
+def pool_from_json(data: object, *, where: str) -> SavedPool:
+    """Raises ConfigError for anything that `pool_to_json` would not write."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ConfigError(f"{where} is not a pool file", hint="make one with: potluck plan MODEL --save-pool FILE")
+    if data.get("version") != VERSION:
+        raise ConfigError(
+            f"{where} has version {data.get('version')!r}; this Potluck reads {VERSION}", hint="save it again"
+        )
+    try:
+        saved = msgspec.convert(data, SavedPool)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}", hint="save it again with --save-pool") from error
+    problem = _unknown_key(data, msgspec.to_builtins(saved), "") or _problem(saved)
+    if problem:
+        raise ConfigError(f"{where}: {problem}", hint="save it again with --save-pool")
+    return saved
+
+
+def _unknown_key(data: object, known: object, path: str) -> str | None:
+    if isinstance(data, dict) and isinstance(known, dict):
+        for key, value in data.items():
+            if key not in known:
+                return f"unknown key {path}{key}"
+            found = _unknown_key(value, known[key], f"{path}{key}.")
+            if found:
+                return found
+    if isinstance(data, list) and isinstance(known, list | tuple):
+        pairs = zip(data, known, strict=True)
+        return next(filter(None, (_unknown_key(*pair, f"{path}{i}.") for i, pair in enumerate(pairs))), None)
+    return None
+
+
+def _problem(saved: SavedPool) -> str | None:
+    profile, times = saved.profile, saved.times
+    if profile.num_layers < 1 or profile.context_tokens < 1 or profile.hidden_size < 1:
+        return "the model has no layers, context or width"
+    per_layer = (profile.layer_params, profile.kv_elements_per_token, profile.windows)
+    if any(len(values) != profile.num_layers for values in per_layer):
+        return f"the model's facts are not of {profile.num_layers} layers"
+    if list(profile.legal_cuts) != sorted({cut for cut in profile.legal_cuts if 0 < cut < profile.num_layers}):
+        return "the model's legal cuts are not layers in order"
+    sizes = (*profile.layer_params, *profile.kv_elements_per_token, profile.embed_params, profile.norm_params)
+    if min(*sizes, profile.head_params) < 0:
+        return "the model has a negative size"
+    for link in times.links:
+        if not (_is_time(link.hop_s) and _is_time(link.hop_p95_s) and link.bytes_per_s > 0):
+            return f"the link {link.source} → {link.target} has a time or rate that can't be"
+    return next(filter(None, (_device_problem(device, profile) for device in times.devices)), None)
+
+
+def _device_problem(times: DeviceTimes, profile: ModelProfile) -> str | None:
+    device = times.device
+    if len(times.kinds) != profile.num_layers or not all(0 <= kind < len(times.layers) for kind in times.kinds):
+        return f"{device.name}'s kinds of layers are not those of the model"
+    if not device.free_bytes >= 0 or not device.total_bytes >= 0 or not device.bandwidth_bytes_per_s > 0:
+        return f"{device.name} has memory or a bandwidth that can't be"
+    grids = [times.embed, times.head, *(grid for layer in times.layers for grid in (layer.decode, layer.prefill))]
+    if not _is_time(times.step_s) or times.busy < 1 or not all(_is_grid(grid) for grid in grids):
+        return f"{device.name} has times that can't be"
+    return None
+
+
+def _is_time(seconds: float) -> bool:
+    return math.isfinite(seconds) and seconds >= 0
+
+
+def _is_grid(grid: Grid) -> bool:
+    axes_ascend = all(axis and list(axis) == sorted(set(axis)) for axis in (grid.rows, grid.contexts))
+    is_whole = len(grid.seconds) == len(grid.rows) and all(len(row) == len(grid.contexts) for row in grid.seconds)
+    return axes_ascend and is_whole and all(_is_time(seconds) for row in grid.seconds for seconds in row)
