@@ -17,9 +17,11 @@ from typing import Any
 from bench.lab.errors import LabError
 from bench.lab.groups import hierarchy, make_groups, remove_groups
 from bench.lab.network import (
+    CARD,
     RELAY_READY,
     addresses,
     build_network,
+    ip,
     missing_tools,
     namespace,
     remove_network,
@@ -115,6 +117,16 @@ class Lab:
     def address(self, host: str) -> str:
         self._spec.host(host)
         return self.facts.hosts[host].address
+
+    def unplug(self, host: str) -> None:
+        """Take the host off the network: nobody is told, as when it falls asleep."""
+        self._spec.host(host)
+        ip("-n", self.facts.hosts[host].namespace, "link", "set", CARD, "down")
+
+    def plug(self, host: str) -> None:
+        """Back onto the network."""
+        self._spec.host(host)
+        ip("-n", self.facts.hosts[host].namespace, "link", "set", CARD, "up")
 
     def environment(self) -> dict[str, str]:
         """For a process outside of the hosts: `python -m bench.lab exec` finds the lab by it."""

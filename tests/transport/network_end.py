@@ -1,0 +1,62 @@
+"""One end of a link in a host of a lab: `receive` or `send ADDRESS`. Every step is 4 MB of hidden states."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import zmq
+
+from transport.codec import EdgeLimits
+from transport.errors import NeighbourGone
+from transport.messages import Entry, Fence, Hidden, SequenceId
+from transport.zmq_link import ZmqReceiver, ZmqSender
+
+PORT = 7100
+NUM_TOKENS, HIDDEN_SIZE = 1024, 2048
+FENCE = Fence("ring", 1, "plan")
+LIMITS = EdgeLimits(
+    fence=FENCE,
+    hidden_size=HIDDEN_SIZE,
+    dtype="bfloat16",
+    vocab_size=100,
+    context_tokens=NUM_TOKENS,
+    max_step_tokens=NUM_TOKENS,
+)
+
+
+def receive(context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    receiver = ZmqReceiver(context, f"tcp://{address}:{PORT}", LIMITS)
+    print("listening", flush=True)
+    try:
+        while True:
+            received = receiver.receive(1.0)
+            if received is not None:
+                step = received.message
+                assert isinstance(step, Hidden)
+                assert len(received.buffers[0]) == NUM_TOKENS * HIDDEN_SIZE * 2
+                print(f"step {step.step}", flush=True)
+    except NeighbourGone:
+        print("gone", flush=True)
+
+
+def send(context: zmq.Context[zmq.Socket[bytes]], address: str, num_steps: int) -> None:
+    sender = ZmqSender(context, f"tcp://{address}:{PORT}", LIMITS, name="stage 0")
+    buffer = memoryview(bytes(NUM_TOKENS * HIDDEN_SIZE * 2))
+    entries = (Entry(SequenceId(1), 0, (1,) * NUM_TOKENS, 1),)
+    for number in range(num_steps):
+        sender.send(Hidden(FENCE, number, (), entries, "bfloat16", NUM_TOKENS, HIDDEN_SIZE), (buffer,))
+    while True:  # until it is killed
+        time.sleep(1.0)
+
+
+def main() -> None:
+    with zmq.Context() as context:
+        if sys.argv[1] == "receive":
+            receive(context, sys.argv[2])
+        else:
+            send(context, sys.argv[2], int(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()
