@@ -95,9 +95,10 @@ class LayerProbe:
         points: list[tuple[int, list[Callable[[], float]]]] = []
         through_run = set()
         run_s, single_s = 2 * self.run_s, 0.0
-        for rows in CHUNKS:
+        context = run.spec.context_tokens
+        for rows in [rows for rows in CHUNKS if 4 * rows <= context] or [max(1, context // 4)]:
             growth = rows / points[-1][0] if points else 1
-            if 4 * rows > run.spec.context_tokens or growth * single_s > longest_s:
+            if growth * single_s > longest_s:
                 break
             self.tell(f"chunks of {rows}")
             single_s = max(stage.fresh_chunk(rows) for stage in singles)

@@ -56,8 +56,7 @@ class TimedStage:
     def open(self, count: int) -> tuple[SequenceId, ...]:
         """New, empty sequences."""
         sequences = tuple(SequenceId(next(self._ids)) for _ in range(count))
-        ops = tuple(Open(sequence, (), Sampling()) for sequence in sequences)
-        self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
+        self._open(sequences)
         return sequences
 
     def release(self, sequences: Sequence[SequenceId]) -> None:
@@ -65,7 +64,11 @@ class TimedStage:
         self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
 
     def step(self, sequences: Sequence[SequenceId], num_tokens: int = 1, num_logits: int = 1) -> float:
-        """Append `num_tokens` to each sequence in one step; the seconds it took."""
+        """Append `num_tokens` to each sequence in one step; the seconds it took. One that is full begins anew."""
+        full = [one for one in sequences if self.length(one) + num_tokens > self.spec.context_tokens]
+        if full:
+            self.release(full)
+            self._open(full)
         ids = tuple(self._random.integers(0, self._vocab_size, num_tokens).tolist())
         entries = tuple(
             Entry(sequence, self._backend.length(sequence), ids, min(num_logits, num_tokens)) for sequence in sequences
@@ -82,6 +85,10 @@ class TimedStage:
             return self.step(sequences, num_tokens, num_logits=0)
         finally:
             self.release(sequences)
+
+    def _open(self, sequences: Sequence[SequenceId]) -> None:
+        ops = tuple(Open(sequence, (), Sampling()) for sequence in sequences)
+        self._stage.forward(StageInput(ops=ops, entries=(), hidden=None))
 
     def _hidden(self, num_tokens: int) -> np.ndarray | None:
         if self.spec.is_first:
