@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class StageReport(Struct, frozen=True, kw_only=True):
     """One stage. `kv_bytes` are held now, `kv_reserved_bytes` are the plan's; `ms_per_token` is the median compute of
-    its last decode steps, None before the first."""
+    its last decode steps, None before the first. `decode_…` and `prefill_…` count compute since the stage was loaded."""
 
     stage: int
     device: str
@@ -34,7 +34,13 @@ class StageReport(Struct, frozen=True, kw_only=True):
     kv_tokens: int
     sequences: int
     rss_bytes: int
+    bandwidth_bytes_per_s: float
     ms_per_token: float | None
+    decode_steps: int
+    decode_tokens: int
+    decode_s: float
+    prefill_tokens: int
+    prefill_s: float
     pid: int
     fault: str | None
 
@@ -85,6 +91,12 @@ def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
         kv_tokens=stats.kv_tokens if stats else 0,
         sequences=stats.sequences if stats else 0,
         rss_bytes=stats.rss_bytes if stats else 0,
+        bandwidth_bytes_per_s=register.bandwidth_bytes_per_s,
+        decode_steps=stats.decode_steps if stats else 0,
+        decode_tokens=stats.decode_tokens if stats else 0,
+        decode_s=stats.decode_s if stats else 0.0,
+        prefill_tokens=stats.prefill_tokens if stats else 0,
+        prefill_s=stats.prefill_s if stats else 0.0,
         ms_per_token=stats.decode_p50_s * 1000 if stats and stats.decode_steps else None,
         pid=register.pid,
         fault=worker.fault.message if worker.fault else None,
