@@ -162,6 +162,8 @@ def predict(costs: CostModel, assignment: Assignment) -> Prediction:
     cycle_s = max(sum(stages_s) + sum(hops_s(costs, assignment, group)), groups * max(stages_s))
     loads = resource_loads(costs, assignment)
     busiest = max(loads, key=loads.__getitem__)
+    names = {costs.name(placed.device) for placed in assignment}
+    limit = f"the speed of {busiest}" if busiest in names else busiest
     trip_each_s = loaded_trip_s(costs, assignment) / work.concurrency
     return Prediction(
         decode_s=tuple(costs.decode(placed.device, 1).span_s(placed.first, placed.last) for placed in assignment),
@@ -175,7 +177,7 @@ def predict(costs: CostModel, assignment: Assignment) -> Prediction:
         workload_tokens_per_s=1 / max(trip_each_s, loads[busiest] / group),
         prompt_tokens=work.prompt_tokens,
         ttft_s=ttft_s(costs, assignment),
-        limit=busiest if loads[busiest] / group >= trip_each_s else "the time of a whole trip through the ring",
+        limit=limit if loads[busiest] / group >= trip_each_s else "the time of a whole trip through the ring",
     )
 
 

@@ -79,4 +79,6 @@ def _reason(costs: CostModel, assignment: Assignment, device: int, strategy: str
         return f"adding it would make a token {slower_s * 1e3:.1f} ms slower"
     chats = costs.workload.concurrency
     whom = "one chat" if chats == 1 else f"{chats} chats"
-    return f"adding it would give {whom} {1 / found.objective_s:.1f} instead of {1 / now_s:.1f} tokens/s"
+    return (
+        f"adding it would give {whom} {1 / found.objective_s:.1f} instead of {1 / now_s:.1f} tokens/s, prompts included"
+    )

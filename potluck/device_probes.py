@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from devices.device import Device
-from planner.partition import RUNTIME_RESERVE_BYTES
+from planner.demand import RUNTIME_RESERVE_BYTES
 from potluck.pool import Pool, PoolWorker
 from potluck.questions import Answer
 from shard.machine import machine_facts

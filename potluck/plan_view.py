@@ -13,6 +13,7 @@ from planner.explain import stage_rows
 from planner.plan import Alternative, Plan
 from potluck.terminal import gib
 
+_UNLIMITED_COLUMNS = 1000
 _EXACT = {"auto", "latency", "throughput"}
 
 
@@ -35,7 +36,9 @@ def plan_json(model: str, plan: Plan) -> dict[str, Any]:
 
 
 def show_plan(console: Console, model: str, plan: Plan) -> None:
-    console.print(_table(model, plan))
+    # Into a pipe no line is broken.
+    tables = console if console.is_terminal else Console(file=console.file, width=_UNLIMITED_COLUMNS)
+    tables.print(_table(model, plan))
     for line in _lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -62,7 +65,8 @@ def _table(model: str, plan: Plan) -> Table:
 
 def _lines(plan: Plan) -> list[str]:
     found = plan.prediction
-    many = f"; {found.concurrency} chats: {found.tokens_per_s_many:.1f} tokens/s in all"
+    many = f"; {found.concurrency} chats: {found.tokens_per_s_many:.1f} tokens/s in all, "
+    many += f"{found.workload_tokens_per_s:.1f} with their prompts"
     lines = [
         f"Predicted: one chat {found.tokens_per_s:.1f} tokens/s{many if found.concurrency > 1 else ''}; first token of "
         f"a prompt of {found.prompt_tokens} after {_seconds(found.ttft_s)}. Back to the engine: "

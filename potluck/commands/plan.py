@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from devices.device import LeftOut
 from planner.advice import advised
 from planner.estimate import estimated_pool
 from planner.measured import PoolTimes
@@ -32,6 +33,7 @@ from potluck.options import (
 )
 from potluck.plan_view import plan_json, show_plan
 from potluck.planning import estimated_times, plan_with, profile_of, workload_of
+from potluck.profiling import local_times_for
 from potluck.saved_pool import load_pool, save_pool
 from potluck.session import model_of
 from potluck.terminal import data, errors
@@ -67,6 +69,11 @@ def plan(
     ] = None,
     pool: Annotated[Path | None, typer.Option("--pool", help="Plan for the pool of this file.")] = None,
     save: Annotated[Path | None, typer.Option("--save-pool", help="Save what was measured to this file.")] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Estimate times from bandwidth: quicker than measuring layers, less true."),
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -83,13 +90,18 @@ def plan(
         objective=objective,
         layers=layers,
     )
-    profile, times = _saved(pool, settings) if pool is not None else _here(settings)
+    left_out: tuple[LeftOut, ...] = ()
+    if pool is not None:
+        profile, times = _saved(pool, settings)
+    else:
+        profile, times, left_out = _here(settings, estimate=estimate, fresh=fresh)
     if save is not None:
         save_pool(save, profile, times)
     for text in with_ or ():
         times = pool_with(times, profile, parse_hypothetical(text))
     times = _without(times, without or ())
     found = _plan(profile, times, settings, _with_lengths(workload_of(profile, settings), prompt, output))
+    found = replace(found, left_out=(*left_out, *found.left_out))
     if json_output:
         data.file.write(json.dumps(plan_json(profile.name, found)) + "\n")
     else:
@@ -106,10 +118,21 @@ def _plan(profile: ModelProfile, times: PoolTimes, settings: Settings, workload:
         return advised(profile, times, workload, found, progress)
 
 
-def _here(settings: Settings) -> tuple[ModelProfile, PoolTimes]:
+def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProfile, PoolTimes, tuple[LeftOut, ...]]:
+    """This host's devices, and those that could not be measured."""
     stored = model_of(settings, errors)
     devices = offered_devices(settings, say=errors.print)
-    return profile_of(stored), estimated_times(stored, devices, devices[0].host)
+    if estimate:
+        return profile_of(stored), estimated_times(stored, devices, devices[0].host), ()
+    with errors.status("Measuring this host's devices") as status:
+        times, left_out = local_times_for(
+            stored,
+            devices,
+            say=errors.print,
+            doing=lambda device, what: status.update(f"Measuring {device}: {what}"),
+            fresh=fresh,
+        )
+    return profile_of(stored), times, left_out
 
 
 def _saved(path: Path, settings: Settings) -> tuple[ModelProfile, PoolTimes]:

@@ -1,1 +1,0 @@
-from planner.demand import RUNTIME_RESERVE_BYTES as RUNTIME_RESERVE_BYTES
