@@ -36,46 +36,63 @@ class Search:
     """One problem, searched under different caps and for different numbers of stages."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+        self.problem = problem
         sizes = [len(members) for members in problem.members]
-        self._strides = np.cumprod([1, *[size + 1 for size in sizes]])[:-1]
+        self.strides = np.cumprod([1, *[size + 1 for size in sizes]])[:-1]
         self._counts = np.stack(np.unravel_index(np.arange(problem.num_states), [s + 1 for s in sizes], order="F"), 1)
         self._stages = self._counts.sum(axis=1)
         self._table = np.empty((len(sizes), problem.num_states, len(problem.boundaries)))
         self._allowed = self._allowed_states()
+        self._states: dict[tuple[int, int], Ints] = {}
         self.work = float(self._table.size * (len(sizes) + 12)) + 5e6
 
     def best(self, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
         """None if no ring keeps within memory, the cap and the number of stages."""
-        problem, table = self._problem, self._table
-        windows = [self._window(index, cap_s) for index in range(len(problem.members))]
-        hops = np.where(problem.transfers <= cap_s * _SLACK, problem.hops[:-1, :-1], np.inf)
+        problem, table = self.problem, self._table
+        windows, hops = self.windows(cap_s), self.hops(cap_s)
         table.fill(np.inf)
         for index, spans in enumerate(problem.spans):
             last = windows[index].first_last
             start = problem.hops[-1, index] + spans.cost_first + spans.cost_step
-            table[index, self._strides[index], 1 : last + 1] = start + spans.cost[1 : last + 1]
+            table[index, self.strides[index], 1 : last + 1] = start + spans.cost[1 : last + 1]
         for num_stages in range(2, most_stages + 1):
             for index in range(len(problem.members)):
                 self._extend(num_stages, index, windows[index], hops[:, index])
         totals = table[:, :, -1] + problem.hops[:-1, -1, None]
-        allowed = self._allowed & (self._stages >= least_stages) & (self._stages <= most_stages)
-        totals[:, ~allowed] = np.inf
+        totals[:, ~self.allowed(least_stages, most_stages)] = np.inf
         last_class, state = np.unravel_index(int(np.argmin(totals)), totals.shape)
         cost_s = float(totals[last_class, state])
         if cost_s == np.inf:
             return None
         return self._found(cost_s, self._trace(int(state), int(last_class), windows, hops))
 
+    def windows(self, cap_s: float) -> list[_Window]:
+        return [self._window(index, cap_s) for index in range(len(self.problem.members))]
+
+    def hops(self, cap_s: float) -> Floats:
+        """Without those between devices that load their link above the cap."""
+        return np.where(self.problem.transfers <= cap_s * _SLACK, self.problem.hops[:-1, :-1], np.inf)
+
+    def allowed(self, least_stages: int, most_stages: int) -> npt.NDArray[np.bool_]:
+        """The states that a ring may end in."""
+        return np.asarray(self._allowed & (self._stages >= least_stages) & (self._stages <= most_stages))
+
+    def states_with(self, num_stages: int, index: int) -> Ints:
+        """The states of `num_stages` devices, one of class `index` among them."""
+        key = num_stages, index
+        if key not in self._states:
+            self._states[key] = np.flatnonzero((self._stages == num_stages) & (self._counts[:, index] > 0))
+        return self._states[key]
+
     def _allowed_states(self) -> npt.NDArray[np.bool_]:
-        allowed = np.asarray((self._counts >= np.array(self._problem.least)).all(axis=1))
-        for classes, least, most in self._problem.pools:
+        allowed = np.asarray((self._counts >= np.array(self.problem.least)).all(axis=1))
+        for classes, least, most in self.problem.pools:
             used = self._counts[:, list(classes)].sum(axis=1)
             allowed &= (used >= least) & (used <= most)
         return allowed
 
     def _window(self, index: int, cap_s: float) -> _Window:
-        spans = self._problem.spans[index]
+        spans = self.problem.spans[index]
         if cap_s == np.inf:
             return _Window(spans.lowest, spans.first_last)
         room = cap_s * _SLACK - spans.load_step
@@ -85,11 +102,11 @@ class Search:
 
     def _extend(self, num_stages: int, index: int, window: _Window, hops: Floats) -> None:
         """All rings' starts of `num_stages` stages whose last is of class `index`."""
-        problem, table = self._problem, self._table
-        states = np.flatnonzero((self._stages == num_stages) & (self._counts[:, index] > 0))
+        problem, table = self.problem, self._table
+        states = self.states_with(num_stages, index)
         if not len(states) or window.is_empty:
             return
-        before = states - self._strides[index]
+        before = states - self.strides[index]
         reached = np.full((len(states), len(problem.boundaries)), np.inf)
         for other, hop_s in enumerate(hops):
             if hop_s < np.inf:
@@ -100,10 +117,10 @@ class Search:
 
     def _trace(self, state: int, index: int, windows: list[_Window], hops: Floats) -> list[tuple[int, int, int]]:
         """(class, first boundary, last boundary) of each stage."""
-        problem, high = self._problem, len(self._problem.boundaries) - 1
+        problem, high = self.problem, len(self.problem.boundaries) - 1
         stages: list[tuple[int, int, int]] = []
         while self._stages[state] > 1:
-            before = state - self._strides[index]
+            before = state - self.strides[index]
             lowest = windows[index].lowest[high]
             starts = slice(lowest, high)
             options = self._table[:, before, starts] + hops[:, index, None] - problem.spans[index].cost[starts]
@@ -114,7 +131,7 @@ class Search:
         return [(index, 0, high), *reversed(stages)]
 
     def _found(self, cost_s: float, stages: list[tuple[int, int, int]]) -> Found:
-        problem = self._problem
+        problem = self.problem
         used = [0] * len(problem.members)
         placed: list[Placed] = []
         loads: list[float] = []

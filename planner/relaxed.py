@@ -16,6 +16,7 @@ from planner.dp import Found, Search
 from planner.evaluate import Assignment, Objective
 from planner.limits import SearchLimits
 from planner.problem import Problem, problem_of
+from planner.reach import is_possible
 
 Progress = Callable[[int], object]
 """Called with the number of searches done so far."""
@@ -52,7 +53,7 @@ class Relaxation:
         best: Relaxed | None = None
         for group, least_stages, most_stages in self._groups(most):
             problem = problem_of(self._costs, limits, group, one_chat=False)
-            search = _Capped(problem, least_stages, most_stages, self._best)
+            search = _Capped(problem, least_stages, most_stages, self._best, self._is_possible)
             found_s = best.bound_s if best else cutoff_s
             if self._objective == "auto":
                 better = search.auto(self._costs.workload.concurrency, found_s)
@@ -70,12 +71,19 @@ class Relaxation:
             for group in groups
         ]
 
+    def _is_possible(self, search: Search, cap_s: float, least_stages: int, most_stages: int) -> bool:
+        self._count(search.work / 5)
+        return is_possible(search, cap_s, least_stages, most_stages)
+
     def _best(self, search: Search, cap_s: float, least_stages: int, most_stages: int) -> Found | None:
+        self._count(search.work)
+        return search.best(cap_s, least_stages, most_stages)
+
+    def _count(self, work: float) -> None:
         self._num_searches += 1
-        self.work += search.work
+        self.work += work
         if self._progress is not None:
             self._progress(self._num_searches)
-        return search.best(cap_s, least_stages, most_stages)
 
 
 class _Capped:
@@ -87,29 +95,31 @@ class _Capped:
         least_stages: int,
         most_stages: int,
         best: Callable[[Search, float, int, int], Found | None],
+        is_possible: Callable[[Search, float, int, int], bool],
     ) -> None:
         self._problem = problem
         self._least, self._most = least_stages, most_stages
         self._search: Search | None = None
         self._run = best
+        self._ask = is_possible
 
     def throughput(self, cutoff_s: float) -> Relaxed | None:
         """The lowest cap that any ring keeps."""
         group = self._problem.group
         caps = self._caps(cutoff_s)
-        low, high, best = 0, len(caps), None
-        first = True
+        low, high = 0, len(caps)
+        middle = high - 1
         while low < high:
-            # The lowest is often far below what is possible, the cutoff rarely far above: look there first.
-            middle = high - 1 if first else (low + high) // 2
-            first = False
-            found = self._under(float(caps[middle]))
-            if found is None:
-                low = middle + 1
+            if self._is_possible(float(caps[middle])):
+                high = middle
+            elif middle == len(caps) - 1:
+                return None
             else:
-                best = Relaxed(found.load_s / group, found.assignment)
-                high = min(middle, int(np.searchsorted(caps, found.load_s * (1 - 1e-12))))
-        return best
+                low = middle + 1
+            # The answer is mostly not far above the lowest.
+            middle = low + (high - low) // 3
+        found = self._under(float(caps[low])) if low < len(caps) else None
+        return Relaxed(found.load_s / group, found.assignment) if found is not None else None
 
     def auto(self, concurrency: int, cutoff_s: float) -> Relaxed | None:
         """The least max(trip / concurrency, load / group): trips get shorter as the cap rises."""
@@ -138,6 +148,11 @@ class _Capped:
                     high = min(high, int(np.searchsorted(caps, best.bound_s * group)))
             middle = (low + high) // 2
         return best
+
+    def _is_possible(self, cap_s: float) -> bool:
+        if self._search is None:
+            self._search = Search(self._problem)
+        return self._ask(self._search, cap_s, self._least, self._most)
 
     def _under(self, cap_s: float) -> Found | None:
         if self._search is None:
