@@ -21,7 +21,7 @@ from planner.evaluate import Assignment, Objective, objective_s, pool_bytes
 from planner.limits import SearchLimits
 from planner.relaxed import Progress, Relaxation, Relaxed
 
-WORK: dict[Objective, float] = {"latency": 2e9, "throughput": 1e9, "auto": 5e9}
+WORK: dict[Objective, float] = {"latency": 2e9, "throughput": 7e8, "auto": 5e9}
 """In numbers that searches combine: about 1e9 a second on one core. A search of twelve unequal devices takes 1e8."""
 
 _SAME = 1.0 + 1e-9

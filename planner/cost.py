@@ -182,7 +182,18 @@ class CostModel:
         return total
 
 
-def _ends(times: DeviceTimes, lane: str, rows: int, context: int) -> Floats:
+def stage_decode_s(times: DeviceTimes, first: int, last: int, rows: float, context: float) -> float:
+    """A decode step of `rows` sequences with a mean of `context` tokens of KV on the stage of layers [first, last)."""
+    seconds = StageSeconds(
+        ends=_ends(times, "decode", rows, context),
+        embed_s=seconds_at(times.embed, rows, 0),
+        head_s=seconds_at(times.head, rows, 0),
+        step_s=times.step_s,
+    )
+    return seconds.span_s(first, last)
+
+
+def _ends(times: DeviceTimes, lane: str, rows: float, context: float) -> Floats:
     grids: list[Grid] = [layer.decode if lane == "decode" else layer.prefill for layer in times.layers]
     by_kind = [seconds_at(grid, rows, context) for grid in grids]
     return np.concatenate([[0.0], np.cumsum([by_kind[kind] for kind in times.kinds])])
