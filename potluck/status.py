@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class StageReport(Struct, frozen=True, kw_only=True):
     """One stage. `kv_bytes` are held now, `kv_reserved_bytes` are the plan's; `ms_per_token` is the median compute of
-    its last decode steps, None before the first. `decode_…` and `prefill_…` count compute since the stage was loaded."""
+    its last decode steps, None before the first. `decode_…` and `prefill_…` count compute since its load."""
 
     stage: int
     device: str

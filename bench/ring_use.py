@@ -1,0 +1,65 @@
+"""What a ring's stages did between two looks at its status, and what they could do at best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shard.spec import ModelSpec
+from transport.messages import DTYPE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageUse:
+    """Shares of the time. `idle`: other stages computed, or nobody did; `wire` is the ring's, the same for all its
+    stages: hops, the engine and HTTP. It can be told from idling for one chat only, when nothing overlaps."""
+
+    device: str
+    first: int
+    last: int
+    compute: float
+    wire: float | None
+    idle: float
+
+
+def stage_uses(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], wall_s: float, *, concurrency: int
+) -> list[StageUse]:
+    """`before` and `after` are the stages of two status reports of the same ring."""
+    compute = [
+        (new["decode_s"] + new["prefill_s"] - old["decode_s"] - old["prefill_s"]) / wall_s
+        for old, new in zip(before, after, strict=True)
+    ]
+    wire = max(0.0, 1.0 - sum(compute)) if concurrency == 1 else None
+    return [
+        StageUse(
+            device=stage["device"],
+            first=stage["first"],
+            last=stage["last"],
+            compute=share,
+            wire=wire,
+            idle=max(0.0, 1.0 - share - (wire or 0.0)),
+        )
+        for stage, share in zip(after, compute, strict=True)
+    ]
+
+
+def bandwidth_bound_tokens_per_s(spec: ModelSpec, stages: Sequence[dict[str, Any]], concurrency: int) -> float:
+    """What reading the weights allows at the devices' measured bandwidths: no hops, no KV, no arithmetic.
+
+    A device's bandwidth is that while its host's other devices work too: one chat in a ring over several devices of one
+    host can go beyond it. One chat visits the stages one after another; many go in as many groups as there are stages, and a step reads a
+    stage's weights once for its whole group.
+    """
+    times_s = [_read_s(spec, stage) for stage in stages]
+    group = -(-concurrency // min(concurrency, len(stages)))
+    return min(concurrency / sum(times_s), group / max(times_s))
+
+
+def _read_s(spec: ModelSpec, stage: dict[str, Any]) -> float:
+    params = sum(spec.layer_params[stage["first"] : stage["last"]])
+    if stage["last"] == spec.num_layers:
+        params += spec.norm_params + spec.head_params
+    read_bytes = params * DTYPE_BYTES[stage["dtype"]]
+    return float(read_bytes / stage["bandwidth_bytes_per_s"])

@@ -1,0 +1,55 @@
+"""`potluck bench` measures a running head and one that it starts, and says what it can't."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.e2e.potluck_process import Home, Running
+
+GRID = ("--prompt", "24", "--output", "8", "--concurrency", "1", "2", "--rounds", "1")
+
+
+def test_the_running_head(demo: Running) -> None:
+    done = demo.home.run("bench", *GRID)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["model"], result["cores"] > 0, bool(result["commit"])) == ("smollm2", True, True)
+    one, two = result["rows"]
+    assert (one["concurrency"], two["concurrency"]) == (1, 2)
+    for row in result["rows"]:
+        assert abs(row["prompt_tokens"] - 24) < 16  # the chat template's own are some
+        assert row["tokens_per_s"] > 0
+        assert 0 < row["ttft_s"] < 60
+        assert 0 < row["gap_p50_s"] <= row["gap_p95_s"] <= row["gap_p99_s"]
+        assert row["decode_tokens_per_s"] > 0
+        assert row["bound_tokens_per_s"] > 0
+        assert len(row["stages"]) == 3
+        assert all(0 < stage["compute"] < 1 for stage in row["stages"])
+    assert all(stage["wire"] is not None for stage in one["stages"])
+
+
+def test_a_head_of_its_own_and_its_devices_alone(home: Home, tmp_path: Path) -> None:
+    files = ("--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"))
+    devices = ("--device", "torch:cpu", "--device", "mlx", "--threads", "1", "--use-all")
+    done = home.run("bench", "smollm2", *GRID, "--singles", *files, "--", *devices, timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["ring"] for row in result["rows"]] == ["ring", "ring", "cpu", "cpu", "mlx", "mlx"]
+    assert [len(row["stages"]) for row in result["rows"]] == [2, 2, 1, 1, 1, 1]
+    table = (tmp_path / "out.md").read_text()
+    assert done.stdout == table
+    assert result["commit"] in table
+    assert home.leftovers() == []
+
+
+def test_nothing_to_measure(home: Home) -> None:
+    done = home.run("bench")
+    assert done.returncode == 1
+    assert "no head runs" in done.stderr
+    assert "hint" in done.stderr
+    assert home.run("bench", "--singles").returncode == 2
+    started = home.run("bench", "smollm2", *GRID, "--", "--device", "abacus")
+    assert started.returncode == 1
+    assert "abacus" in started.stderr
+    assert "Traceback" not in started.stderr
