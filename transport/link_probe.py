@@ -8,6 +8,7 @@ Then each end sends large messages, and the other one times them as they come.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import zmq
 
 from transport.codec import EdgeLimits
-from transport.errors import DeadlineExceeded
+from transport.errors import DeadlineExceeded, NeighbourGone
 from transport.link import Received
 from transport.messages import DTYPE_BYTES, Entry, Hidden, LinkProbed, LinkShape, SequenceId
 from transport.zmq_link import ZmqReceiver, ZmqSender
@@ -101,7 +102,9 @@ class LinkEnd:
         for step in range(self._shape.num_large):
             self._send(sender, step, self._num_rows)
         rate = self._timed(self._receive())
-        self._send(sender, 0, 1)  # All has come: the other end may leave.
+        with contextlib.suppress(NeighbourGone):  # It may leave now, even before this is known to have been sent.
+            self._send(sender, 0, 1)
+            self._receive()
         return LinkProbed(round_trips_s=tuple(trips[_NUM_WARM_UPS:]), held_s=(), bytes_per_s=rate)
 
     def _follow(self, sender: ZmqSender) -> LinkProbed:
@@ -119,6 +122,8 @@ class LinkEnd:
         for step in range(self._shape.num_large):
             self._send(sender, step, self._num_rows)
         self._receive()
+        with contextlib.suppress(NeighbourGone):
+            self._send(sender, 0, 1)
         return LinkProbed(round_trips_s=(), held_s=tuple(held[_NUM_WARM_UPS:]), bytes_per_s=rate)
 
     def _timed(self, first: Received) -> float:

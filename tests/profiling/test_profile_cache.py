@@ -1,0 +1,90 @@
+"""What is kept is found again under the same facts only, and a damaged file is as good as none."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from potluck.calibration import Learned
+from potluck.profile_cache import DeviceKey, ProfileCache, model_identity
+from transport.link_probe import LinkFigures
+
+from .made_up import model, report
+
+KEY = DeviceKey(host="here", backend="torch", kind="cpu", threads=1, dtype="bfloat16", machine="m", model="x")
+LINK = LinkFigures(hop_s=0.001, hop_p95_s=0.002, bytes_per_s=1e8)
+
+
+def test_a_report_is_found_under_its_facts_only(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path / "profiles")
+    assert cache.report(KEY) is None
+    cache.keep_report(KEY, report())
+    assert ProfileCache(tmp_path / "profiles").report(KEY) == report()
+    for one in fields(KEY):
+        value = getattr(KEY, one.name)
+        other = replace(KEY, **{one.name: value + 1 if isinstance(value, int) else value + "'"})
+        assert cache.report(other) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"facts": 1}', b"\xff\xfe", b'{"facts": {}, "found": {}}'])
+def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
+    cache = ProfileCache(tmp_path)
+    cache.keep_report(KEY, report())
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert cache.report(KEY) is None
+    cache.keep_report(KEY, report())
+    assert cache.report(KEY) == report()
+
+
+def test_impossible_numbers_in_a_file_are_not_planned_with(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    cache.keep_report(KEY, report())
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text().replace("0.001", "-0.001"))
+    assert cache.report(KEY) is None
+
+
+def test_a_folder_that_can_not_be_written_only_costs_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = ProfileCache(tmp_path / "file")
+    cache.keep_report(KEY, report())
+    assert cache.report(KEY) is None
+
+
+def test_what_was_learned_goes_with_its_report(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    learned = Learned(factor=1.5, at_s=100.0)
+    cache.keep_learned(KEY, learned)
+    assert cache.learned(KEY) is None  # of no report
+    cache.keep_report(KEY, report())
+    cache.keep_learned(KEY, learned)
+    assert cache.learned(KEY) == learned
+    assert cache.report(KEY) == report()
+    cache.keep_report(KEY, report(0.002))
+    assert cache.learned(KEY) is None
+
+
+def test_links_hold_for_a_day(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    cache.keep_link("a", "b", "network 64", LINK, 1000.0)
+    assert cache.link("a", "b", "network 64", 1000.0 + 3600) == LINK
+    assert cache.link("a", "b", "network 64", 1000.0 + 2 * 86400) is None
+    assert cache.link("a", "b", "network 64", 0.0) is None  # A clock that went back.
+    assert cache.link("b", "a", "network 64", 1000.0) is None
+    assert cache.link("a", "b", "local 64", 1000.0) is None
+
+
+def test_devices_that_are_busy_together(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    other = replace(KEY, kind="mlx")
+    cache.keep_busy((KEY, other), (1.5, 2.0))
+    assert cache.busy((KEY, other)) == (1.5, 2.0)
+    assert cache.busy((KEY,)) is None
+
+
+def test_a_model_of_other_contents_is_another_one(tmp_path: Path) -> None:
+    assert model_identity(model(tmp_path)) == model_identity(model(tmp_path / "moved"))
+    assert model_identity(model(tmp_path)) != model_identity(model(tmp_path, sha256="1" * 64))
