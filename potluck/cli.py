@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from potluck.commands import bench, chat, demo, join, models, plan, run, status, up
+from potluck.commands import bench, chat, demo, join, models, plan, replan, run, status, up
 from potluck.terminal import errors
 from transport.errors import PotluckError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (demo, up, join, run, chat, plan, status, bench, models):
+for command in (demo, up, join, run, chat, plan, status, replan, bench, models):
     command.register(app)
 
 

@@ -26,6 +26,8 @@ class Settings:
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
     `objective` is what plans are best at; `layers` says them by hand ("mac=20,gpu=12").
+    `fresh` measures devices and links again; `measure_in_turn` one device at a time, for hosts that share a machine.
+    `estimate` plans from bandwidths instead, which takes no time and says less.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +41,9 @@ class Settings:
     use_all_devices: bool = False
     objective: str = "auto"
     layers: str | None = None
+    fresh: bool = False
+    estimate: bool = False
+    measure_in_turn: bool = False
     wait_for_devices: int = 0
     host_name: str | None = None
     lan_host: str | None = None

@@ -20,7 +20,8 @@ from starlette.routing import Route
 
 from potluck.engine.client import EngineClient
 from potluck.http.app import create_app
-from potluck.status import StatusReport
+from potluck.plan_watch import BetterPlan
+from potluck.status import StatusReport, better_report
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
 from transport.requests import EngineEvent, Pong, RequestFailed, Submit
 
@@ -107,10 +108,10 @@ class Endpoint:
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def start(self, report: Callable[[], StatusReport]) -> None:
+    def start(self, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]) -> None:
         """Serve from now on; requests are refused with a reason until an engine is connected."""
         app = create_app(self._engine, model=self._model)
-        _add_status(app, report)
+        _add_head_routes(app, report, replan)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -168,9 +169,19 @@ class Endpoint:
         asyncio.run(main())
 
 
-def _add_status(app: Starlette, report: Callable[[], StatusReport]) -> None:
+def _add_head_routes(
+    app: Starlette, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]
+) -> None:
     async def status(request: Request) -> Response:
         facts = await asyncio.to_thread(report)
         return Response(msgspec.json.encode(facts), media_type="application/json")
 
+    async def apply_better_plan(request: Request) -> Response:
+        # As in the API: a content type that no web page may post here without asking.
+        if request.headers.get("content-type") != "application/json":
+            return Response(b'{"error": "send application/json"}', 415, media_type="application/json")
+        better = better_report(replan())
+        return Response(msgspec.json.encode({"better_plan": better}), media_type="application/json")
+
     app.router.routes.append(Route("/potluck/status", status))
+    app.router.routes.append(Route("/potluck/replan", apply_better_plan, methods=["POST"]))

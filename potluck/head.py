@@ -7,13 +7,17 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import zmq
 
+from devices.device import LeftOut
+from planner.measured import PoolTimes
 from planner.plan import Plan
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
@@ -22,8 +26,10 @@ from potluck.lan import INSECURE_WARNING, this_host
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
+from potluck.plan_watch import BetterPlan, PlanWatch
 from potluck.planning import device_of, estimated_times, plan_for
 from potluck.pool import Pool, PoolWorker
+from potluck.profiling import pool_times_for, remember_deviation
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
@@ -34,6 +40,7 @@ _REGISTER_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 3600.0
 _READY_TIMEOUT_S = 300.0
 _CAUSE_WITHIN_S = 0.5
+_WATCH_INTERVAL_S = 5.0
 State = Literal["starting", "ready", "down"]
 
 
@@ -53,6 +60,9 @@ class Head:
         self.model = model
         self.state: State = "starting"
         self.ring: Ring | None = None
+        self.watch: PlanWatch | None = None
+        self._wants_replan = False
+        self._next_look_s = 0.0
         self.endpoint: Endpoint
         self.plan: Plan
         self._pool: Pool
@@ -100,8 +110,17 @@ class Head:
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
                 case PoolWorker() as worker:
                     self._joined.append(worker)
-            if self._joined and self.endpoint.is_idle():
-                self._take_in()
+            if (self._joined or self._wants_replan) and self.endpoint.is_idle():
+                self._load_anew()
+            elif time.monotonic() >= self._next_look_s:
+                self._next_look_s = time.monotonic() + _WATCH_INTERVAL_S
+                self._look()
+
+    def request_replan(self) -> BetterPlan | None:
+        """Load the better plan, if there is one, once nobody waits for an answer. Thread-safe."""
+        better = self.watch.better if self.watch is not None else None
+        self._wants_replan = better is not None
+        return better
 
     def _start(self) -> None:
         head_file = self._stack.enter_context(HeadFile())
@@ -136,7 +155,7 @@ class Head:
         self._stack.callback(self._pool.stop_workers, "the head has stopped")
         self.endpoint = Endpoint(context, listener, model=self.model.name)
         self._stack.callback(self.endpoint.stop)
-        self.endpoint.start(self.report)
+        self.endpoint.start(self.report, self.request_replan)
         head_file.publish(self._facts())
         self._gather()
         self._bring_up()
@@ -172,12 +191,13 @@ class Head:
             self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
             self._pool.wait_for_devices(names, settings.wait_for_devices, _JOIN_TIMEOUT_S)
 
-    def _bring_up(self) -> None:
+    def _bring_up(self, times: PoolTimes | None = None) -> None:
+        """Plan with `times`, or with what is measured now, load every stage, and warm the ring up."""
         self.state = "starting"
         self._epoch += 1
-        devices = [device_of(worker.register) for worker in self._workers_in_order()]
-        times = estimated_times(self.model, devices, self._here.name)
-        self.plan = plan_for(self.model, times, self._settings)
+        times, unmeasured = self._measured() if times is None else (times, ())
+        self.plan = plan_for(self.model, times, self._settings, left_out=unmeasured)
+        self.watch = PlanWatch(self.model, times, self.plan, self._settings)
         self.ring = Ring(
             self._pool,
             self.model,
@@ -215,17 +235,57 @@ class Head:
             error = ring.engine_exit() if ring is not None else None
             return error if error is not None and ring is not None and ring.mark_down(error) else None
 
-    def _take_in(self) -> None:
-        """Load the ring anew over all devices; nobody waits for an answer now."""
+    def _measured(self) -> tuple[PoolTimes, tuple[LeftOut, ...]]:
+        """Times of all devices with this model, this host's first, in the order they were asked for."""
+        workers = self._workers_in_order()
+        if self._settings.estimate:
+            devices = [device_of(worker.register) for worker in workers]
+            return estimated_times(self.model, devices, self._here.name), ()
+        times, unmeasured = pool_times_for(
+            self.model,
+            self._pool,
+            self._here,
+            run_dir=self._run_dir,
+            say=self._progress.say,
+            doing=self._progress.doing,
+            fresh=self._settings.fresh,
+            in_turn=self._settings.measure_in_turn,
+        )
+        order = {worker.register.device: index for index, worker in enumerate(workers)}
+        in_order = sorted(times.devices, key=lambda one: order[one.device.name])
+        return replace(times, devices=tuple(in_order)), unmeasured
+
+    def _look(self) -> None:
+        """Compare what the stages do with the plan."""
+        ring, watch = self.ring, self.watch
+        if ring is None or watch is None or self.state != "ready":
+            return
+        with self._reporting:
+            self._pool.request_stats([stage.worker for stage in ring.stages])
+        had_better = watch.better is not None
+        watch.look([stage.worker.stats for stage in ring.stages], time.time())
+        if watch.better is not None and not had_better:
+            self._progress.say(
+                f"A better plan exists ({watch.better.why}): {watch.better.tokens_per_s:.1f} tokens/s instead of "
+                f"{watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
+            )
+
+    def _load_anew(self) -> None:
+        """Load the ring over all devices by a new plan; nobody waits for an answer now."""
+        better = self.watch.better if self._wants_replan and self.watch is not None and not self._joined else None
+        if self.watch is not None:
+            for device, ratio in self.watch.off(time.time()).items():
+                remember_deviation(self.model, self._pool, device, ratio)
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
-        self._progress.say(f"{names} joined: loading the ring anew")
+        self._wants_replan = False
+        self._progress.say(f"{names} joined: loading the ring anew" if names else "Loading the ring by the better plan")
         self.endpoint.disconnect()
         if self.ring is not None:
             self.ring.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
         self._take_down_ring()
         try:
-            self._bring_up()
+            self._bring_up(better.times if better is not None else None)
         except PotluckError as error:
             if self.ring is not None:
                 self.ring.mark_down(error)

@@ -34,6 +34,10 @@ ObjectiveOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option("--layers", help='Layers by hand, in the ring\'s order, such as "mac=20,gpu=12".')
 ]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure devices and links again.")]
+EstimateOption = Annotated[
+    bool, typer.Option("--estimate", help="Plan from bandwidths, without measuring layers and links.")
+]
 PortOption = Annotated[int | None, typer.Option("--port", help="The endpoint's port; 0 for any free one.")]
 InsecureLanOption = Annotated[
     bool,
@@ -65,6 +69,9 @@ def settings_with(
     use_all_devices: bool | None = None,
     objective: str | None = None,
     layers: str | None = None,
+    fresh: bool | None = None,
+    estimate: bool | None = None,
+    measure_in_turn: bool | None = None,
     host_name: str | None = None,
     lan_host: str | None = None,
     lan_port: int | None = None,
@@ -84,6 +91,9 @@ def settings_with(
         "use_all_devices": use_all_devices,
         "objective": objective,
         "layers": layers,
+        "fresh": fresh,
+        "estimate": estimate,
+        "measure_in_turn": measure_in_turn,
         "host_name": host_name,
         "lan_host": lan_host,
         "lan_port": lan_port,

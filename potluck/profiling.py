@@ -13,6 +13,7 @@ import zmq
 
 from devices.device import Device, LeftOut
 from planner.measured import LinkTimes, PoolTimes
+from potluck.calibration import learn
 from potluck.device_probes import ChildProbes, DeviceProbes, Doing, WorkerProbes
 from potluck.lan import ThisHost
 from potluck.link_probes import End, OwnEnd, Pair, WorkerEnd, measure, pairs
@@ -20,7 +21,7 @@ from potluck.paths import profiles_dir
 from potluck.planning import device_of
 from potluck.pool import Pool
 from potluck.profile_cache import ProfileCache
-from potluck.profile_devices import DeviceMeasuring
+from potluck.profile_devices import DeviceMeasuring, device_key
 from potluck.store import StoredModel
 from transport.errors import ConfigError, PotluckError
 from transport.link_probe import LinkFigures
@@ -146,3 +147,13 @@ def _link_times(source: str, target: str, figures: LinkFigures) -> LinkTimes:
         hop_p95_s=figures.hop_p95_s,
         bytes_per_s=figures.bytes_per_s,
     )
+
+
+def remember_deviation(model: StoredModel, pool: Pool, device: str, ratio: float) -> None:
+    """A device took `ratio` times what was predicted of it in use: the next plans know."""
+    found = [worker for worker in pool.workers() if worker.register.device == device]
+    cache = ProfileCache(profiles_dir())
+    for worker in found:
+        key = device_key(model, device_of(worker.register), worker.register.machine)
+        now_s = time.time()
+        cache.keep_learned(key, learn(cache.learned(key), ratio, now_s))

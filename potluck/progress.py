@@ -10,7 +10,9 @@ from potluck.pool import PoolWorker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProgress:
-    """`say` a line (rich markup); `tick` draws the loading of the stages, some times a second."""
+    """`say` a line (rich markup); `doing(device, what)` what a device is being measured for; `tick` draws the loading
+    of the stages, some times a second."""
 
     say: Callable[[str], None]
+    doing: Callable[[str, str], None]
     tick: Callable[[Sequence[PoolWorker]], None]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from potluck.calibration import Deviation
 from potluck.paths import logs_dir
 
 if TYPE_CHECKING:
-    from planner.plan import StagePlan
+    from planner.plan import Plan, StagePlan
     from potluck.head import Head
+    from potluck.plan_watch import BetterPlan
     from potluck.pool import PoolWorker
     from potluck.ring import Ring, RingStage
 
 
 class StageReport(Struct, frozen=True, kw_only=True):
     """One stage. `kv_bytes` are held now, `kv_reserved_bytes` are the plan's; `ms_per_token` is the median compute of
-    its last decode steps, None before the first. `decode_…` and `prefill_…` count compute since its load."""
+    its last decode steps, None before the first, `predicted_ms_per_token` the plan's, for one chat. `ratio` is how
+    many times slower than predicted it has been, by the steps it really ran; `is_off_s` for how long. `decode_…` and
+    `prefill_…` count compute since its load."""
 
     stage: int
     device: str
@@ -36,6 +41,9 @@ class StageReport(Struct, frozen=True, kw_only=True):
     rss_bytes: int
     bandwidth_bytes_per_s: float
     ms_per_token: float | None
+    predicted_ms_per_token: float
+    ratio: float
+    is_off_s: float | None
     decode_steps: int
     decode_tokens: int
     decode_s: float
@@ -55,6 +63,30 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class PlanReport(Struct, frozen=True, kw_only=True):
+    """What the plan promises: decode rates for one chat and for `concurrency`, and the wait for a prompt's first
+    token. Rates are of tokens/s."""
+
+    id: str
+    strategy: str
+    is_exact: bool
+    tokens_per_s: float
+    concurrency: int
+    tokens_per_s_many: float
+    prompt_tokens: int
+    ttft_s: float
+    limit: str
+
+
+class BetterPlanReport(Struct, frozen=True, kw_only=True):
+    """A plan that `potluck replan` would load, and why; rates are predicted, in tokens/s."""
+
+    why: str
+    now_tokens_per_s: float
+    tokens_per_s: float
+    stages: list[str]
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
     """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts join."""
 
@@ -68,12 +100,40 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     engine_pid: int | None
     context_tokens: int
     kv_capacity_tokens: int
+    plan: PlanReport | None
+    better_plan: BetterPlanReport | None
     stages: list[StageReport]
     idle_devices: list[DeviceReport]
     logs: str
 
 
-def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
+def plan_report(plan: Plan) -> PlanReport:
+    promised = plan.prediction
+    return PlanReport(
+        id=plan.id,
+        strategy=plan.strategy,
+        is_exact=plan.is_exact,
+        tokens_per_s=promised.tokens_per_s,
+        concurrency=promised.concurrency,
+        tokens_per_s_many=promised.tokens_per_s_many,
+        prompt_tokens=promised.prompt_tokens,
+        ttft_s=promised.ttft_s,
+        limit=promised.limit,
+    )
+
+
+def better_report(better: BetterPlan | None) -> BetterPlanReport | None:
+    if better is None:
+        return None
+    return BetterPlanReport(
+        why=better.why,
+        now_tokens_per_s=better.now_tokens_per_s,
+        tokens_per_s=better.tokens_per_s,
+        stages=[f"{stage.device}: layers {stage.first}–{stage.last - 1}" for stage in better.plan.stages],
+    )
+
+
+def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation) -> StageReport:
     worker, register = stage.worker, stage.worker.register
     stats, loaded = worker.stats, worker.loaded
     return StageReport(
@@ -98,6 +158,9 @@ def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
         prefill_tokens=stats.prefill_tokens if stats else 0,
         prefill_s=stats.prefill_s if stats else 0.0,
         ms_per_token=stats.decode_p50_s * 1000 if stats and stats.decode_steps else None,
+        predicted_ms_per_token=planned.decode_s * 1000,
+        ratio=deviation.ratio,
+        is_off_s=time.time() - deviation.since_s if deviation.since_s is not None else None,
         pid=register.pid,
         fault=worker.fault.message if worker.fault else None,
     )
@@ -105,6 +168,7 @@ def stage_report(stage: RingStage, planned: StagePlan) -> StageReport:
 
 def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> StatusReport:
     stages = ring.stages if ring is not None else ()
+    watch = head.watch if head.watch is not None and ring is not None and head.watch.plan is ring.plan else None
     used = {stage.worker.register.device for stage in stages}
     reasons = {device.name: device.reason for device in ring.plan.left_out} if ring is not None else {}
     return StatusReport(
@@ -118,7 +182,13 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> Statu
         engine_pid=ring.engine_pid if ring is not None else None,
         context_tokens=ring.plan.context_tokens if ring is not None else 0,
         kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
-        stages=[stage_report(stage, ring.plan.stages[stage.index]) for stage in stages if ring],
+        plan=plan_report(ring.plan) if ring is not None else None,
+        better_plan=better_report(watch.better) if watch is not None else None,
+        stages=[
+            stage_report(stage, ring.plan.stages[stage.index], watch.deviations[stage.index] if watch else Deviation())
+            for stage in stages
+            if ring
+        ],
         idle_devices=[
             DeviceReport(
                 device=worker.register.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,11 +34,15 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
+    measuring: dict[str, TaskID] = {}
+    lock = threading.Lock()
 
     def say(line: str) -> None:
         console.print(line, highlight=False)
 
     def tick(workers: Sequence[PoolWorker]) -> None:
+        while measuring:
+            bars.remove_task(measuring.popitem()[1])
         for worker in workers:
             name = worker.register.device
             if worker.loading is None:
@@ -46,8 +51,14 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
                 tasks[name] = bars.add_task(name, total=worker.loading.total_bytes)
             bars.update(tasks[name], completed=worker.loading.read_bytes, total=worker.loading.total_bytes)
 
+    def doing(device: str, what: str) -> None:
+        with lock:
+            if device not in measuring:
+                measuring[device] = bars.add_task("", total=None)
+            bars.update(measuring[device], description=f"measuring {device}: {what}")
+
     with bars:
-        yield HeadProgress(say=say, tick=tick)
+        yield HeadProgress(say=say, doing=doing, tick=tick)
 
 
 def stage_table(report: StatusReport) -> Table:
@@ -62,6 +73,7 @@ def stage_table(report: StatusReport) -> Table:
         ("KV (plan)", "right"),
         ("resident", "right"),
         ("ms/token", "right"),
+        ("planned", "right"),
     ):
         table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for stage in report.stages:
@@ -74,5 +86,6 @@ def stage_table(report: StatusReport) -> Table:
             f"{gib(stage.kv_bytes)} ({gib(stage.kv_reserved_bytes)})",
             gib(stage.rss_bytes),
             f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
+            f"{stage.predicted_ms_per_token:.1f}",
         )
     return table

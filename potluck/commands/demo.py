@@ -33,7 +33,10 @@ def demo(
 ) -> None:
     """Pool three workers on this machine (torch, MLX, torch), serve SmolLM2 over them, and ask it something."""
     console = errors if json_output else data
-    settings = settings_with(model=DEMO_MODEL, devices=DEMO_DEVICES, threads=1, port=port, use_all_devices=True)
+    # In the order given, torch, MLX, torch: the best ring would have another.
+    settings = settings_with(
+        model=DEMO_MODEL, devices=DEMO_DEVICES, threads=1, port=port, use_all_devices=True, objective="proportional"
+    )
     with running_head_of(settings, console) as head:
         answer = _ask(head, question, console)
         report = head.report()

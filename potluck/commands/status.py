@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from potluck.head_file import running_head
 from potluck.options import JsonOption
-from potluck.status import StatusReport
+from potluck.status import BetterPlanReport, StatusReport
 from potluck.terminal import data, gib, stage_table
 from transport.errors import NotRunning
 
@@ -38,6 +38,24 @@ def status(json_output: JsonOption = False) -> None:
 
 def show(report: StatusReport) -> None:
     data.print(stage_table(report))
+    if report.plan is not None:
+        plan = report.plan
+        data.print(
+            f"Plan {plan.id} ({plan.strategy}): predicted {plan.tokens_per_s:.1f} tokens/s for one chat, "
+            f"{plan.tokens_per_s_many:.1f} for {plan.concurrency}, first token of {plan.prompt_tokens} after "
+            f"{plan.ttft_s:.2f} s; limited by {plan.limit}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for stage in report.stages:
+        if stage.is_off_s is not None:
+            data.print(
+                f"[yellow]Stage {stage.stage} ({escape(stage.device)}) takes {stage.ratio:.2f}× what was predicted, "
+                f"for {stage.is_off_s:.0f} s now[/yellow]",
+                highlight=False,
+            )
+    if report.better_plan is not None:
+        show_better(report.better_plan)
     for device in report.idle_devices:
         data.print(
             f"Not in the ring: {escape(device.device)} ({gib(device.free_bytes)} free): {escape(device.reason)}",
@@ -53,3 +71,12 @@ def show(report: StatusReport) -> None:
         data.print(f"[bold red]{escape(report.error)}[/bold red]")
         if report.hint:
             data.print(f"[cyan]hint:[/cyan] {escape(report.hint)}", soft_wrap=True)
+
+
+def show_better(better: BetterPlanReport) -> None:
+    data.print(
+        f"A better plan exists, since {escape(better.why)}: {better.tokens_per_s:.1f} tokens/s instead of "
+        f"{better.now_tokens_per_s:.1f} ({escape(', '.join(better.stages))}). Apply it with: potluck replan",
+        highlight=False,
+        soft_wrap=True,
+    )

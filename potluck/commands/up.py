@@ -13,6 +13,8 @@ from potluck.options import (
     ConfigOption,
     ContextOption,
     DeviceOption,
+    EstimateOption,
+    FreshOption,
     HostNameOption,
     InsecureLanOption,
     JsonOption,
@@ -45,6 +47,11 @@ def up(
     ] = False,
     objective: ObjectiveOption = None,
     layers: LayersOption = None,
+    fresh: FreshOption = False,
+    estimate: EstimateOption = False,
+    measure_in_turn: Annotated[
+        bool, typer.Option("--measure-in-turn", help="Measure one device at a time, for hosts that share a machine.")
+    ] = False,
     wait_for: Annotated[
         int | None, typer.Option("--wait-for", help="Wait until this many devices are in the pool.")
     ] = None,
@@ -71,6 +78,9 @@ def up(
         use_all_devices=use_all or None,
         objective=objective,
         layers=layers,
+        fresh=fresh or None,
+        estimate=estimate or None,
+        measure_in_turn=measure_in_turn or None,
         host_name=host_name,
         lan_host=lan_host,
         lan_port=lan_port,

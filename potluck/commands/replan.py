@@ -1,0 +1,43 @@
+"""`potluck replan`: load the ring by the better plan that `potluck status` speaks of."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import msgspec
+import typer
+
+from potluck.commands.status import show_better
+from potluck.head_file import running_head
+from potluck.options import JsonOption
+from potluck.status import BetterPlanReport
+from potluck.terminal import data
+from transport.errors import NotRunning
+
+
+class ReplanAnswer(msgspec.Struct, frozen=True):
+    better_plan: BetterPlanReport | None
+
+
+def register(app: typer.Typer) -> None:
+    app.command("replan")(replan)
+
+
+def replan(json_output: JsonOption = False) -> None:
+    """Apply the better plan, if there is one, as soon as nobody waits for an answer."""
+    head = running_head()
+    try:
+        response = httpx.post(f"{head.url}/potluck/replan", json={}, timeout=10.0, trust_env=False)
+        answer = msgspec.json.decode(response.content, type=ReplanAnswer)
+    except (httpx.HTTPError, msgspec.DecodeError) as error:
+        raise NotRunning(
+            f"the head (process {head.pid}) does not answer at {head.url}: {error}", hint="see: potluck status"
+        ) from error
+    if json_output:
+        data.file.write(json.dumps(msgspec.to_builtins(answer)) + "\n")
+    elif answer.better_plan is None:
+        data.print("The ring runs by the best plan known.")
+    else:
+        show_better(answer.better_plan)
+        data.print("It is loaded as soon as nobody waits for an answer; see: potluck status")
