@@ -14,6 +14,7 @@ from typing import Literal
 
 import zmq
 
+from devices.device import Device
 from planner.plan import Plan
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
@@ -100,6 +101,11 @@ class Head:
         head_file = self._stack.enter_context(HeadFile())
         listener = bind_endpoint(self._settings.host, self._settings.port)
         self._stack.callback(listener.close)
+        # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
+        self._progress.say("Measuring this host's devices")
+        devices = offered_devices(self._settings, say=self._progress.say)
+        for left_by_a_crash in runtime_dir().glob("run-*"):
+            shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))
         self._stack.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
         # Not its context manager: that would wait for ever for a socket somebody forgot.
@@ -116,24 +122,21 @@ class Head:
         self._stack.callback(self.endpoint.stop)
         self.endpoint.start(self.report)
         head_file.publish(self._facts())
-        self._gather()
+        self._gather(devices)
         self._bring_up()
 
     def _facts(self) -> HeadFacts:
         return HeadFacts(pid=os.getpid(), url=self.url, model=self.model.name, control=self._pool.endpoint)
 
-    def _gather(self) -> None:
+    def _gather(self, devices: list[Device]) -> None:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
-        self._progress.say("Measuring this host's devices")
-        settings = self._settings
-        devices = offered_devices(settings, say=self._progress.say)
         self._node.start(devices, remove=self._run_dir)
         names = self._local_names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
-        missing = settings.wait_for_devices - len(names)
+        missing = self._settings.wait_for_devices - len(names)
         if missing > 0:
             self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
-            self._pool.wait_for_devices(names, settings.wait_for_devices, _JOIN_TIMEOUT_S)
+            self._pool.wait_for_devices(names, self._settings.wait_for_devices, _JOIN_TIMEOUT_S)
 
     def _bring_up(self) -> None:
         self.state = "starting"

@@ -63,6 +63,7 @@ class Pool:
         self._workers: dict[bytes, PoolWorker] = {}
         self._changed = threading.Condition()
         self._stats_token = 0
+        self._exit: PotluckError | None = None
         self._server = ControlServer(context, self.endpoint, on_message=self._on_message, on_lost=self._on_lost)
 
     def workers(self) -> list[PoolWorker]:
@@ -77,9 +78,14 @@ class Pool:
                 raise DeadlineExceeded(f"{what} took more than {timeout_s:.0f} s", hint="see the logs: potluck status")
 
     def wait_for_devices(self, names: Sequence[str], num_devices: int, timeout_s: float) -> None:
-        """Until the workers called `names` have registered and there are `num_devices` in all."""
+        """Until the workers called `names` have registered and there are `num_devices` in all.
+
+        Raises DeadlineExceeded, or RingDown as soon as a worker of this host has ended instead.
+        """
 
         def ready() -> bool:
+            if self._exit is not None:
+                raise self._exit
             registered = {worker.register.device for worker in self._workers.values()}
             return registered >= set(names) and len(registered) >= num_devices
 
@@ -134,6 +140,8 @@ class Pool:
     def report_exit(self, pid: int, error: PotluckError) -> None:
         """A worker process of this host has ended: known sooner than by its silence."""
         with self._changed:
+            self._exit = error
+            self._changed.notify_all()
             gone = [worker for worker in self._workers.values() if worker.register.pid == pid]
         for worker in gone:
             self._fail(worker, error)
