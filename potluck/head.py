@@ -144,7 +144,8 @@ class Head:
         devices = [device_of(worker.register) for worker in self._workers_in_order()]
         self.plan = plan_for(self.model, devices, self._settings)
         self.ring = Ring(self._pool, self.model, self.plan, run_dir=self._run_dir, logs=logs_dir(), epoch=self._epoch)
-        self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
+        num_stages = len(self.plan.stages)
+        self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
         self.ring.bring_up(self._progress.tick)
         self._progress.say("Warming up")
         client = self.endpoint.connect(self.ring.api_endpoint)
