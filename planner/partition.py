@@ -144,7 +144,7 @@ def _does_not_fit(demand: _Demand, devices: Sequence[Device]) -> DoesNotFit:
     message = f"{what}; {offers} {available / GIB:.2f} GiB"
     if needed <= available:
         message += ", but no cut into stages fits each of them (every worker takes some for itself)"
-    hint = "pair another device, lower --context or the number of conversations, or raise --memory"
+    hint = "add another device, lower --context or --concurrency, or raise --memory"
     fitting = _largest_halved_context(demand, devices)
     return DoesNotFit(message, hint=f"--context {fitting} would fit; or {hint}" if fitting else hint)
 

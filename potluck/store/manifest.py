@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from shard.gguf_index import INDEX_FILE, read_index
 from shard.spec import ModelSpec
 from transport.errors import BadCheckpoint
 
@@ -42,7 +43,14 @@ class StoredModel:
     @property
     def is_present(self) -> bool:
         """False if someone moved or deleted the files that it points to."""
-        return (self.path / "config.json").is_file()
+        if not (self.path / INDEX_FILE).is_file():
+            return (self.path / "config.json").is_file() and all(
+                (self.path / file.name).is_file() for file in self.files
+            )
+        try:
+            return (self.path / read_index(self.path).file).is_file()
+        except BadCheckpoint:
+            return False
 
     def to_json(self) -> dict[str, Any]:
         data = msgspec.to_builtins(self, enc_hook=str)
