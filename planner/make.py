@@ -143,7 +143,7 @@ def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, lef
     if needed <= available:
         message += ", but no cut into stages fits each of them (every worker takes some for itself)"
     message += "".join(f"; {item.name} is left out: {item.reason}" for item in left_out)
-    hint = "pair another device, lower --context or the number of conversations, or raise --memory"
+    hint = "add another device, lower --context or --concurrency, or raise --memory"
     fitting = _largest_halved_context(profile, pool, workload)
     return DoesNotFit(message, hint=f"--context {fitting} would fit; or {hint}" if fitting else hint)
 

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from potluck.commands import bench, chat, demo, join, models, plan, replan, run, status, up
-from potluck.terminal import errors
+from potluck.terminal import data, errors
 from transport.errors import PotluckError
 
 app = typer.Typer(
     name="potluck",
-    help="Pool the devices of a home to serve one large language model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        data.file.write(f"potluck {version('potluck')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Pool the devices of a home to serve one large language model."""
+
 
 for command in (demo, up, join, run, chat, plan, status, replan, bench, models):
     command.register(app)

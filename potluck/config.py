@@ -111,7 +111,7 @@ def parse_bytes(text: str) -> int:
     digits = number[: len(number) - len(unit)].strip()
     try:
         return int(float(digits) * _UNITS[unit if unit != "g" else "gib"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise ConfigError(f"{text!r} is not an amount of memory", hint='write it as "8GiB" or "500MB"') from error
 
 

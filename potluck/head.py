@@ -16,7 +16,7 @@ from typing import Literal
 
 import zmq
 
-from devices.device import LeftOut
+from devices.device import Device, LeftOut
 from planner.measured import PoolTimes
 from planner.plan import Plan
 from potluck.config import Settings
@@ -126,6 +126,11 @@ class Head:
         head_file = self._stack.enter_context(HeadFile())
         listener = bind_endpoint(self._settings.host, self._settings.port)
         self._stack.callback(listener.close)
+        # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
+        self._progress.say("Measuring this host's devices")
+        devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name)
+        for left_by_a_crash in runtime_dir().glob("run-*"):
+            shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))
         self._stack.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
         # Not its context manager: that would wait for ever for a socket somebody forgot.
@@ -157,7 +162,7 @@ class Head:
         self._stack.callback(self.endpoint.stop)
         self.endpoint.start(self.report, self.request_replan)
         head_file.publish(self._facts())
-        self._gather()
+        self._gather(devices)
         self._bring_up()
 
     def _facts(self) -> HeadFacts:
@@ -178,18 +183,15 @@ class Head:
             self._progress.say(INSECURE_WARNING)
         self._progress.say(f"Other hosts join with: potluck join --head {lan}{insecure}")
 
-    def _gather(self) -> None:
+    def _gather(self, devices: list[Device]) -> None:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
-        self._progress.say("Measuring this host's devices")
-        settings = self._settings
-        devices = offered_devices(settings, say=self._progress.say, host=self._here.name)
         self._node.start(devices)
         names = self._local_names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
-        missing = settings.wait_for_devices - len(names)
+        missing = self._settings.wait_for_devices - len(names)
         if missing > 0:
             self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
-            self._pool.wait_for_devices(names, settings.wait_for_devices, _JOIN_TIMEOUT_S)
+            self._pool.wait_for_devices(names, self._settings.wait_for_devices, _JOIN_TIMEOUT_S)
 
     def _bring_up(self, times: PoolTimes | None = None) -> None:
         """Plan with `times`, or with what is measured now, load every stage, and warm the ring up."""
@@ -207,7 +209,8 @@ class Head:
             logs=logs_dir(),
             epoch=self._epoch,
         )
-        self._progress.say(f"Loading {self.model.name} over {len(self.plan.stages)} stages")
+        num_stages = len(self.plan.stages)
+        self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
         self.ring.bring_up(self._progress.tick)
         self._progress.say("Warming up")
         client = self.endpoint.connect(self.ring.api_endpoint)

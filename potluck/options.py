@@ -11,6 +11,9 @@ import typer
 from potluck.config import Settings, checked, load_settings, parse_bytes
 from potluck.paths import config_file
 
+# The API's own default is 1, as OpenAI documents it; a small model rambles there.
+DEFAULT_TEMPERATURE = 0.7
+
 DeviceOption = Annotated[
     list[str] | None,
     typer.Option("--device", help="A device to use, such as torch:cpu, cuda:0, mps or mlx; repeat it. Default: all."),
@@ -52,6 +55,7 @@ HostNameOption = Annotated[
     str | None, typer.Option("--host-name", help="This host's name in the pool. Default: the system's.")
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print facts as JSON on stdout.")]
 
 

@@ -25,9 +25,8 @@ def config_file() -> Path:
 
 
 def logs_dir() -> Path:
-    path = home_dir() / "logs"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """Raises ConfigError if it can't be made."""
+    return _made(home_dir() / "logs", mode=0o777, moved_by="POTLUCK_HOME")
 
 
 def probe_cache_file() -> Path:
@@ -51,12 +50,21 @@ def runtime_dir() -> Path:
         path = Path(os.environ["XDG_RUNTIME_DIR"]) / "potluck"
     else:
         path = Path(tempfile.gettempdir()) / f"potluck-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
+    status = _made(path, mode=0o700, moved_by="POTLUCK_RUNTIME").stat()
     if status.st_uid != os.getuid():
         raise ConfigError(f"{path} belongs to another user", hint="set POTLUCK_RUNTIME to a folder of your own")
     if status.st_mode & 0o077:
         path.chmod(0o700)
     if len(os.fsencode(path)) + len(f"/run-{os.getpid()}") + _LONGEST_SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError(f"{path} is too long for a socket's path", hint="set POTLUCK_RUNTIME to a shorter folder")
+    return path
+
+
+def _made(path: Path, *, mode: int, moved_by: str) -> Path:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {path} can't be made: {error.strerror}", hint=f"set {moved_by} to a folder that you can write"
+        ) from error
     return path

@@ -75,6 +75,7 @@ class Pool:
         endpoints = [f"ipc://{run_dir}/control"]
         if here.address is not None:
             endpoints.append(tcp_endpoint(here.address, lan_port))
+        self._exit: PotluckError | None = None
         self.questions = Questions(
             lambda peer, message: self._server.send(peer, message),
             lambda worker: worker.peer.identity in self._workers,
@@ -103,9 +104,14 @@ class Pool:
                 raise DeadlineExceeded(f"{what} took more than {timeout_s:.0f} s", hint="see the logs: potluck status")
 
     def wait_for_devices(self, names: Sequence[str], num_devices: int, timeout_s: float) -> None:
-        """Until the workers called `names` have registered and there are `num_devices` in all."""
+        """Until the workers called `names` have registered and there are `num_devices` in all.
+
+        Raises DeadlineExceeded, or RingDown as soon as a worker of this host has ended instead.
+        """
 
         def ready() -> bool:
+            if self._exit is not None:
+                raise self._exit
             registered = {worker.register.device for worker in self._workers.values()}
             return registered >= set(names) and len(registered) >= num_devices
 
@@ -190,6 +196,8 @@ class Pool:
     def report_exit(self, pid: int, error: PotluckError) -> None:
         """A worker process of this host has ended: known sooner than by its silence."""
         with self._changed:
+            self._exit = error
+            self._changed.notify_all()
             gone = [worker for worker in self._workers.values() if worker.register.pid == pid]
         for worker in gone:
             self._fail(worker, error)

@@ -35,6 +35,7 @@ def shown_progress(console: Console) -> Iterator[PullCallback]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     tasks: dict[Stage, TaskID] = {}
 

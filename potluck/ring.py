@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from potluck.pool import Pool, PoolWorker
 from potluck.processes import Child, stop_all
 from potluck.store import StoredModel
 from transport.endpoints import tcp_endpoint
-from transport.errors import ConfigError, PotluckError, RingDown
+from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
 from transport.messages import Connect, Fence, Load
 
 MAX_STEP_TOKENS = 1024
@@ -60,7 +59,6 @@ class Ring:
         self._epoch = epoch
         self._engine_log = logs / "engine.log"
         self._engine: Child | None = None
-        self._down = threading.Event()
         self.plan = plan
         self.fence = Fence(secrets.token_hex(8), epoch, plan.id)
         self.stages: tuple[RingStage, ...] = self._assign()
@@ -84,15 +82,20 @@ class Ring:
         self._pool.connect(
             [(worker, Connect(self.fence, next)) for worker, next in zip(workers, following, strict=True)]
         )
-        self._pool.wait_until_loaded(workers, tick=tick)
+
+        def watched(workers: Sequence[PoolWorker]) -> None:
+            if (error := self.engine_exit()) is not None:
+                raise error
+            tick(workers)
+
+        self._pool.wait_until_loaded(workers, tick=watched)
 
     def mark_down(self, error: PotluckError) -> bool:
-        """Remember why the ring can't serve; True the first time."""
-        first = not self._down.is_set()
-        if first:
+        """Remember why the ring can't serve. True if that is news: the first error, or the cause of a first symptom."""
+        is_news = self.error is None or (isinstance(self.error, NeighbourGone) and not isinstance(error, NeighbourGone))
+        if is_news:
             self.error = error
-            self._down.set()
-        return first
+        return is_news
 
     def engine_exit(self) -> PotluckError | None:
         """Why the engine process is gone, if it is."""
@@ -110,6 +113,9 @@ class Ring:
 
     def _assign(self) -> tuple[RingStage, ...]:
         by_name = {worker.register.device: worker for worker in self._pool.workers()}
+        gone = [stage.device for stage in self.plan.stages if stage.device not in by_name]
+        if gone:
+            raise RingDown(f"{gone[0]} left while the ring was planned", hint="start again")
         return tuple(
             RingStage(index=index, first=stage.first, last=stage.last, worker=by_name[stage.device])
             for index, stage in enumerate(self.plan.stages)

@@ -32,6 +32,7 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
         DownloadColumn(binary_units=True),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     tasks: dict[str, TaskID] = {}
     measuring: dict[str, TaskID] = {}
@@ -62,20 +63,13 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
 
 
 def stage_table(report: StatusReport) -> Table:
-    """The ring's stages, one a row."""
-    table = Table(title=f"{report.model}: {report.state}", title_justify="left")
-    for heading, justify in (
-        ("stage", "right"),
-        ("device", "left"),
-        ("backend", "left"),
-        ("layers", "left"),
-        ("weights", "right"),
-        ("KV (plan)", "right"),
-        ("resident", "right"),
-        ("ms/token", "right"),
-        ("planned", "right"),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    """The ring's stages, one a row. All of it fits into 80 characters; a long device name is folded, never cut."""
+    table = Table(
+        title=f"{report.model}: {report.state}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for heading in ("stage", "device", "backend", "layers", "weights", "KV used/plan", "resident", "ms/token", "plan"):
+        is_text = heading in ("device", "backend", "layers")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "device", overflow="fold")
     for stage in report.stages:
         table.add_row(
             str(stage.stage),
@@ -83,7 +77,7 @@ def stage_table(report: StatusReport) -> Table:
             stage.backend,
             f"{stage.first}–{stage.last - 1}",
             gib(stage.weights_bytes),
-            f"{gib(stage.kv_bytes)} ({gib(stage.kv_reserved_bytes)})",
+            f"{stage.kv_bytes / 2**20:.0f}/{stage.kv_reserved_bytes / 2**20:.0f} MiB",
             gib(stage.rss_bytes),
             f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–",
             f"{stage.predicted_ms_per_token:.1f}",

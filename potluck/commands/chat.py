@@ -8,6 +8,7 @@ import typer
 
 from potluck.conversation import converse
 from potluck.head_file import running_head
+from potluck.options import DEFAULT_TEMPERATURE, TemperatureOption
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    temperature: TemperatureOption = DEFAULT_TEMPERATURE,
 ) -> None:
     """Chat with the running head. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     head = running_head()

@@ -11,7 +11,16 @@ import typer
 from potluck.ask import ask
 from potluck.conversation import converse
 from potluck.head_file import running_head
-from potluck.options import ConfigOption, ContextOption, DeviceOption, JsonOption, MemoryOption, settings_with
+from potluck.options import (
+    DEFAULT_TEMPERATURE,
+    ConfigOption,
+    ContextOption,
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    TemperatureOption,
+    settings_with,
+)
 from potluck.session import model_of, running_head_of
 from potluck.terminal import data, errors
 from transport.errors import NotRunning
@@ -25,7 +34,7 @@ def run(
     model: Annotated[str, typer.Argument(help="A model of the store, or a source to pull.")],
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, chat.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    temperature: TemperatureOption = DEFAULT_TEMPERATURE,
     device: DeviceOption = None,
     memory: MemoryOption = None,
     context: ContextOption = None,

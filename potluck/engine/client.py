@@ -16,7 +16,7 @@ import zmq
 
 from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.engine.book import failure
-from transport.errors import Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
+from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.requests import (
     Aborted,
     Cancel,
@@ -40,6 +40,9 @@ _MAX_OUTBOX = 10_000
 
 log = logging.getLogger("potluck.engine.client")
 
+_encoder = msgspec.msgpack.Encoder()
+_PING = _encoder.encode(Ping())
+
 _Inbox = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[EngineEvent]"]
 
 
@@ -54,7 +57,7 @@ class EngineClient:
         self._wake = Wake()
         # Guards what the socket's thread and the event loops share: all of the following.
         self._changed = threading.Condition()
-        self._outbox: deque[ClientMessage] = deque()
+        self._outbox: deque[bytes] = deque()
         self._inboxes: dict[str, _Inbox] = {}
         self._pings: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Pong]]] = []
         self._state: Literal["starting", "ready", "down"] = "starting"
@@ -62,7 +65,6 @@ class EngineClient:
         self._error: PotluckError = RingDown("the engine is starting", hint="try again in a moment")
         self._is_lost_for_good = False
         self._is_closing = False
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
         self._thread = threading.Thread(target=self._run, name="engine client", daemon=True)
         self._thread.start()
@@ -88,14 +90,20 @@ class EngineClient:
     async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
         """The request's events up to its terminal one. Closing the iterator early cancels the request.
 
-        Sent when first iterated. If the engine is not ready the only event is a RequestFailed.
+        Sent when first iterated. If the engine is not ready, or this can't be sent, the only event is a RequestFailed.
         """
         queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        try:
+            # Here, and not in the socket's thread, so that only this request fails if it can't be encoded.
+            frame = _frame_of(submit)
+        except BadRequest as error:
+            yield failure(submit.request, error)
+            return
         with self._changed:
             refusal = self._refusal()
             if refusal is None:
                 self._inboxes[submit.request] = (asyncio.get_running_loop(), queue)
-                self._outbox.append(submit)
+                self._outbox.append(frame)
         if refusal is not None:
             yield failure(submit.request, refusal)
             return
@@ -150,10 +158,21 @@ class EngineClient:
 
     def _send(self, message: ClientMessage) -> None:
         with self._changed:
-            self._outbox.append(message)
+            self._outbox.append(_encoder.encode(message))
         self._wake.set()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            # Our own fault, but whoever waits has to be told.
+            log.exception("the engine's client failed")
+            self.mark_down(PotluckError(f"the engine's client failed: {type(error).__name__}: {error}"))
+        finally:
+            self._socket.close()
+            self._monitor.close(0)
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake.fileno()):
             poller.register(source, zmq.POLLIN)
@@ -175,16 +194,14 @@ class EngineClient:
                 self._go_down(RingDown(f"the engine has been silent for {_SILENT_AFTER_S:.0f} s", hint="see its log"))
             if time.monotonic() >= next_ping_s:
                 next_ping_s = time.monotonic() + _PING_INTERVAL_S
-                if not any(isinstance(message, Ping) for message in list(self._outbox)[:8]):
-                    self._outbox.append(Ping())
+                if _PING not in list(self._outbox)[:8]:
+                    self._outbox.append(_PING)
             self._flush()
-        self._socket.close()
-        self._monitor.close(0)
 
     def _flush(self) -> None:
         while self._outbox:
             try:
-                self._socket.send(self._encoder.encode(self._outbox[0]), flags=zmq.DONTWAIT)
+                self._socket.send(self._outbox[0], flags=zmq.DONTWAIT)
             except zmq.Again:
                 return
             self._outbox.popleft()
@@ -242,12 +259,26 @@ class EngineClient:
             inboxes, self._inboxes = self._inboxes, {}
             pings, self._pings = self._pings, []
             # Their clients have been told: an engine that comes back must not go on with them.
-            self._outbox = deque(Cancel(request) for request in inboxes)
+            self._outbox = deque(_encoder.encode(Cancel(request)) for request in inboxes)
             self._changed.notify_all()
         for request, (loop, queue) in inboxes.items():
             _call(loop, _put, [(queue, failure(request, error))])
         for loop, future in pings:
             _call(loop, _refuse, future, error)
+
+
+def _frame_of(submit: Submit) -> bytes:
+    """Raises BadRequest."""
+    try:
+        frame = _encoder.encode(submit)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise BadRequest(f"the request can't be sent to the engine: {error}") from error
+    if len(frame) > MAX_CLIENT_MESSAGE_BYTES:
+        raise BadRequest(
+            f"the request has {len(frame):,} bytes; at most {MAX_CLIENT_MESSAGE_BYTES:,} are possible",
+            hint="send fewer or shorter messages",
+        )
+    return frame
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:

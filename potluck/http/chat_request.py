@@ -54,6 +54,10 @@ _REFUSED_IN_PART: dict[str, tuple[Any, ...]] = {}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
+# What travels to the engine is in 64 bits; the engine knows the tighter limits (context, vocabulary, choices).
+_MOST = 2**31 - 1
+
+
 class TextPart(Struct, frozen=True):
     type: Literal["text"]
     text: str
@@ -80,19 +84,19 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-    n: Annotated[int, Meta(ge=1)] = 1
+    max_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
+    n: Annotated[int, Meta(ge=1, le=_MOST)] = 1
     stop: str | list[str] = []
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_k: Annotated[int, Meta(ge=0, le=_MOST)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    logit_bias: dict[Annotated[int, Meta(ge=0, le=_MOST)], Annotated[float, Meta(ge=-100, le=100)]] = {}
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 

@@ -13,6 +13,7 @@ from transport.errors import NoSpace, PotluckError
 # Room for the index, the tokenizer and the file system's own book-keeping.
 MARGIN_BYTES = 32 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 def require_space(folder: Path, need_bytes: int, what: str) -> None:
@@ -24,20 +25,23 @@ def require_space(folder: Path, need_bytes: int, what: str) -> None:
 
 @contextmanager
 def translated_write_errors(folder: Path, what: str) -> Iterator[None]:
-    """Inside, an OSError of writing below `folder` becomes NoSpace, or a PotluckError that names the folder."""
+    """Inside, an OSError of writing in `folder` becomes NoSpace, or a PotluckError that names the folder."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_space(
-                folder, f"the disk filled up while writing {what}", shutil.disk_usage(folder).free
-            ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise _no_space(folder, f"the disk filled up while writing {what}", _free_bytes(folder)) from error
+        if error.errno in _REFUSED:
             raise PotluckError(
                 f"can't write {what} in {folder}: {error.strerror}",
-                hint="give yourself the right to write there, or set POTLUCK_HOME to another folder",
+                hint="see that you may write there, or set POTLUCK_HOME to another folder",
             ) from error
         raise
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of its disk, also if the folder itself could not be made any more."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _no_space(folder: Path, what: str, free_bytes: int) -> NoSpace:

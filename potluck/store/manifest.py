@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from shard.gguf_index import INDEX_FILE, read_index
 from shard.spec import ModelSpec
 from transport.errors import BadCheckpoint
 
@@ -42,7 +43,24 @@ class StoredModel:
     @property
     def is_present(self) -> bool:
         """False if someone moved or deleted the files that it points to."""
-        return (self.path / "config.json").is_file()
+        try:
+            paths = self._paths()
+        except BadCheckpoint:
+            return False
+        return (self.path / "config.json").is_file() and all(path.is_file() for path in paths)
+
+    @property
+    def is_whole(self) -> bool:
+        """False also if one of them has another size than when it was pulled."""
+        return self.is_present and all(
+            path.stat().st_size == file.num_bytes for path, file in zip(self._paths(), self.files, strict=True)
+        )
+
+    def _paths(self) -> list[Path]:
+        """Where `files` lie. Raises BadCheckpoint."""
+        if (self.path / INDEX_FILE).is_file():
+            return [self.path / read_index(self.path).file]
+        return [self.path / file.name for file in self.files]
 
     def to_json(self) -> dict[str, Any]:
         data = msgspec.to_builtins(self, enc_hook=str)

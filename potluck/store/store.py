@@ -176,6 +176,6 @@ def _snapshot(model: StoredModel) -> Path | None:
 
 
 def _is_current(model: StoredModel, source: Source) -> bool:
-    if model.source != source.text or not model.is_present:
+    if model.source != source.text or not model.is_whole:
         return False
     return not isinstance(source, LocalSource) or model.files == files_of(source.path)

@@ -42,7 +42,7 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
     except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
         raise DoesNotFit(
             f"{spec.device} has no memory left for layers [{spec.first}, {spec.last}): {error}",
-            hint="give this device fewer layers, lower --context, or pair another device",
+            hint="give this device fewer layers, lower --context, or add another device",
         ) from error
     return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes)
 

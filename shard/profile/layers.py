@@ -103,12 +103,13 @@ class LayerProbe:
             self.tell(f"chunks of {rows}")
             single_s = max(stage.fresh_chunk(rows) for stage in singles)
             stages = list(singles)
-            if growth * run_s < longest_s:
+            # A layer alone would pay for all that a step of so many tokens costs besides.
+            if growth * run_s < 2 * longest_s:
                 through_run.add(rows)
                 stages = [run, *singles] if len(singles) > 1 else [run]
                 run_s = run.fresh_chunk(rows)
             else:
-                run_s = longest_s
+                run_s = 2 * longest_s
             points.append((rows, [_chunking(stage, rows) for stage in stages]))
         for rows, times in self._together(points, share=_PREFILL_SHARE, most=_MOST_CHUNKS).items():
             if rows in through_run:

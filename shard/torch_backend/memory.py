@@ -29,7 +29,7 @@ def loading_memory(what: str, device: str) -> Iterator[None]:
             raise
         raise DoesNotFit(
             f"{device} has no memory left for {what}",
-            hint="give this device fewer layers, lower --context, or pair another device",
+            hint="give this device fewer layers, lower --context, or add another device",
         ) from error
 
 

@@ -8,9 +8,11 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
@@ -37,6 +39,39 @@ def test_nothing_is_left_when_it_is_interrupted_while_loading(home: Home) -> Non
     wait_until(lambda: len(home.processes()) >= 3, 60.0)
     running.stop(signal.SIGINT)
     wait_until(lambda: home.leftovers() == [str(home.runtime / "stderr.txt")], 5.0, home.leftovers)
+
+
+def test_nothing_is_left_when_it_crashes_while_measuring(home: Home, data_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(data_home / "models")
+    fresh = Home(data=tmp_path, runtime=home.runtime)  # nothing is measured yet
+    (home.runtime / "run-of-an-old-crash").mkdir()
+    running = Running(fresh, *up_arguments(devices=TWO_DEVICES))
+    wait_until(lambda: bool(processes(home, "devices.probe")), 30.0, running.said)
+    running.stop(signal.SIGKILL)
+    wait_until(lambda: not home.processes(), 5.0, home.leftovers)
+    assert not [path for path in home.runtime.rglob("*") if path.is_socket()]
+    running = Running(home, *up_arguments(devices=ONE_DEVICE))
+    running.facts()
+    assert not (home.runtime / "run-of-an-old-crash").exists()
+    running.stop()
+    assert home.leftovers() == [str(home.runtime / "stderr.txt")]
+
+
+@pytest.mark.parametrize("module", ["shard.worker", "potluck.engine.process"])
+def test_a_process_that_dies_before_it_has_loaded_is_named_at_once(home: Home, module: str) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    wait_until(lambda: bool(processes(home, module)), 30.0, running.said)
+    processes(home, module)[0].kill()
+    started = time.monotonic()
+    assert running.process.wait(20.0) == 1
+    assert time.monotonic() - started < 10.0
+    said = running.said()
+    assert "ended" in said and "9" in said and "does not take messages" not in said
+    assert home.leftovers() == [str(home.runtime / "stderr.txt")]
+
+
+def processes(home: Home, module: str) -> list[psutil.Process]:
+    return [process for process in home.processes() if module in process.cmdline()]
 
 
 def test_a_second_head_says_which_one_runs(home: Home) -> None:
@@ -111,7 +146,9 @@ def stream_lines(url: str, found: list[str]) -> None:
         "logit_bias": {"2": -100},
     }
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-        found.extend(line for line in response.iter_lines() if line.startswith("data:"))
+        for line in response.iter_lines():
+            if line.startswith("data:"):
+                found.append(line)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -142,6 +179,22 @@ def test_a_worker_that_dies_ends_its_requests_and_the_ring(home: Home, stage: in
     assert status["state"] == "down"
     assert "signal 9" in status["error"]
     assert "signal 9" in running.said()
+    running.stop()
+
+
+def test_a_worker_that_stops_answering_is_found_and_named(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    facts = running.facts()
+    lines: list[str] = []
+    thread = threading.Thread(target=stream_lines, args=(facts["url"], lines))
+    thread.start()
+    wait_until(lambda: len(lines) > 3, 20.0)
+    os.kill(facts["stages"][0]["pid"], signal.SIGSTOP)
+    thread.join(20.0)
+    assert not thread.is_alive()
+    assert json.loads(lines[-1].removeprefix("data:"))["error"]["code"] == "ring_down"
+    # Its neighbour noticed first; the head replaces that by the cause.
+    wait_until(lambda: "cpu-1 went silent" in home.run("status", "--json").stdout, 15.0, running.said)
     running.stop()
 
 

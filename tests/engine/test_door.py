@@ -23,7 +23,7 @@ from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
 from tests.engine.engine_process import slowly_forever
 from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, script
-from transport.errors import RingDown
+from transport.errors import BadRequest, RingDown
 from transport.messages import Sampling
 from transport.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
 
@@ -111,6 +111,18 @@ def test_several_requests_at_once(door: Door) -> None:
         assert "".join(event.text for event in events if isinstance(event, Delta)) == "hello"
         assert isinstance(events[-1], Finished)
     _eventually(door.is_empty)
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 10**30}, {"stop": ("\ud800",)}, {"prompt": "x" * (33 * 2**20)}])
+def test_a_request_that_cannot_be_sent_fails_alone(door: Door, fields: dict[str, Any]) -> None:
+    client = door.client()
+
+    async def ask() -> tuple[list[EngineEvent], list[EngineEvent]]:
+        return await _all(client.submit(_submit("bad", **fields))), await _all(client.submit(_submit("good")))
+
+    (failed,), answered = asyncio.run(asyncio.wait_for(ask(), 10.0))
+    assert isinstance(failed, RequestFailed) and failed.code == BadRequest.code
+    assert isinstance(answered[-1], Finished)
 
 
 def test_cancel_ends_the_iterator_with_aborted(door: Door) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import httpx
 import openai
 import pytest
 import uvicorn
 
+from potluck.endpoint import bind_endpoint
 from potluck.http.app import create_app
 from tests.http.scripted import ScriptedEngine
 
@@ -25,8 +28,7 @@ class Server:
 
     def __init__(self) -> None:
         self.engine = ScriptedEngine()
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket = bind_endpoint("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         config = uvicorn.Config(
             create_app(self.engine, model=_MODEL), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
@@ -68,6 +70,13 @@ def _ask(client: openai.OpenAI, content: str, **fields: object) -> openai.types.
     return client.chat.completions.create(  # type: ignore[call-overload,no-any-return]
         model=_MODEL, messages=[{"role": "user", "content": content}], **fields
     )
+
+
+def test_no_answer_waits_for_an_acknowledgement(server: Server) -> None:
+    # Nagle's algorithm and delayed acknowledgements would make each but the first take 40 ms.
+    with httpx.Client(base_url=server.base_url, trust_env=False) as client:
+        times_s = [client.post("chat/completions", json={}).elapsed.total_seconds() for _ in range(9)]
+    assert statistics.median(times_s) < 0.03
 
 
 def test_whole_answers_stop_strings_and_seeds(server: Server) -> None:

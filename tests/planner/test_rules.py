@@ -218,7 +218,7 @@ def test_does_not_fit_says_how_much_and_what_would() -> None:
     needed = 8 * 100 * MIB + 100 * MIB + 8 * 1024 * 8192 * 4 + RUNTIME_RESERVE_BYTES
     assert f"{needed / GIB:.2f} GiB" in caught.value.message
     assert f"{(900 * MIB + 2 * RUNTIME_RESERVE_BYTES) / GIB:.2f} GiB" in caught.value.message
-    assert "pair another device" in caught.value.hint
+    assert "add another device" in caught.value.hint
 
 
 def test_does_not_fit_names_a_context_that_would() -> None:

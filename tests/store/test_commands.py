@@ -65,3 +65,18 @@ def test_errors_end_with_a_hint_and_exit_code_1(environment: dict[str, str]) -> 
     empty = potluck(environment, "list")
     assert empty.returncode == 0
     assert "potluck pull smollm2" in empty.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments"),
+    [("POTLUCK_HOME", ["pull", "tiny.gguf"]), ("POTLUCK_HOME", ["up", "tiny.gguf"]), ("POTLUCK_RUNTIME", ["status"])],
+)
+def test_a_folder_that_cannot_be_made_is_named(
+    environment: dict[str, str], tmp_path: Path, variable: str, arguments: list[str]
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    arguments = [str(tmp_path / "tiny.gguf") if word == "tiny.gguf" else word for word in arguments]
+    below_a_file = tmp_path / "tiny.gguf" / "folder"
+    done = potluck(environment | {variable: str(below_a_file)}, *arguments)
+    assert done.returncode == 1
+    assert str(below_a_file) in done.stderr and variable in done.stderr and "Traceback" not in done.stderr

@@ -132,6 +132,18 @@ def test_files_that_went_are_told(store: Store, tmp_path: Path) -> None:
     assert store.remove("mine").name == "mine"
 
 
+def test_a_weights_file_that_went_is_told(store: Store, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = write_folder(tmp_path / "mine", tensors())
+    for path, gone in ((tmp_path / "tiny.gguf", tmp_path / "tiny.gguf"), (folder, folder / "model.safetensors")):
+        name = store.pull(str(path)).name
+        assert store.show(name).is_present
+        gone.unlink()
+        assert not store.show(name).is_present
+        with pytest.raises(PotluckError, match=path.name):
+            store.resolve(name)
+
+
 def test_a_broken_record_hides_no_other_model(store: Store, tmp_path: Path) -> None:
     first = store.pull(str(write_folder(tmp_path / "one", tensors())))
     store.pull(str(write_folder(tmp_path / "two", tensors())))

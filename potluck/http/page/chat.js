@@ -2,8 +2,9 @@ import { events } from "./sse.js";
 import { render } from "./text.js";
 
 const POLL_MS = 3000;
+const TEMPERATURE = 0.7; // as in `potluck chat`: a small model rambles at the API's default of 1
 const $ = (id) => document.getElementById(id);
-const log = $("log"), input = $("input"), form = $("form"), send = $("send"), stop = $("stop");
+const log = $("log"), empty = $("empty"), input = $("input"), form = $("form"), send = $("send"), stop = $("stop");
 
 let model = null;
 let messages = [];
@@ -28,7 +29,7 @@ async function poll() {
     shown.dataset.state = state;
     shown.textContent = state;
     if (state === "ready" && !hasSendFailed) hideError();
-    if (state === "down") showError(`The ring is down: ${reason} Restart Potluck to go on.`);
+    if (state === "down") showError(`The ring is down: ${reason}. Restart Potluck to go on.`);
     if (state === "unreachable") showError(`${reason} Start it again with “potluck up”; this page reconnects.`);
   }
   shown.title = reason;
@@ -54,7 +55,7 @@ function hideError() {
 // The conversation.
 
 function addMessage(role, text) {
-  $("empty")?.remove();
+  empty.remove();
   const article = document.createElement("article");
   article.className = role;
   const heading = document.createElement("h2");
@@ -122,7 +123,13 @@ async function stream(conversation, answer, article, signal) {
   const response = await fetch("/v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ model, messages: conversation, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({
+      model,
+      messages: conversation,
+      temperature: TEMPERATURE,
+      stream: true,
+      stream_options: { include_usage: true },
+    }),
     signal,
   });
   if (!response.ok) throw failure((await response.json().catch(() => ({}))).error, response.status);
@@ -211,7 +218,7 @@ stop.addEventListener("click", () => running?.abort());
 $("new").addEventListener("click", () => {
   running?.abort();
   messages = [];
-  log.replaceChildren();
+  log.replaceChildren(empty);
   hideError();
   input.focus();
 });
