@@ -116,4 +116,6 @@ def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[]
 
 
 def up_arguments(*extra: str, devices: Sequence[str] = DEMO_DEVICES) -> list[str]:
-    return ["up", "smollm2", *devices, "--use-all", "--threads", "1", "--port", "0", "--json", *extra]
+    # Quick, and the devices in the order given: what is measured and solved has tests of its own.
+    plan = ("--use-all", "--estimate", "--objective", "proportional")
+    return ["up", "smollm2", *devices, *plan, "--threads", "1", "--port", "0", "--json", *extra]
