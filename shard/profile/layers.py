@@ -28,6 +28,8 @@ _CONTEXT_SHARE = 0.25
 _TOO_LONG_SHARE = 0.04
 """A single step that takes more of the budget than this is not run: the last slope goes on."""
 
+_FAST_SHARE = 0.005
+
 _MOST_CHUNKS = 5
 _MOST_STEPS = 12
 
@@ -195,16 +197,21 @@ class LayerProbe:
         run = self.loaded.run
         cold = run.open(1)
 
+        # As between two steps of a real stage, the KV should leave the caches; on a slow device it makes no difference,
+        # and would leave time for one sample only.
+        is_fast = self.run_s < _FAST_SHARE * self.clock.budget_s
+
         def evicting(measured: Sequence[SequenceId]) -> Callable[[], float]:
             def step() -> float:
-                run.step(cold)  # As between two steps of a real stage: the KV leaves the caches.
+                if is_fast:
+                    run.step(cold)
                 return stage.step(measured)
 
             return step
 
         late, early = self.clock.sample(
             [evicting(sequences), evicting(brief)],
-            share=_CONTEXT_SHARE / (4 * len(self.loaded.singles)),
+            share=_CONTEXT_SHARE / (2 * len(self.loaded.singles)),
             most=_MOST_STEPS,
         )
         stage.release(brief)
@@ -220,20 +227,20 @@ class LayerProbe:
         step = (sum(w * seconds for w, seconds in zip(weights, single_s, strict=True)) - run_s) / unknowns
         # Neither a step nor a layer takes less than nothing, whatever the noise says. (Under a CPU quota a step can
         # seem to: what was saved up while it waited is spent at once. The run's time has that in it.)
-        return min(max(step, 0.0), 0.9 * min(single_s))
+        return min(max(step, 0.0), 0.95 * min(single_s))
 
     def _split(self, run_s: float, single_s: Sequence[float]) -> list[float]:
         """Seconds of a layer of each kind: the run's time, in the proportions of the single layers."""
         weights = self._per_single()
         if len(weights) == 1:
-            return [max(run_s - self.step_s, 0.1 * run_s) / len(self.loaded.kinds)]
+            return [max(run_s - self.step_s, 0.05 * run_s) / len(self.loaded.kinds)]
         alone = [self._of_single(kind, seconds) for kind, seconds in enumerate(single_s)]
         whole = sum(alone[kind] for kind in self.loaded.kinds)
-        factor = max(run_s - self.step_s, 0.1 * run_s) / whole
+        factor = max(run_s - self.step_s, 0.05 * run_s) / whole
         return [factor * seconds for seconds in alone]
 
     def _of_single(self, kind: int, seconds: float) -> float:
-        return max(seconds - self.step_s, 0.1 * seconds) / self.loaded.singles[kind].num_layers
+        return max(seconds - self.step_s, 0.05 * seconds) / self.loaded.singles[kind].num_layers
 
     def _per_single(self) -> list[float]:
         """How many of each single stage the run's layers make."""
