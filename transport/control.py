@@ -21,6 +21,12 @@ SILENT_AFTER_S = 6.0
 _RETRY_S = 0.02
 
 
+def _set_options(sock: zmq.Socket[bytes]) -> None:
+    # Patient: a process that ends closes its connection at once, and one that a busy host holds up for a moment
+    # must not cost its worker, with all weights that it has loaded.
+    set_options(sock, max_message_bytes=MAX_CONTROL_BYTES, silent_after_ms=int(SILENT_AFTER_S * 1000))
+
+
 class ControlClient:
     """A worker's end. Registers at once; one thread owns the socket.
 
@@ -42,7 +48,7 @@ class ControlClient:
         self._wake = Wake()
         self._closing = threading.Event()
         self._socket = context.socket(zmq.DEALER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
+        _set_options(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
         self.send(register)
@@ -121,7 +127,7 @@ class ControlServer:
         self._closing = threading.Event()
         self.num_refused = 0
         self._socket = context.socket(zmq.ROUTER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES)
+        _set_options(self._socket)
         self._socket.bind(endpoint)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import threading
 from pathlib import Path
 
 EXIT_ORPHANED = 75
+_STDIN = 0
 
 
 def hold_lifeline(remove: Path | None = None) -> None:
@@ -21,7 +21,8 @@ def hold_lifeline(remove: Path | None = None) -> None:
 
 
 def _watch(remove: Path | None) -> None:
-    while sys.stdin.buffer.read(1):
+    # Not through sys.stdin: its lock would be held here while the interpreter, at its end, waits for it and aborts.
+    while os.read(_STDIN, 1):
         pass
     if remove is not None:
         shutil.rmtree(remove, ignore_errors=True)
