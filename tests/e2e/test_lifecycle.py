@@ -194,7 +194,7 @@ def test_a_worker_that_stops_answering_is_found_and_named(home: Home) -> None:
     assert not thread.is_alive()
     assert json.loads(lines[-1].removeprefix("data:"))["error"]["code"] == "ring_down"
     # Its neighbour noticed first; the head replaces that by the cause.
-    wait_until(lambda: "cpu-1 went silent" in home.run("status", "--json").stdout, 15.0, running.said)
+    wait_until(lambda: "cpu-1 left or went silent" in home.run("status", "--json").stdout, 15.0, running.said)
     running.stop()
 
 
@@ -224,4 +224,5 @@ def test_a_device_joins_and_leaves(home: Home) -> None:
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
     joined.stop()
     wait_until(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 503, 15.0)
+    wait_until(lambda: "second/cpu left" in running.said(), 10.0, running.said)
     running.stop()
