@@ -264,7 +264,8 @@ class Pool:
         with self._changed:
             worker = self._workers.pop(peer.identity, None)
         if worker is not None:
-            self._fail(worker, RingDown(f"{worker.register.device} went silent", hint="is its host asleep?"))
+            what = f"{worker.register.device} left or went silent"
+            self._fail(worker, RingDown(what, hint="wake it up, let it join again, or start this head without it"))
 
     def _fail(self, worker: PoolWorker, error: PotluckError) -> None:
         with self._changed:

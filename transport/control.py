@@ -23,6 +23,13 @@ REACH_WITHIN_S = 20.0
 _RETRY_S = 0.02
 
 
+def _set_options(sock: zmq.Socket[bytes], *, on_network: bool) -> None:
+    # Patient: a process that ends closes its connection at once, and one that a busy host holds up for a moment
+    # must not cost its worker, with all weights that it has loaded.
+    silent_after_ms = int(SILENT_AFTER_S * 1000)
+    set_options(sock, max_message_bytes=MAX_CONTROL_BYTES, on_network=on_network, silent_after_ms=silent_after_ms)
+
+
 class ControlClient:
     """A worker's end. Registers at once; one thread owns the socket.
 
@@ -44,7 +51,7 @@ class ControlClient:
         self._wake = Wake()
         self._closing = threading.Event()
         self._socket = context.socket(zmq.DEALER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES, on_network=is_tcp(endpoint))
+        _set_options(self._socket, on_network=is_tcp(endpoint))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
         self.send(register)
@@ -129,7 +136,7 @@ class ControlServer:
         self._closing = threading.Event()
         self.num_refused = 0
         self._socket = context.socket(zmq.ROUTER)
-        set_options(self._socket, max_message_bytes=MAX_CONTROL_BYTES, on_network=any(map(is_tcp, endpoints)))
+        _set_options(self._socket, on_network=any(map(is_tcp, endpoints)))
         self.endpoints = [bind(self._socket, endpoint) for endpoint in endpoints]
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()

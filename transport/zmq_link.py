@@ -32,15 +32,22 @@ _PROBE_INTERVAL_S = 0.02
 _NUM_PROBES = 25
 
 
-def set_options(sock: zmq.Socket[bytes], *, max_message_bytes: int, on_network: bool = False) -> None:
-    """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one."""
+def set_options(
+    sock: zmq.Socket[bytes],
+    *,
+    max_message_bytes: int,
+    on_network: bool = False,
+    silent_after_ms: int = _HEARTBEAT_TIMEOUT_MS,
+) -> None:
+    """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one. A peer that gives no sign of
+    life for `silent_after_ms` counts as gone."""
     buffer_bytes = _NETWORK_BUFFER_BYTES if on_network else _LOCAL_BUFFER_BYTES
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 3000)
     sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_after_ms)
+    sock.setsockopt(zmq.HEARTBEAT_TTL, silent_after_ms)
     sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
     sock.setsockopt(zmq.RECONNECT_IVL, 100)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -67,17 +74,20 @@ class ZmqSender:
         """Raises NeighbourGone if nobody listens at `endpoint` within `connect_timeout_s`."""
         self._endpoint = endpoint
         self._frame_bytes = _NETWORK_FRAME_BYTES if is_tcp(endpoint) else limits.max_message_bytes
+        self._timeout_s = connect_timeout_s
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
-        self._socket.setsockopt(zmq.SNDTIMEO, int(connect_timeout_s * 1000))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLOUT)
+        self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
         try:
             self.send(Hello(PROTOCOL_VERSION, limits.fence, name))
         except NeighbourGone:
             self.close()
             raise
-        self._socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
+        self._timeout_s = SEND_TIMEOUT_S
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         frames: list[bytes | memoryview] = [encode(message)]
@@ -87,16 +97,29 @@ class ZmqSender:
             else:
                 frames += [buffer[at : at + self._frame_bytes] for at in range(0, len(buffer), self._frame_bytes)]
         last = len(frames) - 1
-        try:
-            for index, frame in enumerate(frames):
-                # Small frames are copied: to track a buffer until it has left takes longer.
-                is_large = len(frame) >= _ZERO_COPY_BYTES
-                self._socket.send(frame, flags=0 if index == last else zmq.SNDMORE, copy=not is_large)
-        except zmq.Again as error:
-            raise NeighbourGone(f"the neighbour at {self._endpoint} does not take messages") from error
+        for index, frame in enumerate(frames):
+            flags = zmq.DONTWAIT if index == last else zmq.DONTWAIT | zmq.SNDMORE
+            while not self._is_sent(frame, flags):
+                self._wait_until_it_takes_messages()
         # Afterwards, since asking takes as long as sending and the neighbour need not wait for it.
         if int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
+
+    def _is_sent(self, frame: bytes | memoryview, flags: int) -> bool:
+        try:
+            # Small frames are copied: to track a buffer until it has left takes longer.
+            self._socket.send(frame, flags=flags, copy=len(frame) < _ZERO_COPY_BYTES)
+        except zmq.Again:
+            return False
+        return True
+
+    def _wait_until_it_takes_messages(self) -> None:
+        """Raises NeighbourGone: at once if it has gone, since then there is nothing to wait for."""
+        ready = dict(self._poller.poll(int(self._timeout_s * 1000)))
+        if self._monitor in ready:
+            raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
+        if not ready:
+            raise NeighbourGone(f"the neighbour at {self._endpoint} does not take messages")
 
     def close(self) -> None:
         self._socket.disable_monitor()

@@ -90,10 +90,28 @@ def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], end
     receiver = ZmqReceiver(context, endpoint, LIMITS)
     sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
     receiver.close()
+    started = time.monotonic()
     with pytest.raises(RingDown):
         for _ in range(100):
             sender.send(step(1))
             time.sleep(0.05)
+    assert time.monotonic() - started < 5.0  # whether it went before a send or, as one waited, during it
+    sender.close()
+
+
+def test_a_receiver_that_dies_while_a_send_waits_is_noticed_at_once(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    receiver = ZmqReceiver(context, f"ipc://{tmp_path}/edge", LIMITS)
+    sender = ZmqSender(context, f"ipc://{tmp_path}/edge", LIMITS, name="engine")
+    closing = threading.Timer(1.0, receiver.close)
+    closing.start()
+    started = time.monotonic()
+    with pytest.raises(RingDown):
+        while True:
+            sender.send(step(1))  # nobody takes them: sooner or later it has to wait
+    closing.join()
+    assert time.monotonic() - started < 10.0
     sender.close()
 
 

@@ -25,7 +25,8 @@ async function poll() {
     reason = "Potluck does not answer. Is it still running?";
   }
   const shown = $("state");
-  if (shown.dataset.state !== state) {
+  // The reason too: what was first seen of a fall may be a symptom, and its cause known a moment later.
+  if (shown.dataset.state !== state || shown.title !== reason) {
     shown.dataset.state = state;
     shown.textContent = state;
     if (state === "ready" && !hasSendFailed) hideError();
