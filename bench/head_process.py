@@ -51,6 +51,9 @@ class CommandProcess:
         assert self.facts is not None
         return self.facts
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def last_words(self) -> str:
         return " ".join(line.strip() for line in self.said[-6:])
 

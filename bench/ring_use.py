@@ -49,8 +49,8 @@ def bandwidth_bound_tokens_per_s(spec: ModelSpec, stages: Sequence[dict[str, Any
     """What reading the weights allows at the devices' measured bandwidths: no hops, no KV, no arithmetic.
 
     A device's bandwidth is that while its host's other devices work too: one chat in a ring over several devices of one
-    host can go beyond it. One chat visits the stages one after another; many go in as many groups as there are stages, and a step reads a
-    stage's weights once for its whole group.
+    host can go beyond it. One chat visits the stages one after another; many go in as many groups as there are stages,
+    and a step reads a stage's weights once for its whole group.
     """
     times_s = [_read_s(spec, stage) for stage in stages]
     group = -(-concurrency // min(concurrency, len(stages)))

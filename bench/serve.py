@@ -107,13 +107,13 @@ def _decode_rate(times: CellTimes, cell: Cell) -> float:
 
 
 def _predicted(status: dict[str, Any], cell: Cell) -> float | None:
-    """The plan's, if the head reports it, for one chat or for as many as it was made for."""
-    prediction = status.get("prediction")
-    if not prediction:
+    """The plan's promise for one chat or for as many as it was made for; whatever their lengths."""
+    plan = status.get("plan")
+    if not plan:
         return None
     if cell.concurrency == 1:
-        return float(prediction["tokens_per_s"])
-    return float(prediction["tokens_per_s_many"]) if cell.concurrency == prediction["concurrency"] else None
+        return float(plan["tokens_per_s"])
+    return float(plan["tokens_per_s_many"]) if cell.concurrency == plan["concurrency"] else None
 
 
 def measure_running(cells: Sequence[Cell], rounds: int) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def test_a_head_of_its_own_and_its_devices_alone(home: Home, tmp_path: Path) -> 
     done = home.run("bench", "smollm2", *GRID, "--singles", *files, "--", *devices, timeout_s=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["ring"] for row in result["rows"]] == ["ring", "ring", "cpu", "cpu", "mlx", "mlx"]
+    assert [row["ring"] for row in result["rows"][:2]] == ["ring", "ring"]
+    assert sorted(row["ring"] for row in result["rows"][2:]) == ["cpu", "cpu", "mlx", "mlx"]
     assert [len(row["stages"]) for row in result["rows"]] == [2, 2, 1, 1, 1, 1]
     table = (tmp_path / "out.md").read_text()
     assert done.stdout == table

@@ -1,0 +1,220 @@
+"""How right is the planner? In a lab of three hosts: predictions frozen before measuring, for at least six plans.
+
+python -m bench.prediction [--lab FILE] [--model smollm2 | --random-1b FOLDER] [--rounds 3] [--chats 4] --json FILE
+
+Each visit to a plan starts the pool anew in the lab, measures devices and links anew, notes what the plan promises
+before anything has run, and then measures one chat and many. Visits to different plans take turns, round after round,
+because the machine drifts. Prompts and answers are chosen so that a measured token has as much context as a predicted
+one has on average. The first host of the lab is the head; measuring is done on its network, without its limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.hardware import facts
+from bench.head_process import CommandProcess
+from bench.lab import Lab, LabError, LabSpec, load_spec
+from bench.lab.state import HostFacts
+from bench.prediction_report import Visit, summary
+from bench.random_checkpoint import LlamaShape, write_checkpoint
+from planner.workload import Workload
+from potluck.paths import home_dir
+from potluck.store import Store, StoredModel
+from transport.errors import PotluckError
+
+LLAMA_1B = LlamaShape(
+    hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocab=128256, tied=True, context=8192
+)
+_LAB = Path(__file__).parent / "labs" / "three-hosts.toml"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_CONTROL_PORT = 11501
+_STARTS_WITHIN_S = 60.0
+_UP_WITHIN_S = 1200.0
+_MEASURED_WITHIN_S = 1800.0
+_OUTPUT_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChoice:
+    """How a plan is asked for: options of `potluck up`."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+def plan_choices(devices: Sequence[str], num_layers: int) -> list[PlanChoice]:
+    """What the planner recommends and its simple rules, and splits by hand that are neither."""
+    first, second, third = devices
+    half, third_part, fifth = num_layers // 2, num_layers // 3, max(1, num_layers // 5)
+
+    def by_hand(*counts: tuple[str, int]) -> PlanChoice:
+        text = ",".join(f"{device}={count}" for device, count in counts)
+        return PlanChoice(name=text, options=("--layers", text))
+
+    return [
+        *(PlanChoice(name=rule, options=("--objective", rule)) for rule in ("latency", "throughput", "auto")),
+        PlanChoice(name="proportional", options=("--objective", "proportional", "--use-all")),
+        PlanChoice(name="even", options=("--objective", "even")),
+        by_hand((first, num_layers)),
+        by_hand((first, half), (second, num_layers - half)),
+        by_hand((first, num_layers - fifth), (third, fifth)),
+        by_hand((second, third_part), (first, num_layers - third_part)),
+        by_hand((third, fifth), (first, num_layers - 2 * fifth), (second, fifth)),
+    ]
+
+
+class Experiment:
+    """The lab that is up, and visits to plans in it."""
+
+    def __init__(self, lab: Lab, spec: LabSpec, model: StoredModel, chats: int, say: Callable[[str], None]) -> None:
+        self._lab = lab
+        self._names = [host.name for host in spec.hosts]
+        self._model = model
+        self._chats = chats
+        self._say = say
+
+    @property
+    def devices(self) -> list[str]:
+        return ["cpu", *(f"{name}/cpu" for name in self._names[1:])]
+
+    def visit(self, choice: PlanChoice, number: int) -> Visit:
+        """Predict, then measure. What goes wrong is in the visit's `failed`."""
+        started = time.time()
+        try:
+            with ExitStack() as stack:
+                head = self._start(stack, choice)
+                promised = head["plan"]
+                stages = [[stage["device"], stage["first"], stage["last"]] for stage in head["stages"]]
+                self._say(
+                    f"  {stages}: promises {promised['tokens_per_s']:.2f} and {promised['tokens_per_s_many']:.2f}"
+                )
+                rows = self._measure()
+        except RuntimeError as error:
+            self._say(f"  failed: {error}")
+            return Visit(plan=choice.name, round=number, started=started, failed=str(error))
+        one, many = rows
+        self._say(f"  measured {one['decode_tokens_per_s']:.2f} and {many['decode_tokens_per_s']:.2f}")
+        return Visit(plan=choice.name, round=number, started=started, stages=stages, promised=promised, measured=rows)
+
+    def _start(self, stack: ExitStack, choice: PlanChoice) -> dict[str, Any]:
+        """The head's report as it comes up, before anything was asked of it."""
+        first, *others = self._names
+        host = self._lab.facts.hosts[first]
+        network = ("--insecure-lan", "--lan-host", host.address, "--host-name", first)
+        up = ("up", self._model.name, *choice.options, *network, "--lan-port", str(_CONTROL_PORT), "--json")
+        devices = ("--device", "torch:cpu", "--threads", "1")
+        pool = ("--wait-for", str(len(self._names)), "--concurrency", str(self._chats), "--context", "1024")
+        head = self._command(stack, first, [*up, *devices, *pool])
+        self._wait_for_control(head, host)
+        for name in others:
+            own = ("--lan-host", self._lab.facts.hosts[name].address, "--host-name", name, "--insecure-lan")
+            self._command(stack, name, ["join", "--head", f"{host.address}:{_CONTROL_PORT}", *own, *devices])
+        return head.wait_for_facts(_UP_WITHIN_S)
+
+    def _command(self, stack: ExitStack, host: str, arguments: Sequence[str]) -> CommandProcess:
+        def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+            return self._lab.popen(host, command, **options)
+
+        process = CommandProcess(arguments, popen)
+        stack.callback(process.stop)
+        return process
+
+    def _wait_for_control(self, head: CommandProcess, host: HostFacts) -> None:
+        file = Path(self._lab.facts.folder) / self._names[0] / "run" / "head.json"
+        deadline = time.monotonic() + _STARTS_WITHIN_S
+        while not file.exists():
+            if head.has_ended() or time.monotonic() > deadline:
+                raise RuntimeError(f"the head did not start: {head.last_words()}")
+            time.sleep(0.1)
+
+    def _measure(self) -> list[dict[str, Any]]:
+        """One chat, then many."""
+        # A predicted token has this much context before it; a measured one has the prompt and half of the answer.
+        prompt = Workload(context_tokens=1024).decode_context_tokens - _OUTPUT_TOKENS // 2
+        lengths = ("--prompt", str(prompt), "--output", str(_OUTPUT_TOKENS))
+        grid = (*lengths, "--concurrency", "1", str(self._chats), "--rounds", "1")
+        command = [sys.executable, "-P", "-m", "bench.serve", *grid]
+        done = self._lab.run(self._names[0], command, limited=False, timeout_s=_MEASURED_WITHIN_S)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+        return rows
+
+
+def random_model(shape: LlamaShape, folder: Path) -> StoredModel:
+    """A random checkpoint in the store, with the demo model's tokenizer."""
+    if not (folder / "config.json").exists():
+        write_checkpoint(shape, folder)
+        tokenizer = Store(home_dir()).pull("smollm2").path
+        for name in _TOKENIZER_FILES:
+            (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return Store(home_dir()).pull(f"file:{folder}")
+
+
+def _configure(lab: Lab, names: Sequence[str]) -> None:
+    """Hosts that share a machine are measured in turn, and anew for each plan."""
+    for name in names:
+        file = lab.facts.folder / name / "config.toml"
+        file.write_text("fresh = true\nmeasure_in_turn = true\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lab", type=Path, default=_LAB)
+    parser.add_argument("--model", default="smollm2", help="a model of the store")
+    parser.add_argument("--random-1b", type=Path, default=None, help="a random Llama-3.2-1B, written to this folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chats", type=int, default=4, help="chats at once that count as saturated")
+    parser.add_argument("--plans", nargs="+", default=None, help="only the plans with these names")
+    parser.add_argument("--json", type=Path, required=True, help="written after every visit")
+    options = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        store = Store(home_dir())
+        model = store.pull(options.model) if options.random_1b is None else random_model(LLAMA_1B, options.random_1b)
+        spec = load_spec(options.lab)
+        if len(spec.hosts) != 3:
+            raise LabError(f"{options.lab} has {len(spec.hosts)} hosts", hint="this experiment is for three")
+        with Lab(spec) as lab:
+            _configure(lab, [host.name for host in spec.hosts])
+            experiment = Experiment(lab, spec, model, options.chats, say)
+            choices = plan_choices(experiment.devices, model.spec.num_layers)
+            choices = [choice for choice in choices if options.plans is None or choice.name in options.plans]
+            visits: list[Visit] = []
+            for number in range(options.rounds):
+                for choice in choices:
+                    say(f"round {number + 1} of {options.rounds}: {choice.name}")
+                    visits.append(experiment.visit(choice, number))
+                    head = {**facts(), "model": model.name, "chats": options.chats, "lab": options.lab.read_text()}
+                    _write(options.json, {**head, **summary(visits)})
+    except PotluckError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(summary(visits)["medians"], indent=2))
+    return 0
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as draft:
+        draft.write(json.dumps(result, indent=2) + "\n")
+    Path(draft.name).replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
