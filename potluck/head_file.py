@@ -13,6 +13,9 @@ from msgspec import Struct
 from potluck.paths import runtime_dir
 from transport.errors import AlreadyRunning, NotRunning
 
+# Whoever only looks holds the lock for a moment; a head holds it from start to end.
+_MOMENT_S = 0.3
+
 
 class HeadFacts(Struct, frozen=True, kw_only=True):
     """What another process of this user needs to reach the head.
@@ -45,7 +48,7 @@ class HeadFile:
 
     def __enter__(self) -> HeadFile:
         try:
-            self._lock.acquire()
+            self._lock.acquire(timeout=_MOMENT_S, poll_interval=0.02)
         except Timeout as error:
             raise _already_running() from error
         return self
@@ -65,13 +68,16 @@ class HeadFile:
 def running_head() -> HeadFacts:
     """The head of this host. Raises NotRunning; a file left by a crash is not a head, since its lock is free."""
     lock = _lock()
-    try:
-        lock.acquire()
-    except Timeout:
-        facts = _read()
-        if facts is not None:
-            return facts
-        raise NotRunning("a head is starting on this host", hint="try again in a moment") from None
+    for patience_s in (0.0, _MOMENT_S):
+        try:
+            lock.acquire(timeout=patience_s, poll_interval=0.02)
+            break
+        except Timeout:
+            facts = _read()
+            if facts is not None:
+                return facts
+    else:
+        raise NotRunning("a head is starting on this host", hint="try again in a moment")
     lock.release()
     raise NotRunning("no head runs on this host", hint="start one with: potluck up MODEL")
 
