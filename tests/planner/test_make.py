@@ -74,7 +74,7 @@ def test_a_host_without_a_way_back_is_left_out_by_name() -> None:
 def test_a_model_larger_than_the_pool_says_by_how_much() -> None:
     with pytest.raises(DoesNotFit, match="GiB at 4,096 tokens × 1; 2 devices offer") as caught:
         make_plan(model(80), pool(device("a", usable_mib=500), device("b", usable_mib=500), profile=model(80)), ONE)
-    assert "pair another device" in caught.value.hint
+    assert "add another device" in caught.value.hint
 
 
 def test_no_devices_do_not_fit() -> None:
