@@ -10,25 +10,29 @@ import argparse
 import json
 import os
 import sys
+import threading
 from dataclasses import asdict
 
 from devices.measure import Bench, Measured, measure
 from transport.errors import PotluckError
+from transport.lifeline import EXIT_ORPHANED
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READY = "ready"
+_STDIN = 0
 
 
 def main() -> int:
     arguments = _parser().parse_args()
+    # From the very start: to import a library takes seconds, and a parent that crashes meanwhile can't end us.
+    go = _go_of_parent() if arguments.wait else None
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(arguments.threads)
     try:
         bench = _bench(arguments.backend, arguments.device, arguments.threads)
-        if arguments.wait:
+        if go is not None:
             print(READY, flush=True)
-            if not sys.stdin.readline():
-                return 1  # The parent is gone.
+            go.wait()
         measured = measure(bench)
     except PotluckError as error:
         return _fail(error.message)
@@ -38,6 +42,19 @@ def main() -> int:
         return _fail(f"{arguments.backend} failed on {arguments.device}: {error}")
     print(json.dumps(asdict(measured)) if arguments.json else _line(measured), flush=True)
     return 0
+
+
+def _go_of_parent() -> threading.Event:
+    """Set at the first line on standard input. When that ends, so has the parent, and this process with it."""
+    go = threading.Event()
+
+    def watch() -> None:
+        while os.read(_STDIN, 64):
+            go.set()
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    return go
 
 
 def _bench(backend: str, kind: str, threads: int) -> Bench:

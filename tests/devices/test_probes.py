@@ -13,7 +13,9 @@ import pytest
 from devices import measure as measure_module
 from devices.device import DeviceRequest
 from devices.measure import Measured, measure
+from devices.probe import READY
 from devices.probes import run_probes
+from transport.lifeline import EXIT_ORPHANED
 
 
 def _request(name: str, backend: str, kind: str) -> DeviceRequest:
@@ -48,10 +50,11 @@ def test_the_command_line_prints_json() -> None:
     assert Measured(**json.loads(done.stdout)).bandwidth_bytes_per_s > 0
 
 
-def test_a_waiting_probe_ends_with_its_parent() -> None:
+def test_a_waiting_probe_ends_with_its_parent_and_not_only_once_its_library_is_loaded() -> None:
     command = [sys.executable, "-P", "-m", "devices.probe", "--backend", "torch", "--device", "cpu", "--wait"]
     probe = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
-    assert probe.returncode == 1
+    assert probe.returncode == EXIT_ORPHANED
+    assert READY.encode() not in probe.stdout
 
 
 def test_measuring_counts_bytes_over_the_window() -> None:
