@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from potluck.ask import ask
-from potluck.terminal import data, errors
+from potluck.terminal import data, errors, show_text
 from transport.errors import BadRequest, Busy
 
 
@@ -35,7 +35,7 @@ def _answer(url: str, model: str, messages: list[dict[str, str]], options: Mappi
 
     def show(text: str) -> None:
         pieces.append(text)
-        data.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        show_text(data, text)
 
     try:
         ask(url, messages, model=model, on_text=show, options=dict(options))

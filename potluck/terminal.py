@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,12 @@ from potluck.status import StatusReport
 
 data = Console()
 errors = Console(stderr=True)
+
+
+def show_text(console: Console, text: str) -> None:
+    """A piece of a model's answer as it is, but for what would command the terminal: escapes, bells, returns."""
+    harmless = "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+    console.print(harmless, end="", markup=False, highlight=False, soft_wrap=True)
 
 
 def gib(num_bytes: float) -> str:

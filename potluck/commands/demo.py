@@ -13,7 +13,7 @@ from potluck.head import Head
 from potluck.options import JsonOption, PortOption, settings_with
 from potluck.session import running_head_of
 from potluck.status import StatusReport
-from potluck.terminal import data, errors, stage_table
+from potluck.terminal import data, errors, show_text, stage_table
 
 DEMO_MODEL = "smollm2"
 DEMO_DEVICES = ["torch:cpu", "mlx", "torch:cpu"]
@@ -58,7 +58,7 @@ def _ask(head: Head, question: str, console: Console) -> Answer:
     console.print(f"\n[bold cyan]You:[/bold cyan] {question}\n[bold green]{head.model.name}:[/bold green] ", end="")
 
     def show(text: str) -> None:
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        show_text(console, text)
 
     options = {"temperature": 0, "max_tokens": _MAX_TOKENS}
     answer = ask(

@@ -22,7 +22,7 @@ from potluck.options import (
     settings_with,
 )
 from potluck.session import model_of, running_head_of
-from potluck.terminal import data, errors
+from potluck.terminal import data, errors, show_text
 from transport.errors import NotRunning
 
 
@@ -66,7 +66,7 @@ def _talk(url: str, model: str, prompt: str | None, options: dict[str, float | N
 
     def show(text: str) -> None:
         if not json_output:
-            data.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            show_text(data, text)
 
     answer = ask(url, [{"role": "user", "content": prompt}], model=model, on_text=show, options=options)
     if json_output:
