@@ -17,7 +17,9 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_head_is_found_from_when_it_says_where_it_is_until_it_ends() -> None:
-    facts = HeadFacts(pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://control")
+    facts = HeadFacts(
+        pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://control", host="here", address=None, lan=None
+    )
     with HeadFile() as file:
         with pytest.raises(NotRunning, match="starting"):
             running_head()
