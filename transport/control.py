@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
@@ -21,11 +22,11 @@ ALIVE_INTERVAL_S = 1.0
 SILENT_AFTER_S = 6.0
 REACH_WITHIN_S = 20.0
 _RETRY_S = 0.02
+_MOST_AT_ONCE = 1000
 
 
 def _set_options(sock: zmq.Socket[bytes], *, on_network: bool) -> None:
-    # Patient: a process that ends closes its connection at once, and one that a busy host holds up for a moment
-    # must not cost its worker, with all weights that it has loaded.
+    # Patient: a worker that a busy host or network holds up for a moment has weights loaded that would be lost.
     silent_after_ms = int(SILENT_AFTER_S * 1000)
     set_options(sock, max_message_bytes=MAX_CONTROL_BYTES, on_network=on_network, silent_after_ms=silent_after_ms)
 
@@ -156,15 +157,24 @@ class ControlServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
+        awake = Awake()
         while not self._closing.is_set():
             ready = dict(poller.poll(int(ALIVE_INTERVAL_S * 1000)))
             self._wake.clear()
             self._flush()
             if self._socket in ready:
-                self._take(*self._socket.recv_multipart())
-            self._drop_silent(time.monotonic())
+                self._take_all()
+            self._drop_silent(awake.slept_s(ALIVE_INTERVAL_S))
         self._flush()
         self._socket.close(linger=500)
+
+    def _take_all(self) -> None:
+        """Everything that waits: nobody is silent whose sign of life only has not been read yet."""
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                self._take(*self._socket.recv_multipart(zmq.DONTWAIT))
+            except zmq.Again:
+                return
 
     def _take(self, identity: bytes, *frames: bytes) -> None:
         try:
@@ -187,7 +197,11 @@ class ControlServer:
         if not isinstance(message, Alive):
             self._on_message(peer, message)
 
-    def _drop_silent(self, now_s: float) -> None:
+    def _drop_silent(self, slept_s: float) -> None:
+        """Nobody is blamed for `slept_s` in which this thread itself did not run."""
+        now_s = time.monotonic()
+        for peer in self._peers.values():
+            peer.last_heard_s += slept_s
         for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)

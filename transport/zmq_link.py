@@ -39,13 +39,17 @@ def set_options(
     on_network: bool = False,
     silent_after_ms: int = _HEARTBEAT_TIMEOUT_MS,
 ) -> None:
-    """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one. A peer that gives no sign of
-    life for `silent_after_ms` counts as gone."""
+    """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one, where a peer that gives no sign
+    of life for `silent_after_ms` counts as gone.
+
+    On one host there are no heartbeats: a process that ends closes its connection, and one that hangs is found by what
+    it does not answer. They would only break every connection when the whole host pauses for a moment.
+    """
     buffer_bytes = _NETWORK_BUFFER_BYTES if on_network else _LOCAL_BUFFER_BYTES
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 3000)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS if on_network else 0)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_after_ms)
     sock.setsockopt(zmq.HEARTBEAT_TTL, silent_after_ms)
     sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)

@@ -16,6 +16,7 @@ import zmq
 
 from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.engine.book import failure
+from transport.awake import Awake
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.requests import (
     Aborted,
@@ -34,7 +35,7 @@ from transport.wake import Wake
 from transport.zmq_link import set_options
 
 _PING_INTERVAL_S = 1.0
-_SILENT_AFTER_S = 10.0
+_SILENT_AFTER_S = 4.0
 _RETRY_MS = 20
 _MAX_OUTBOX = 10_000
 
@@ -178,10 +179,12 @@ class EngineClient:
             poller.register(source, zmq.POLLIN)
         next_ping_s = last_heard_s = time.monotonic()
         is_connected = False
+        awake = Awake()
         while not self._is_closing:
             wait_ms = max(1, int((next_ping_s - time.monotonic()) * 1000))
             ready = dict(poller.poll(min(wait_ms, _RETRY_MS) if self._outbox else wait_ms))
             self._wake.clear()
+            last_heard_s += awake.slept_s(_PING_INTERVAL_S)
             if self._socket in ready:
                 is_connected, last_heard_s = True, time.monotonic()
                 self._take_all()

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from potluck.engine.limits import StepDeadlines
 from potluck.engine.scheduler import StepPlan
+from transport.awake import Awake
 from transport.errors import BadMessage, DeadlineExceeded
 from transport.link import Receiver, Sender
 from transport.messages import Failed, Fence, Result, Sampled, SequenceId, Tokens
 
 _RECENT_STEPS = 64
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Ring:
         self._in_flight: deque[tuple[int, StepPlan]] = deque()
         self._next_step = 0
         self._progress_s = 0.0
+        self._awake = Awake(clock)
 
     @property
     def num_in_flight(self) -> int:
@@ -83,8 +86,11 @@ class Ring:
         Raises RingDown if a neighbour is gone, BadMessage if an answer does not fit its question, DeadlineExceeded if
         the ring has made no progress for too long.
         """
+        self._forgive_sleep(0.0)
         remaining_s = self._remaining_s()
-        received = self._receiver.receive(idle_s if remaining_s is None else max(0.0, min(idle_s, remaining_s)))
+        wait_s = idle_s if remaining_s is None else max(0.0, min(idle_s, remaining_s, _LOOK_S))
+        received = self._receiver.receive(wait_s)
+        self._forgive_sleep(wait_s)
         if received is None:
             remaining_s = self._remaining_s()
             if remaining_s is not None and remaining_s <= 0:
@@ -106,6 +112,11 @@ class Ring:
                 return None if plan is None else StepFailed(plan=plan, failed=failed)
             case _:
                 return None  # another life of the ring, or a greeting
+
+    def _forgive_sleep(self, expected_s: float) -> None:
+        """If this process was paused the stages probably were too: they have as long as before to answer."""
+        if self._awake.slept_s(expected_s):
+            self._progress_s = self._clock()
 
     def abandon(self) -> None:
         """Expect nothing any more."""

@@ -139,11 +139,11 @@ def test_a_bad_config_file(home: Home) -> None:
     assert "port" in done.stderr
 
 
-def stream_lines(url: str, found: list[str]) -> None:
+def stream_lines(url: str, found: list[str], max_tokens: int = 1500) -> None:
     body = {
         "model": "smollm2",
         "messages": [{"role": "user", "content": "Write a very long story."}],
-        "max_tokens": 1500,
+        "max_tokens": max_tokens,
         "stream": True,
         "logit_bias": {"2": -100},
     }
@@ -197,6 +197,28 @@ def test_a_worker_that_stops_answering_is_found_and_named(home: Home) -> None:
     assert json.loads(lines[-1].removeprefix("data:"))["error"]["code"] == "ring_down"
     # Its neighbour noticed first; the head replaces that by the cause.
     wait_until(lambda: "cpu-1 left or went silent" in home.run("status", "--json").stdout, 15.0, running.said)
+    running.stop()
+
+
+def test_a_pause_of_the_whole_host_costs_nobody_anything(home: Home) -> None:
+    """A closed lid, or a machine that stands still: longer than anybody is patient with a silent process."""
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    lines: list[str] = []
+    thread = threading.Thread(target=stream_lines, args=(running.facts()["url"], lines, 300))
+    thread.start()
+    wait_until(lambda: len(lines) > 3, 20.0)
+    processes = home.processes()
+    for process in processes:
+        process.suspend()
+    time.sleep(11.0)
+    paused_at = len(lines)
+    for process in processes:
+        process.resume()
+    thread.join(60.0)
+    assert not thread.is_alive()
+    assert len(lines) > paused_at
+    assert lines[-1] == "data: [DONE]", lines[-1]
+    assert json.loads(home.run("status", "--json").stdout)["state"] == "ready"
     running.stop()
 
 

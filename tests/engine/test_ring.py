@@ -1,0 +1,64 @@
+"""The ring's deadline: passed by stages that are silent, not by a machine that stood still."""
+
+from __future__ import annotations
+
+import pytest
+
+from potluck.engine.limits import StepDeadlines
+from potluck.engine.ring import Ring
+from potluck.engine.scheduler import StepPlan
+from tests.engine.fakes import FENCE
+from transport.errors import DeadlineExceeded
+from transport.link import Received
+from transport.memory_link import memory_link
+from transport.messages import Entry, SequenceId
+
+PLAN = StepPlan(ops=(), entries=(Entry(SequenceId(1), 0, (1,), 1),), is_prefill=False)
+
+
+class Silent:
+    """A receiver that hears nothing: each wait takes as long as was asked for, and a pause where there is one."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.pause_s = 0.0
+
+    def receive(self, timeout_s: float) -> Received | None:
+        self.now_s += timeout_s + self.pause_s
+        self.pause_s = 0.0
+        return None
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def waiting_ring() -> tuple[Ring, Silent]:
+    silent = Silent()
+    sender, _ = memory_link()
+    deadlines = StepDeadlines(first_s=10.0)
+    ring = Ring(sender, silent, FENCE, deadlines, lambda: silent.now_s)
+    ring.send(PLAN)
+    return ring, silent
+
+
+def wait_for_the_deadline(ring: Ring) -> None:
+    with pytest.raises(DeadlineExceeded, match="step 0"):
+        while True:
+            ring.receive(60.0)
+
+
+def test_silence_ends_at_the_deadline() -> None:
+    ring, silent = waiting_ring()
+    wait_for_the_deadline(ring)
+    assert silent.now_s == 10.0
+
+
+@pytest.mark.parametrize("after_s", [0, 5, 9])
+def test_a_pause_gives_the_stages_their_time_anew(after_s: int) -> None:
+    ring, silent = waiting_ring()
+    for _ in range(after_s):
+        assert ring.receive(60.0) is None
+    silent.pause_s = 3600.0
+    wait_for_the_deadline(ring)
+    assert silent.now_s == 3600.0 + after_s + 1.0 + 10.0
