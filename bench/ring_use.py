@@ -13,7 +13,8 @@ from transport.messages import DTYPE_BYTES
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageUse:
     """Shares of the time. `idle`: other stages computed, or nobody did; `wire` is the ring's, the same for all its
-    stages: hops, the engine and HTTP. It can be told from idling for one chat only, when nothing overlaps."""
+    stages: hops, the engine and HTTP. It can be told from idling for one chat only, when nothing overlaps.
+    `decode_step_s` is the mean decode step, and `ratio` how many times slower than planned such steps have been."""
 
     device: str
     first: int
@@ -21,6 +22,8 @@ class StageUse:
     compute: float
     wire: float | None
     idle: float
+    decode_step_s: float
+    ratio: float
 
 
 def stage_uses(
@@ -34,15 +37,22 @@ def stage_uses(
     wire = max(0.0, 1.0 - sum(compute)) if concurrency == 1 else None
     return [
         StageUse(
-            device=stage["device"],
-            first=stage["first"],
-            last=stage["last"],
+            device=new["device"],
+            first=new["first"],
+            last=new["last"],
             compute=share,
             wire=wire,
             idle=max(0.0, 1.0 - share - (wire or 0.0)),
+            decode_step_s=_decode_step_s(old, new),
+            ratio=new["ratio"],
         )
-        for stage, share in zip(after, compute, strict=True)
+        for old, new, share in zip(before, after, compute, strict=True)
     ]
+
+
+def _decode_step_s(old: dict[str, Any], new: dict[str, Any]) -> float:
+    steps = new["decode_steps"] - old["decode_steps"]
+    return float((new["decode_s"] - old["decode_s"]) / steps) if steps else 0.0
 
 
 def bandwidth_bound_tokens_per_s(spec: ModelSpec, stages: Sequence[dict[str, Any]], concurrency: int) -> float:

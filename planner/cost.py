@@ -1,6 +1,6 @@
 """The cost model: seconds of stages and hops, for one model on one pool under one workload.
 
-Formulas and their sources: docs/decisions/0008-cost-model.md. All times are of measured layers, added up.
+Formulas and their sources: docs/decisions/0005-cost-model.md. All times are of measured layers, added up.
 """
 
 from __future__ import annotations

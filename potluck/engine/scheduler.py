@@ -49,15 +49,18 @@ def schedule(
     """The next step, or None if the ring is full or there is nothing to send.
 
     `active` are the admitted sequences, oldest first. Decodes go before prompts, but every second step is a prompt's
-    as long as one waits. Decodes go in groups of ⌈decoding / steps in flight⌉, so that each stage has one to work on.
+    as long as one waits. Decodes go in groups of ⌈decoding / steps in flight⌉, so that each stage has one to work on,
+    and in no more groups than that makes: a part of a group waits for the rest, since a stage reads its weights for
+    each step anew, whoever is in it.
     """
     if num_steps_in_flight >= limits.max_steps_in_flight:
         return None
     decoding = [sequence for sequence in active if sequence.phase is Phase.DECODE]
     ready = [sequence for sequence in decoding if sequence.is_ready_to_decode]
     prompts = [sequence for sequence in active if sequence.phase is Phase.PREFILL and sequence.num_prompt_left]
-    if ready and (last_was_prefill or not prompts):
-        group = min(-(-len(decoding) // limits.max_steps_in_flight), limits.prefill_chunk_tokens)
+    group = min(-(-len(decoding) // limits.max_steps_in_flight), limits.prefill_chunk_tokens)
+    may_decode = bool(ready) and _num_groups_in_flight(decoding) < -(-len(decoding) // group)
+    if may_decode and (last_was_prefill or not prompts):
         longest_waiting = sorted(ready, key=lambda sequence: sequence.last_step)[:group]
         entries = tuple(sequence.decode_entry() for sequence in longest_waiting)
         return StepPlan(ops=tuple(releases), entries=entries, is_prefill=False)
@@ -72,6 +75,10 @@ def schedule(
     if releases:
         return StepPlan(ops=tuple(releases), entries=(), is_prefill=False)
     return None
+
+
+def _num_groups_in_flight(decoding: Sequence[TokenSequence]) -> int:
+    return len({sequence.last_step for sequence in decoding if not sequence.is_ready_to_decode})
 
 
 def _prefill(prompts: Sequence[TokenSequence], budget: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:

@@ -37,6 +37,8 @@ def stage(first: int, last: int, decode_s: float = 0.0, prefill_s: float = 0.0) 
         "bandwidth_bytes_per_s": 1000.0,
         "decode_s": decode_s,
         "prefill_s": prefill_s,
+        "decode_steps": 4,
+        "ratio": 1.0,
     }
 
 

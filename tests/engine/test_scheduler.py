@@ -60,9 +60,32 @@ def test_a_full_ring_takes_nothing() -> None:
 
 def test_decodes_split_into_as_many_groups_as_the_ring_takes_steps() -> None:
     active = [_sequence(number, phase=Phase.DECODE) for number in range(7)]
-    groups = [[entry.sequence for entry in _send(_next(active), active).entries] for _ in range(3)]
+    groups = [[entry.sequence for entry in _send(_next(active), active, step).entries] for step in range(1, 4)]
     assert groups == [[0, 1, 2], [3, 4, 5], [6]]
     assert _next(active) is None
+
+
+def test_parts_of_a_group_wait_for_each_other() -> None:
+    """Four chats that began one after another are in three steps; two steps of two are faster."""
+    active = [_sequence(number, phase=Phase.DECODE) for number in range(4)]
+    for step, part in enumerate((active[:2], active[2:3], active[3:]), start=1):
+        for sequence in part:
+            sequence.sent(sequence.decode_entry(), step)
+
+    def comes_back(sequences: Sequence[TokenSequence]) -> None:
+        for sequence in sequences:
+            sequence.returned()
+            sequence.commit(1)
+
+    comes_back(active[2:3])
+    assert _next(active) is None
+    prompt = _sequence(9, 50)
+    plan = _next([*active, prompt])
+    assert plan is not None and plan.is_prefill  # a prompt does not wait for them
+    comes_back(active[3:])
+    assert [entry.sequence for entry in _send(_next(active), active, 4).entries] == [2, 3]
+    comes_back(active[:2])
+    assert [entry.sequence for entry in _send(_next(active), active, 5).entries] == [0, 1]
 
 
 def test_the_one_that_waited_longest_goes_first() -> None:
