@@ -49,7 +49,7 @@ def print_error(error: PotluckError, console: Console) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line. Exits with 1 after an error, which it prints, and with 130 when interrupted."""
     try:
         app()
     except PotluckError as error:

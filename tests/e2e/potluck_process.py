@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 READY_S = 120.0
+_SAID = "stderr-"
 DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
 COMMAND = [sys.executable, "-P", "-m", "potluck.cli"]
 
@@ -61,20 +63,23 @@ class Home:
         return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
     def leftovers(self) -> list[str]:
-        """Processes, and anything but the lock and the config in the runtime folder."""
-        files = [str(path) for path in self.runtime.rglob("*") if path.name not in ("head.lock", "config.toml")]
+        """Processes, and anything in the runtime folder but the lock, the config and what `Running` writes there."""
+        ours = ("head.lock", "config.toml")
+        files = [
+            str(path) for path in self.runtime.rglob("*") if path.name not in ours and not path.name.startswith(_SAID)
+        ]
         return [" ".join(process.cmdline()) for process in self.processes()] + files
 
 
 class Running:
     """A `potluck` command that serves. Its stdout lines of JSON are facts; `stop` ends it as Ctrl-C does."""
 
-    def __init__(self, home: Home, *arguments: str) -> None:
+    def __init__(self, home: Home, *arguments: str, command: Sequence[str] = COMMAND) -> None:
         self.home = home
         self.lines: list[str] = []
-        self.log = (home.runtime / "stderr.txt").open("w+")
+        self.log = (home.runtime / f"{_SAID}{secrets.token_hex(4)}").open("w+")
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*command, *arguments],
             env=home.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

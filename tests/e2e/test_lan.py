@@ -50,7 +50,7 @@ def test_two_hosts_answer_as_one_does_and_the_head_notices_when_one_goes(home: H
     joined.stop()
     wait_until(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 503, 15.0)
     running.stop()
-    left = [file for file in home.leftovers() if not file.endswith("stderr.txt")]
+    left = home.leftovers()
     assert left == []
 
 
@@ -73,7 +73,7 @@ def test_a_joined_host_that_crashes_leaves_nothing(home: Home) -> None:
     joined.process.wait()
     wait_until(lambda: httpx.get(f"{facts['url']}/health", timeout=5).status_code == 503, 15.0)
     running.stop()
-    left = [file for file in home.leftovers() if not file.endswith("stderr.txt")]
+    left = home.leftovers()
     assert left == []
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_nothing_is_left_however_it_ends(home: Home, number: signal.Signals) -> 
     running.stop(number)
     if number == signal.SIGKILL:
         (home.runtime / "head.json").unlink()  # a plain file, not a head: the next command sees that its lock is free
-    wait_until(lambda: home.leftovers() in ([], [str(home.runtime / "stderr.txt")]), 5.0, home.leftovers)
+    wait_until(lambda: home.leftovers() == [], 5.0, home.leftovers)
     assert time.monotonic() - started < 5.0
 
 
@@ -38,7 +39,7 @@ def test_nothing_is_left_when_it_is_interrupted_while_loading(home: Home) -> Non
     running = Running(home, *up_arguments(devices=TWO_DEVICES))
     wait_until(lambda: len(home.processes()) >= 3, 60.0)
     running.stop(signal.SIGINT)
-    wait_until(lambda: home.leftovers() == [str(home.runtime / "stderr.txt")], 5.0, home.leftovers)
+    wait_until(lambda: home.leftovers() == [], 5.0, home.leftovers)
 
 
 def test_nothing_is_left_when_it_crashes_while_measuring(home: Home, data_home: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_nothing_is_left_when_it_crashes_while_measuring(home: Home, data_home: 
     running.facts()
     assert not (home.runtime / "run-of-an-old-crash").exists()
     running.stop()
-    assert home.leftovers() == [str(home.runtime / "stderr.txt")]
+    assert home.leftovers() == []
 
 
 @pytest.mark.parametrize("module", ["shard.worker", "potluck.engine.process"])
@@ -67,7 +68,7 @@ def test_a_process_that_dies_before_it_has_loaded_is_named_at_once(home: Home, m
     assert time.monotonic() - started < 10.0
     said = running.said()
     assert "ended" in said and "9" in said and "does not take messages" not in said
-    assert home.leftovers() == [str(home.runtime / "stderr.txt")]
+    assert home.leftovers() == []
 
 
 def processes(home: Home, module: str) -> list[psutil.Process]:
@@ -230,7 +231,7 @@ def test_a_wedged_worker_at_load_is_not_waited_for_when_interrupted(home: Home) 
             process.suspend()
     time.sleep(0.5)
     running.stop(signal.SIGTERM)
-    wait_until(lambda: home.leftovers() == [str(home.runtime / "stderr.txt")], 5.0, home.leftovers)
+    wait_until(lambda: home.leftovers() == [], 5.0, home.leftovers)
 
 
 def test_a_device_joins_and_leaves(home: Home) -> None:
@@ -250,3 +251,13 @@ def test_a_device_joins_and_leaves(home: Home) -> None:
     wait_until(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 503, 15.0)
     wait_until(lambda: "second/cpu left" in running.said(), 10.0, running.said)
     running.stop()
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.2, 0.4])
+def test_an_interrupt_while_it_is_imported_is_no_traceback(home: Home, after_s: float) -> None:
+    code = "from potluck.entry import main; print('{}', flush=True); main()"
+    running = Running(home, "status", command=[sys.executable, "-P", "-c", code])
+    running.facts()
+    time.sleep(after_s)
+    assert running.stop(signal.SIGINT) in (1, 130)  # 1: no head runs, and it had said so already
+    assert "Traceback" not in running.said()
