@@ -1,0 +1,88 @@
+"""A device that slows down in use: the head notices, says what a better plan would give, and loads it when told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+
+from tests.e2e.potluck_process import Home, Running, wait_until
+
+# The command itself, with less patience: minutes are for people.
+IMPATIENT = """
+import sys, potluck.calibration, potluck.head, potluck.cli
+potluck.calibration.PERSISTS_S, potluck.calibration.PERSISTS_STEPS, potluck.head._WATCH_INTERVAL_S = 3.0, 50, 0.5
+sys.exit(potluck.cli.main())
+"""
+ARGUMENTS = ("--use-all", "--estimate", "--objective", "latency", "--concurrency", "1", "--threads", "1", "--port", "0")
+
+
+class Slowed:
+    """A process that stands still for three quarters of the time, as a laptop that is too hot."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            os.kill(self._pid, signal.SIGSTOP)
+            time.sleep(0.03)
+            os.kill(self._pid, signal.SIGCONT)
+            time.sleep(0.01)
+
+
+def test_a_better_plan_is_found_and_loaded(home: Home) -> None:
+    devices = ("--device", "torch:cpu", "--device", "torch:cpu")
+    command = [sys.executable, "-P", "-c", IMPATIENT]
+    running = Running(home, "up", "smollm2", *devices, *ARGUMENTS, "--json", command=command)
+    url = running.facts()["url"]
+
+    def report() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=10).json()
+        return found
+
+    def chat(max_tokens: int) -> httpx.Response:
+        body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": max_tokens}
+        return httpx.post(f"{url}/v1/chat/completions", json={**body, "logit_bias": {"2": -100}}, timeout=60)
+
+    def share(device: str) -> int:
+        return sum(stage["last"] - stage["first"] for stage in report()["stages"] if stage["device"] == device)
+
+    busiest = max(report()["stages"], key=lambda stage: stage["last"] - stage["first"])
+    before = share(busiest["device"])
+    assert home.run("replan").stdout.strip() == "The ring runs by the best plan known."
+    slowed = Slowed(busiest["pid"])
+    try:
+        deadline = time.monotonic() + 60.0
+        while report()["better_plan"] is None:
+            assert time.monotonic() < deadline, running.said()
+            assert chat(40).status_code == 200
+    finally:
+        slowed.end()
+    assert "A better plan exists" in running.said()
+    better = report()["better_plan"]
+    assert better["tokens_per_s"] > 1.05 * better["now_tokens_per_s"]
+    assert busiest["device"] in better["why"]
+    assert home.run("replan").returncode == 0
+    wait_until(lambda: "by the better plan" in running.said(), 10.0, running.said)
+    wait_until(lambda: report()["state"] == "ready", 60.0, running.said)
+    assert share(busiest["device"]) < before
+    assert [f"{one['device']}: layers {one['first']}–{one['last'] - 1}" for one in report()["stages"]] == better[
+        "stages"
+    ]
+    assert chat(4).status_code == 200
+    assert json.loads(home.run("status", "--json").stdout)["better_plan"] is None
+    running.stop()
