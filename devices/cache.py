@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from devices.device import Device, DeviceRequest, LeftOut, Probed
+from devices.device import HOST_MEMORY, Device, DeviceRequest, LeftOut, Probed
 from devices.measure import Measured
 from devices.memory import host_free_bytes
 from devices.nvidia import gpus
@@ -57,6 +57,7 @@ def probe_devices(
 
 def _device(request: DeviceRequest, measured: Measured, host_free: int, free_by_gpu: dict[str, int]) -> Device:
     host = socket.gethostname()
+    pool = HOST_MEMORY if measured.uses_host_memory else f"/{measured.gpu or request.kind}"
     if measured.uses_host_memory:
         free_bytes = host_free if measured.limit_bytes is None else min(host_free, measured.limit_bytes)
     else:
@@ -71,7 +72,7 @@ def _device(request: DeviceRequest, measured: Measured, host_free: int, free_by_
         total_bytes=host_free if measured.uses_host_memory else free_bytes,
         bandwidth_bytes_per_s=measured.bandwidth_bytes_per_s,
         compute_dtype=measured.compute_dtype,
-        memory_pool=f"{host}/ram" if measured.uses_host_memory else f"{host}/{measured.gpu or request.kind}",
+        memory_pool=f"{host}{pool}",
     )
 
 

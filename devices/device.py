@@ -8,6 +8,8 @@ from typing import Literal
 from transport.messages import DType
 
 Backend = Literal["torch", "mlx"]
+HOST_MEMORY = "/ram"
+"""How the memory pool of devices ends that compute in their host's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,7 +128,7 @@ class Head:
         self._stack.callback(listener.close)
         # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
         self._progress.say("Measuring this host's devices")
-        devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name)
+        devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name, is_head=True)
         for left_by_a_crash in runtime_dir().glob("run-*"):
             shutil.rmtree(left_by_a_crash, ignore_errors=True)
         self._run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))

@@ -6,19 +6,26 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from devices.cache import probe_devices
-from devices.device import Device
+from devices.device import HOST_MEMORY, Device
 from devices.discover import default_devices, device_requests
+from planner.demand import HEAD_RESERVE_BYTES
 from potluck.config import Settings
 from potluck.paths import probe_cache_file
 from transport.errors import ConfigError
 
 
 def offered_devices(
-    settings: Settings, *, say: Callable[[str], object], prefix: str | None = None, host: str | None = None
+    settings: Settings,
+    *,
+    say: Callable[[str], object],
+    prefix: str | None = None,
+    host: str | None = None,
+    is_head: bool = False,
 ) -> list[Device]:
     """Probe them, within the owner's caps. A device that can't be probed is left out and named.
 
-    `prefix` is that of the devices' names, `host` this host's name in the pool.
+    `prefix` is that of the devices' names, `host` this host's name in the pool; `is_head`: the engine will run here and
+    takes memory too.
     Raises ConfigError if none is left.
     """
     texts = settings.devices or default_devices()
@@ -30,7 +37,16 @@ def offered_devices(
         raise ConfigError(
             "no device of this host can be used", hint="see the reasons above, or choose one with --device"
         )
-    return [_in_pool(device, prefix, host) for device in found.devices]
+    devices = [_beside_head(device) for device in found.devices] if is_head else found.devices
+    return [_in_pool(device, prefix, host) for device in devices]
+
+
+def _beside_head(device: Device) -> Device:
+    """What is left of host memory."""
+    if not device.memory_pool.endswith(HOST_MEMORY):
+        return device
+    total_bytes = max(0, device.total_bytes - HEAD_RESERVE_BYTES)
+    return replace(device, total_bytes=total_bytes, free_bytes=min(device.free_bytes, total_bytes))
 
 
 def _in_pool(device: Device, prefix: str | None, host: str | None) -> Device:

@@ -121,7 +121,7 @@ def _plan(profile: ModelProfile, times: PoolTimes, settings: Settings, workload:
 def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProfile, PoolTimes, tuple[LeftOut, ...]]:
     """This host's devices, and those that could not be measured."""
     stored = model_of(settings, errors)
-    devices = offered_devices(settings, say=errors.print)
+    devices = offered_devices(settings, say=errors.print, is_head=True)
     if estimate:
         return profile_of(stored), estimated_times(stored, devices, devices[0].host), ()
     with errors.status("Measuring this host's devices") as status:
