@@ -1,11 +1,12 @@
 """How right is the planner? In a lab of three hosts: predictions frozen before measuring, for at least six plans.
 
-python -m bench.prediction [--lab FILE] [--model smollm2 | --random-1b FOLDER] [--rounds 3] [--chats 4] --json FILE
+python -m bench.prediction [--lab FILE] [--model smollm2 | --random-1b FOLDER] [--rounds 3] [--chats 8]
+                           [--context 1024] --json FILE
 
 Each visit to a plan starts the pool anew in the lab, measures devices and links anew, notes what the plan promises
 before anything has run, and then measures one chat and many. Visits to different plans take turns, round after round,
-because the machine drifts. Prompts and answers are chosen so that a measured token has as much context as a predicted
-one has on average. The first host of the lab is the head; measuring is done on its network, without its limits.
+because the machine drifts. The chats are those that are planned for. The first host of the lab is the head; clients are
+on its network, without its limits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from bench.lab import Lab, LabError, LabSpec, load_spec
 from bench.lab.state import HostFacts
 from bench.prediction_report import Visit, summary
 from bench.random_checkpoint import LlamaShape, write_checkpoint
-from planner.workload import Workload
+from potluck.config import Settings
 from potluck.paths import home_dir
+from potluck.planning import profile_of, workload_of
 from potluck.store import Store, StoredModel
 from transport.errors import PotluckError
 
@@ -42,7 +44,6 @@ _CONTROL_PORT = 11501
 _STARTS_WITHIN_S = 60.0
 _UP_WITHIN_S = 1200.0
 _MEASURED_WITHIN_S = 1800.0
-_OUTPUT_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,10 @@ def plan_choices(devices: Sequence[str], num_layers: int) -> list[PlanChoice]:
 class Experiment:
     """The lab that is up, and visits to plans in it."""
 
-    def __init__(self, lab: Lab, spec: LabSpec, model: StoredModel, chats: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, lab: Lab, spec: LabSpec, model: StoredModel, *, chats: int, context: int, say: Callable[[str], None]
+    ) -> None:
+        self._context = context
         self._lab = lab
         self._names = [host.name for host in spec.hosts]
         self._model = model
@@ -114,7 +118,7 @@ class Experiment:
         network = ("--insecure-lan", "--lan-host", host.address, "--host-name", first)
         up = ("up", self._model.name, *choice.options, *network, "--lan-port", str(_CONTROL_PORT), "--json")
         devices = ("--device", "torch:cpu", "--threads", "1")
-        pool = ("--wait-for", str(len(self._names)), "--concurrency", str(self._chats), "--context", "1024")
+        pool = ("--wait-for", str(len(self._names)), "--concurrency", str(self._chats), "--context", str(self._context))
         head = self._command(stack, first, [*up, *devices, *pool])
         self._wait_for_control(head, host)
         for name in others:
@@ -140,9 +144,10 @@ class Experiment:
 
     def _measure(self) -> list[dict[str, Any]]:
         """One chat, then many."""
-        # A predicted token has this much context before it; a measured one has the prompt and half of the answer.
-        prompt = Workload(context_tokens=1024).decode_context_tokens - _OUTPUT_TOKENS // 2
-        lengths = ("--prompt", str(prompt), "--output", str(_OUTPUT_TOKENS))
+        # The chats that `up` plans for: the last one begins before the first one has ended, and a token has as much
+        # context on average as a predicted one.
+        chat = workload_of(profile_of(self._model), Settings(context_tokens=self._context, concurrency=self._chats))
+        lengths = ("--prompt", str(chat.prompt_tokens), "--output", str(chat.output_tokens))
         grid = (*lengths, "--concurrency", "1", str(self._chats), "--rounds", "1")
         command = [sys.executable, "-P", "-m", "bench.serve", *grid]
         done = self._lab.run(self._names[0], command, limited=False, timeout_s=_MEASURED_WITHIN_S)
@@ -175,7 +180,8 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help="a model of the store")
     parser.add_argument("--random-1b", type=Path, default=None, help="a random Llama-3.2-1B, written to this folder")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chats", type=int, default=4, help="chats at once that count as saturated")
+    parser.add_argument("--chats", type=int, default=8, help="chats at once that count as saturated")
+    parser.add_argument("--context", type=int, default=1024, help="of each chat; prompt and answer get half at most")
     parser.add_argument("--plans", nargs="+", default=None, help="only the plans with these names")
     parser.add_argument("--json", type=Path, required=True, help="written after every visit")
     options = parser.parse_args()
@@ -191,16 +197,22 @@ def main() -> int:
             raise LabError(f"{options.lab} has {len(spec.hosts)} hosts", hint="this experiment is for three")
         with Lab(spec) as lab:
             _configure(lab, [host.name for host in spec.hosts])
-            experiment = Experiment(lab, spec, model, options.chats, say)
+            experiment = Experiment(lab, spec, model, chats=options.chats, context=options.context, say=say)
             choices = plan_choices(experiment.devices, model.spec.num_layers)
             choices = [choice for choice in choices if options.plans is None or choice.name in options.plans]
+            about = {
+                **facts(),
+                "model": model.name,
+                "chats": options.chats,
+                "context_tokens": options.context,
+                "lab": options.lab.read_text(),
+            }
             visits: list[Visit] = []
             for number in range(options.rounds):
                 for choice in choices:
                     say(f"round {number + 1} of {options.rounds}: {choice.name}")
                     visits.append(experiment.visit(choice, number))
-                    head = {**facts(), "model": model.name, "chats": options.chats, "lab": options.lab.read_text()}
-                    _write(options.json, {**head, **summary(visits)})
+                    _write(options.json, {**about, **summary(visits)})
     except PotluckError as error:
         say(f"error: {error}")
         return 1

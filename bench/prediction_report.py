@@ -33,6 +33,11 @@ class Visit:
         return one["decode_tokens_per_s"], many["decode_tokens_per_s"]
 
     @property
+    def with_prompts(self) -> tuple[float, float]:
+        """Tokens per second of many chats, prompts included, which is what throughput is after: promised, measured."""
+        return self.promised["workload_tokens_per_s"], self.measured[1]["tokens_per_s"]
+
+    @property
     def errors(self) -> tuple[float, float]:
         """Promised over measured, less one."""
         one, many = (p / m - 1 for p, m in zip(self.promised_rates, self.measured_rates, strict=True))
@@ -51,8 +56,9 @@ def summary(visits: Sequence[Visit]) -> dict[str, Any]:
         medians |= {
             "abs_error_one": statistics.median(abs(plan["error_one"]) for plan in plans),
             "abs_error_many": statistics.median(abs(plan["error_many"]) for plan in plans),
-            "latency_of_best": _of_best(plans, done, "latency", 0),
-            "throughput_of_best": _of_best(plans, done, "throughput", 1),
+            "abs_error_with_prompts": statistics.median(abs(plan["error_with_prompts"]) for plan in plans),
+            "latency_of_best": _of_best(plans, "latency", "measured_one"),
+            "throughput_of_best": _of_best(plans, "throughput", "measured_with_prompts"),
         }
     return {"medians": medians, "plans": plans, "visits": [asdict(visit) for visit in visits]}
 
@@ -71,13 +77,17 @@ def _plan(layout: str, visits: Sequence[Visit]) -> dict[str, Any]:
         "promised_many": median(lambda visit: visit.promised_rates[1]),
         "measured_many": median(lambda visit: visit.measured_rates[1]),
         "error_many": median(lambda visit: visit.errors[1]),
+        "promised_with_prompts": median(lambda visit: visit.with_prompts[0]),
+        "measured_with_prompts": median(lambda visit: visit.with_prompts[1]),
+        "error_with_prompts": median(lambda visit: visit.with_prompts[0] / visit.with_prompts[1] - 1),
     }
 
 
-def _of_best(plans: Sequence[dict[str, Any]], visits: Sequence[Visit], asked: str, rate: int) -> float | None:
-    """What the recommended plan gave (it need not be the same in every round), as a share of the best plan's."""
-    recommended = [visit.measured_rates[rate] for visit in visits if visit.plan == asked]
-    best = max(plan[("measured_one", "measured_many")[rate]] for plan in plans)
+def _of_best(plans: Sequence[dict[str, Any]], asked: str, rate: str) -> float | None:
+    """What the plans gave that were recommended, as a share of the best plan's. Medians of all visits to a layout are
+    compared, whatever it was asked for as: it need not be the same in every round."""
+    recommended = [plan[rate] for plan in plans if asked in plan["asked"]]
+    best = max(plan[rate] for plan in plans)
     return float(statistics.median(recommended) / best) if recommended else None
 
 

@@ -64,8 +64,8 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
-    """What the plan promises: decode rates for one chat and for `concurrency`, and the wait for a prompt's first
-    token. Rates are of tokens/s."""
+    """What the plan promises: decode rates for one chat and for `concurrency`, the latter also with the time of their
+    prompts (`workload_…`), and the wait for a prompt's first token. Rates are of tokens/s."""
 
     id: str
     strategy: str
@@ -73,6 +73,7 @@ class PlanReport(Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     concurrency: int
     tokens_per_s_many: float
+    workload_tokens_per_s: float
     prompt_tokens: int
     ttft_s: float
     limit: str
@@ -116,6 +117,7 @@ def plan_report(plan: Plan) -> PlanReport:
         tokens_per_s=promised.tokens_per_s,
         concurrency=promised.concurrency,
         tokens_per_s_many=promised.tokens_per_s_many,
+        workload_tokens_per_s=promised.workload_tokens_per_s,
         prompt_tokens=promised.prompt_tokens,
         ttft_s=promised.ttft_s,
         limit=promised.limit,

@@ -15,8 +15,12 @@ def visit(plan: str, number: int, cut: int, promised: tuple[float, float], measu
         round=number,
         started=0.0,
         stages=[["a", 0, cut], ["b", cut, 8]],
-        promised={"tokens_per_s": promised[0], "tokens_per_s_many": promised[1]},
-        measured=[{"decode_tokens_per_s": rate} for rate in measured],
+        promised={
+            "tokens_per_s": promised[0],
+            "tokens_per_s_many": promised[1],
+            "workload_tokens_per_s": promised[1] / 2,
+        },
+        measured=[{"decode_tokens_per_s": rate, "tokens_per_s": rate / 2} for rate in measured],
     )
 
 
@@ -36,8 +40,20 @@ def test_errors_and_recommendations() -> None:
     assert medians["plans"] == 2
     assert medians["abs_error_one"] == pytest.approx(0.2)
     assert medians["latency_of_best"] == pytest.approx(1.0)
-    assert medians["throughput_of_best"] == pytest.approx(24.0 / 27.0)
+    assert medians["throughput_of_best"] == pytest.approx(1.0)
+    assert medians["abs_error_with_prompts"] == medians["abs_error_many"]
     assert len(found["visits"]) == 5
+
+
+def test_a_recommendation_that_is_not_the_best_is_told_so() -> None:
+    visits = [
+        visit("throughput", 0, 6, (11.0, 20.0), (10.0, 18.0)),
+        visit("even", 0, 4, (8.0, 30.0), (8.0, 20.0)),
+        visit("latency", 0, 4, (8.0, 30.0), (8.0, 20.0)),
+    ]
+    medians = summary(visits)["medians"]
+    assert medians["throughput_of_best"] == pytest.approx(0.9)
+    assert medians["latency_of_best"] == pytest.approx(0.8)
 
 
 def test_nothing_worked() -> None:
