@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from devices.device import Device
-from planner.demand import RUNTIME_RESERVE_BYTES
+from planner.demand import runtime_reserve_bytes
 from potluck.pool import Pool, PoolWorker
 from potluck.questions import Answer
 from shard.machine import machine_facts
@@ -137,7 +137,7 @@ class ChildProbes:
 
 def weights_room_bytes(device: Device) -> int:
     """What a profile's weights may take."""
-    return max(0, device.free_bytes - RUNTIME_RESERVE_BYTES)
+    return max(0, device.free_bytes - runtime_reserve_bytes(device))
 
 
 def _report(answer: Answer) -> ProfileReport | PotluckError:

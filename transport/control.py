@@ -108,7 +108,7 @@ class ControlClient:
 
 @dataclass(slots=True)
 class Peer:
-    """A worker as the head knows it."""
+    """A worker as the head knows it. `identity` is the socket's index, and the worker's routing id there."""
 
     identity: bytes
     register: Register
@@ -116,7 +116,7 @@ class Peer:
 
 
 class ControlServer:
-    """The head's end. One thread owns the socket; `on_message(peer, message)` and `on_lost(peer)` run in it.
+    """The head's end. One thread owns the sockets; `on_message(peer, message)` and `on_lost(peer)` run in it.
 
     `endpoints` are those that it listens at, with the ports that were free.
     """
@@ -136,9 +136,14 @@ class ControlServer:
         self._wake = Wake()
         self._closing = threading.Event()
         self.num_refused = 0
-        self._socket = context.socket(zmq.ROUTER)
-        _set_options(self._socket, on_network=any(map(is_tcp, endpoints)))
-        self.endpoints = [bind(self._socket, endpoint) for endpoint in endpoints]
+        # One for each: those of this host must not have the heartbeats that the network needs.
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self.endpoints: list[str] = []
+        for endpoint in endpoints:
+            sock = context.socket(zmq.ROUTER)
+            _set_options(sock, on_network=is_tcp(endpoint))
+            self.endpoints.append(bind(sock, endpoint))
+            self._sockets.append(sock)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
@@ -155,26 +160,31 @@ class ControlServer:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        for sock in self._sockets:
+            poller.register(sock, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         awake = Awake()
         while not self._closing.is_set():
-            ready = dict(poller.poll(int(ALIVE_INTERVAL_S * 1000)))
+            poller.poll(int(ALIVE_INTERVAL_S * 1000))
+            slept_s = awake.slept_s(ALIVE_INTERVAL_S)
             self._wake.clear()
             self._flush()
-            if self._socket in ready:
-                self._take_all()
-            self._drop_silent(awake.slept_s(ALIVE_INTERVAL_S))
+            for index in range(len(self._sockets)):
+                self._take_all(index)
+            self._drop_silent(slept_s)
         self._flush()
-        self._socket.close(linger=500)
+        for sock in self._sockets:
+            sock.close(linger=500)
 
-    def _take_all(self) -> None:
+    def _take_all(self, index: int) -> None:
         """Everything that waits: nobody is silent whose sign of life only has not been read yet."""
         for _ in range(_MOST_AT_ONCE):
             try:
-                self._take(*self._socket.recv_multipart(zmq.DONTWAIT))
+                identity, *frames = self._sockets[index].recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
+            # Sockets give identities of their own: two could be equal.
+            self._take(bytes([index]) + identity, *frames)
 
     def _take(self, identity: bytes, *frames: bytes) -> None:
         try:
@@ -201,7 +211,7 @@ class ControlServer:
         """Nobody is blamed for `slept_s` in which this thread itself did not run."""
         now_s = time.monotonic()
         for peer in self._peers.values():
-            peer.last_heard_s += slept_s
+            peer.last_heard_s = min(now_s, peer.last_heard_s + slept_s)
         for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)
@@ -210,7 +220,7 @@ class ControlServer:
         while self._outbox:
             identity, message = self._outbox.popleft()
             try:
-                self._socket.send_multipart([identity, encode(message)], flags=zmq.DONTWAIT)
+                self._sockets[identity[0]].send_multipart([identity[1:], encode(message)], flags=zmq.DONTWAIT)
             except zmq.ZMQError:
                 peer = self._peers.pop(identity, None)
                 if peer is not None:

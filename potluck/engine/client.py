@@ -181,7 +181,9 @@ class EngineClient:
         is_connected = False
         awake = Awake()
         while not self._is_closing:
-            wait_ms = max(1, int((next_ping_s - time.monotonic()) * 1000))
+            # Up to the next thing to do: to ask, or to find that nobody has answered for too long.
+            next_s = min(next_ping_s, last_heard_s + _SILENT_AFTER_S) if is_connected else next_ping_s
+            wait_ms = max(1, int((next_s - time.monotonic()) * 1000) + 1)
             ready = dict(poller.poll(min(wait_ms, _RETRY_MS) if self._outbox else wait_ms))
             self._wake.clear()
             last_heard_s += awake.slept_s(_PING_INTERVAL_S)

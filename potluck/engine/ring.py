@@ -114,9 +114,8 @@ class Ring:
                 return None  # another life of the ring, or a greeting
 
     def _forgive_sleep(self, expected_s: float) -> None:
-        """If this process was paused the stages probably were too: they have as long as before to answer."""
-        if self._awake.slept_s(expected_s):
-            self._progress_s = self._clock()
+        """While this process was paused the stages probably were too: that time is not theirs."""
+        self._progress_s = min(self._clock(), self._progress_s + self._awake.slept_s(expected_s))
 
     def abandon(self) -> None:
         """Expect nothing any more."""

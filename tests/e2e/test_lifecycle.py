@@ -201,9 +201,11 @@ def test_a_worker_that_stops_answering_is_found_and_named(home: Home) -> None:
     running.stop()
 
 
-def test_a_pause_of_the_whole_host_costs_nobody_anything(home: Home) -> None:
-    """A closed lid, or a machine that stands still: longer than anybody is patient with a silent process."""
-    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+@pytest.mark.parametrize("options", [(), ("--lan-host", "127.0.0.1", "--host-name", "alpha")])
+def test_a_pause_of_the_whole_host_costs_nobody_anything(home: Home, options: tuple[str, ...]) -> None:
+    """A closed lid, or a machine that stands still: longer than anybody is patient with a silent process. Also where
+    other hosts may join."""
+    running = Running(home, *up_arguments(*options, devices=TWO_DEVICES))
     lines: list[str] = []
     thread = threading.Thread(target=stream_lines, args=(running.facts()["url"], lines, 300))
     thread.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from devices.device import Device
-from planner.demand import RUNTIME_RESERVE_BYTES
+from planner.demand import CPU_RESERVE_BYTES
 from planner.profile import ModelProfile
 
 MIB = 2**20
@@ -33,7 +33,7 @@ def model(num_layers: int = 8, layer_mib: int = 100, **changes: Any) -> ModelPro
 
 def device(name: str, *, gb_per_s: float = 10.0, usable_mib: int = 100_000, **changes: Any) -> Device:
     """A torch CPU in bfloat16 with `usable_mib` beside the runtime's reserve, in a memory pool of its own."""
-    free_bytes = usable_mib * MIB + RUNTIME_RESERVE_BYTES
+    free_bytes = usable_mib * MIB + CPU_RESERVE_BYTES
     facts: dict[str, Any] = {
         "name": name,
         "backend": "torch",

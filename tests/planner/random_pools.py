@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from devices.device import Device
-from planner.demand import RUNTIME_RESERVE_BYTES
+from planner.demand import CPU_RESERVE_BYTES
 from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
 from planner.profile import ModelProfile
 from planner.workload import Workload
@@ -76,14 +76,14 @@ def random_pool(rng: random.Random, profile: ModelProfile, num_devices: int) -> 
     for number in range(num_devices):
         host = hosts[number] if number < len(hosts) else rng.choice(hosts)
         pool = f"{host}/{rng.choice(['ram', 'ram', 'vram'])}"
-        totals.setdefault(pool, int(whole * rng.uniform(0.3, 1.4) * room) + rng.choice([1, 2]) * RUNTIME_RESERVE_BYTES)
+        totals.setdefault(pool, int(whole * rng.uniform(0.3, 1.4) * room) + rng.choice([1, 2]) * CPU_RESERVE_BYTES)
         device = Device(
             name=f"d{number}",
             backend="torch",
             kind="cpu",
             host=host,
             threads=1,
-            free_bytes=min(totals[pool], int(whole * rng.uniform(0.2, 1.2) * room) + RUNTIME_RESERVE_BYTES),
+            free_bytes=min(totals[pool], int(whole * rng.uniform(0.2, 1.2) * room) + CPU_RESERVE_BYTES),
             total_bytes=totals[pool],
             bandwidth_bytes_per_s=rng.uniform(1e9, 1e11),
             compute_dtype=rng.choice(["bfloat16", "bfloat16", "float32"]),

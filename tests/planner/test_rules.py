@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.device import Device
-from planner.demand import RUNTIME_RESERVE_BYTES
+from planner.demand import CPU_RESERVE_BYTES
 from planner.estimate import SAME_HOST, STEP_S, estimated_pool
 from planner.explain import stage_rows
 from planner.make import make_plan
@@ -41,7 +41,7 @@ def _memory_bytes(profile: ModelProfile, target: Device, first: int, last: int, 
         window = profile.windows[layer]
         held = tokens if window is None else min(tokens, window + WINDOW_SLACK_TOKENS)
         total += profile.kv_elements_per_token[layer] * held * at_once
-    return total * width + RUNTIME_RESERVE_BYTES
+    return total * width + CPU_RESERVE_BYTES
 
 
 def _fits(profile: ModelProfile, placed: Sequence[tuple[Device, int, int]], tokens: int, at_once: int) -> bool:
@@ -87,7 +87,7 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
 @st.composite
 def pools(draw: st.DrawFn) -> list[Device]:
     totals = {
-        pool: draw(st.integers(0, 900)) * MIB + draw(st.sampled_from([1, 2])) * RUNTIME_RESERVE_BYTES for pool in "ab"
+        pool: draw(st.integers(0, 900)) * MIB + draw(st.sampled_from([1, 2])) * CPU_RESERVE_BYTES for pool in "ab"
     }
     found = []
     for index in range(draw(st.integers(1, 4))):
@@ -99,7 +99,7 @@ def pools(draw: st.DrawFn) -> list[Device]:
                 compute_dtype=draw(st.sampled_from(["bfloat16", "float32"])),
                 memory_pool=pool,
                 total_bytes=totals[pool],
-                free_bytes=min(totals[pool], draw(st.integers(0, 900)) * MIB + RUNTIME_RESERVE_BYTES),
+                free_bytes=min(totals[pool], draw(st.integers(0, 900)) * MIB + CPU_RESERVE_BYTES),
             )
         )
     return found
@@ -173,7 +173,7 @@ def test_memory_caps_move_layers_to_where_they_fit() -> None:
 
 
 def test_devices_of_one_pool_share_its_memory() -> None:
-    pool = {"memory_pool": "ram", "total_bytes": 500 * MIB + 2 * RUNTIME_RESERVE_BYTES}
+    pool = {"memory_pool": "ram", "total_bytes": 500 * MIB + 2 * CPU_RESERVE_BYTES}
     profile = model(8, embed_params=0, head_params=0)
     devices = [device("cpu-1", **pool), device("cpu-2", **pool), device("gpu", gb_per_s=1)]
     plan = plan_proportional(profile, devices, 1024, 1)
@@ -215,9 +215,9 @@ def test_does_not_fit_says_how_much_and_what_would() -> None:
     devices = [device("a", usable_mib=450), device("b", usable_mib=450)]
     with pytest.raises(DoesNotFit) as caught:
         plan_proportional(model(8, layer_mib=100), devices, 8192, 4)
-    needed = 8 * 100 * MIB + 100 * MIB + 8 * 1024 * 8192 * 4 + RUNTIME_RESERVE_BYTES
+    needed = 8 * 100 * MIB + 100 * MIB + 8 * 1024 * 8192 * 4 + CPU_RESERVE_BYTES
     assert f"{needed / GIB:.2f} GiB" in caught.value.message
-    assert f"{(900 * MIB + 2 * RUNTIME_RESERVE_BYTES) / GIB:.2f} GiB" in caught.value.message
+    assert f"{(900 * MIB + 2 * CPU_RESERVE_BYTES) / GIB:.2f} GiB" in caught.value.message
     assert "add another device" in caught.value.hint
 
 
