@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -51,8 +52,13 @@ class CommandProcess:
         assert self.facts is not None
         return self.facts
 
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
+    def wait_for_file(self, file: Path, timeout_s: float) -> None:
+        """Until it has written `file`. Raises RuntimeError with its last words."""
+        deadline = time.monotonic() + timeout_s
+        while not file.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"it did not start: {self.last_words()}")
+            time.sleep(0.1)
 
     def last_words(self) -> str:
         return " ".join(line.strip() for line in self.said[-6:])

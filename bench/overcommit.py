@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import msgspec
@@ -27,20 +27,22 @@ from bench.hardware import facts
 from bench.head_process import CommandProcess
 from bench.lab import HostSpec, Lab, LabSpec
 from bench.prediction import LLAMA_1B, random_model
-from devices.device import Device
+from devices.device import HOST_MEMORY, Device
 from planner.demand import HEAD_RESERVE_BYTES
 from planner.plan import StagePlan
 from potluck.config import Settings
 from potluck.planning import estimated_times, plan_for, register_of
 from potluck.store import StoredModel
-from transport.errors import DoesNotFit, PotluckError
+from transport.errors import PotluckError
 
 _HEAD, _SECOND = "desk", "second"
 _CONTROL_PORT = 11501
+_STARTS_WITHIN_S = 60.0
 _UP_WITHIN_S = 900.0
 _ANSWER_WITHIN_S = 1200.0
 _ANSWER_TOKENS = 8
-_PAGE_BYTES = 2**20
+_DEVICE = ("--device", "torch:cpu")
+_MIB = 2**20
 _PLENTY_BYTES = 2**40
 
 
@@ -68,6 +70,8 @@ class Outcome:
 
 
 class Experiment:
+    """One model at one context, in a lab of its own for each question."""
+
     def __init__(self, model: StoredModel, context_tokens: int) -> None:
         self._model = model
         self._context = context_tokens
@@ -89,7 +93,7 @@ class Experiment:
         with ExitStack() as stack:
             lab = stack.enter_context(Lab(_lab_of(limits)))
             started = self._up(stack, lab, "--layers", layers, "--wait-for", "2")
-            self._wait_for_control(lab, started)
+            started.wait_for_file(lab.facts.folder / _HEAD / "run" / "head.json", _STARTS_WITHIN_S)
             _command(stack, lab, _SECOND, ["join", "--head", _control(lab), *_network(lab, _SECOND), *_DEVICE])
             return self._outcome(lab, started, needed)
 
@@ -114,7 +118,7 @@ class Experiment:
             lab = stack.enter_context(Lab(_lab_of({_HEAD: None, **limits})))
             layers = f"{name}={self._model.spec.num_layers}"
             started = self._up(stack, lab, "--layers", layers, "--wait-for", "2", "--estimate")
-            self._wait_for_control(lab, started)
+            started.wait_for_file(lab.facts.folder / _HEAD / "run" / "head.json", _STARTS_WITHIN_S)
             self._forged_worker(stack, lab, name)
             return self._outcome(lab, started, {_SECOND: needed})
 
@@ -126,14 +130,6 @@ class Experiment:
         arguments = ["up", self._model.name, *self._options, *_network(lab, _HEAD), *port, *_DEVICE, *options, "--json"]
         return _command(stack, lab, _HEAD, arguments)
 
-    def _wait_for_control(self, lab: Lab, head: CommandProcess) -> None:
-        file = Path(lab.facts.folder) / _HEAD / "run" / "head.json"
-        deadline = time.monotonic() + 60.0
-        while not file.exists():
-            if head.has_ended() or time.monotonic() > deadline:
-                raise RuntimeError(f"the head did not start: {head.last_words()}")
-            time.sleep(0.1)
-
     def _forged_worker(self, stack: ExitStack, lab: Lab, name: str) -> None:
         register = register_of(_device(name, _PLENTY_BYTES), address=lab.address(_SECOND))
         run_dir = Path(lab.facts.folder) / _SECOND / "run" / "forged"
@@ -141,7 +137,9 @@ class Experiment:
         arguments = ["--control", f"tcp://{_control(lab)}", "--run-dir", str(run_dir)]
         arguments += ["--register", msgspec.json.encode(register).decode()]
         command = [sys.executable, "-P", "-m", "shard.worker", *arguments]
-        worker = lab.popen(_SECOND, command, stdin=-1, stdout=-3, stderr=-3, environment={"OMP_NUM_THREADS": "1"})
+        worker = lab.popen(
+            _SECOND, command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, environment={"OMP_NUM_THREADS": "1"}
+        )
         stack.callback(worker.kill)
 
     def _outcome(self, lab: Lab, head: CommandProcess, needed: dict[str, int]) -> Outcome:
@@ -165,9 +163,6 @@ class Experiment:
         return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
-_DEVICE = ("--device", "torch:cpu")
-
-
 def _command(stack: ExitStack, lab: Lab, host: str, arguments: Sequence[str]) -> CommandProcess:
     process = CommandProcess(arguments, lambda command, **options: lab.popen(host, command, **options))
     stack.callback(process.stop)
@@ -185,7 +180,7 @@ def _network(lab: Lab, host: str) -> tuple[str, ...]:
 def _lab_of(limits: dict[str, int | None] | dict[str, int]) -> LabSpec:
     return LabSpec(
         hosts=tuple(
-            HostSpec(name=name, memory_bytes=None if limit is None else limit // _PAGE_BYTES * _PAGE_BYTES)
+            HostSpec(name=name, memory_bytes=None if limit is None else limit // _MIB * _MIB)
             for name, limit in limits.items()
         )
     )
@@ -203,7 +198,7 @@ def _device(name: str, free_bytes: int) -> Device:
         total_bytes=free_bytes,
         bandwidth_bytes_per_s=1e10,
         compute_dtype="bfloat16",
-        memory_pool=f"{host}/ram",
+        memory_pool=f"{host}{HOST_MEMORY}",
     )
 
 
@@ -249,7 +244,7 @@ def main() -> int:
             refused = experiment.refused(part)
             result["too_small"].append({"part": part, **asdict(experiment.forced(part)), "refused": refused})
             _report(options.json, result, "too_small")
-    except (PotluckError, DoesNotFit) as error:
+    except (PotluckError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

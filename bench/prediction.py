@@ -26,7 +26,6 @@ from typing import Any
 from bench.hardware import facts
 from bench.head_process import CommandProcess
 from bench.lab import Lab, LabError, LabSpec, load_spec
-from bench.lab.state import HostFacts
 from bench.prediction_report import Visit, summary
 from bench.random_checkpoint import LlamaShape, write_checkpoint
 from potluck.config import Settings
@@ -120,7 +119,7 @@ class Experiment:
         devices = ("--device", "torch:cpu", "--threads", "1")
         pool = ("--wait-for", str(len(self._names)), "--concurrency", str(self._chats), "--context", str(self._context))
         head = self._command(stack, first, [*up, *devices, *pool])
-        self._wait_for_control(head, host)
+        head.wait_for_file(self._lab.facts.folder / first / "run" / "head.json", _STARTS_WITHIN_S)
         for name in others:
             own = ("--lan-host", self._lab.facts.hosts[name].address, "--host-name", name, "--insecure-lan")
             self._command(stack, name, ["join", "--head", f"{host.address}:{_CONTROL_PORT}", *own, *devices])
@@ -133,14 +132,6 @@ class Experiment:
         process = CommandProcess(arguments, popen)
         stack.callback(process.stop)
         return process
-
-    def _wait_for_control(self, head: CommandProcess, host: HostFacts) -> None:
-        file = Path(self._lab.facts.folder) / self._names[0] / "run" / "head.json"
-        deadline = time.monotonic() + _STARTS_WITHIN_S
-        while not file.exists():
-            if head.has_ended() or time.monotonic() > deadline:
-                raise RuntimeError(f"the head did not start: {head.last_words()}")
-            time.sleep(0.1)
 
     def _measure(self) -> list[dict[str, Any]]:
         """One chat, then many."""

@@ -57,8 +57,13 @@ def summary(visits: Sequence[Visit]) -> dict[str, Any]:
             "abs_error_one": statistics.median(abs(plan["error_one"]) for plan in plans),
             "abs_error_many": statistics.median(abs(plan["error_many"]) for plan in plans),
             "abs_error_with_prompts": statistics.median(abs(plan["error_with_prompts"]) for plan in plans),
-            "latency_of_best": _of_best(plans, "latency", "measured_one"),
-            "throughput_of_best": _of_best(plans, "throughput", "measured_with_prompts"),
+            "latency_of_best": _of_best(plans, done, "latency", "measured_one", lambda one: one.measured_rates[0]),
+            "throughput_of_best": _of_best(
+                plans, done, "throughput", "measured_with_prompts", lambda one: one.with_prompts[1]
+            ),
+            "throughput_of_best_decoding": _of_best(
+                plans, done, "throughput", "measured_many", lambda one: one.measured_rates[1]
+            ),
         }
     return {"medians": medians, "plans": plans, "visits": [asdict(visit) for visit in visits]}
 
@@ -83,11 +88,13 @@ def _plan(layout: str, visits: Sequence[Visit]) -> dict[str, Any]:
     }
 
 
-def _of_best(plans: Sequence[dict[str, Any]], asked: str, rate: str) -> float | None:
-    """What the plans gave that were recommended, as a share of the best plan's. Medians of all visits to a layout are
-    compared, whatever it was asked for as: it need not be the same in every round."""
-    recommended = [plan[rate] for plan in plans if asked in plan["asked"]]
-    best = max(plan[rate] for plan in plans)
+def _of_best(
+    plans: Sequence[dict[str, Any]], visits: Sequence[Visit], asked: str, name: str, rate: Callable[[Visit], float]
+) -> float | None:
+    """What the visits to recommended plans gave (they need not be the same in every round), as a share of the best
+    plan's median; `name` is that of `rate` in a plan's row."""
+    recommended = [rate(visit) for visit in visits if visit.plan == asked]
+    best = max(plan[name] for plan in plans)
     return float(statistics.median(recommended) / best) if recommended else None
 
 

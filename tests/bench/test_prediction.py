@@ -40,7 +40,8 @@ def test_errors_and_recommendations() -> None:
     assert medians["plans"] == 2
     assert medians["abs_error_one"] == pytest.approx(0.2)
     assert medians["latency_of_best"] == pytest.approx(1.0)
-    assert medians["throughput_of_best"] == pytest.approx(1.0)
+    assert medians["throughput_of_best"] == pytest.approx(24.0 / 27.0)
+    assert medians["throughput_of_best_decoding"] == pytest.approx(24.0 / 27.0)
     assert medians["abs_error_with_prompts"] == medians["abs_error_many"]
     assert len(found["visits"]) == 5
 

@@ -80,9 +80,8 @@ def test_a_better_plan_is_found_and_loaded(home: Home) -> None:
     wait_until(lambda: "by the better plan" in running.said(), 10.0, running.said)
     wait_until(lambda: report()["state"] == "ready", 60.0, running.said)
     assert share(busiest["device"]) < before
-    assert [f"{one['device']}: layers {one['first']}–{one['last'] - 1}" for one in report()["stages"]] == better[
-        "stages"
-    ]
+    spans = [f"{one['device']}: layers {one['first']}–{one['last'] - 1}" for one in report()["stages"]]
+    assert spans == better["stages"]
     assert chat(4).status_code == 200
     assert json.loads(home.run("status", "--json").stdout)["better_plan"] is None
     running.stop()
