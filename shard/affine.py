@@ -1,0 +1,40 @@
+"""The quantized form that every backend runs: groups of a row's weights that share a scale and a bias.
+
+w = scale · q + bias, q unsigned with `bits` bits, `group` consecutive weights of a row: MLX's affine layout, and what
+GGUF's Q4_0 … Q8_0, Q4_K and Q5_K, AWQ and GPTQ are when they are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffineForm:
+    """`exact`: the numbers are the file's own; otherwise they were quantized anew when they were read."""
+
+    bits: int
+    group: int
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffineRows:
+    """Rows of one tensor: q uint8 [rows, columns], scales and biases float32 [rows, columns / group], C-contiguous."""
+
+    q: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+
+    def dequantized(self) -> np.ndarray:
+        """float32 [rows, columns]: scale · q + bias, each operation rounded once, as the readers of the formats do."""
+        rows, groups = self.scales.shape
+        values = self.q.reshape(rows, groups, -1).astype(np.float32)
+        values *= self.scales[..., None]
+        values += self.biases[..., None]
+        return values.reshape(rows, -1)
