@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from transport.messages import DType, Entry, Op, Result, SequenceId
+from transport.messages import DType, Entry, Op, Result, SequenceId, WeightsForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class ShardSpec:
     next_dtype: DType
     context_tokens: int
     kv_capacity_tokens: int
+    weights: WeightsForm = "stored"
 
     @property
     def is_first(self) -> bool:

@@ -17,6 +17,10 @@ SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+WeightsForm = Literal["stored", "dense", "4-bit", "8-bit"]
+"""How a stage holds its matrices: as the file has them, quantized or not; all in the compute dtype; or what is not
+quantized in the file quantized to so many bits."""
+
 
 # Parts of a step.
 
