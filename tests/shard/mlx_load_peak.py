@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from shard.affine import AffineRows
 from shard.checkpoint import TensorInfo
 from shard.mlx_backend.build import build
 from shard.mlx_backend.library import model_module
@@ -79,6 +80,12 @@ class MadeUp:
 
     def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
         out[...] = 1
+
+    def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
+        out[...] = 1
+
+    def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
+        raise AssertionError("nothing here is quantized")
 
     def close(self) -> None: ...
 

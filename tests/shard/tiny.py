@@ -15,7 +15,10 @@ import numpy as np
 import torch
 import transformers
 
+from shard.affine import AffineForm, AffineRows
+from shard.affine_quantize import quantize_rows
 from shard.checkpoint import TensorInfo
+from shard.quantize import is_matrix
 from shard.spec import ModelSpec
 from transport.errors import BadCheckpoint
 from transport.messages import DType
@@ -146,24 +149,55 @@ def router_gap(model: Any, ids: Sequence[int]) -> float:
 
 @dataclass(kw_only=True)
 class MemoryCheckpoint:
-    """A Checkpoint over arrays in memory; `reads` counts how often each tensor was read."""
+    """A Checkpoint over arrays in memory; `reads` counts how often each tensor was read, dense or not.
+
+    `affine` are the tensors that are quantized; `arrays` has their dequantized numbers.
+    """
 
     spec: ModelSpec
     config: dict[str, Any]
     arrays: dict[str, np.ndarray]
+    affine: dict[str, tuple[AffineForm, AffineRows]] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: TensorInfo(name=name, shape=array.shape, format="F32", file_bytes=array.nbytes)
-            for name, array in self.arrays.items()
-        }
+        return {name: self._info(name, array) for name, array in self.arrays.items()}
 
     def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
+        self._store(self._array(name), name, out, dtype)
+
+    def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
+        matrix = self._array(name)
+        self._store(matrix.reshape(-1, matrix.shape[-1])[first : first + len(out)], name, out, dtype)
+
+    def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
+        if name not in self.affine:
+            raise BadCheckpoint(f"tensor {name} is not quantized")
+        rows = self.affine[name][1]
+        if not 0 <= first <= first + num_rows <= len(rows.q):
+            raise BadCheckpoint(f"tensor {name} has no rows [{first}, {first + num_rows})")
+        self.reads[name] = self.reads.get(name, 0) + 1
+        wanted = slice(first, first + num_rows)
+        return AffineRows(q=rows.q[wanted], scales=rows.scales[wanted], biases=rows.biases[wanted])
+
+    def close(self) -> None:
+        self.arrays = {}
+
+    def _info(self, name: str, array: np.ndarray) -> TensorInfo:
+        if name not in self.affine:
+            return TensorInfo(name=name, shape=array.shape, format="F32", file_bytes=array.nbytes)
+        form, rows = self.affine[name]
+        file_bytes = rows.q.size * form.bits // 8 + rows.scales.nbytes + rows.biases.nbytes
+        format = f"MLX {form.bits}-bit"
+        return TensorInfo(name=name, shape=array.shape, format=format, file_bytes=file_bytes, affine=form)
+
+    def _array(self, name: str) -> np.ndarray:
         if name not in self.arrays:
             raise BadCheckpoint(f"tensor {name} is missing")
-        array = self.arrays[name]
+        return self.arrays[name]
+
+    def _store(self, array: np.ndarray, name: str, out: np.ndarray, dtype: DType) -> None:
         if array.shape != out.shape:
             raise BadCheckpoint(f"tensor {name} has shape {array.shape}, wanted {out.shape}")
         self.reads[name] = self.reads.get(name, 0) + 1
@@ -171,9 +205,6 @@ class MemoryCheckpoint:
             out[...] = torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
         else:
             out[...] = array
-
-    def close(self) -> None:
-        self.arrays = {}
 
 
 def memory_checkpoint(model: Any, folder: Path) -> MemoryCheckpoint:
@@ -185,6 +216,24 @@ def memory_checkpoint(model: Any, folder: Path) -> MemoryCheckpoint:
     arrays = load_file(folder / "model.safetensors")
     config = model.config.to_dict()
     return MemoryCheckpoint(spec=_spec(model), config=config, arrays=arrays)
+
+
+def quantized_checkpoint(model: Any, folder: Path, bits: int = 4, group: int = 32) -> MemoryCheckpoint:
+    """As `memory_checkpoint`, its matrices affine where the columns allow it; dense reads give the dequantized numbers.
+
+    The folder holds these too: `AutoModelForCausalLM.from_pretrained(folder)` is the unsplit dense model of the same
+    numbers.
+    """
+    from safetensors.numpy import save_file
+
+    checkpoint = memory_checkpoint(model, folder)
+    for name, array in checkpoint.arrays.items():
+        if is_matrix(name, array.shape) and array.shape[-1] % group == 0:
+            rows = quantize_rows(array, bits, group)
+            checkpoint.affine[name] = (AffineForm(bits=bits, group=group), rows)
+            checkpoint.arrays[name] = rows.dequantized()
+    save_file(checkpoint.arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return checkpoint
 
 
 def _spec(model: Any) -> ModelSpec:
