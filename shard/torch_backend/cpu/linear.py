@@ -1,0 +1,222 @@
+"""Quantized projections on the CPU: packed matrices, and the calls of their kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from shard.checkpoint import Checkpoint
+from shard.torch_backend.cpu.compile import kernels
+from shard.torch_backend.cpu.matmul import BLOCK, FACTOR_BYTES, FIELDS, Precision, activation_bytes, name_of
+from shard.torch_backend.cpu.packing import (
+    Layout,
+    best_offset,
+    empty_aligned,
+    pack_rows,
+    stored_bits,
+    unpack_rows,
+)
+
+_SAMPLE_ROWS = 64
+_PIECE_WEIGHTS = 1 << 20
+_CACHED_ACTIVATION_BYTES = 1 << 18
+_ROWS_STEP = 8
+_TEAM_WORK = 1 << 17
+"""Products in a call from which on a team is worth waking."""
+
+_INDEX = {name: position for position, name in enumerate(FIELDS)}
+
+
+class PackedMatrix:
+    """One matrix in the kernel's order. `offset`: see `packing`."""
+
+    def __init__(self, layout: Layout, offset: int, packed: np.ndarray) -> None:
+        self.layout = layout
+        self.offset = offset
+        self.packed = packed
+        target = kernels().target
+        self.signed = target.signed
+        shift = 128 if target.signed and layout.bits == 8 else 0
+        blocks = layout.columns // BLOCK
+        at_once = _CACHED_ACTIVATION_BYTES // (2 * layout.columns) // _ROWS_STEP * _ROWS_STEP
+        self._fields = (ctypes.c_int64 * len(FIELDS))()
+        for name, value in (
+            ("weights", packed.ctypes.data),
+            ("blocks", blocks),
+            ("tiles", layout.num_tiles),
+            ("rows_at_once", max(_ROWS_STEP, at_once)),
+            ("group_blocks", layout.group // BLOCK),
+            ("offset", offset - shift),
+        ):
+            self._fields[_INDEX[name]] = value
+        self._address = ctypes.addressof(self._fields)
+
+    def multiply(
+        self, x: torch.Tensor, y_address: int, y_row_bytes: int, precision: Precision, scratch: Scratch
+    ) -> None:
+        """y = x · Wᵀ: x float32 [rows, columns] with contiguous rows; y float32 with room for whole tiles."""
+        layout, fields = self.layout, self._fields
+        rows = x.shape[0]
+        activations, factors = scratch.reserve(rows * layout.columns // BLOCK)
+        fields[1] = x.data_ptr()
+        fields[2] = activations
+        fields[3] = factors
+        fields[4] = y_address
+        fields[5] = rows
+        fields[8] = x.stride(0) * 4
+        fields[9] = y_row_bytes
+        work = rows * layout.rows * layout.columns
+        threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
+        kernels().runs[name_of(layout.bits, precision)](self._address, threads)
+
+
+class Scratch:
+    """Memory for quantized activations, used again by each call; grows to the largest."""
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._activations = self._factors = np.empty(0, np.uint8)
+        self._addresses = (0, 0)
+
+    def reserve(self, blocks: int) -> tuple[int, int]:
+        """Addresses of room for `blocks` blocks of activations and of their factors."""
+        if blocks > self._blocks:
+            self._blocks = blocks
+            self._activations = empty_aligned(blocks * activation_bytes(16))
+            self._factors = empty_aligned(blocks * FACTOR_BYTES)
+            self._addresses = (self._activations.ctypes.data, self._factors.ctypes.data)
+        return self._addresses
+
+
+_SCRATCH = Scratch()
+
+
+class CpuAffineLinear:
+    """Implements Linear: several matrices with one input, outputs side by side. Decode rows keep 16 bits of their
+    activations; prefill rows `prefill` bits."""
+
+    def __init__(self, parts: Sequence[PackedMatrix], prefill: Precision) -> None:
+        self._parts = parts
+        self._prefill = prefill
+        self.columns = parts[0].layout.columns
+        self.out = sum(part.layout.rows for part in parts)
+        self.num_bytes = sum(part.packed.nbytes for part in parts)
+        lanes = parts[0].layout.lanes
+        self._places: list[int] = []
+        place = 0
+        for part in parts:
+            self._places.append(place)
+            place += part.layout.rows
+        # A part's last tile writes beyond its own columns: into the next part's, which comes after, or into padding.
+        last = parts[-1].layout
+        self._width = place - last.rows + last.num_tiles * lanes
+
+    def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
+        """x [rows, columns] float32 → [rows, out] float32 (a view: its rows may be padded)."""
+        rows = x.shape[0]
+        y = torch.empty((rows, self._width))
+        if num_decode:
+            self._multiply(x[:num_decode] if num_decode < rows else x, y, 0, 16)
+        if num_decode < rows:
+            self._multiply(x[num_decode:] if num_decode else x, y, num_decode, self._prefill)
+        return y if self._width == self.out else y[:, : self.out]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of W, float32 [len(ids), columns]: an embedding that shares its matrix with the head."""
+        indices = ids.numpy()
+        gathered = np.empty((len(indices), self.columns), np.float32)
+        for part, place in zip(self._parts, self._places, strict=True):
+            mine = (indices >= place) & (indices < place + part.layout.rows)
+            if mine.any():
+                gathered[mine] = unpack_rows(
+                    part.packed, part.layout, part.offset, indices[mine] - place, signed=part.signed
+                )
+        return torch.from_numpy(gathered)
+
+    def _multiply(self, x: torch.Tensor, y: torch.Tensor, first_row: int, precision: Precision) -> None:
+        if x.dtype != torch.float32 or x.stride(1) != 1:
+            x = x.to(torch.float32).contiguous()
+        row_bytes = 4 * self._width
+        base = y.data_ptr() + first_row * row_bytes
+        for part, place in zip(self._parts, self._places, strict=True):
+            part.multiply(x, base + 4 * place, row_bytes, precision, _SCRATCH)
+
+
+def load_affine_linear(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    *,
+    prefill: Precision,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> CpuAffineLinear:
+    """The affine tensors `names` [rows_i, columns], one after another, read in pieces by torch's number of threads and
+    packed as they come. `progress` is called with bytes of the file read since. Raises BadCheckpoint."""
+    parts = [_load_matrix(checkpoint, run, offset, progress) for run, offset in _runs(checkpoint, names)]
+    return CpuAffineLinear(parts, prefill)
+
+
+def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[str], int]]:
+    """Names that can be one matrix: same bits, group and offset, whole tiles but for the last."""
+    lanes = kernels().target.lanes
+    run: list[str] = []
+    key: tuple[int, int, int] | None = None
+    for name in names:
+        info = checkpoint.tensors[name]
+        assert info.affine is not None, name
+        bits = stored_bits(info.affine)
+        sample = checkpoint.read_affine(name, 0, min(_SAMPLE_ROWS, info.shape[0]))
+        offset = best_offset(sample, bits)
+        if run and ((bits, info.affine.group, offset) != key or checkpoint.tensors[run[-1]].shape[0] % lanes):
+            assert key is not None
+            yield run, key[2]
+            run = []
+        key = (bits, info.affine.group, offset)
+        run.append(name)
+    assert key is not None
+    yield run, key[2]
+
+
+def _load_matrix(
+    checkpoint: Checkpoint, names: Sequence[str], offset: int, progress: Callable[[int], None]
+) -> PackedMatrix:
+    target = kernels().target
+    infos = [checkpoint.tensors[name] for name in names]
+    form = infos[0].affine
+    assert form is not None
+    layout = Layout(
+        rows=sum(info.shape[0] for info in infos),
+        columns=infos[0].shape[1],
+        bits=stored_bits(form),
+        group=form.group,
+        lanes=target.lanes,
+    )
+    packed = empty_aligned(layout.num_bytes).reshape(layout.num_tiles, layout.tile_bytes)
+    step = max(1, _PIECE_WEIGHTS // layout.columns // target.lanes) * target.lanes
+    pieces = []
+    tile = 0
+    for name, info in zip(names, infos, strict=True):
+        for first in range(0, info.shape[0], step):
+            count = min(step, info.shape[0] - first)
+            tiles = -(-count // target.lanes)
+            pieces.append((name, first, count, packed[tile : tile + tiles]))
+            tile += tiles
+
+    def load(piece: tuple[str, int, int, np.ndarray]) -> int:
+        name, first, count, out = piece
+        rows = checkpoint.read_affine(name, first, count)
+        pack_rows(name, rows, layout, offset, out, signed=target.signed)
+        info = checkpoint.tensors[name]
+        return info.file_bytes * count // info.shape[0]
+
+    if torch.get_num_threads() == 1 or len(pieces) == 1:
+        for piece in pieces:
+            progress(load(piece))
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for num_bytes in pool.map(load, pieces):
+                progress(num_bytes)
+    return PackedMatrix(layout, offset, packed)
