@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from shard.checkpoint import Checkpoint
-from shard.torch_backend.dtypes import TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from transport.messages import DType
+
+Read = Callable[[int], None]
+"""Called with the bytes of the file that were read since."""
 
 
 class Linear(Protocol):
@@ -22,6 +25,9 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         """x [rows, columns] → [rows, out], in x's dtype."""
 
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of W, [len(ids), columns]: an embedding that shares its matrix with the head."""
+
 
 class DenseLinear:
     """W [out, columns] in the compute dtype."""
@@ -31,11 +37,74 @@ class DenseLinear:
         self.num_bytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return torch.nn.functional.linear(x, self.weight)
         return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self.weight)
 
-def load_linear(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device) -> Linear:
-    """The tensors `names` [rows_i, columns], their rows one after another, on `device`. Raises BadCheckpoint."""
+
+class SideBySide:
+    """Several projections of one input, which can't be one matrix: outputs side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+        self.num_bytes = sum(part.num_bytes for part in parts)
+
+    def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
+        return torch.cat([part(x, num_decode) for part in self._parts], dim=1)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("an embedding is one matrix")
+
+
+def load_linear(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    dtype: DType,
+    device: torch.device,
+    read: Read = lambda num_bytes: None,
+) -> Linear:
+    """The tensors `names` [rows_i, columns], their rows one after another, on `device`: quantized where they are in the
+    file, dense in `dtype` otherwise. Raises BadCheckpoint, UnsupportedModel."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _is_affine(checkpoint, name) == _is_affine(checkpoint, runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    parts = [
+        _load_affine(checkpoint, run, dtype, device, read)
+        if _is_affine(checkpoint, run[0])
+        else _load_dense(checkpoint, run, dtype, device, read)
+        for run in runs
+    ]
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+
+def _is_affine(checkpoint: Checkpoint, name: str) -> bool:
+    return checkpoint.tensors[name].affine is not None
+
+
+def _load_affine(
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+) -> Linear:
+    # Each kind of device has kernels of its own, and what they need is imported only where they run.
+    if device.type == "cpu":
+        from shard.torch_backend.cpu.linear import load_affine_linear
+
+        # Whoever computes in float32 wants all of its digits.
+        return load_affine_linear(checkpoint, names, prefill=16 if dtype == "float32" else 8, read=read)
+    from shard.torch_backend.device_linear import load_device_linear
+
+    parts = [load_device_linear(checkpoint, name, dtype, device, read) for name in names]
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+
+def _load_dense(
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+) -> DenseLinear:
     shapes = [checkpoint.tensors[name].shape for name in names]
     weight = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=TORCH_DTYPES[dtype], device=device)
     row = 0
@@ -44,8 +113,9 @@ def load_linear(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, devi
         if device.type == "cpu":
             checkpoint.read_into(name, to_numpy(out), dtype)
         else:
-            host = np.empty(shape, to_numpy(torch.empty(0, dtype=TORCH_DTYPES[dtype])).dtype)
+            host = np.empty(shape, NUMPY_DTYPES[dtype])
             checkpoint.read_into(name, host, dtype)
             out.copy_(to_torch(host, dtype))
         row += shape[0]
+        read(checkpoint.tensors[name].file_bytes)
     return DenseLinear(weight)

@@ -42,6 +42,7 @@ def host_instruction_sets() -> list[InstructionSet]:
     return instruction_sets(architecture, llvm.get_host_cpu_features())
 
 
+@cache
 def compiled(target: InstructionSet) -> CompiledKernels:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

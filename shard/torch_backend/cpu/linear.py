@@ -151,11 +151,11 @@ def load_affine_linear(
     names: Sequence[str],
     *,
     prefill: Precision,
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    read: Callable[[int], None] = lambda num_bytes: None,
 ) -> CpuAffineLinear:
     """The affine tensors `names` [rows_i, columns], one after another, read in pieces by torch's number of threads and
-    packed as they come. `progress` is called with bytes of the file read since. Raises BadCheckpoint."""
-    parts = [_load_matrix(checkpoint, run, offset, progress) for run, offset in _runs(checkpoint, names)]
+    packed as they come. `read` is called with bytes of the file read since. Raises BadCheckpoint."""
+    parts = [_load_matrix(checkpoint, run, offset, read) for run, offset in _runs(checkpoint, names)]
     return CpuAffineLinear(parts, prefill)
 
 
@@ -181,7 +181,7 @@ def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[s
 
 
 def _load_matrix(
-    checkpoint: Checkpoint, names: Sequence[str], offset: int, progress: Callable[[int], None]
+    checkpoint: Checkpoint, names: Sequence[str], offset: int, read: Callable[[int], None]
 ) -> PackedMatrix:
     target = kernels().target
     infos = [checkpoint.tensors[name] for name in names]
@@ -214,9 +214,9 @@ def _load_matrix(
 
     if torch.get_num_threads() == 1 or len(pieces) == 1:
         for piece in pieces:
-            progress(load(piece))
+            read(load(piece))
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for num_bytes in pool.map(load, pieces):
-                progress(num_bytes)
+                read(num_bytes)
     return PackedMatrix(layout, offset, packed)

@@ -140,6 +140,6 @@ def test_progress_counts_the_files_bytes() -> None:
     rows = random_rows(4096, 512, bits=4, group=32, seed=10)
     seen: list[int] = []
     checkpoint = AffineTensors(forms={"w": AffineForm(bits=4, group=32)}, numbers={"w": rows})
-    load_affine_linear(checkpoint, ["w"], prefill=16, progress=seen.append)  # type: ignore[arg-type]
+    load_affine_linear(checkpoint, ["w"], prefill=16, read=seen.append)  # type: ignore[arg-type]
     assert len(seen) > 1
     assert sum(seen) == rows.q.size
