@@ -97,15 +97,43 @@ def ragged_attention(
         span = slice(run.offset, run.offset + run.num_tokens)
         layer = run.kv.layer(index, sliding_window)
         keys, values, first = layer.append(run.start, key[0, :, span], value[0, :, span])
-        queries = query[0, :, span]
-        if softcap is None and s_aux is None:
-            attended = _attend_fused(queries, keys, values, run, first, sliding_window, scale, ragged_step)
-        else:
-            mask = ragged_step.mask(run, first, sliding_window, query.device)
-            attended = _attend_plain(queries, keys, values, mask, scale, softcap, s_aux)
-        outputs.append(attended)
+        outputs.append(
+            attend(
+                query[0, :, span],
+                keys,
+                values,
+                run,
+                first,
+                ragged_step,
+                window=sliding_window,
+                scale=scale,
+                softcap=softcap,
+                sinks=s_aux,
+            )
+        )
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return packed.transpose(0, 1).unsqueeze(0), None
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    run: Run,
+    first: int,
+    step: RaggedStep,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """A run's query [heads, tokens, head_dim] over keys and values [kv_heads, positions from `first`, head_dim] → as
+    query. `softcap` caps the scores; `sinks` [heads] take part in the softmax."""
+    if softcap is None and sinks is None:
+        return _attend_fused(query, keys, values, run, first, window, scale, step)
+    mask = step.mask(run, first, window, query.device)
+    return _attend_plain(query, keys, values, mask, scale, softcap, sinks)
 
 
 def _attend_fused(

@@ -1,9 +1,9 @@
-"""Loads a TorchShard: an empty module, then each tensor read straight into its place, one at a time."""
+"""Loads a stage on torch: by the lean path, or the library's empty module with each tensor read into its place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,20 +11,39 @@ import torch
 from shard.checkpoint import Checkpoint
 from shard.stage import ShardSpec
 from shard.torch_backend.dtypes import NUMPY_DTYPES, to_numpy, to_torch
+from shard.torch_backend.lean.build import build_lean
+from shard.torch_backend.lean.shard import LeanShard
+from shard.torch_backend.lean.support import lean_reason
 from shard.torch_backend.memory import loading_memory
 from shard.torch_backend.shard import TorchShard
 from shard.torch_backend.skeleton import build_skeleton
 from shard.weights import Part, TensorNames, read_part, total_file_bytes
-from transport.errors import ConfigError
+from transport.errors import ConfigError, UnsupportedModel
+
+Path = Literal["auto", "library", "lean"]
 
 
-def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Callable[[int, int], None]) -> TorchShard:
-    """Layers [first, last) on spec.device. `progress(read_bytes, total_bytes)` counts bytes of the stage's files.
+def build(
+    checkpoint: Checkpoint, spec: ShardSpec, progress: Callable[[int, int], None], *, path: Path = "auto"
+) -> TorchShard | LeanShard:
+    """Layers [first, last) on spec.device, by the lean path where it runs this model ("auto"), or by the one asked for.
 
-    Reads the stage's own tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint,
-    UnsupportedModel, DoesNotFit, ConfigError.
+    `progress(read_bytes, total_bytes)` counts bytes of the stage's files. Reads the stage's own
+    tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint, UnsupportedModel, DoesNotFit,
+    ConfigError.
     """
     device = _device(spec.device)
+    reason = lean_reason(checkpoint.config)
+    if path == "lean" and reason is not None:
+        raise UnsupportedModel(reason, hint="the library path may run it")
+    if path == "lean" or (path == "auto" and reason is None):
+        return build_lean(checkpoint, spec, device, progress)
+    return _build_library(checkpoint, spec, device, progress)
+
+
+def _build_library(
+    checkpoint: Checkpoint, spec: ShardSpec, device: torch.device, progress: Callable[[int, int], None]
+) -> TorchShard:
     model, tied = build_skeleton(checkpoint.config, spec)
     names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied)
     share_embedding = tied and spec.is_first and spec.is_last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from transport.messages import SequenceId
 
 class TorchShard:
     """Implements ShardBackend over a loaded transformers model (`shard.torch_backend.build`)."""
+
+    path: Literal["library"] = "library"
 
     def __init__(self, model: Any, spec: ShardSpec, weights_bytes: int) -> None:
         self.spec = spec

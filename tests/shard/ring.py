@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from shard.load import Backend, load_shard
+from shard.load import load_shard
 from shard.stage import Batch, ShardBackend, ShardSpec
+from shard.torch_backend.build import build as build_torch
 from tests.shard.tiny import NUM_LAYERS, VOCAB_SIZE, MemoryCheckpoint
 from transport.messages import Entry, SequenceId
 
-DEVICES: dict[Backend, str] = {"torch": "cpu", "mlx": "mlx:cpu"}
+Runner = Literal["library", "lean", "mlx"]
+"""What runs a stage: one of torch's two paths, or MLX."""
 Prompts = dict[SequenceId, list[int]]
 
 
@@ -34,15 +37,20 @@ def tiny_spec(first: int, last: int, **changes: Any) -> ShardSpec:
 
 
 def load_stages(
-    checkpoint: MemoryCheckpoint, cuts: Sequence[int], backends: Sequence[Backend] = ("torch",)
+    checkpoint: MemoryCheckpoint, cuts: Sequence[int], runners: Sequence[Runner] = ("library",)
 ) -> list[ShardBackend]:
-    """Stages of the model cut at `cuts`, their backends taken in turn."""
+    """Stages of the model cut at `cuts`, their runners taken in turn."""
     bounds = (0, *cuts, NUM_LAYERS)
-    stages = []
-    for index, (first, last) in enumerate(pairwise(bounds)):
-        backend = backends[index % len(backends)]
-        stages.append(load_shard(checkpoint, tiny_spec(first, last, device=DEVICES[backend]), backend=backend))
-    return stages
+    return [
+        load_stage(checkpoint, tiny_spec(first, last), runners[index % len(runners)])
+        for index, (first, last) in enumerate(pairwise(bounds))
+    ]
+
+
+def load_stage(checkpoint: MemoryCheckpoint, spec: ShardSpec, runner: Runner) -> ShardBackend:
+    if runner == "mlx":
+        return load_shard(checkpoint, replace(spec, device="mlx:cpu"), backend="mlx")
+    return build_torch(checkpoint, spec, lambda read_bytes, total_bytes: None, path=runner)
 
 
 def run_step(stages: Sequence[ShardBackend], entries: Sequence[Entry]) -> np.ndarray:

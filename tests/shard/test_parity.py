@@ -1,4 +1,4 @@
-"""Any split of any tiny random model, on any mix of backends, gives the logits of the unsplit library model."""
+"""Any split of any tiny random model, on any mix of runners, gives the logits of the unsplit library model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from shard.load import Backend
+from shard.torch_backend.lean.support import lean_reason
 from tests.shard.ring import (
     Prompts,
+    Runner,
     load_stages,
     logits_by_position,
     random_prompts,
@@ -29,6 +30,7 @@ from tests.shard.tiny import (
     memory_checkpoint,
     reference_logits,
     router_gap,
+    tiny_config,
     tiny_model,
 )
 from transport.messages import SequenceId
@@ -40,9 +42,9 @@ SEEDS = 3
 LENGTHS = (37, 21, 9)
 
 SPLITS = [cuts for count in range(NUM_LAYERS) for cuts in combinations(range(1, NUM_LAYERS), count)]
-MIXES: list[tuple[Backend, ...]] = [("torch",)]
+MIXES: list[tuple[Runner, ...]] = [("library",), ("lean",), ("lean", "library")]
 if importlib.util.find_spec("mlx") and importlib.util.find_spec("mlx_lm"):
-    MIXES += [("mlx",), ("torch", "mlx"), ("mlx", "torch")]
+    MIXES += [("mlx",), ("lean", "mlx"), ("mlx", "library")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +77,17 @@ def cases(family: str) -> tuple[tuple[Case, ...], int]:
     return tuple(found), excluded
 
 
-def families_for(mix: tuple[Backend, ...]) -> tuple[str, ...]:
-    return CORE_FAMILIES if "mlx" in mix else tuple(FAMILIES)
+def families_for(mix: tuple[Runner, ...]) -> list[str]:
+    """Each torch path with every family that it runs; a mix of runners with those that all of them run."""
+    families = CORE_FAMILIES if "mlx" in mix else tuple(FAMILIES)
+    return [family for family in families if "lean" not in mix or lean_reason(tiny_config(family).to_dict()) is None]
 
 
 @pytest.mark.parametrize(
     ("family", "mix"),
     [pytest.param(family, mix, id=f"{family}-{'+'.join(mix)}") for mix in MIXES for family in families_for(mix)],
 )
-def test_any_split_gives_the_unsplit_logits(family: str, mix: tuple[Backend, ...]) -> None:
+def test_any_split_gives_the_unsplit_logits(family: str, mix: tuple[Runner, ...]) -> None:
     proven, _ = cases(family)
     for case in proven:
         for cuts in SPLITS:

@@ -1,4 +1,4 @@
-"""What the torch backend promises beyond parity: KV that shrinks and frees, windows, isolation, refusals."""
+"""What torch's library path promises beyond parity: KV that shrinks and frees, windows, isolation, refusals."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from shard.load import load_shard
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
-from shard.torch_backend.build import _Reader
+from shard.torch_backend.build import _Reader, build
 from shard.torch_backend.kv import SLACK, LayerKV, SequenceKV
 from shard.torch_backend.shard import TorchShard
 from shard.weights import TensorNames
-from tests.shard.ring import random_prompts, relative_error, run_step, tiny_spec
+from tests.shard.ring import load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import WINDOW, MemoryCheckpoint, memory_checkpoint, reference_logits, tiny_config, tiny_model
 from transport.errors import BadCheckpoint, ConfigError, DoesNotFit, StageFailed, UnsupportedModel
 from transport.messages import Entry, SequenceId
@@ -42,7 +41,7 @@ Tiny = Callable[[str], MemoryCheckpoint]
 
 
 def whole(checkpoint: MemoryCheckpoint, **changes: Any) -> TorchShard:
-    shard = load_shard(checkpoint, tiny_spec(0, 4, **changes), backend="torch")
+    shard = load_stage(checkpoint, tiny_spec(0, 4, **changes), "library")
     assert isinstance(shard, TorchShard)
     return shard
 
@@ -153,7 +152,7 @@ def test_half_precision_wire_carries_bits(tiny: Tiny) -> None:
     ids = random_prompts(4, [20])[ONE]
     reference = reference_logits(tiny_model("llama", 1), ids)
     bf16 = {"compute_dtype": "bfloat16", "wire_dtype": "bfloat16", "next_dtype": "bfloat16"}
-    stages = [load_shard(tiny("llama"), tiny_spec(a, b, **bf16), backend="torch") for a, b in ((0, 2), (2, 4))]
+    stages = [load_stage(tiny("llama"), tiny_spec(a, b, **bf16), "library") for a, b in ((0, 2), (2, 4))]
     entry = Entry(ONE, 0, tuple(ids), 20)
     hidden = stages[0].forward(Batch(entries=(entry,), hidden=None))
     assert hidden.dtype == np.uint16
@@ -168,11 +167,11 @@ def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None
         checkpoint = tiny(family)
         checkpoint.reads.clear()
         calls: list[tuple[int, int]] = []
-        shard = load_shard(
+        shard = build(
             checkpoint,
             tiny_spec(first, last),
-            backend="torch",
-            progress=lambda done, total, calls=calls: calls.append((done, total)),  # type: ignore[misc]
+            lambda done, total, calls=calls: calls.append((done, total)),  # type: ignore[misc]
+            path="library",
         )
         wanted = {
             name
@@ -207,7 +206,7 @@ def test_other_devices_are_filled_by_way_of_one_host_buffer(tiny: Tiny) -> None:
 def test_a_gpu_gives_the_same_logits(tiny: Tiny, family: str) -> None:
     ids = random_prompts(4, [60])[ONE]
     reference = reference_logits(tiny_model(family, 1), ids)
-    stages = [load_shard(tiny(family), tiny_spec(a, b, device="cuda:0"), backend="torch") for a, b in ((0, 2), (2, 4))]
+    stages = [load_stage(tiny(family), tiny_spec(a, b, device="cuda:0"), "library") for a, b in ((0, 2), (2, 4))]
     bounds = (0, 25, 40, *range(41, 61))
     steps = [Entry(ONE, a, tuple(ids[a:b]), b - a) for a, b in pairwise(bounds)]
     rows = np.concatenate([run_step(stages, [entry]) for entry in steps])
@@ -225,7 +224,7 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_is_read(tiny: Ti
     with pytest.raises(BadCheckpoint, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         whole(missing)
     assert missing.reads == {}
-    load_shard(missing, tiny_spec(0, 2), backend="torch")  # another stage's tensor is not missed
+    load_stage(missing, tiny_spec(0, 2), "library")  # another stage's tensor is not missed
     with pytest.raises(BadCheckpoint, match=r"up_proj\.weight has shape \[3, 64\].*\[96, 64\]"):
         whole(changed(tiny("llama"), {}, **{up: np.zeros((3, 64), np.float32)}))
     expert = "model.layers.3.block_sparse_moe.experts.2.w3.weight"

@@ -1,0 +1,55 @@
+"""The small operations of a lean layer, each in one place so that a faster kernel can take it over."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from shard.torch_backend.lean.config import Activation
+
+
+class Norm:
+    """The weights of a root-mean-square norm, float32, with what `rms_norm` needs of them worked out."""
+
+    __slots__ = ("eps", "floor", "scaled", "weight")
+
+    def __init__(self, weight: torch.Tensor, eps: float, *, width: int) -> None:
+        """weight [width], or [groups, width] for groups of features that are normed apart."""
+        self.weight = weight
+        self.eps = eps
+        self.scaled = weight * width**0.5
+        self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
+
+
+def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x [..., width] → x · w / √(mean(x²) + eps), computed in float32, in x's dtype (Zhang and Sennrich 2019).
+
+    As x · (w · √width) / hypot(‖x‖, √(width · eps)): four operations, where torch's own takes six.
+    """
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(norm.floor)
+    return torch.mul(wide, norm.scaled).div_(length).to(x.dtype)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Turn x [tokens, heads, head_dim] in place by its positions' angles: the pairs (i, i + rotary_dim / 2) of the
+    first rotary_dim features. cos [tokens, 1, 2, rotary_dim / 2], sin likewise with the first half negative."""
+    tokens, heads, head_dim = x.shape
+    half = cos.shape[-1]
+    turned = x if 2 * half == head_dim else x[..., : 2 * half]
+    pairs = turned.view(tokens, heads, 2, half)
+    exchanged = pairs.flip(2)
+    pairs.mul_(cos).addcmul_(exchanged, sin)
+
+
+def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """gate_up [tokens, 2 · width] → activation(gate) · up [tokens, width]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return functional.silu(gate).mul_(up)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap · tanh(logits / cap), in place."""
+    return logits.div_(cap).tanh_().mul_(cap)

@@ -1,0 +1,145 @@
+"""LeanShard: a stage of the mainstream decoder family, run on packed ragged batches without the library's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from shard.stage import Batch, ShardSpec
+from shard.torch_backend.attention import RaggedStep, Run
+from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.kv import KVCache
+from shard.torch_backend.lean.attention import LeanStep
+from shard.torch_backend.lean.config import LeanConfig
+from shard.torch_backend.lean.layer import Layer
+from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
+from shard.torch_backend.lean.packing import Packing, pack
+from shard.torch_backend.lean.rotary import RotaryTable
+from shard.torch_backend.linear import Linear
+from shard.torch_backend.memory import step_memory
+from transport.messages import SequenceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeanModel:
+    """A stage's weights. The embedding, used by its rows, is stage 0's; norm and head are the last one's."""
+
+    config: LeanConfig
+    embedding: Linear | None
+    layers: tuple[Layer, ...]
+    norm: Norm | None
+    head: Linear | None
+
+
+class LeanShard:
+    """Implements ShardBackend. On the CPU the residual stream is float32 whatever the compute dtype, which weights and
+    KV have; elsewhere it has the compute dtype. Norms are computed in float32."""
+
+    path: Literal["lean"] = "lean"
+
+    def __init__(self, model: LeanModel, spec: ShardSpec, weights_bytes: int) -> None:
+        self.spec = spec
+        self.weights_bytes = weights_bytes
+        self._model = model
+        self._device = torch.device(spec.device)
+        compute_dtype = TORCH_DTYPES[spec.compute_dtype]
+        self._dtype = torch.float32 if self._device.type == "cpu" else compute_dtype
+        # Rounded as the library's is, whose embedding has the compute dtype: Gemma was trained so.
+        self._embedding_scale = torch.tensor(model.config.embedding_scale, dtype=compute_dtype).item()
+        self._rotary = {name: RotaryTable(rope, self._device, self._dtype) for name, rope in model.config.ropes.items()}
+        self._kv = KVCache()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> np.ndarray:
+        """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
+        if not batch.entries:
+            return self._no_rows()
+        packing = pack(batch.entries)
+        num_tokens = packing.positions.size
+        runs = [
+            Run(kv=self._kv.sequence(entry.sequence), offset=offset, num_tokens=len(entry.token_ids), start=entry.start)
+            for entry, offset in zip(packing.entries, packing.offsets, strict=True)
+        ]
+        assert all(run.start == run.kv.length for run in runs), "the caller truncates, and refuses what lies beyond"
+        try:
+            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes()):
+                output = self._run(batch, packing, runs)
+        except Exception:
+            # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
+            for entry in batch.entries:
+                self._kv.truncate(entry.sequence, entry.start)
+            raise
+        for run in runs:
+            run.kv.length = run.start + run.num_tokens
+        return output
+
+    def length(self, sequence: SequenceId) -> int:
+        return self._kv.length(sequence)
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        return self._kv.truncate(sequence, length)
+
+    def release(self, sequence: SequenceId) -> None:
+        self._kv.release(sequence)
+
+    def kv_bytes(self) -> int:
+        return self._kv.num_bytes()
+
+    def num_kv_tokens(self) -> int:
+        return self._kv.num_tokens()
+
+    def num_sequences(self) -> int:
+        return self._kv.num_sequences()
+
+    def _run(self, batch: Batch, packing: Packing, runs: Sequence[Run]) -> np.ndarray:
+        x = self._incoming(batch, packing)
+        step = LeanStep(ragged=RaggedStep(runs), num_decode=packing.num_decode, angles=self._angles(packing))
+        for layer in self._model.layers:
+            layer(x, step)
+        if self.spec.is_last:
+            return self._logits(x, packing)
+        hidden = x.to(TORCH_DTYPES[self.spec.next_dtype])
+        return to_numpy(self._back_in_order(hidden, packing.rows_in_order).cpu())
+
+    def _incoming(self, batch: Batch, packing: Packing) -> torch.Tensor:
+        """The residual stream [tokens, hidden] of the packed rows: our own memory, as layers add to it in place."""
+        if self._model.embedding is not None:
+            rows = self._model.embedding.rows(torch.from_numpy(packing.ids).to(self._device))
+            x = rows.to(self._dtype)
+            return x if self._embedding_scale == 1.0 else x.mul_(self._embedding_scale)
+        assert batch.hidden is not None, "only stage 0 works from token ids"
+        hidden = to_torch(batch.hidden, self.spec.wire_dtype).to(self._device)
+        if packing.source_rows is not None:
+            return hidden[torch.from_numpy(packing.source_rows).to(self._device)].to(self._dtype)
+        return hidden.to(self._dtype, copy=True)
+
+    def _angles(self, packing: Packing) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        positions = torch.from_numpy(packing.positions).to(self._device)
+        end = int(packing.positions.max()) + 1
+        return {name: table.angles(positions, end) for name, table in self._rotary.items()}
+
+    def _logits(self, x: torch.Tensor, packing: Packing) -> np.ndarray:
+        """float32 [Σ num_logits, vocab], in the order of the batch's entries."""
+        config, norm, head = self._model.config, self._model.norm, self._model.head
+        assert norm is not None and head is not None, "the last stage has both"
+        if packing.logit_rows.size != x.shape[0]:
+            x = x[torch.from_numpy(packing.logit_rows).to(self._device)]
+        logits = head(rms_norm(x, norm), packing.num_decode_logits).float()
+        if config.logits_divisor != 1.0:
+            logits.div_(config.logits_divisor)
+        if config.final_softcap is not None:
+            logits = softcapped(logits, config.final_softcap)
+        return to_numpy(self._back_in_order(logits, packing.logits_in_order).cpu())
+
+    def _back_in_order(self, rows: torch.Tensor, order: np.ndarray | None) -> torch.Tensor:
+        return rows if order is None else rows[torch.from_numpy(order).to(self._device)]
+
+    def _no_rows(self) -> np.ndarray:
+        config = self._model.config
+        if self.spec.is_last:
+            return np.empty((0, config.vocab_size), dtype=np.float32)
+        return np.empty((0, config.hidden_size), dtype=NUMPY_DTYPES[self.spec.next_dtype])
