@@ -1,9 +1,9 @@
-"""Compiles the kernels for this machine's processor, once a process, and calls them in torch's own thread pool."""
+"""Compiles kernels for this machine's processor, once a process, and calls them in torch's own thread pool."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,50 @@ import torch
 from llvmlite import ir
 
 from shard.torch_backend.cpu.dot import InstructionSet, instruction_sets
-from shard.torch_backend.cpu.matmul import PRECISIONS, name_of, write_linear
 
 _TEAM_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
-Run = Callable[[int, int], None]
-"""(address of the fields, threads): runs a kernel and returns when it is done."""
+Run = Callable[[int], None]
+"""Runs a kernel over the fields at an address, and returns when it is done."""
+
+TeamRun = Callable[[int, int], None]
+"""(address of the fields, threads)."""
 
 
-class CompiledKernels:
-    """The kernels as machine code, for as long as this object lives."""
+class Compiled:
+    """A module as machine code, for as long as this object or one of its functions lives."""
 
-    def __init__(self, target: InstructionSet, engine: Any, runs: Mapping[str, Run]) -> None:
-        self.target = target
-        self._engine = engine  # Holds the code.
-        self.runs = runs
+    def __init__(self, module: ir.Module) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self._team = _team()
+        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        self._engine = llvm.create_mcjit_compiler(optimized(module, machine), machine)
+        self._engine.finalize_object()
 
+    def run(self, name: str) -> Run:
+        function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address(name))
+        function.code = self._engine
+        run: Run = function
+        return run
 
-@cache
-def kernels() -> CompiledKernels:
-    """Those of this machine; takes a second when first called."""
-    return compiled(host_instruction_sets()[0])
+    def team_run(self, name: str) -> TeamRun:
+        """`name` on one thread, or `name`_team on each of several."""
+        alone, team = self.run(name), self._team
+        if team is None:
+            return lambda fields, threads: alone(fields)
+        engine = self._engine
+        each = engine.get_function_address(f"{name}_team")
+
+        def run(fields: int, threads: int) -> None:
+            if threads == 1:
+                alone(fields)
+            else:
+                team(each, fields, threads, 0)
+
+        return run
 
 
 def host_instruction_sets() -> list[InstructionSet]:
@@ -42,26 +65,8 @@ def host_instruction_sets() -> list[InstructionSet]:
     return instruction_sets(architecture, llvm.get_host_cpu_features())
 
 
-@cache
-def compiled(target: InstructionSet) -> CompiledKernels:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    team = _team_symbols()
-    machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    engine = llvm.create_mcjit_compiler(optimized(target, machine), machine)
-    engine.finalize_object()
-    names = [name_of(bits, precision) for bits in (4, 8) for precision in PRECISIONS]
-    return CompiledKernels(target, engine, {name: _run(engine, name, team) for name in names})
-
-
-def optimized(target: InstructionSet, machine: Any) -> Any:
-    """The module of all kernels, ready for code generation. `Any`: llvmlite is untyped."""
-    module = ir.Module("potluck")
-    for bits in (4, 8):
-        for precision in PRECISIONS:
-            write_linear(module, bits, precision, target)
+def optimized(module: ir.Module, machine: Any) -> Any:
+    """The module ready for code generation. `Any`: llvmlite is untyped."""
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     tuning = llvm.create_pipeline_tuning_options(3)
@@ -71,22 +76,17 @@ def optimized(target: InstructionSet, machine: Any) -> Any:
     return parsed
 
 
-def _run(engine: Any, name: str, team: Any) -> Run:
-    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address(name))
-    if team is None:
-        return lambda fields, threads: alone(fields)
-    each = engine.get_function_address(f"{name}_team")
-
-    def run(fields: int, threads: int) -> None:
-        if threads == 1:
-            alone(fields)
-        else:
-            team(each, fields, threads, 0)
-
-    return run
+Fields = ctypes.Array[ctypes.c_int64]
 
 
-def _team_symbols() -> Any:
+def empty_fields(count: int) -> tuple[Fields, int]:
+    """`count` fields, all 0, and their address."""
+    fields = (ctypes.c_int64 * count)()
+    return fields, ctypes.addressof(fields)
+
+
+@cache
+def _team() -> Any:
     """GOMP_parallel(function, argument, threads, flags) of the OpenMP library that torch runs on, so that both share
     one pool; None where there is none with that interface (the kernels then run on one thread)."""
     library = _openmp()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,8 +9,9 @@ import numpy as np
 import torch
 
 from shard.checkpoint import Checkpoint
-from shard.torch_backend.cpu.compile import kernels
-from shard.torch_backend.cpu.matmul import BLOCK, FACTOR_BYTES, FIELDS, Precision, activation_bytes, name_of
+from shard.torch_backend.cpu.compile import empty_fields
+from shard.torch_backend.cpu.matmul import BLOCK, FACTOR_BYTES, FIELDS, Precision, activation_bytes
+from shard.torch_backend.cpu.matrix_kernels import matrix_kernels
 from shard.torch_backend.cpu.packing import (
     Layout,
     best_offset,
@@ -38,12 +38,14 @@ class PackedMatrix:
         self.layout = layout
         self.offset = offset
         self.packed = packed
-        target = kernels().target
+        kernels = matrix_kernels()
+        target = kernels.target
+        self._runs = kernels.runs
         self.signed = target.signed
         shift = 128 if target.signed and layout.bits == 8 else 0
         blocks = layout.columns // BLOCK
         at_once = _CACHED_ACTIVATION_BYTES // (2 * layout.columns) // _ROWS_STEP * _ROWS_STEP
-        self._fields = (ctypes.c_int64 * len(FIELDS))()
+        self._fields, self._address = empty_fields(len(FIELDS))
         for name, value in (
             ("weights", packed.ctypes.data),
             ("blocks", blocks),
@@ -53,7 +55,6 @@ class PackedMatrix:
             ("offset", offset - shift),
         ):
             self._fields[_INDEX[name]] = value
-        self._address = ctypes.addressof(self._fields)
 
     def multiply(
         self, x: torch.Tensor, y_address: int, y_row_bytes: int, precision: Precision, scratch: Scratch
@@ -71,7 +72,7 @@ class PackedMatrix:
         fields[9] = y_row_bytes
         work = rows * layout.rows * layout.columns
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
-        kernels().runs[name_of(layout.bits, precision)](self._address, threads)
+        self._runs[layout.bits, precision](self._address, threads)
 
 
 class Scratch:
@@ -161,7 +162,7 @@ def load_affine_linear(
 
 def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[str], int]]:
     """Names that can be one matrix: same bits, group and offset, whole tiles but for the last."""
-    lanes = kernels().target.lanes
+    lanes = matrix_kernels().target.lanes
     run: list[str] = []
     key: tuple[int, int, int] | None = None
     for name in names:
@@ -183,7 +184,7 @@ def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[s
 def _load_matrix(
     checkpoint: Checkpoint, names: Sequence[str], offset: int, read: Callable[[int], None]
 ) -> PackedMatrix:
-    target = kernels().target
+    target = matrix_kernels().target
     infos = [checkpoint.tensors[name] for name in names]
     form = infos[0].affine
     assert form is not None

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from shard.affine import AffineForm, AffineRows
-from shard.torch_backend.cpu.compile import compiled, host_instruction_sets
+from shard.torch_backend.cpu.compile import host_instruction_sets
 from shard.torch_backend.cpu.dot import InstructionSet
 from shard.torch_backend.cpu.linear import CpuAffineLinear, load_affine_linear
+from shard.torch_backend.cpu.matrix_kernels import compiled_for
 from tests.shard.cpu.made_up import AffineTensors, random_rows
 from transport.errors import BadCheckpoint
 
@@ -52,8 +53,8 @@ def test_it_is_the_dequantized_matrix(bits: int, group: int, symmetric: bool) ->
 def test_every_instruction_set_does_the_same(
     bits: int, target: InstructionSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = compiled(target)
-    monkeypatch.setattr("shard.torch_backend.cpu.linear.kernels", lambda: found)
+    found = compiled_for(target)
+    monkeypatch.setattr("shard.torch_backend.cpu.linear.matrix_kernels", lambda: found)
     rows = random_rows(50, 256, bits=bits, group=64, seed=bits)
     made = linear(rows, bits=bits, group=64, prefill=8)
     x = inputs(13, 256)

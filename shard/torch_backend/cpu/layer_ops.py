@@ -1,0 +1,135 @@
+"""A decode step's operations between projections on the CPU: one native call each, on float32 rows."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from llvmlite import ir
+
+from shard.torch_backend.cpu.attend import FIELDS as ATTEND_FIELDS
+from shard.torch_backend.cpu.attend import ROW_FIELDS, AttendShape, scratch_bytes, write_attend
+from shard.torch_backend.cpu.compile import Compiled, Run, TeamRun, empty_fields
+from shard.torch_backend.cpu.mathematics import WIDTH
+from shard.torch_backend.cpu.packing import empty_aligned
+from shard.torch_backend.cpu.rowwise import GATED_FIELDS, NORM_FIELDS, write_gated, write_norm
+
+Activation = Literal["silu", "gelu"]
+
+_TEAM_WORK = 1 << 16
+"""Positions times features in a call from which on a team is worth waking."""
+
+
+@cache
+def _rowwise() -> dict[str, Run]:
+    module = ir.Module("rowwise")
+    names = [write_norm(module), *(write_gated(module, activation) for activation in ("silu", "gelu"))]
+    compiled = Compiled(module)
+    return {name: compiled.run(name) for name in names}
+
+
+@cache
+def _attend(shape: AttendShape) -> TeamRun:
+    module = ir.Module("attend")
+    name = write_attend(module, shape)
+    return Compiled(module).team_run(name)
+
+
+def is_wide_enough(width: int) -> bool:
+    """Whether rows of `width` can go through these kernels."""
+    return width % WIDTH == 0
+
+
+class RowNorm:
+    """x · weight / √(mean(x²) + eps) over rows, weight float32 [width]."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight = weight.contiguous()  # Kept: the kernel knows its address.
+        self._run = _rowwise()["norm"]
+        self._fields, self._address = empty_fields(len(NORM_FIELDS))
+        self._fields[2] = self._weight.data_ptr()
+        self._fields[5] = weight.shape[0]
+        self._fields[6] = struct.unpack("<q", struct.pack("<d", eps))[0]
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x [rows, width] float32, contiguous → the same shape. With `added`, it is first added to x, in place."""
+        y = torch.empty_like(x)
+        fields = self._fields
+        fields[0] = x.data_ptr()
+        fields[1] = 0 if added is None else added.data_ptr()
+        fields[3] = y.data_ptr()
+        fields[4] = x.shape[0]
+        self._run(self._address)
+        return y
+
+
+class Gate:
+    """activation(gate) · up for rows [gate | up]."""
+
+    def __init__(self, activation: Activation) -> None:
+        self._run = _rowwise()[f"gated_{activation}"]
+        self._fields, self._address = empty_fields(len(GATED_FIELDS))
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [rows, 2 · width] float32 → [rows, width]."""
+        rows, both = gate_up.shape
+        y = torch.empty((rows, both // 2))
+        fields = self._fields
+        fields[0] = gate_up.data_ptr()
+        fields[1] = y.data_ptr()
+        fields[2] = rows
+        fields[3] = both // 2
+        fields[4] = gate_up.stride(0) * 4
+        self._run(self._address)
+        return y
+
+
+Seat = tuple[int, int, int, int]
+"""A token's place in its KV: addresses of the first visible key and value, bytes between heads, positions."""
+
+
+class DecodeAttention:
+    """Attention of decode tokens in one layer. `q_norm` and `k_norm` [head_dim] float32 where the shape has an eps."""
+
+    def __init__(self, shape: AttendShape, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None) -> None:
+        self._shape = shape
+        self._norms = (q_norm, k_norm)  # Kept: the kernel knows their addresses.
+        self._run = _attend(shape)
+        self._fields, self._address = empty_fields(len(ATTEND_FIELDS))
+        for position, norm in ((4, q_norm), (5, k_norm)):
+            self._fields[position] = 0 if norm is None else norm.data_ptr()
+        self._scratch = np.empty(0, np.uint8)
+
+    def __call__(
+        self, qkv: torch.Tensor, seats: Sequence[Seat], angles: Sequence[tuple[int, int]], threads: int
+    ) -> torch.Tensor:
+        """qkv [rows, (heads + 2 · kv_heads) · head_dim] float32; for each row its seat and the addresses of its cosines
+        and sines, [rotary / 2] float32 each → [rows, heads · head_dim] float32. Writes the rows' keys and values."""
+        shape, fields = self._shape, self._fields
+        rows = len(seats)
+        table, table_address = empty_fields(len(ROW_FIELDS) * rows)
+        longest = 0
+        at = 0
+        for seat, angle in zip(seats, angles, strict=True):
+            table[at : at + 6] = [*seat, *angle]
+            longest = max(longest, seat[3])
+            at += 6
+        task_bytes = scratch_bytes(shape, longest)
+        tasks = rows * shape.kv_heads
+        if task_bytes * tasks > self._scratch.size:
+            self._scratch = empty_aligned(2 * task_bytes * tasks)
+            fields[2] = self._scratch.ctypes.data
+        out = torch.empty((rows, shape.heads * shape.head_dim))
+        fields[0] = qkv.data_ptr()
+        fields[1] = out.data_ptr()
+        fields[3] = table_address
+        fields[6] = qkv.stride(0) * 4
+        fields[7] = tasks
+        fields[8] = task_bytes
+        is_small = longest * tasks * shape.queries * shape.head_dim < _TEAM_WORK
+        self._run(self._address, 1 if is_small else threads)
+        return out

@@ -1,0 +1,87 @@
+"""Float arithmetic that kernels share: exp, and the floats that KV is held in."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from shard.torch_backend.cpu.builder import F16, F32, I16, I32, Kernel, Type, Value, filled, vector
+from transport.messages import DType
+
+WIDTH = 16
+"""Floats that a kernel handles at once; the code generator splits them where vectors are shorter."""
+
+_LOG2_E = 1.4426950408889634
+# ln 2 in two parts, the first exact in few bits, so that x − n · ln 2 keeps its digits (Cody and Waite 1980).
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+# 1/k!, the series of e^r on |r| ≤ ln 2 / 2: the first term left out is 2e-8 of the sum.
+_SERIES = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+_LOWEST, _HIGHEST = -87.0, 88.0
+
+
+def exp(kernel: Kernel, x: Value) -> Value:
+    """e^x of a float32 vector, to 3e-7 relative; e^-87 below that, e^88 above 88."""
+    builder, lanes = kernel.builder, x.type.count
+    ints = vector(I32, lanes)
+    x = _clamped(kernel, x)
+    n = kernel.unary("rint", builder.fmul(x, filled(F32, lanes, _LOG2_E)))
+    r = kernel.fma(n, filled(F32, lanes, -_LN2_HIGH), x)
+    r = kernel.fma(n, filled(F32, lanes, -_LN2_LOW), r)
+    total = filled(F32, lanes, _SERIES[0])
+    for coefficient in _SERIES[1:]:
+        total = kernel.fma(total, r, filled(F32, lanes, coefficient))
+    exponent = builder.shl(builder.add(builder.fptosi(n, ints), filled(I32, lanes, 127)), filled(I32, lanes, 23))
+    return builder.fmul(total, builder.bitcast(exponent, x.type))
+
+
+def _clamped(kernel: Kernel, x: Value) -> Value:
+    builder, lanes = kernel.builder, x.type.count
+    low, high = filled(F32, lanes, _LOWEST), filled(F32, lanes, _HIGHEST)
+    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
+    return builder.select(builder.fcmp_ordered("<", x, high), x, high)
+
+
+def float_bytes(dtype: DType) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def load_floats(kernel: Kernel, pointer: Value, dtype: DType, count: int) -> Value:
+    """`count` numbers of `dtype` → float32 vector."""
+    builder = kernel.builder
+    if dtype == "bfloat16":
+        bits = builder.zext(kernel.load(pointer, vector(I16, count), 2), vector(I32, count))
+        return builder.bitcast(builder.shl(bits, filled(I32, count, 16)), vector(F32, count))
+    if dtype == "float16":
+        return builder.fpext(kernel.load(pointer, vector(F16, count), 2), vector(F32, count))
+    return kernel.load(pointer, vector(F32, count), 4)
+
+
+def store_floats(kernel: Kernel, values: Value, pointer: Value, dtype: DType) -> None:
+    """float32 vector → `dtype`, to the nearest, ties to even."""
+    builder, count = kernel.builder, values.type.count
+    if dtype == "bfloat16":
+        bits = builder.bitcast(values, vector(I32, count))
+        odd = builder.and_(builder.lshr(bits, filled(I32, count, 16)), filled(I32, count, 1))
+        rounded = builder.add(bits, builder.add(odd, filled(I32, count, 0x7FFF)))
+        kernel.store(builder.trunc(builder.lshr(rounded, filled(I32, count, 16)), vector(I16, count)), pointer, 2)
+    elif dtype == "float16":
+        kernel.store(builder.fptrunc(values, vector(F16, count)), pointer, 2)
+    else:
+        kernel.store(values, pointer, 4)
+
+
+def sum_of(kernel: Kernel, values: Value) -> Value:
+    """The sum of a float32 vector's elements, in halves: the order is the same everywhere."""
+    builder = kernel.builder
+    count = values.type.count
+    while count > 1:
+        half = count // 2
+        low, high = (_picked(kernel, values, range(first, first + half)) for first in (0, half))
+        values = builder.fadd(low, high)
+        count = half
+    return builder.extract_element(values, ir.Constant(I32, 0))
+
+
+def _picked(kernel: Kernel, values: Value, indices: range) -> Value:
+    mask: Type = ir.Constant(vector(I32, len(indices)), list(indices))
+    return kernel.builder.shuffle_vector(values, values, mask)

@@ -1,0 +1,105 @@
+"""The native operations of a decode step give what torch's own do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from shard.torch_backend.cpu.attend import AttendShape
+from shard.torch_backend.cpu.layer_ops import Activation, DecodeAttention, Gate, RowNorm
+from shard.torch_backend.dtypes import TORCH_DTYPES
+from transport.messages import DType
+
+EXACT = {"rtol": 2e-6, "atol": 2e-6}
+KV_TOLERANCE: dict[DType, float] = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("width", [16, 576, 2048])
+def test_norm(width: int) -> None:
+    x, weight = normal(3, width), normal(width, seed=1)
+    norm = RowNorm(weight, 1e-5)
+    torch.testing.assert_close(norm(x), functional.rms_norm(x, (width,), weight, 1e-5), **EXACT)
+
+
+def test_norm_adds_in_place() -> None:
+    x, added, weight = normal(2, 64), normal(2, 64, seed=1), normal(64, seed=2)
+    wanted = x + added
+    got = RowNorm(weight, 1e-6)(x, added)
+    assert torch.equal(x, wanted)
+    torch.testing.assert_close(got, functional.rms_norm(wanted, (64,), weight, 1e-6), **EXACT)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gate(activation: Activation) -> None:
+    wide = torch.cat((torch.linspace(-100, 100, 96).expand(2, -1), normal(2, 96), normal(2, 8)), dim=1)
+    gate_up = wide[:, :192]  # A view of padded rows, as projections give.
+    active = functional.silu if activation == "silu" else lambda x: functional.gelu(x, approximate="tanh")
+    wanted = active(gate_up[:, :96]) * gate_up[:, 96:]
+    torch.testing.assert_close(Gate(activation)(gate_up), wanted, **EXACT)
+
+
+def reference(
+    shape: AttendShape, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:  # fmt: skip
+    """One token [heads + 2 · kv_heads, head_dim] over keys, values [kv_heads, positions, head_dim]; writes its key
+    and value as the last."""
+    heads, kv_heads = shape.heads, shape.kv_heads
+    q, k, v = qkv.split((heads, kv_heads, kv_heads))
+    if norms is not None:
+        q, k = (functional.rms_norm(x, (shape.head_dim,), w, shape.eps) for x, w in zip((q, k), norms, strict=True))
+    q, k = turned(q, angles), turned(k, angles)
+    keys[:, -1], values[:, -1] = k, v
+    attended = functional.scaled_dot_product_attention(
+        q[:, None], keys.float(), values.float(), scale=shape.scale, enable_gqa=True
+    )
+    return attended.reshape(-1)
+
+
+def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    half = angles.shape[-1]
+    a, b, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=1)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary", "eps"),
+    [(9, 3, 64, 64, None), (4, 2, 16, 0, None), (8, 1, 256, 256, 1e-6), (16, 2, 128, 128, 1e-6), (4, 4, 96, 64, None)],
+)
+def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: float | None, kv_dtype: DType) -> None:
+    shape = AttendShape(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary, kv_dtype=kv_dtype, scale=0.11, eps=eps
+    )
+    norms = None if eps is None else (normal(head_dim, seed=5), normal(head_dim, seed=6))
+    attention = DecodeAttention(shape, *(norms or (None, None)))
+    counts = (1, 15, 16, 17, 250)
+    qkv = normal(len(counts), (heads + 2 * kv_heads) * head_dim)
+    angles = normal(len(counts), rotary // 2, seed=2)
+    cos, sin = angles.cos(), angles.sin()
+    seats, wanted, caches = [], [], []
+    for row, count in enumerate(counts):
+        dtype = TORCH_DTYPES[kv_dtype]
+        keys, values = (normal(kv_heads, count + 3, head_dim, seed=10 * row + s).to(dtype) for s in (3, 4))
+        mine = (keys.clone(), values.clone())
+        caches.append((keys, values, mine))
+        seat = (mine[0].data_ptr(), mine[1].data_ptr(), (count + 3) * head_dim * keys.element_size(), count)
+        seats.append(seat)
+        token = qkv[row].view(heads + 2 * kv_heads, head_dim)
+        wanted.append(reference(shape, token, keys[:, :count], values[:, :count], angles[row], norms))
+    places = [(cos[row].data_ptr(), sin[row].data_ptr()) for row in range(len(counts))]
+    alone = attention(qkv, seats, places, 1)
+    tolerance = KV_TOLERANCE[kv_dtype]
+    torch.testing.assert_close(alone, torch.stack(wanted), rtol=tolerance, atol=tolerance)
+    for keys, values, (my_keys, my_values) in caches:
+        torch.testing.assert_close(my_keys, keys, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(my_values, values, rtol=tolerance, atol=tolerance)
+    assert torch.equal(attention(qkv, seats, places, 2), alone)
+    assert torch.equal(attention(qkv[3:4], seats[3:4], places[3:4], 1)[0], alone[3])
