@@ -31,10 +31,31 @@ class AffineRows:
     scales: np.ndarray
     biases: np.ndarray
 
+    @classmethod
+    def empty(cls, num_rows: int, columns: int, group: int) -> AffineRows:
+        """Rows yet to be filled."""
+        return cls(
+            q=np.empty((num_rows, columns), np.uint8),
+            scales=np.empty((num_rows, columns // group), np.float32),
+            biases=np.empty((num_rows, columns // group), np.float32),
+        )
+
+    def fill(self, first: int, rows: AffineRows) -> None:
+        """Copy `rows` to the rows from `first` on."""
+        last = first + len(rows.q)
+        self.q[first:last] = rows.q
+        self.scales[first:last] = rows.scales
+        self.biases[first:last] = rows.biases
+
+    def is_finite(self) -> bool:
+        """Whether no scale and no bias is NaN or infinite."""
+        return bool(np.isfinite(self.scales).all() and np.isfinite(self.biases).all())
+
     def dequantized(self) -> np.ndarray:
         """float32 [rows, columns]: scale · q + bias, each operation rounded once, as the readers of the formats do."""
         rows, groups = self.scales.shape
-        values = self.q.reshape(rows, groups, -1).astype(np.float32)
+        columns = self.q.shape[1]
+        values = self.q.reshape(rows, groups, columns // groups).astype(np.float32)
         values *= self.scales[..., None]
         values += self.biases[..., None]
-        return values.reshape(rows, -1)
+        return values.reshape(rows, columns)

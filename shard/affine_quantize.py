@@ -18,8 +18,8 @@ _LEAST_SCALE = np.float32(1e-30)
 def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     """float32 [rows, columns], columns % group == 0, → the nearest q of `bits` bits with a scale and a bias a group.
 
-    A group that is constant, zeros above all, comes back exactly. Not finite where the numbers are not: see
-    `is_finite`.
+    A group that is constant, zeros above all, comes back exactly. Where the numbers are
+    not finite, neither are the scale and bias of their group.
     """
     num_rows, columns = values.shape
     w = values.reshape(-1, group)
@@ -38,14 +38,9 @@ def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     )
 
 
-def is_finite(rows: AffineRows) -> bool:
-    """Whether no number of these rows is NaN or infinite."""
-    return bool(np.isfinite(rows.scales).all() and np.isfinite(rows.biases).all())
-
-
 def _nearest(w: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
     """The q of each number, still as float32 [groups, group]."""
-    q = w - bias
+    q: np.ndarray = w - bias
     q /= scale
     np.rint(q, out=q)
     np.clip(q, 0, 2**bits - 1, out=q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from transport.errors import BadCheckpoint
 # A call can't be interrupted. Under a CPU quota (a container's, a lab's) what one takes beyond it is paid back with all
 # threads of the group standing still: to read 500 MB at once silenced a worker on a quarter of a core for seconds.
 _MAX_READ_BYTES = 1 << 23
+# Without preadv (Windows) a file's position is shared by the threads that read it.
+_SEEKING = threading.Lock()
 
 
 def read_exactly(fd: int, out: np.ndarray, offset: int, what: str) -> None:
@@ -33,7 +36,8 @@ def read_exactly(fd: int, out: np.ndarray, offset: int, what: str) -> None:
 def _read_at(fd: int, out: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(fd, [out], offset)
-    os.lseek(fd, offset, os.SEEK_SET)  # Windows; a checkpoint is read by one thread.
-    data = os.read(fd, len(out))
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(out))
     out[: len(data)] = data
     return len(data)

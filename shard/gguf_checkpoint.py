@@ -1,21 +1,24 @@
-"""A GGUF that was ingested: opened from its index, its weights dequantized as they are read."""
+"""A GGUF that was ingested: opened from its index, its weights turned into affine groups or floats as they are read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shard.affine import AffineRows
 from shard.checkpoint import TensorInfo
 from shard.file_blocks import read_exactly
 from shard.float_formats import check_output, store_floats
+from shard.gguf_affine import affine_form, affine_rows
 from shard.gguf_dequantize import dequantize_rows, row_bytes
 from shard.gguf_index import IndexedTensor, read_index
 from shard.model_facts import read_config, spec_from
+from shard.row_ranges import check_rows, form_of, matrix_rows
 from shard.spec import ModelSpec
 from transport.errors import BadCheckpoint
 from transport.messages import DType
@@ -33,7 +36,11 @@ class GgufCheckpoint:
         self._tensors = {tensor.name: tensor for tensor in index.tensors}
         self._infos = {
             tensor.name: TensorInfo(
-                name=tensor.name, shape=tensor.shape, format=tensor.format, file_bytes=tensor.file_bytes
+                name=tensor.name,
+                shape=tensor.shape,
+                format=tensor.format,
+                file_bytes=tensor.file_bytes,
+                affine=affine_form(tensor.format, tensor.shape),
             )
             for tensor in index.tensors
         }
@@ -66,21 +73,58 @@ class GgufCheckpoint:
         return spec_from(self._config, self._infos, file_bytes=self._size)
 
     def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
+        tensor = self._tensor(name)
+        check_output(name, tensor.shape, out, dtype)
+        self.read_rows(name, 0, out.reshape(-1, tensor.shape[-1]), dtype)
+
+    def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
+        tensor = self._tensor(name)
+        check_rows(name, tensor.shape, first, len(out))
+        check_output(name, (len(out), tensor.shape[-1]), out, dtype)
+        for at, data in self._blocks(tensor, first, len(out)):
+            values = _undo_converter(tensor, dequantize_rows(data, tensor.format))
+            store_floats(values, out[at : at + len(data)], dtype)
+
+    def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
+        tensor = self._tensor(name)
+        form = form_of(self._infos[name])
+        check_rows(name, tensor.shape, first, num_rows)
+        made = AffineRows.empty(num_rows, tensor.shape[-1], form.group)
+        for at, data in self._blocks(tensor, first, num_rows):
+            made.fill(at, affine_rows(data, tensor.format))
+        if not made.is_finite():
+            raise BadCheckpoint(
+                f"{name} in {self._path} has scales that are infinite or not a number", hint="download it again"
+            )
+        return made
+
+    def _tensor(self, name: str) -> IndexedTensor:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise BadCheckpoint(f"{self._path} has no tensor {name!r}", hint="the file may be of another model")
-        check_output(name, tensor.shape, out, dtype)
+        return tensor
+
+    def _blocks(self, tensor: IndexedTensor, first: int, num_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows [first, first + num_rows) as blocks of bytes, uint8 [rows, row bytes], in Hugging Face's order of rows.
+
+        With each comes the number of rows before it. A block is gone when the next one is asked for.
+        """
         columns = tensor.shape[-1]
-        rows = out.reshape(-1, columns)
         bytes_per_row = row_bytes(tensor.format, columns)
-        step = _rows_per_block(tensor, len(rows))
-        # One buffer for the whole tensor: a block is read, converted and forgotten.
+        # A head's rows are permuted among themselves: whole heads are read.
+        unit = 1
+        if tensor.rotary_heads is not None and len(tensor.shape) > 1:
+            unit = matrix_rows(tensor.shape) // tensor.rotary_heads
+        last = first + num_rows
+        at, end = first // unit * unit, -(-last // unit) * unit
+        step = min(max(1, _BLOCK_ELEMENTS // (columns * unit)) * unit, end - at)
         buffer = np.empty((step, bytes_per_row), np.uint8)
-        for first in range(0, len(rows), step):
-            data = buffer[: min(step, len(rows) - first)]
-            read_exactly(self._fd, data, tensor.offset + first * bytes_per_row, f"{name} in {self._path}")
-            values = _as_hugging_face(tensor, dequantize_rows(data, tensor.format))
-            store_floats(values, rows[first : first + len(data)], dtype)
+        for block in range(at, end, step) if num_rows else ():
+            data = buffer[: end - block]
+            read_exactly(self._fd, data, tensor.offset + block * bytes_per_row, f"{tensor.name} in {self._path}")
+            rows = data if unit == 1 else _pairs_apart(data, unit)
+            start = max(block, first)
+            yield start - first, rows[start - block : last - block]
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -88,24 +132,16 @@ class GgufCheckpoint:
             self._fd = -1
 
 
-def _rows_per_block(tensor: IndexedTensor, num_rows: int) -> int:
-    step = max(1, _BLOCK_ELEMENTS // tensor.shape[-1])
-    if tensor.rotary_heads is not None and len(tensor.shape) == 2:
-        # A head's rows are permuted among themselves, so that a block holds whole heads.
-        head_rows = num_rows // tensor.rotary_heads
-        step = max(head_rows, step // head_rows * head_rows)
-    return min(step, num_rows)
+def _undo_converter(tensor: IndexedTensor, values: np.ndarray) -> np.ndarray:
+    """What llama.cpp's converter did to these numbers, besides the order of a matrix's rows.
 
-
-def _as_hugging_face(tensor: IndexedTensor, values: np.ndarray) -> np.ndarray:
-    """Undo what llama.cpp's converter did to these rows: a bias is one row of all its heads."""
+    A bias is one row of all its heads.
+    """
     if tensor.plus_one:
         values = values - np.float32(1)
-    if tensor.rotary_heads is None:
+    if tensor.rotary_heads is None or len(tensor.shape) > 1:
         return values
-    if len(tensor.shape) == 1:
-        return _pairs_apart(values.reshape(-1, 1), tensor.shape[0] // tensor.rotary_heads).reshape(values.shape)
-    return _pairs_apart(values, tensor.shape[0] // tensor.rotary_heads)
+    return _pairs_apart(values.reshape(-1, 1), tensor.shape[0] // tensor.rotary_heads).reshape(values.shape)
 
 
 def _pairs_apart(rows: np.ndarray, head_rows: int) -> np.ndarray:

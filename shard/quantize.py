@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shard.affine import AffineForm, AffineRows
-from shard.affine_quantize import is_finite, quantize_rows
+from shard.affine_quantize import quantize_rows
 from shard.checkpoint import Checkpoint, TensorInfo
 from shard.spec import ModelSpec
 from transport.errors import BadCheckpoint
@@ -75,23 +75,17 @@ class QuantizedOnLoad:
         columns = inner.shape[-1]
         step = max(1, _BLOCK_ELEMENTS // columns)
         buffer = np.empty((min(step, num_rows), columns), np.float32)
-        made = AffineRows(
-            q=np.empty((num_rows, columns), np.uint8),
-            scales=np.empty((num_rows, columns // form.group), np.float32),
-            biases=np.empty((num_rows, columns // form.group), np.float32),
-        )
+        made = AffineRows.empty(num_rows, columns, form.group)
         for done in range(0, num_rows, step):
             block = buffer[: num_rows - done]
             self._checkpoint.read_rows(name, first + done, block, "float32")
             rows = quantize_rows(block, form.bits, form.group)
-            if not is_finite(rows):
+            if not rows.is_finite():
                 raise BadCheckpoint(
                     f"{name} has numbers that are infinite, not a number or too large to quantize",
                     hint="pull the model again; if that does not help, the checkpoint itself is broken",
                 )
-            made.q[done : done + len(block)] = rows.q
-            made.scales[done : done + len(block)] = rows.scales
-            made.biases[done : done + len(block)] = rows.biases
+            made.fill(done, rows)
         return made
 
     def close(self) -> None:
@@ -123,7 +117,7 @@ class Dense:
         self._checkpoint.read_rows(name, first, out, dtype)
 
     def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
-        raise BadCheckpoint(f"{name} is held dense here", hint="read its rows as numbers")
+        raise ValueError(f"{name} is held dense here: read its rows as numbers")
 
     def close(self) -> None:
         self._checkpoint.close()

@@ -1,0 +1,131 @@
+"""Rows of a GGUF tensor's bytes → affine groups: the file's own numbers where its type is of that form.
+
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and IQ4_NL are `scale · q + bias` in groups of 32, and scale · q is exact in
+float32, so that nothing is rounded otherwise than in their dequantization. Other types (Q6_K has groups of 16) are
+dequantized and quantized anew with 8 bits.
+Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from shard.affine import AffineForm, AffineRows
+from shard.affine_quantize import quantize_rows
+from shard.gguf_dequantize import dequantize_rows
+
+GROUP = 32
+_DENSE = frozenset({"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"})
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8}
+_REQUANTIZED_BITS = 8
+# The 16 values of IQ4_NL (kvalues_iq4nl), with 128 added.
+_IQ4_NL_PLUS_128 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
+
+# q uint8 [groups, 32], scales and biases float32 [groups].
+_Groups = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def affine_form(format: str, shape: tuple[int, ...]) -> AffineForm | None:
+    """The form in which a tensor of GGUF type `format` is read; None for floats and for vectors."""
+    if format in _DENSE or len(shape) < 2 or shape[-1] % GROUP:
+        return None
+    bits = _BITS.get(format)
+    if bits is None:
+        return AffineForm(bits=_REQUANTIZED_BITS, group=GROUP, exact=False)
+    return AffineForm(bits=bits, group=GROUP)
+
+
+def affine_rows(data: np.ndarray, format: str) -> AffineRows:
+    """uint8 [rows, row bytes] → the rows in `affine_form`. Scales of corrupt files can be infinite or NaN."""
+    read = _FORMATS.get(format)
+    if read is None:
+        return quantize_rows(dequantize_rows(data, format), _REQUANTIZED_BITS, GROUP)
+    with np.errstate(over="ignore", invalid="ignore"):
+        q, scales, biases = read(data)
+    rows = len(data)
+    return AffineRows(q=q.reshape(rows, -1), scales=scales.reshape(rows, -1), biases=biases.reshape(rows, -1))
+
+
+def _halves(blocks: np.ndarray, first: int) -> np.ndarray:
+    """The float16 number at byte `first` of each block → float32 [blocks]."""
+    return np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16).astype(np.float32)[:, 0]
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """uint8 [..., n] → uint8 [..., 2n]: low nibbles, then high ones."""
+    half = packed.shape[-1]
+    q = np.empty((*packed.shape[:-1], 2 * half), np.uint8)
+    np.bitwise_and(packed, 15, out=q[..., :half])
+    np.right_shift(packed, 4, out=q[..., half:])
+    return q
+
+
+def _q4_0(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 18)
+    scales = _halves(blocks, 0)
+    return _nibbles(blocks[:, 2:]), scales, -8 * scales
+
+
+def _q4_1(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 20)
+    return _nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _fifth_bits(blocks: np.ndarray, first: int) -> np.ndarray:
+    """32 bits from byte `first` of each block on, least significant first → uint8 [blocks, 32] of 0 and 16."""
+    bits = np.unpackbits(blocks[:, first : first + 4], axis=1, bitorder="little")
+    bits <<= 4
+    return bits
+
+
+def _q5_0(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 22)
+    scales = _halves(blocks, 0)
+    return _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2), scales, -16 * scales
+
+
+def _q5_1(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 24)
+    return _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q8_0(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 34)
+    scales = _halves(blocks, 0)
+    return blocks[:, 2:] ^ 128, scales, -128 * scales  # Two's complement with 128 added: its first bit turned.
+
+
+def _iq4_nl(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 18)
+    scales = _halves(blocks, 0)
+    return _IQ4_NL_PLUS_128[_nibbles(blocks[:, 2:])], scales, -128 * scales
+
+
+def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """d · sc and -dmin · m of a superblock's eight groups, [blocks, 8]: d, dmin, then 8 sc and 8 m of 6 bits."""
+    low, mid, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    sc = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
+    m = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
+    return _halves(blocks, 0)[:, None] * sc, -_halves(blocks, 2)[:, None] * m
+
+
+def _q4_k(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 144)
+    return _nibbles(blocks[:, 16:].reshape(-1, 4, 32)), *_k_scales(blocks)
+
+
+def _q5_k(data: np.ndarray) -> _Groups:
+    blocks = data.reshape(-1, 176)
+    q = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    # Bit j of byte i is the fifth of weight i of group j.
+    fifth = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    q |= fifth << 4
+    return q, *_k_scales(blocks)
+
+
+_FORMATS: dict[str, Callable[[np.ndarray], _Groups]] = {
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k,
+    "IQ4_NL": _iq4_nl,
+}  # fmt: skip
