@@ -65,8 +65,6 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
             "config.json names a model_file: code that comes with a model is never run",
             hint="use a checkpoint of a supported architecture without its own code",
         )
-    if config.get("quantization") or config.get("quantization_config"):
-        raise UnsupportedModel(f"this {name} checkpoint is quantized", hint="use its unquantized or GGUF form")
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if name == "gemma2" and not config.get("attn_logit_softcapping"):
         raise UnsupportedModel("the MLX backend can't run gemma2 without attn_logit_softcapping", hint=_HINT)

@@ -18,6 +18,6 @@ def test_peak_memory_is_the_stages_own_weights() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(done.stdout)
     assert found["weights_bytes"] == 2 * LAYER_PARAMS * 4
-    # The tensor being read is held twice for a moment, and MLX's first kernels take some.
-    assert found["grown_bytes"] <= found["weights_bytes"] + 2.5 * LARGEST_BYTES
+    # Files are read into MLX's own memory: nothing is held twice. MLX's first kernels take some.
+    assert found["grown_bytes"] <= found["weights_bytes"] + 0.5 * LARGEST_BYTES
     assert found["imported"] == []

@@ -149,7 +149,6 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "bloom"}, "bloom"),
         ({"model_file": "model.py"}, "model_file"),
-        ({"quantization": {"bits": 4}}, "quantized"),
         ({"hidden_act": "relu"}, "relu"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope"}}, "longrope"),
