@@ -32,7 +32,7 @@ _REGISTERS = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendShape:
     """`rotary` features of each head are turned, pairs (i, i + rotary / 2); 0 for none. `eps` is None without norms of
-    queries and keys. head_dim is a multiple of 16, rotary one of 32."""
+    queries and keys. head_dim is a multiple of 8, rotary one of 16."""
 
     heads: int
     kv_heads: int
@@ -47,8 +47,14 @@ class AttendShape:
         """Query heads that share a KV head."""
         return self.heads // self.kv_heads
 
+    @property
+    def width(self) -> int:
+        """Floats of a head that are handled at once: halves of the turned features must be whole vectors."""
+        return WIDTH if self.head_dim % WIDTH == 0 and self.rotary % (2 * WIDTH) == 0 else WIDTH // 2
+
     def is_supported(self) -> bool:
-        return self.head_dim % WIDTH == 0 and self.rotary % (2 * WIDTH) == 0 and self.heads % self.kv_heads == 0
+        width = self.width
+        return self.head_dim % width == 0 and self.rotary % (2 * width) == 0 and self.heads % self.kv_heads == 0
 
 
 def scratch_bytes(shape: AttendShape, positions: int) -> int:
@@ -81,7 +87,9 @@ class _Task:
     def __init__(self, module: ir.Module, shape: AttendShape) -> None:
         self._shape = shape
         self._kernel = Kernel(module, "attend_task", [("fields", PTR), ("index", I64)])
-        self._vectors = shape.head_dim // WIDTH
+        self._width = shape.width
+        self._floats = vector(F32, self._width)
+        self._vectors = shape.head_dim // self._width
 
     def write(self) -> Value:
         kernel, shape = self._kernel, self._shape
@@ -112,7 +120,7 @@ class _Task:
         for query in range(shape.queries):
             at = builder.mul(builder.add(first_query, i64(query)), i64(head_bytes))
             turned = self._turned(self._vectors_at(kernel.at(qkv, at)), fields["q_norm"], cos, sin)
-            queries.append([builder.fmul(part, filled(F32, WIDTH, shape.scale)) for part in turned])
+            queries.append([builder.fmul(part, filled(F32, self._width, shape.scale)) for part in turned])
 
         padded = builder.and_(builder.add(positions, i64(WIDTH - 1)), i64(-WIDTH))
         scratch = kernel.at(fields["scratch"], builder.mul(kernel["index"], fields["scratch_task_bytes"]))
@@ -136,39 +144,39 @@ class _Task:
 
     def _vectors_at(self, pointer: Value) -> list[Value]:
         kernel = self._kernel
-        return [kernel.load(kernel.at(pointer, 4 * WIDTH * i), _FLOATS, 4) for i in range(self._vectors)]
+        return [kernel.load(kernel.at(pointer, 4 * self._width * i), self._floats, 4) for i in range(self._vectors)]
 
     def _turned(self, parts: list[Value], norm: Value, cos: Value, sin: Value) -> list[Value]:
         """A head, normed and turned by the token's angles."""
         kernel, shape = self._kernel, self._shape
         builder = kernel.builder
         if shape.eps is not None:
-            squares = ir.Constant(_FLOATS, None)
+            squares = ir.Constant(self._floats, None)
             for part in parts:
                 squares = kernel.fma(part, part, squares)
             mean = builder.fdiv(sum_of(kernel, squares), f32(float(shape.head_dim)))
             root = kernel.unary("sqrt", builder.fadd(mean, f32(shape.eps)))
-            factor = kernel.splat(builder.fdiv(f32(1.0), root), WIDTH)
+            factor = kernel.splat(builder.fdiv(f32(1.0), root), self._width)
             weights = self._vectors_at(norm)
             parts = [builder.fmul(builder.fmul(part, factor), w) for part, w in zip(parts, weights, strict=True)]
-        half = shape.rotary // 2 // WIDTH
+        half = shape.rotary // 2 // self._width
         turned = list(parts)
         for i in range(half):
-            c, s = (kernel.load(kernel.at(table, 4 * WIDTH * i), _FLOATS, 4) for table in (cos, sin))
+            c, s = (kernel.load(kernel.at(table, 4 * self._width * i), self._floats, 4) for table in (cos, sin))
             a, b = parts[i], parts[i + half]
             turned[i] = builder.fsub(builder.fmul(a, c), builder.fmul(b, s))
             turned[i + half] = builder.fadd(builder.fmul(b, c), builder.fmul(a, s))
         return turned
 
     def _store_kv(self, parts: list[Value], pointer: Value) -> None:
-        step = WIDTH * float_bytes(self._shape.kv_dtype)
+        step = self._width * float_bytes(self._shape.kv_dtype)
         for i, part in enumerate(parts):
             store_floats(self._kernel, part, self._kernel.at(pointer, step * i), self._shape.kv_dtype)
 
     def _load_kv(self, pointer: Value) -> list[Value]:
-        step = WIDTH * float_bytes(self._shape.kv_dtype)
+        step = self._width * float_bytes(self._shape.kv_dtype)
         kernel, dtype = self._kernel, self._shape.kv_dtype
-        return [load_floats(kernel, kernel.at(pointer, step * i), dtype, WIDTH) for i in range(self._vectors)]
+        return [load_floats(kernel, kernel.at(pointer, step * i), dtype, self._width) for i in range(self._vectors)]
 
     def _score(
         self, queries: list[list[Value]], keys: Value, positions: Value, padded: Value, rows: list[Value]
@@ -211,18 +219,18 @@ class _Task:
     def _gather(self, rows: list[Value], sums: list[Value], values: Value, positions: Value, out: Value) -> None:
         """out = Σ weight · value / Σ weight, for a few query heads."""
         kernel, builder = self._kernel, self._kernel.builder
-        totals = [[kernel.variable(_FLOATS) for _ in range(self._vectors)] for _ in rows]
+        totals = [[kernel.variable(self._floats) for _ in range(self._vectors)] for _ in rows]
         for total in (total for head in totals for total in head):
-            builder.store(ir.Constant(_FLOATS, None), total)
+            builder.store(ir.Constant(self._floats, None), total)
         with kernel.loop(i64(0), positions) as position:
             value = self._load_kv(kernel.at(values, builder.mul(position, i64(self._kv_row_bytes))))
             at = builder.mul(position, i64(4))
             for scores, head in zip(rows, totals, strict=True):
-                weight = kernel.splat(kernel.load(kernel.at(scores, at), F32, 4), WIDTH)
+                weight = kernel.splat(kernel.load(kernel.at(scores, at), F32, 4), self._width)
                 for part, total in zip(value, head, strict=True):
-                    builder.store(kernel.fma(weight, part, builder.load(total, typ=_FLOATS)), total)
+                    builder.store(kernel.fma(weight, part, builder.load(total, typ=self._floats)), total)
         for number, (head, total_weight) in enumerate(zip(totals, sums, strict=True)):
-            inverse = kernel.splat(builder.fdiv(f32(1.0), total_weight), WIDTH)
+            inverse = kernel.splat(builder.fdiv(f32(1.0), total_weight), self._width)
             for i, total in enumerate(head):
-                place = kernel.at(out, 4 * (self._shape.head_dim * number + WIDTH * i))
-                kernel.store(builder.fmul(builder.load(total, typ=_FLOATS), inverse), place, 4)
+                place = kernel.at(out, 4 * (self._shape.head_dim * number + self._width * i))
+                kernel.store(builder.fmul(builder.load(total, typ=self._floats), inverse), place, 4)

@@ -72,7 +72,14 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rotary", "eps"),
-    [(9, 3, 64, 64, None), (4, 2, 16, 0, None), (8, 1, 256, 256, 1e-6), (16, 2, 128, 128, 1e-6), (4, 4, 96, 64, None)],
+    [
+        (9, 3, 64, 64, None),
+        (4, 2, 16, 0, None),
+        (4, 2, 16, 16, 1e-5),
+        (8, 1, 256, 256, 1e-6),
+        (16, 2, 128, 128, 1e-6),
+        (4, 4, 96, 64, None),
+    ],
 )
 def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: float | None, kv_dtype: DType) -> None:
     shape = AttendShape(
