@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shard.torch_backend.attention import RaggedStep, attend
+from shard.torch_backend.attention import RaggedStep, Run, attend
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
-from shard.torch_backend.lean.ops import Norm, rms_norm, rotate_
+from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
 from shard.torch_backend.linear import Linear
 
 
@@ -58,17 +58,20 @@ class Attention:
         qkv = weights.qkv(x, step.num_decode)
         if weights.qkv_bias is not None:
             qkv.add_(weights.qkv_bias)
-        attended = self._attend(self._positioned(qkv, step), step)
-        output = weights.output(attended.to(x.dtype), step.num_decode)
+        self._position(qkv, step)
+        if qkv.dtype != self._kv_dtype:
+            qkv = qkv.to(self._kv_dtype)
+        attended = self._attend(qkv, step)
+        if attended.dtype != x.dtype:
+            attended = attended.to(x.dtype)
+        output = weights.output(attended, step.num_decode)
         return output if weights.output_bias is None else output.add_(weights.output_bias)
 
-    def _positioned(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """qkv [tokens, (heads + 2 · kv_heads) · head_dim], normed and turned in place → [tokens, heads + 2 · kv_heads,
-        head_dim] in the KV's dtype."""
-        num_turned = self._heads + self._kv_heads
-        split = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)
-        turned = split[:, :num_turned]
+    def _position(self, qkv: torch.Tensor, step: LeanStep) -> None:
+        """Norm and turn the queries and keys of qkv [tokens, (heads + 2 · kv_heads) · head_dim], in place."""
         weights = self._weights
+        num_turned = self._heads + self._kv_heads
+        turned = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)[:, :num_turned]
         if weights.qk_norm is not None:
             turned.copy_(rms_norm(turned, weights.qk_norm))
         elif weights.q_norm is not None and weights.k_norm is not None:
@@ -77,32 +80,45 @@ class Attention:
             qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest], weights.k_norm)
         if self._facts.rope is not None:
             rotate_(turned, *step.angles[self._facts.rope])
-        return split.to(self._kv_dtype)
 
     def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """[tokens, heads + 2 · kv_heads, head_dim] → [tokens, heads · head_dim]."""
-        window = self._facts.window
-        queries, keys, values = qkv.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
-        runs = step.ragged.runs
-        outputs = []
-        for run in runs:
-            whole = len(runs) == 1
-            span = slice(run.offset, run.offset + run.num_tokens)
-            held_keys, held_values, first = run.kv.layer(self._index, window).append(
-                run.start, keys if whole else keys[:, span], values if whole else values[:, span]
-            )
-            attended = attend(
-                queries if whole else queries[:, span],
-                held_keys,
-                held_values,
-                run,
-                first,
-                step.ragged,
-                window=window,
-                scale=self._scale,
-                softcap=self._softcap,
-                sinks=None,
-            )
-            outputs.append(attended.transpose(0, 1))
+        """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]."""
+        num_decode = step.num_decode if self._softcap is None else 0
+        outputs = self._decode(qkv[:num_decode] if num_decode < qkv.shape[0] else qkv, step) if num_decode else []
+        if num_decode < qkv.shape[0]:
+            outputs += [self._prefill(qkv, run, step) for run in step.ragged.runs[num_decode:]]
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return packed.reshape(qkv.shape[0], self._heads * self._head_dim)
+
+    def _decode(self, qkv: torch.Tensor, step: LeanStep) -> list[torch.Tensor]:
+        """Rows of decode entries → each one's [1, kv_heads, heads / kv_heads, head_dim]."""
+        num_rows, kv_heads = qkv.shape[0], self._kv_heads
+        queries, new = qkv.split_with_sizes((self._heads * self._head_dim, 2 * kv_heads * self._head_dim), dim=1)
+        # The heads of a group become the rows of one small matrix: they look at the same keys.
+        grouped = queries.view(num_rows, 1, kv_heads, -1, self._head_dim).unbind()
+        appended = new.view(num_rows, 2, kv_heads, self._head_dim).unbind()
+        outputs = []
+        for run, query, both in zip(step.ragged.runs, grouped, appended, strict=False):
+            keys, values = run.kv.layer(self._index, self._facts.window).append_one(run.start, both)
+            outputs.append(decode_attention(query, keys, values, self._scale))
+        return outputs
+
+    def _prefill(self, qkv: torch.Tensor, run: Run, step: LeanStep) -> torch.Tensor:
+        """A run's rows of qkv → [tokens, heads, head_dim]."""
+        rows = qkv[run.offset : run.offset + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
+        queries, keys, values = rows.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
+        window = self._facts.window
+        held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)
+        attended = attend(
+            queries,
+            held_keys,
+            held_values,
+            run,
+            first,
+            step.ragged,
+            window=window,
+            scale=self._scale,
+            softcap=self._softcap,
+            sinks=None,
+        )
+        return attended.transpose(0, 1).reshape(run.num_tokens, self._kv_heads, -1, self._head_dim)
