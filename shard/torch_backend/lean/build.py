@@ -11,8 +11,9 @@ from shard.checkpoint import Checkpoint
 from shard.stage import ShardSpec
 from shard.torch_backend.dtypes import TORCH_DTYPES
 from shard.torch_backend.lean.attention import Attention, AttentionWeights
-from shard.torch_backend.lean.config import LeanConfig, resolve
-from shard.torch_backend.lean.layer import GatedMlp, Layer, LayerNorms
+from shard.torch_backend.lean.config import ExpertFacts, LeanConfig, resolve
+from shard.torch_backend.lean.experts import SparseMlp
+from shard.torch_backend.lean.layer import FeedForward, GatedMlp, Layer, LayerNorms
 from shard.torch_backend.lean.ops import Norm
 from shard.torch_backend.lean.shard import LeanModel, LeanShard
 from shard.torch_backend.lean.source import Check, Files, Source, Wanted
@@ -65,7 +66,7 @@ class _Assembly:
                 after_mlp=self._layer_norm(prefix, config.norms.after_mlp),
             ),
             attention=Attention(weights, config, config.layers[index], index, kv_dtype),
-            mlp=self._mlp(f"{prefix}mlp."),
+            mlp=self._feed_forward(f"{prefix}mlp.", config.experts if config.layers[index].is_sparse else None),
             residual_multiplier=config.residual_multiplier,
         )
 
@@ -86,6 +87,20 @@ class _Assembly:
             q_norm=self._norm(f"{prefix}q_norm", queries) if over_all else None,
             k_norm=self._norm(f"{prefix}k_norm", keys) if over_all else None,
         )
+
+    def _feed_forward(self, prefix: str, experts: ExpertFacts | None) -> FeedForward:
+        return self._mlp(prefix) if experts is None else self._sparse_mlp(prefix, experts)
+
+    def _sparse_mlp(self, prefix: str, experts: ExpertFacts) -> SparseMlp:
+        hidden, count, width = self.config.hidden_size, experts.num_experts, experts.intermediate_size
+        router = self._matrix(prefix, {"gate": count}, hidden)
+        gate_up = self.source.experts((f"{prefix}experts.gate_up_proj", (count, 2 * width, hidden)))
+        down = self.source.experts((f"{prefix}experts.down_proj", (count, hidden, width)))
+        mlps = tuple(
+            GatedMlp(gate_up=one, gate_up_bias=None, down=two, down_bias=None, activation=self.config.activation)
+            for one, two in zip(gate_up, down, strict=True)
+        )
+        return SparseMlp(router=router, experts=mlps, top_k=experts.top_k, normalize=experts.normalize)
 
     def _mlp(self, prefix: str) -> GatedMlp:
         config = self.config

@@ -37,12 +37,24 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFacts:
+    """Mixtures of experts: their number, how many a token chooses, their width, whether the weights are made to sum to
+    1."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """What differs from layer to layer: a sliding window in tokens, and which of the model's rotary embeddings turns
-    its queries and keys (None: no position at all)."""
+    """What differs from layer to layer: a sliding window in tokens, which of the model's rotary embeddings turns its
+    queries and keys (None: no position at all), whether its MLP is a mixture of experts."""
 
     window: int | None
     rope: str | None
+    is_sparse: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,7 @@ class LeanConfig:
     head_dim: int
     layers: tuple[LayerFacts, ...]
     ropes: Mapping[str, Rope]
+    experts: ExpertFacts | None
     norms: NormNames
     norm_eps: float
     norm_offset: float
@@ -91,8 +104,9 @@ _QK_NORMS: Mapping[str, Literal["head", "projection"]] = {
     "gemma3_text": "head",
     "olmo2": "projection",
     "qwen3": "head",
+    "qwen3_moe": "head",
 }
-_EVERY_LAYER_SLIDES = ("mistral", "phi3")
+_EVERY_LAYER_SLIDES = ("mistral", "mixtral", "phi3", "qwen3_moe")
 
 
 def resolve(config: dict[str, Any], spec: ShardSpec) -> LeanConfig:
@@ -116,6 +130,7 @@ def resolve(config: dict[str, Any], spec: ShardSpec) -> LeanConfig:
         head_dim=head_dim,
         layers=tuple(_layer(stage, index) for index in range(spec.last - spec.first)),
         ropes=_ropes(stage, head_dim),
+        experts=_experts(stage),
         norms=_GEMMA_NORMS if is_gemma else _OLMO_NORMS if family == "olmo2" else NormNames(),
         norm_eps=stage.rms_norm_eps,
         norm_offset=1.0 if is_gemma else 0.0,
@@ -147,7 +162,19 @@ def _layer(stage: Any, index: int) -> LayerFacts:
         window = None
     has_rope = family != "smollm3" or bool(stage.no_rope_layers[index])
     rope = kind if family == "gemma3_text" else "every_layer"
-    return LayerFacts(window=window, rope=rope if has_rope else None)
+    is_sparse = family == "mixtral" or (family == "qwen3_moe" and index not in stage.mlp_only_layers)
+    return LayerFacts(window=window, rope=rope if has_rope else None, is_sparse=is_sparse)
+
+
+def _experts(stage: Any) -> ExpertFacts | None:
+    if stage.model_type not in ("mixtral", "qwen3_moe"):
+        return None
+    return ExpertFacts(
+        num_experts=stage.num_experts,
+        top_k=stage.num_experts_per_tok,
+        intermediate_size=getattr(stage, "moe_intermediate_size", stage.intermediate_size),
+        normalize=bool(getattr(stage, "norm_topk_prob", True)),
+    )
 
 
 def _kind(stage: Any, index: int) -> str:

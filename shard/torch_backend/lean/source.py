@@ -27,6 +27,9 @@ class Source(Protocol):
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         """Matrices [rows_i, columns] of one input, their rows one after another."""
 
+    def experts(self, wanted: Wanted) -> list[Linear]:
+        """A parameter [experts, rows, columns] whose experts are tensors of their own: a projection for each."""
+
     def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         """Vectors [size_i] one after another, float32."""
 
@@ -41,6 +44,10 @@ class Check:
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         self._find(wanted)
         return DenseLinear(torch.empty(0))
+
+    def experts(self, wanted: Wanted) -> list[Linear]:
+        self._find([wanted])
+        return [DenseLinear(torch.empty(0))] * wanted[1][0]
 
     def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         self._find(wanted)
@@ -74,12 +81,13 @@ class Files:
         progress(0, self._total_bytes)
 
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
-        parts = self._parts(wanted)
-        names = [part.name for part in parts]
-        with loading_memory(wanted[0][0], self._spec.device):
-            made = load_linear(self._checkpoint, names, self._spec.compute_dtype, self._device, self._read)
-        self.weights_bytes += made.num_bytes
-        return made
+        return self._load([part.name for part in self._parts(wanted)])
+
+    def experts(self, wanted: Wanted) -> list[Linear]:
+        of_expert: dict[int | slice, list[str]] = {}
+        for part in self._parts([wanted]):
+            of_expert.setdefault(part.index[0], []).append(part.name)
+        return [self._load(names) for names in of_expert.values()]
 
     def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         parts = self._parts(wanted)
@@ -92,6 +100,12 @@ class Files:
             made = torch.cat(pieces).to(self._device)
         self.weights_bytes += made.nbytes
         self._read(total_file_bytes(self._checkpoint.tensors, parts))
+        return made
+
+    def _load(self, names: Sequence[str]) -> Linear:
+        with loading_memory(names[0], self._spec.device):
+            made = load_linear(self._checkpoint, names, self._spec.compute_dtype, self._device, self._read)
+        self.weights_bytes += made.num_bytes
         return made
 
     def _parts(self, wanted: Sequence[Wanted]) -> list[Part]:

@@ -6,7 +6,7 @@ better than silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -46,10 +46,15 @@ _FAMILIES: Mapping[str, frozenset[str]] = {
     """),
     "llama": _keys("attention_bias mlp_bias"),
     "mistral": _keys("sliding_window"),
+    "mixtral": _keys("num_experts num_experts_per_tok num_local_experts sliding_window"),
     "olmo2": _keys("attention_bias"),
     "phi3": _keys("original_max_position_embeddings partial_rotary_factor sliding_window"),
     "qwen2": _WINDOW,
     "qwen3": _WINDOW | _keys("attention_bias"),
+    "qwen3_moe": _keys("""
+        attention_bias decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
+        num_experts_per_tok num_local_experts sliding_window use_sliding_window
+    """),
     "smollm3": _WINDOW | _keys("attention_bias mlp_bias no_rope_layer_interval no_rope_layers"),
 }
 # Features that the path does not have: it runs a model whose config.json says that they are off.
@@ -92,6 +97,12 @@ def lean_reason(config: Mapping[str, Any]) -> str | None:
     if kinds:
         return f"layers of the kind {', '.join(kinds)} have no lean path"
     return _rope_reason(family, config)
+
+
+def stacked_reason(names: Iterable[str]) -> str | None:
+    """Why the lean path does not run a checkpoint of tensors `names`; None where it does."""
+    stacked = next((name for name in names if name.endswith(".mlp.experts.gate_up_proj")), None)
+    return None if stacked is None else f"experts stacked in one tensor ({stacked}) have no lean path"
 
 
 def _rope_reason(family: str, config: Mapping[str, Any]) -> str | None:
