@@ -14,7 +14,7 @@ from planner.cost import CostModel
 from planner.evaluate import Objective
 from planner.limits import whole_pool
 from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, PartBytes
 from planner.workload import Workload
 
 _GIB = 2**30
@@ -30,12 +30,23 @@ def model_70b(num_layers: int = 80) -> ModelProfile:
         context_tokens=8192,
         tied_embeddings=False,
         layer_params=(856_000_000,) * num_layers,
-        embed_params=1_050_000_000,
-        norm_params=8192,
         head_params=1_050_000_000,
+        sizes=(_sizes_70b(num_layers),),
         kv_elements_per_token=(2048,) * num_layers,
         windows=(None,) * num_layers,
         legal_cuts=tuple(range(1, num_layers)),
+    )
+
+
+def _sizes_70b(num_layers: int) -> PartBytes:
+    return PartBytes(
+        weights="stored",
+        backend="torch",
+        dtype="bfloat16",
+        layers=(2 * 856_000_000,) * num_layers,
+        embed=2 * 1_050_000_000,
+        norm=2 * 8192,
+        head=2 * 1_050_000_000,
     )
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shard.spec import ModelSpec
-from transport.messages import DTYPE_BYTES
+from planner.profile import ModelProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +54,18 @@ def _decode_step_s(old: dict[str, Any], new: dict[str, Any]) -> float:
     return float((new["decode_s"] - old["decode_s"]) / steps) if steps else 0.0
 
 
-def bandwidth_bound_tokens_per_s(spec: ModelSpec, stages: Sequence[dict[str, Any]], concurrency: int) -> float:
+def bandwidth_bound_tokens_per_s(profile: ModelProfile, stages: Sequence[dict[str, Any]], concurrency: int) -> float:
     """What reading the weights allows at the devices' measured bandwidths: no hops, no KV, no arithmetic.
 
     A device's bandwidth is that while its host's other devices work too: one chat in a ring over several devices of one
     host can go beyond it. One chat visits the stages one after another; many go in as many groups as there are stages,
     and a step reads a stage's weights once for its whole group.
     """
-    times_s = [_read_s(spec, stage) for stage in stages]
+    times_s = [_read_s(profile, stage) for stage in stages]
     group = -(-concurrency // min(concurrency, len(stages)))
     return min(concurrency / sum(times_s), group / max(times_s))
 
 
-def _read_s(spec: ModelSpec, stage: dict[str, Any]) -> float:
-    params = sum(spec.layer_params[stage["first"] : stage["last"]])
-    if stage["last"] == spec.num_layers:
-        params += spec.norm_params + spec.head_params
-    read_bytes = params * DTYPE_BYTES[stage["dtype"]]
+def _read_s(profile: ModelProfile, stage: dict[str, Any]) -> float:
+    read_bytes = profile.work_bytes(stage["first"], stage["last"], stage["backend"], stage["dtype"])
     return float(read_bytes / stage["bandwidth_bytes_per_s"])

@@ -32,6 +32,7 @@ from bench.ring_use import StageUse, bandwidth_bound_tokens_per_s, stage_uses
 from bench.serve_report import Row, markdown, plot
 from potluck.head_file import running_head
 from potluck.paths import home_dir
+from potluck.planning import profile_of
 from potluck.store import Store, StoredModel
 from transport.errors import PotluckError
 
@@ -79,7 +80,8 @@ def _row(name: str, cell: Cell, rounds: Sequence[_Round], model: StoredModel, st
         return statistics.median(values)
 
     decode = median([_decode_rate(each.times, cell) for each in rounds])
-    bound = bandwidth_bound_tokens_per_s(model.spec, status["stages"], cell.concurrency)
+    profile = profile_of(model, status["plan"]["weights"])
+    bound = bandwidth_bound_tokens_per_s(profile, status["stages"], cell.concurrency)
     predicted = _predicted(status, cell)
     return Row(
         ring=name,

@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+import psutil
+
 from devices.device import Backend, DeviceRequest
 from devices.nvidia import num_visible_gpus
 from transport.errors import ConfigError
@@ -45,13 +47,18 @@ def parse_device(text: str) -> tuple[Backend, str]:
 
 
 def device_requests(
-    texts: Sequence[str], *, threads: int | None = None, memory_bytes: int | None = None
+    texts: Sequence[str],
+    *,
+    threads: int | None = None,
+    cores_allowed: float | None = None,
+    memory_bytes: int | None = None,
 ) -> list[DeviceRequest]:
-    """Requests with unique names ("cpu-1", "cpu-2" where there are two); `threads` and `memory_bytes` cap each.
+    """Requests with unique names ("cpu-1", "cpu-2" where there are two); `memory_bytes` caps each.
 
-    Without `threads`, the devices that compute on the CPU share its cores equally; others need one to be driven.
-    Raises ConfigError for a string that is no device, or a GPU named twice: two workers would only get in each
-    other's way there, while two CPU workers can have cores of their own.
+    The devices that compute on the CPU share `threads` equally, at least one each; others need one to be driven.
+    Without `threads` they share the physical cores, or the `cores_allowed` by a control group if that is less.
+    Raises ConfigError for a string that is no device, for more threads than there are CPUs, or a GPU named twice: two
+    workers would only get in each other's way there, while two CPU workers can have cores of their own.
     """
     parsed = [parse_device(text) for text in texts]
     counts = Counter(kind for _, kind in parsed)
@@ -59,18 +66,24 @@ def device_requests(
         if count > 1 and not _is_on_cpu(kind):
             raise ConfigError(f"the device {kind} is named {count} times", hint="name each GPU once")
     num_on_cpu = sum(_is_on_cpu(kind) for _, kind in parsed)
-    share = max(1, _num_cores() // max(1, num_on_cpu))
+    if threads is None:
+        threads = _default_threads(cores_allowed)
+    elif threads > num_cpus():
+        raise ConfigError(
+            f"{threads} threads were asked for; this host has {num_cpus()} CPUs for Potluck",
+            hint=f"use --threads with 1 to {num_cpus()}, or leave it out",
+        )
+    share = max(1, threads // max(1, num_on_cpu))
     seen: Counter[str] = Counter()
     requests = []
     for backend, kind in parsed:
         seen[kind] += 1
-        default_threads = share if _is_on_cpu(kind) else 1
         requests.append(
             DeviceRequest(
                 name=kind if counts[kind] == 1 else f"{kind}-{seen[kind]}",
                 backend=backend,
                 kind=kind,
-                threads=default_threads if threads is None else threads,
+                threads=share if _is_on_cpu(kind) else 1,
                 memory_bytes=memory_bytes,
             )
         )
@@ -85,8 +98,14 @@ def _is_apple_silicon() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
-def _num_cores() -> int:
-    """Cores that this process may use: a container or taskset may allow fewer than there are."""
+def num_cpus() -> int:
+    """CPUs that this process may use, hyperthreads included: a container or taskset may allow fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _default_threads(cores_allowed: float | None) -> int:
+    """A thread for each physical core: two that share one only wait for each other."""
+    cores = min(psutil.cpu_count(logical=False) or num_cpus(), num_cpus())
+    return cores if cores_allowed is None else max(1, min(cores, int(cores_allowed)))

@@ -38,8 +38,10 @@ def best_spans(
 ) -> tuple[Span | None, ...] | None:
     """The layers of each device, None for one that gets none; None if no assignment fits.
 
-    Minimises Σ (work − share)² in parameters: with equal layers and ample memory that is the method of largest
-    remainders, each device within one layer of its share. `use_all` puts the number of devices used before that.
+    `shares` are bytes of weights that a decode step reads on the device itself. Minimises Σ ((work − share) / whole)²,
+    where the whole is the model's work on that device: with equal layers and ample memory that is the method of
+    largest remainders, each device within one layer of its share. `use_all` puts the number of devices used before
+    that.
     `memory(device, first, last)` never shrinks as a span grows.
     """
     counts = Counter(device.memory_pool for device in devices)
@@ -64,17 +66,19 @@ def _search(
     ends = (*profile.legal_cuts, profile.num_layers)
     fronts: dict[int, list[_Path]] = {0: [_Path((0, 0.0), (0,) * len(pools), ())]}
     for device, share in zip(devices, shares, strict=True):
+        kind = device.backend, device.compute_dtype
+        whole = profile.work_bytes(0, profile.num_layers, *kind)
         pool = pools.index(device.memory_pool) if device.memory_pool in pools else None
         reached: dict[int, list[_Path]] = defaultdict(list)
         for cut, paths in fronts.items():
             for path in paths:
-                skipped = (path.cost[0] + use_all, path.cost[1] + share**2)
+                skipped = (path.cost[0] + use_all, path.cost[1] + (share / whole) ** 2)
                 reached[cut].append(_Path(skipped, path.used, (*path.spans, None)))
             for end in (end for end in ends if end > cut):
                 needed = memory(device, cut, end)
                 if needed > device.free_bytes:
                     break
-                error = (profile.work_params(cut, end) - share) ** 2
+                error = ((profile.work_bytes(cut, end, *kind) - share) / whole) ** 2
                 for path in paths:
                     used = path.used
                     if pool is not None:

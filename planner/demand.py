@@ -32,7 +32,7 @@ class Demand:
     concurrency: int
 
     def weights_bytes(self, device: Device, first: int, last: int) -> int:
-        return self.profile.weights_bytes(first, last, device.compute_dtype)
+        return self.profile.weights_bytes(first, last, device.backend, device.compute_dtype)
 
     def kv_bytes(self, device: Device, first: int, last: int) -> int:
         return self.profile.kv_bytes(first, last, self.context_tokens, self.concurrency, device.compute_dtype)

@@ -27,14 +27,15 @@ _OPERATIONS_PER_BYTE = {"cpu": 8.0, "cuda": 100.0, "mps": 60.0, "mlx": 60.0}
 def times_from_bandwidth(profile: ModelProfile, device: Device, *, flops: float | None = None) -> DeviceTimes:
     """An estimate; `flops` is the device's rate of operations if it is known."""
     rate = flops or device.bandwidth_bytes_per_s * _OPERATIONS_PER_BYTE.get(device.kind.split(":")[0], 8.0)
-    facts = list(zip(profile.layer_params, profile.kv_elements_per_token, profile.windows, strict=True))
+    sizes = profile.part_bytes(device.backend, device.compute_dtype)
+    facts = list(zip(sizes.layers, profile.layer_params, profile.kv_elements_per_token, profile.windows, strict=True))
     distinct = list(dict.fromkeys(facts))
     return DeviceTimes(
         device=device,
         kinds=tuple(distinct.index(fact) for fact in facts),
         layers=tuple(_layer(profile, device, rate, *fact) for fact in distinct),
         embed=Grid(rows=(1,), contexts=(0,), seconds=((0.0,),)),
-        head=_dense(device, rate, profile.norm_params + profile.head_params),
+        head=_head(device, rate, sizes.norm + sizes.head, profile.head_params),
         step_s=STEP_S,
     )
 
@@ -55,7 +56,13 @@ def estimated_pool(profile: ModelProfile, devices: Sequence[Device], head: str) 
 
 
 def _layer(
-    profile: ModelProfile, device: Device, rate: float, params: int, kv_elements: int, window: int | None
+    profile: ModelProfile,
+    device: Device,
+    rate: float,
+    weights_bytes: int,
+    params: int,
+    kv_elements: int,
+    window: int | None,
 ) -> LayerTimes:
     width, bandwidth = DTYPE_BYTES[device.compute_dtype], device.bandwidth_bytes_per_s
     furthest = profile.context_tokens
@@ -63,12 +70,12 @@ def _layer(
 
     def decode_s(rows: int, context: int) -> float:
         tokens = context if window is None else min(context, window)
-        read_bytes = width * (params + rows * tokens * kv_elements)
+        read_bytes = weights_bytes + width * rows * tokens * kv_elements
         return read_bytes / bandwidth + 2 * params * (rows - 1) / rate
 
     def chunk_s(rows: int, context: int) -> float:
         tokens = context if window is None else min(context, window)
-        return width * (params + tokens * kv_elements) / bandwidth + 2 * params * (rows - 1) / rate
+        return (weights_bytes + width * tokens * kv_elements) / bandwidth + 2 * params * (rows - 1) / rate
 
     return LayerTimes(
         decode=Grid(
@@ -80,6 +87,6 @@ def _layer(
     )
 
 
-def _dense(device: Device, rate: float, params: int) -> Grid:
-    read_s = params * DTYPE_BYTES[device.compute_dtype] / device.bandwidth_bytes_per_s
+def _head(device: Device, rate: float, weights_bytes: int, params: int) -> Grid:
+    read_s = weights_bytes / device.bandwidth_bytes_per_s
     return Grid(rows=(1, 2), contexts=(0,), seconds=((read_s,), (read_s + 2 * params / rate,)))

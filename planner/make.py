@@ -24,10 +24,16 @@ from planner.rules import Rule, follow_rule
 from planner.usable import GIB, check, usable
 from planner.workload import Workload
 from transport.errors import ConfigError, DoesNotFit
-from transport.messages import DTYPE_BYTES, DType
+from transport.messages import DTYPE_BYTES, DType, WeightsForm
 
 Strategy = Literal["auto", "latency", "throughput", "proportional", "memory", "even"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+FORMS: tuple[WeightsForm, ...] = ("dense", "stored", "8-bit", "4-bit")
+"""How a stage may hold its matrices, each form no larger than the one before."""
+
+OPTION_OF: dict[WeightsForm, str] = {"dense": "dense", "stored": "stored", "8-bit": "8", "4-bit": "4"}
+"""What a form is called after --quantize."""
 
 _SMALLEST_CONTEXT = 256
 _MOST_CHOICES = 64
@@ -127,6 +133,7 @@ def plan_of(
         kv_capacity_tokens=costs.workload.context_tokens * costs.workload.concurrency,
         strategy=strategy,
         prediction=prediction,
+        weights=costs.profile.weights,
         left_out=tuple(left_out),
         is_exact=is_exact,
     )
@@ -143,9 +150,21 @@ def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, lef
     if needed <= available:
         message += ", but no cut into stages fits each of them (every worker takes some for itself)"
     message += "".join(f"; {item.name} is left out: {item.reason}" for item in left_out)
-    hint = "add another device, lower --context or --concurrency, or raise --memory"
+    hints = ["add another device, lower --context or --concurrency, or raise --memory"]
     fitting = _largest_halved_context(profile, pool, workload)
-    return DoesNotFit(message, hint=f"--context {fitting} would fit; or {hint}" if fitting else hint)
+    if fitting is not None:
+        hints.insert(0, f"--context {fitting} would fit")
+    smaller = _smaller_form(profile, pool, workload)
+    if smaller is not None:
+        taken = replace(demand, profile=smaller).memory_bytes(compact, 0, profile.num_layers)
+        hints.insert(0, f"--quantize {OPTION_OF[smaller.weights]} would fit, with {taken / GIB:.2f} GiB")
+    return DoesNotFit(message, hint="; or ".join(hints))
+
+
+def fits(profile: ModelProfile, pool: PoolTimes, workload: Workload) -> bool:
+    """Whether there is any ring at all."""
+    kept, _ = usable(pool, Demand(profile, workload.context_tokens, workload.concurrency))
+    return bool(kept.devices) and solve_for(CostModel(profile, kept, workload), "latency") is not None
 
 
 def _by_rule(costs: CostModel, rule: Rule, *, use_all: bool) -> Solution | None:
@@ -161,11 +180,18 @@ def _largest_halved_context(profile: ModelProfile, pool: PoolTimes, workload: Wo
     context_tokens = workload.context_tokens // 2
     while context_tokens >= _SMALLEST_CONTEXT:
         smaller = replace(workload, context_tokens=context_tokens)
-        kept, _ = usable(pool, Demand(profile, context_tokens, workload.concurrency))
-        if kept.devices and solve_for(CostModel(profile, kept, smaller), "latency") is not None:
+        if fits(profile, pool, smaller):
             return context_tokens
         context_tokens //= 2
     return None
+
+
+def _smaller_form(profile: ModelProfile, pool: PoolTimes, workload: Workload) -> ModelProfile | None:
+    """The model with its matrices in the first smaller form that fits."""
+    after = FORMS.index(profile.weights) + 1
+    known = {sizes.weights for sizes in profile.sizes}
+    candidates = (replace(profile, weights=form) for form in FORMS[after:] if form in known)
+    return next((found for found in candidates if fits(found, pool, workload)), None)
 
 
 def _check_workload(workload: Workload) -> None:

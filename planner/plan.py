@@ -9,7 +9,7 @@ from typing import Any
 
 from devices.device import LeftOut
 from planner.evaluate import Prediction
-from transport.messages import DType
+from transport.messages import DType, WeightsForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,8 @@ class Advice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Stages in ring order. `context_tokens` bounds the KV of one sequence, `kv_capacity_tokens` that of all.
+    """Stages in ring order, their matrices in the form `weights`. `context_tokens` bounds the KV of one sequence,
+    `kv_capacity_tokens` that of all.
 
     `is_exact`: no ring has a better predicted objective (strategy latency, throughput or auto).
     """
@@ -75,6 +76,7 @@ class Plan:
     kv_capacity_tokens: int
     strategy: str
     prediction: Prediction
+    weights: WeightsForm = "stored"
     left_out: tuple[LeftOut, ...] = ()
     is_exact: bool = False
     advice: Advice | None = None
@@ -84,7 +86,7 @@ class Plan:
         """The same for the same work on the same devices, whatever was predicted of it."""
         facts = [
             [[stage.device, stage.backend, stage.first, stage.last, stage.compute_dtype] for stage in self.stages],
-            [self.wire_dtype, self.context_tokens, self.kv_capacity_tokens, self.strategy],
+            [self.wire_dtype, self.context_tokens, self.kv_capacity_tokens, self.strategy, self.weights],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from planner.profile import ModelProfile
 from transport.errors import ConfigError
 
 FORMAT = "potluck-pool"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +68,15 @@ def _problem(saved: SavedPool) -> str | None:
     profile, times = saved.profile, saved.times
     if profile.num_layers < 1 or profile.context_tokens < 1 or profile.hidden_size < 1:
         return "the model has no layers, context or width"
-    per_layer = (profile.layer_params, profile.kv_elements_per_token, profile.windows)
+    of_layers = [sizes.layers for sizes in profile.sizes]
+    per_layer = (profile.layer_params, profile.kv_elements_per_token, profile.windows, *of_layers)
     if any(len(values) != profile.num_layers for values in per_layer):
         return f"the model's facts are not of {profile.num_layers} layers"
     if list(profile.legal_cuts) != sorted({cut for cut in profile.legal_cuts if 0 < cut < profile.num_layers}):
         return "the model's legal cuts are not layers in order"
-    sizes = (*profile.layer_params, *profile.kv_elements_per_token, profile.embed_params, profile.norm_params)
-    if min(*sizes, profile.head_params) < 0:
+    if min(*profile.layer_params, *profile.kv_elements_per_token, profile.head_params) < 0 or not all(
+        min(*sizes.layers, sizes.embed, sizes.norm, sizes.head) >= 0 for sizes in profile.sizes
+    ):
         return "the model has a negative size"
     for link in times.links:
         if not (_is_time(link.hop_s) and _is_time(link.hop_p95_s) and link.bytes_per_s > 0):
@@ -84,6 +86,10 @@ def _problem(saved: SavedPool) -> str | None:
 
 def _device_problem(times: DeviceTimes, profile: ModelProfile) -> str | None:
     device = times.device
+    if (profile.weights, device.backend, device.compute_dtype) not in {
+        (sizes.weights, sizes.backend, sizes.dtype) for sizes in profile.sizes
+    }:
+        return f"what the model takes on {device.name} is not in it"
     if len(times.kinds) != profile.num_layers or not all(0 <= kind < len(times.layers) for kind in times.kinds):
         return f"{device.name}'s kinds of layers are not those of the model"
     if not device.free_bytes >= 0 or not device.total_bytes >= 0 or not device.bandwidth_bytes_per_s > 0:

@@ -1,4 +1,4 @@
-"""What planning needs to know of a model: sizes of its parts, in elements, and where it may be cut."""
+"""What planning needs to know of a model: what its parts take on each kind of device, and where it may be cut."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from transport.messages import DTYPE_BYTES, DType
+from devices.device import Backend
+from transport.errors import ConfigError
+from transport.messages import DTYPE_BYTES, DType, WeightsForm
 
 WINDOW_SLACK_TOKENS = 512
 """What a sliding-window layer holds beyond its window: room to go back, and the block that its buffer grows by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartBytes:
+    """What the parts of a model take on devices of one backend that compute in `dtype`, with matrices in the form
+    `weights`; `layers[i]` is layer i."""
+
+    weights: WeightsForm
+    backend: Backend
+    dtype: DType
+    layers: tuple[int, ...]
+    embed: int
+    norm: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
     """Counts are in elements. `kv_elements_per_token[i]` and `windows[i]` (tokens; None: full attention) are layer i's.
 
-    `head_params` is the output projection's, also when it is tied to the embedding: then both ends of a ring hold a
-    copy, a single stage holds one. `legal_cuts` are the layer indices, without 0 and num_layers, where a stage may end.
+    `sizes` has an item for each form, backend and dtype that can be planned with; `weights` is the form in force.
+    `head_params` and a size's `head` are the output projection's, also when it is tied to the embedding: then both ends
+    of a ring hold a copy, a single stage holds one. `legal_cuts` are the layer indices, without 0 and num_layers, where
+    a stage may end.
     """
 
     name: str
@@ -26,35 +44,47 @@ class ModelProfile:
     context_tokens: int
     tied_embeddings: bool
     layer_params: tuple[int, ...]
-    embed_params: int
-    norm_params: int
     head_params: int
+    sizes: tuple[PartBytes, ...]
     kv_elements_per_token: tuple[int, ...]
     windows: tuple[int | None, ...]
     legal_cuts: tuple[int, ...]
+    weights: WeightsForm = "stored"
 
-    def weights_bytes(self, first: int, last: int, dtype: DType) -> int:
+    def part_bytes(self, backend: Backend, dtype: DType) -> PartBytes:
+        """What the parts take on such a device. Raises ConfigError where that is not known."""
+        for sizes in self.sizes:
+            if sizes.dtype == dtype and sizes.backend == backend and sizes.weights == self.weights:
+                return sizes
+        raise ConfigError(
+            f"it is not known what {self.name} takes with {self.weights} weights on {backend} in {dtype}",
+            hint="plan from the model itself instead of a file",
+        )
+
+    def weights_bytes(self, first: int, last: int, backend: Backend, dtype: DType) -> int:
         """Memory for the weights of a stage with layers [first, last)."""
-        total = _between(self.layer_params, first, last)
+        sizes = self.part_bytes(backend, dtype)
+        total = _between(sizes.layers, first, last)
         if first == 0:
-            total += self.embed_params
+            total += sizes.embed
         if last == self.num_layers:
-            total += self.norm_params
+            total += sizes.norm
             if not (self.tied_embeddings and first == 0):
-                total += self.head_params
-        return total * DTYPE_BYTES[dtype]
+                total += sizes.head
+        return total
+
+    def work_bytes(self, first: int, last: int, backend: Backend, dtype: DType) -> int:
+        """Weights that a decode step reads: the head is a matrix-vector product, the embedding one row."""
+        sizes = self.part_bytes(backend, dtype)
+        total = _between(sizes.layers, first, last)
+        if last == self.num_layers:
+            total += sizes.norm + sizes.head
+        return total
 
     def kv_bytes(self, first: int, last: int, context_tokens: int, concurrency: int, dtype: DType) -> int:
         """Memory for the KV of `concurrency` sequences of `context_tokens` each."""
         held = _held_elements(self.kv_elements_per_token, self.windows, context_tokens)
         return _between(held, first, last) * concurrency * DTYPE_BYTES[dtype]
-
-    def work_params(self, first: int, last: int) -> int:
-        """Parameters that a decode step reads: the head is a matrix-vector product, the embedding one row."""
-        total = _between(self.layer_params, first, last)
-        if last == self.num_layers:
-            total += self.norm_params + self.head_params
-        return total
 
 
 def _between(values: tuple[int, ...], first: int, last: int) -> int:

@@ -7,7 +7,6 @@ from typing import Literal
 from planner.cost import CostModel
 from planner.cuts import best_spans
 from planner.evaluate import Assignment, Placed
-from transport.messages import DTYPE_BYTES
 
 Rule = Literal["proportional", "memory", "even"]
 
@@ -15,16 +14,17 @@ Rule = Literal["proportional", "memory", "even"]
 def follow_rule(costs: CostModel, rule: Rule, *, use_all: bool) -> Assignment | None:
     """None if no cut fits. A device whose share rounds to no layer is left out unless `use_all`.
 
-    proportional: to parameters a second, from bandwidth and the bytes of the compute dtype. memory: to free memory,
-    as exo and others do. even: as many layers each.
+    proportional: to decode steps a second, from bandwidth and what the weights take on the device. memory: to free
+    memory, as exo and others do. even: as many layers each.
     """
     devices = [times.device for times in costs.pool.devices]
+    profile = costs.profile
+    works = [profile.work_bytes(0, profile.num_layers, device.backend, device.compute_dtype) for device in devices]
     if rule == "proportional":
-        parts = [device.bandwidth_bytes_per_s / DTYPE_BYTES[device.compute_dtype] for device in devices]
+        parts = [device.bandwidth_bytes_per_s / work for device, work in zip(devices, works, strict=True)]
     else:
         parts = [float(device.free_bytes) if rule == "memory" else 1.0 for device in devices]
-    work = costs.profile.work_params(0, costs.profile.num_layers)
-    shares = [work * part / sum(parts) for part in parts]
+    shares = [work * part / sum(parts) for work, part in zip(works, parts, strict=True)]
     spans = best_spans(costs.profile, devices, shares, costs.demand.memory_bytes, use_all=use_all)
     if spans is None:
         return None

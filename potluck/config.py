@@ -13,6 +13,7 @@ from transport.errors import ConfigError
 
 DEFAULT_PORT = 11500
 DEFAULT_CONTEXT_TOKENS = 4096
+QUANTIZE = ("stored", "dense", "8", "4", "auto")
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -21,10 +22,12 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 class Settings:
     """What `potluck up` needs to know. `devices` empty means: what this host has.
 
-    `memory_bytes` and `threads` cap what each device of this host gives; None leaves it to what is free.
+    `memory_bytes` caps what each device of this host gives; None leaves it to what is free. `threads` are those that
+    the workers on its CPU have together; None is its physical cores.
     `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
+    `quantize` is how stages hold matrices: as "stored", "dense", what is dense quantized to "8" or "4" bits, or "auto".
     `objective` is what plans are best at; `layers` says them by hand ("mac=20,gpu=12").
     `fresh` measures devices and links again; `measure_in_turn` one device at a time, for hosts that share a machine.
     `estimate` plans from bandwidths instead, which takes no time and says less.
@@ -38,6 +41,7 @@ class Settings:
     threads: int | None = None
     context_tokens: int | None = None
     concurrency: int = 4
+    quantize: str = "stored"
     use_all_devices: bool = False
     objective: str = "auto"
     layers: str | None = None
@@ -91,6 +95,8 @@ def checked(settings: Settings) -> Settings:
         )
     if settings.objective not in STRATEGIES:
         raise ConfigError(f"objective {settings.objective!r} is unknown", hint=f"it is one of: {', '.join(STRATEGIES)}")
+    if settings.quantize not in QUANTIZE:
+        raise ConfigError(f"quantize {settings.quantize!r} is unknown", hint=f"it is one of: {', '.join(QUANTIZE)}")
     if settings.layers is not None:
         parse_layers(settings.layers)
     for name, value in (

@@ -17,7 +17,7 @@ from shard.profile.process import SILENCE_S, ProfileProcess
 from shard.profile.report import ProfileReport, decode_report
 from shard.profile.settings import BUDGET_S, ProfileSettings
 from transport.errors import PotluckError, StageFailed
-from transport.messages import EndProfile, MeasureQuestion, Profile, Profiled, Steady, SteadyTime
+from transport.messages import EndProfile, MeasureQuestion, Profile, Profiled, Steady, SteadyTime, WeightsForm
 
 Doing = Callable[[str, str], None]
 """Called with a device's name and what is being measured of it."""
@@ -28,7 +28,9 @@ class DeviceProbes(Protocol):
 
     def machine(self, device: Device) -> str: ...
 
-    def profile(self, devices: Sequence[Device], model: Path, doing: Doing) -> list[ProfileReport | PotluckError]:
+    def profile(
+        self, devices: Sequence[Device], model: Path, weights: WeightsForm, doing: Doing
+    ) -> list[ProfileReport | PotluckError]:
         """All at once: they must not be in each other's way."""
 
     def steady(self, devices: Sequence[Device], seconds: float) -> list[float | PotluckError]:
@@ -48,7 +50,9 @@ class WorkerProbes:
     def machine(self, device: Device) -> str:
         return self._worker(device).register.machine
 
-    def profile(self, devices: Sequence[Device], model: Path, doing: Doing) -> list[ProfileReport | PotluckError]:
+    def profile(
+        self, devices: Sequence[Device], model: Path, weights: WeightsForm, doing: Doing
+    ) -> list[ProfileReport | PotluckError]:
         questions: list[tuple[PoolWorker, MeasureQuestion]] = [
             (
                 self._worker(device),
@@ -57,6 +61,7 @@ class WorkerProbes:
                     dtype=device.compute_dtype,
                     budget_s=self.budget_s,
                     memory_bytes=weights_room_bytes(device),
+                    weights=weights,
                 ),
             )
             for device in devices
@@ -98,7 +103,9 @@ class ChildProbes:
     def machine(self, device: Device) -> str:
         return machine_facts(device.backend)
 
-    def profile(self, devices: Sequence[Device], model: Path, doing: Doing) -> list[ProfileReport | PotluckError]:
+    def profile(
+        self, devices: Sequence[Device], model: Path, weights: WeightsForm, doing: Doing
+    ) -> list[ProfileReport | PotluckError]:
         def one(device: Device) -> ProfileReport | PotluckError:
             settings = ProfileSettings(
                 backend=device.backend,
@@ -106,6 +113,7 @@ class ChildProbes:
                 dtype=device.compute_dtype,
                 budget_s=self.budget_s,
                 memory_bytes=weights_room_bytes(device),
+                weights=weights,
             )
             child = ProfileProcess(model, settings, threads=device.threads, silence_s=self.silence_s)
             self._children[device.name] = child

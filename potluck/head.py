@@ -27,7 +27,7 @@ from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.plan_watch import BetterPlan, PlanWatch
-from potluck.planning import device_of, estimated_times, plan_for
+from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
 from potluck.pool import Pool, PoolWorker
 from potluck.profiling import pool_times_for, remember_deviation
 from potluck.progress import HeadProgress
@@ -35,6 +35,7 @@ from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from transport.errors import NeighbourGone, PotluckError, RingDown
+from transport.messages import WeightsForm
 
 _REGISTER_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 3600.0
@@ -62,6 +63,7 @@ class Head:
         self.ring: Ring | None = None
         self.watch: PlanWatch | None = None
         self._wants_replan = False
+        self._weights: WeightsForm = "stored"
         self._next_look_s = 0.0
         self.endpoint: Endpoint
         self.plan: Plan
@@ -197,8 +199,10 @@ class Head:
         """Plan with `times`, or with what is measured now, load every stage, and warm the ring up."""
         self.state = "starting"
         self._epoch += 1
-        times, unmeasured = self._measured() if times is None else (times, ())
-        self.plan = plan_for(self.model, times, self._settings, left_out=unmeasured)
+        unmeasured: tuple[LeftOut, ...] = ()
+        if times is None:
+            times, unmeasured = self._measured()
+        self.plan = plan_for(self.model, times, self._settings, weights=self._weights, left_out=unmeasured)
         self.watch = PlanWatch(self.model, times, self.plan, self._settings)
         self.ring = Ring(
             self._pool,
@@ -239,11 +243,15 @@ class Head:
             return error if error is not None and ring is not None and ring.mark_down(error) else None
 
     def _measured(self) -> tuple[PoolTimes, tuple[LeftOut, ...]]:
-        """Times of all devices with this model, this host's first, in the order they were asked for."""
+        """Times of all devices with this model, this host's first, in the order they were asked for. Chooses the form
+        of its weights first."""
         workers = self._workers_in_order()
+        devices = [device_of(worker.register) for worker in workers]
+        self._weights = chosen_weights(
+            profile_of(self.model), devices, self._here.name, self._settings, self._progress.say
+        )
         if self._settings.estimate:
-            devices = [device_of(worker.register) for worker in workers]
-            return estimated_times(self.model, devices, self._here.name), ()
+            return estimated_times(self.model, devices, self._here.name, self._weights), ()
         times, unmeasured = pool_times_for(
             self.model,
             self._pool,
@@ -251,6 +259,7 @@ class Head:
             run_dir=self._run_dir,
             say=self._progress.say,
             doing=self._progress.doing,
+            weights=self._weights,
             fresh=self._settings.fresh,
             in_turn=self._settings.measure_in_turn,
         )
@@ -278,7 +287,7 @@ class Head:
         better = self.watch.better if self._wants_replan and self.watch is not None and not self._joined else None
         if self.watch is not None:
             for device, ratio in self.watch.off(time.time()).items():
-                remember_deviation(self.model, self._pool, device, ratio)
+                remember_deviation(self.model, self._pool, device, ratio, self._weights)
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
         self._wants_replan = False

@@ -11,6 +11,7 @@ from devices.discover import default_devices, device_requests
 from planner.demand import HEAD_RESERVE_BYTES
 from potluck.config import Settings
 from potluck.paths import probe_cache_file
+from shard.machine import cores_allowed
 from transport.errors import ConfigError
 
 
@@ -29,7 +30,9 @@ def offered_devices(
     Raises ConfigError if none is left.
     """
     texts = settings.devices or default_devices()
-    requests = device_requests(texts, threads=settings.threads, memory_bytes=settings.memory_bytes)
+    requests = device_requests(
+        texts, threads=settings.threads, cores_allowed=cores_allowed(), memory_bytes=settings.memory_bytes
+    )
     found = probe_devices(requests, probe_cache_file())
     for left_out in found.left_out:
         say(f"[yellow]Left out {left_out.name}:[/yellow] {left_out.reason}")

@@ -19,7 +19,22 @@ DeviceOption = Annotated[
     typer.Option("--device", help="A device to use, such as torch:cpu, cuda:0, mps or mlx; repeat it. Default: all."),
 ]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help='Most memory a device gives, such as "8GiB".')]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads a device gives.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        help="Threads that the workers on this host's CPU have together, at least one each. Default: its physical "
+        "cores.",
+    ),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="How stages hold matrices: stored (as in the file, the default), dense, 8 or 4 (what the file has dense "
+        "in so many bits), or auto (the first of stored, 8 and 4 that fits).",
+    ),
+]
 ContextOption = Annotated[
     int | None, typer.Option("--context", help="Tokens of context. Default: 4096, or the model's if less.")
 ]
@@ -70,6 +85,7 @@ def settings_with(
     concurrency: int | None = None,
     port: int | None = None,
     wait_for: int | None = None,
+    quantize: str | None = None,
     use_all_devices: bool | None = None,
     objective: str | None = None,
     layers: str | None = None,
@@ -92,6 +108,7 @@ def settings_with(
         "concurrency": concurrency,
         "port": port,
         "wait_for_devices": wait_for,
+        "quantize": quantize,
         "use_all_devices": use_all_devices,
         "objective": objective,
         "layers": layers,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, get_args
 
 from devices.device import Device, LeftOut
 from planner.estimate import estimated_pool
-from planner.make import make_plan
+from planner.make import OPTION_OF, fits, make_plan
 from planner.manual import parse_layers
 from planner.measured import PoolTimes
 from planner.plan import Plan
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, PartBytes
 from planner.relaxed import Progress
 from planner.workload import Workload
 from potluck.config import DEFAULT_CONTEXT_TOKENS, Settings
 from potluck.store import StoredModel
-from transport.messages import PROTOCOL_VERSION, Register
+from potluck.store.facts import config_of
+from shard.stored_bytes import weights_on
+from shard.weight_blocks import Backend
+from transport.errors import DoesNotFit
+from transport.messages import PROTOCOL_VERSION, DType, Register, WeightsForm
+
+_FORM_OF: dict[str, WeightsForm] = {option: form for form, option in OPTION_OF.items()}
+_AUTO: tuple[WeightsForm, ...] = ("stored", "8-bit", "4-bit")
 
 
 def plan_for(
@@ -24,11 +32,15 @@ def plan_for(
     pool: PoolTimes,
     settings: Settings,
     *,
+    weights: WeightsForm = "stored",
     left_out: Sequence[LeftOut] = (),
     progress: Progress | None = None,
 ) -> Plan:
-    """`left_out` are devices that could not be measured: the plan names them too. Raises DoesNotFit, ConfigError."""
-    profile = profile_of(model)
+    """`pool` was measured with `weights`. `left_out` are devices that could not be measured: the plan names them too.
+
+    Raises DoesNotFit, ConfigError.
+    """
+    profile = profile_of(model, weights)
     found = plan_with(profile, pool, settings, workload_of(profile, settings), progress=progress)
     return replace(found, left_out=(*left_out, *found.left_out))
 
@@ -59,13 +71,42 @@ def workload_of(profile: ModelProfile, settings: Settings) -> Workload:
     )
 
 
-def estimated_times(model: StoredModel, devices: Sequence[Device], head: str) -> PoolTimes:
+def estimated_times(
+    model: StoredModel, devices: Sequence[Device], head: str, weights: WeightsForm = "stored"
+) -> PoolTimes:
     """A pool whose layers and links were not measured: from bandwidths."""
-    return estimated_pool(profile_of(model), devices, head)
+    return estimated_pool(profile_of(model, weights), devices, head)
 
 
-def profile_of(model: StoredModel) -> ModelProfile:
-    spec = model.spec
+def chosen_weights(
+    profile: ModelProfile, devices: Sequence[Device], head: str, settings: Settings, say: Callable[[str], object]
+) -> WeightsForm:
+    """The form that --quantize means. For `auto` the first of stored, 8 and 4 bits that fits these devices, as if their
+    hosts all reached each other; stored if none does. Says which."""
+    if settings.quantize != "auto":
+        return _FORM_OF[settings.quantize]
+    workload = workload_of(profile, settings)
+    for form in _AUTO:
+        if _fits(replace(profile, weights=form), devices, head, settings, workload):
+            why = "" if form == "stored" else f": {'as stored' if form == '8-bit' else 'in 8 bits'} it does not fit"
+            say(f"Weights of {profile.name}: {form}{why}")
+            return form
+    return "stored"
+
+
+def _fits(profile: ModelProfile, devices: Sequence[Device], head: str, settings: Settings, workload: Workload) -> bool:
+    pool = estimated_pool(profile, devices, head)
+    if settings.layers is None:
+        return fits(profile, pool, workload)
+    try:
+        plan_with(profile, pool, settings, workload)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def profile_of(model: StoredModel, weights: WeightsForm = "stored") -> ModelProfile:
+    spec, config = model.spec, config_of(model)
     return ModelProfile(
         name=model.name,
         num_layers=spec.num_layers,
@@ -73,13 +114,25 @@ def profile_of(model: StoredModel) -> ModelProfile:
         context_tokens=spec.context_tokens,
         tied_embeddings=spec.tied_embeddings,
         layer_params=spec.layer_params,
-        embed_params=spec.embed_params,
-        norm_params=spec.norm_params,
         head_params=spec.head_params,
+        sizes=tuple(
+            _sizes(model, config, form, backend, dtype)
+            for form in get_args(WeightsForm)
+            for backend in get_args(Backend)
+            for dtype in get_args(DType)
+        ),
         kv_elements_per_token=spec.kv_elements_per_token,
         windows=spec.windows,
         legal_cuts=spec.legal_cuts,
+        weights=weights,
     )
+
+
+def _sizes(
+    model: StoredModel, config: dict[str, Any], weights: WeightsForm, backend: Backend, dtype: DType
+) -> PartBytes:
+    taken = model.spec.part_bytes(backend, dtype, weights_on(backend, config, weights))
+    return PartBytes(weights=weights, backend=backend, dtype=dtype, **asdict(taken))
 
 
 def register_of(device: Device, *, address: str | None = None) -> Register:

@@ -22,8 +22,9 @@ from potluck.store import StoredModel
 from shard.profile.report import ProfileReport, decode_report
 from transport.errors import BadMessage
 from transport.link_probe import LinkFigures
+from transport.messages import WeightsForm
 
-_VERSION = 1
+_VERSION = 2
 _LINK_HOLDS_S = 86400.0
 
 
@@ -38,6 +39,7 @@ class DeviceKey:
     dtype: str
     machine: str
     model: str
+    weights: WeightsForm = "stored"
 
 
 def model_identity(model: StoredModel) -> str:

@@ -17,11 +17,12 @@ from potluck.profile_cache import DeviceKey, ProfileCache, model_identity
 from potluck.store import StoredModel
 from shard.profile.report import GridReport, ProfileReport
 from transport.errors import PotluckError
+from transport.messages import WeightsForm
 
 _STEADY_S = 1.0
 
 
-def device_key(model: StoredModel, device: Device, machine: str) -> DeviceKey:
+def device_key(model: StoredModel, device: Device, machine: str, weights: WeightsForm) -> DeviceKey:
     """Under what a device's times are kept. `machine` is what its worker registered with."""
     return DeviceKey(
         host=device.host,
@@ -31,6 +32,7 @@ def device_key(model: StoredModel, device: Device, machine: str) -> DeviceKey:
         dtype=device.compute_dtype,
         machine=machine,
         model=model_identity(model),
+        weights=weights,
     )
 
 
@@ -56,6 +58,7 @@ class DeviceMeasuring:
     """One round of measuring devices, with what was remembered."""
 
     model: StoredModel
+    weights: WeightsForm
     cache: ProfileCache
     probes: DeviceProbes
     say: Callable[[str], object]
@@ -69,7 +72,9 @@ class DeviceMeasuring:
 
     def run(self, devices: Sequence[Device], *, in_turn: bool) -> tuple[list[DeviceTimes], list[LeftOut]]:
         """The times of all that could be measured, and why the others could not. See `pool_times_for`."""
-        self._keys = {device.name: device_key(self.model, device, self.probes.machine(device)) for device in devices}
+        self._keys = {
+            device.name: device_key(self.model, device, self.probes.machine(device), self.weights) for device in devices
+        }
         if not self.fresh:
             reports = {device.name: self.cache.report(self._keys[device.name]) for device in devices}
             self._known = {name: report for name, report in reports.items() if report is not None}
@@ -114,7 +119,7 @@ class DeviceMeasuring:
     def _profile(self, groups: Sequence[Sequence[Device]]) -> None:
         for column in zip_longest(*groups):
             batch = [device for device in column if device is not None]
-            results = self.probes.profile(batch, self.model.path, self.doing)
+            results = self.probes.profile(batch, self.model.path, self.weights, self.doing)
             for device, result in zip(batch, results, strict=True):
                 if isinstance(result, PotluckError):
                     self._errors[device.name] = result.message

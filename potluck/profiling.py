@@ -25,6 +25,7 @@ from potluck.profile_devices import DeviceMeasuring, device_key
 from potluck.store import StoredModel
 from transport.errors import ConfigError, PotluckError
 from transport.link_probe import LinkFigures
+from transport.messages import WeightsForm
 
 Say = Callable[[str], object]
 Found = tuple[PoolTimes, tuple[LeftOut, ...]]
@@ -38,18 +39,22 @@ def pool_times_for(
     run_dir: Path,
     say: Say,
     doing: Doing = lambda device, what: None,
+    weights: WeightsForm = "stored",
     fresh: bool = False,
     in_turn: bool = False,
     probes: DeviceProbes | None = None,
 ) -> Found:
-    """All devices and hosts of a running pool. `here` is the head's host; `run_dir` is for its sockets.
+    """All devices and hosts of a running pool, with matrices in the form `weights`. `here` is the head's host;
+    `run_dir` is for its sockets.
 
     What can't be measured is left out and named. Hosts are measured at the same time, a host's devices one after
     another; `in_turn`: one device at a time, for hosts that are none (several on one machine).
     Raises ConfigError if no device is left.
     """
     devices = [device_of(worker.register) for worker in pool.workers()]
-    measuring = _Measuring(model, ProfileCache(profiles_dir()), probes or WorkerProbes(pool), say, doing, fresh)
+    measuring = _Measuring(
+        model, ProfileCache(profiles_dir()), probes or WorkerProbes(pool), say, doing, fresh, weights
+    )
     with zmq.Context() as context:
         own = OwnEnd(context, here, run_dir)
         ends = [WorkerEnd(pool, worker) for worker in pool.workers()]
@@ -62,11 +67,12 @@ def local_times_for(
     *,
     say: Say,
     doing: Doing = lambda device, what: None,
+    weights: WeightsForm = "stored",
     fresh: bool = False,
     probes: DeviceProbes | None = None,
 ) -> Found:
     """Devices of this host, without a pool: children of this process measure them. See `pool_times_for`."""
-    measuring = _Measuring(model, ProfileCache(profiles_dir()), probes or ChildProbes(), say, doing, fresh)
+    measuring = _Measuring(model, ProfileCache(profiles_dir()), probes or ChildProbes(), say, doing, fresh, weights)
     here = ThisHost(name=devices[0].host if devices else socket.gethostname())
     with zmq.Context() as context, tempfile.TemporaryDirectory(prefix="pl-") as folder:
         own, other = (OwnEnd(context, here, Path(folder)) for _ in range(2))
@@ -83,6 +89,7 @@ class _Measuring:
     say: Say
     doing: Doing
     fresh: bool
+    weights: WeightsForm = "stored"
 
     def run(self, devices: Sequence[Device], own: End, ends: Sequence[End], *, in_turn: bool) -> Found:
         links, unreachable = self._links(own, ends)
@@ -92,7 +99,13 @@ class _Measuring:
             if device.host in unreachable
         ]
         measuring = DeviceMeasuring(
-            model=self.model, cache=self.cache, probes=self.probes, say=self.say, doing=self.doing, fresh=self.fresh
+            model=self.model,
+            weights=self.weights,
+            cache=self.cache,
+            probes=self.probes,
+            say=self.say,
+            doing=self.doing,
+            fresh=self.fresh,
         )
         times, failed = measuring.run([device for device in devices if device.host not in unreachable], in_turn=in_turn)
         left_out += failed
@@ -149,11 +162,11 @@ def _link_times(source: str, target: str, figures: LinkFigures) -> LinkTimes:
     )
 
 
-def remember_deviation(model: StoredModel, pool: Pool, device: str, ratio: float) -> None:
+def remember_deviation(model: StoredModel, pool: Pool, device: str, ratio: float, weights: WeightsForm) -> None:
     """A device took `ratio` times what was predicted of it in use: the next plans know."""
     found = [worker for worker in pool.workers() if worker.register.device == device]
     cache = ProfileCache(profiles_dir())
     for worker in found:
-        key = device_key(model, device_of(worker.register), worker.register.machine)
+        key = device_key(model, device_of(worker.register), worker.register.machine, weights)
         now_s = time.time()
         cache.keep_learned(key, learn(cache.learned(key), ratio, now_s))

@@ -156,6 +156,7 @@ class Ring:
             kv_capacity_tokens=plan.kv_capacity_tokens,
             max_step_tokens=MAX_STEP_TOKENS,
             listen=self._reached_from(stage.index, stage.worker.register.host),
+            weights=plan.weights,
         )
 
     def _start_engine(self, *, first_stage: str) -> str:

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from potluck.calibration import Deviation
 from potluck.paths import logs_dir
+from transport.messages import WeightsForm
 
 if TYPE_CHECKING:
     from planner.plan import Plan, StagePlan
@@ -64,11 +65,13 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
-    """What the plan promises: decode rates for one chat and for `concurrency`, the latter also with the time of their
-    prompts (`workload_…`), and the wait for a prompt's first token. Rates are of tokens/s."""
+    """What the plan promises, with matrices in the form `weights`: decode rates for one chat and for `concurrency`, the
+    latter also with the time of their prompts (`workload_…`), and the wait for a prompt's first token. Rates are of
+    tokens/s."""
 
     id: str
     strategy: str
+    weights: WeightsForm
     is_exact: bool
     tokens_per_s: float
     concurrency: int
@@ -113,6 +116,7 @@ def plan_report(plan: Plan) -> PlanReport:
     return PlanReport(
         id=plan.id,
         strategy=plan.strategy,
+        weights=plan.weights,
         is_exact=plan.is_exact,
         tokens_per_s=promised.tokens_per_s,
         concurrency=promised.concurrency,

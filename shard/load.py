@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from shard.checkpoint import Checkpoint
+from shard.quantize import Dense, QuantizedOnLoad
 from shard.stage import ShardBackend, ShardSpec
+from shard.weight_blocks import BITS_ANEW
 from transport.errors import ConfigError
+from transport.messages import WeightsForm
 
 Backend = Literal["torch", "mlx"]
 
@@ -26,6 +29,7 @@ def load_shard(
     """
     if not 0 <= spec.first < spec.last <= spec.num_layers:
         raise ConfigError(f"layers [{spec.first}, {spec.last}) are not a run of the model's {spec.num_layers} layers")
+    checkpoint = in_form(checkpoint, spec.weights)
     # Each library is imported only in the worker that runs on it.
     if backend == "torch":
         from shard.torch_backend.build import build as build_torch
@@ -34,3 +38,10 @@ def load_shard(
     from shard.mlx_backend.build import build as build_mlx
 
     return build_mlx(checkpoint, spec, progress)
+
+
+def in_form(checkpoint: Checkpoint, weights: WeightsForm) -> Checkpoint:
+    """The checkpoint as a stage that holds its matrices in that form reads it."""
+    if weights == "stored":
+        return checkpoint
+    return Dense(checkpoint) if weights == "dense" else QuantizedOnLoad(checkpoint, BITS_ANEW[weights])

@@ -31,6 +31,11 @@ def machine_facts(backend: str) -> str:
     )
 
 
+def cores_allowed() -> float | None:
+    """Cores that the control groups around this process allow; None without a limit."""
+    return min(cpu_quotas(_PROC, _ROOT), default=None)
+
+
 def cpu_quotas(proc: Path, root: Path) -> Iterator[float]:
     """Cores that the control groups around this process allow; nothing where there is no limit (or off Linux)."""
     try:

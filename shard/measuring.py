@@ -106,6 +106,7 @@ class Measuring:
             dtype=question.dtype,
             budget_s=question.budget_s,
             memory_bytes=question.memory_bytes,
+            weights=question.weights,
         )
         profile = ProfileProcess(Path(question.model_path), settings, threads=self._register.threads)
         self._profile = profile

@@ -12,6 +12,8 @@ from typing import Any
 
 from shard.checkpoint import TensorInfo
 from shard.spec import ModelSpec
+from shard.stored_bytes import weight_block
+from shard.weight_blocks import ModelWeights, WeightBlock, merged
 from shard.window_facts import layer_windows
 from transport.errors import BadCheckpoint, UnsupportedModel
 
@@ -67,6 +69,8 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
     if tied is None:
         tied = family in _TIED or HEAD not in tensors
     head = embed if tied else _tensor(tensors, HEAD, columns=hidden)
+    norm = _tensor(tensors, NORM, columns=hidden)
+    layers = _layer_blocks(tensors, num_layers)
     return ModelSpec(
         architecture=family,
         num_layers=num_layers,
@@ -74,16 +78,32 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
         vocab_size=embed.shape[0],
         context_tokens=_whole(config, "max_position_embeddings"),
         tied_embeddings=bool(tied),
-        layer_params=_layer_params(tensors, num_layers),
+        layer_params=tuple(sum(block.elements for block in blocks) for blocks in layers),
         embed_params=math.prod(embed.shape),
-        norm_params=math.prod(_tensor(tensors, NORM, columns=hidden).shape),
+        norm_params=math.prod(norm.shape),
         head_params=math.prod(head.shape),
         kv_elements_per_token=(2 * kv_heads * head_dim,) * num_layers,
         windows=layer_windows(config, num_layers),
         legal_cuts=tuple(range(1, num_layers)),
         stored_dtype=_main_format(tensors),
         file_bytes=file_bytes,
+        weights=ModelWeights(
+            layers=tuple(map(merged, layers)),
+            embed=(weight_block(embed),),
+            norm=(weight_block(norm),),
+            head=(weight_block(head),),
+        ),
     )
+
+
+def part_of(name: str, spec: ModelSpec) -> str | None:
+    """ "layers", "embed", "norm" or "head": the part of the model that a tensor belongs to. None: no stage loads it."""
+    match = _LAYER.match(name)
+    if match is not None:
+        return "layers" if int(match[1]) < spec.num_layers else None
+    if name == HEAD and spec.tied_embeddings:
+        return None
+    return {EMBEDDING: "embed", NORM: "norm", HEAD: "head"}.get(name)
 
 
 def _check_supported(config: dict[str, Any]) -> str:
@@ -133,19 +153,19 @@ def _tensor(tensors: Mapping[str, TensorInfo], name: str, *, columns: int) -> Te
     return tensor
 
 
-def _layer_params(tensors: Mapping[str, TensorInfo], num_layers: int) -> tuple[int, ...]:
-    """Parameters of each layer. Layers past the last one (draft heads that some files carry) are not the model's."""
-    counts = [0] * num_layers
+def _layer_blocks(tensors: Mapping[str, TensorInfo], num_layers: int) -> list[list[WeightBlock]]:
+    """The weights of each layer. Layers past the last one (draft heads that some files carry) are not the model's."""
+    blocks: list[list[WeightBlock]] = [[] for _ in range(num_layers)]
     for name, tensor in tensors.items():
         match = _LAYER.match(name)
         if match is not None and int(match[1]) < num_layers:
-            counts[int(match[1])] += math.prod(tensor.shape)
-    if 0 in counts:
+            blocks[int(match[1])].append(weight_block(tensor))
+    if [] in blocks:
         raise BadCheckpoint(
-            f"the files hold no tensor of layer {counts.index(0)} of {num_layers}",
+            f"the files hold no tensor of layer {blocks.index([])} of {num_layers}",
             hint="a file is missing; pull the model again",
         )
-    return tuple(counts)
+    return blocks
 
 
 def _main_format(tensors: Mapping[str, TensorInfo]) -> str:

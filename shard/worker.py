@@ -176,6 +176,7 @@ class Worker:
             next_dtype=load.next_dtype,
             context_tokens=load.context_tokens,
             kv_capacity_tokens=load.kv_capacity_tokens,
+            weights=load.weights,
         )
 
     def _on_control(self, message: ControlMessage) -> None:

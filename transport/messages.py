@@ -11,7 +11,7 @@ from typing import Literal, NewType
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]
@@ -184,7 +184,8 @@ class Register(Struct, frozen=True, tag="register", kw_only=True):
 
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
-    """Listen, answer `Listening`, load layers [first, last) of the model in folder `model_path`, wait for `Connect`.
+    """Listen, answer `Listening`, load layers [first, last) of the model in folder `model_path` with its matrices in
+    the form `weights`, wait for `Connect`.
 
     `listen` says from where the stage before connects: from this host ("local") or another one ("network")."""
 
@@ -201,6 +202,7 @@ class Load(Struct, frozen=True, tag="load", kw_only=True):
     kv_capacity_tokens: int
     max_step_tokens: int
     listen: Literal["local", "network"]
+    weights: WeightsForm = "stored"
 
 
 class Listening(Struct, frozen=True, tag="listening"):
@@ -285,6 +287,7 @@ class Profile(Struct, frozen=True, tag="profile", kw_only=True):
     dtype: DType
     budget_s: float
     memory_bytes: int
+    weights: WeightsForm = "stored"
 
 
 class Doing(Struct, frozen=True, tag="doing"):

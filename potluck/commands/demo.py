@@ -10,7 +10,7 @@ from rich.console import Console
 
 from potluck.ask import Answer, ask
 from potluck.head import Head
-from potluck.options import JsonOption, PortOption, settings_with
+from potluck.options import JsonOption, PortOption, QuantizeOption, ThreadsOption, settings_with
 from potluck.session import running_head_of
 from potluck.status import StatusReport
 from potluck.terminal import data, errors, show_text, stage_table
@@ -28,6 +28,8 @@ def register(app: typer.Typer) -> None:
 def demo(
     once: Annotated[bool, typer.Option("--once", help="Exit after the answer instead of serving on.")] = False,
     port: PortOption = None,
+    threads: ThreadsOption = None,
+    quantize: QuantizeOption = None,
     json_output: JsonOption = False,
     question: Annotated[str, typer.Option("--question", help="What to ask.")] = DEMO_QUESTION,
 ) -> None:
@@ -35,7 +37,13 @@ def demo(
     console = errors if json_output else data
     # In the order given, torch, MLX, torch: the best ring would have another.
     settings = settings_with(
-        model=DEMO_MODEL, devices=DEMO_DEVICES, threads=1, port=port, use_all_devices=True, objective="proportional"
+        model=DEMO_MODEL,
+        devices=DEMO_DEVICES,
+        threads=threads,
+        quantize=quantize,
+        port=port,
+        use_all_devices=True,
+        objective="proportional",
     )
     with running_head_of(settings, console) as head:
         answer = _ask(head, question, console)

@@ -28,11 +28,12 @@ from potluck.options import (
     LayersOption,
     MemoryOption,
     ObjectiveOption,
+    QuantizeOption,
     ThreadsOption,
     settings_with,
 )
 from potluck.plan_view import plan_json, show_plan
-from potluck.planning import estimated_times, plan_with, profile_of, workload_of
+from potluck.planning import chosen_weights, estimated_times, plan_with, profile_of, workload_of
 from potluck.profiling import local_times_for
 from potluck.saved_pool import load_pool, save_pool
 from potluck.session import model_of
@@ -51,6 +52,7 @@ def plan(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
+    quantize: QuantizeOption = None,
     prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a usual prompt.")] = None,
     output: Annotated[int | None, typer.Option("--output", help="Tokens of a usual answer.")] = None,
     objective: ObjectiveOption = None,
@@ -86,13 +88,15 @@ def plan(
         threads=threads,
         context=context,
         concurrency=concurrency,
+        quantize=quantize,
         use_all_devices=use_all or None,
         objective=objective,
         layers=layers,
     )
     left_out: tuple[LeftOut, ...] = ()
     if pool is not None:
-        profile, times = _saved(pool, settings)
+        asked = quantize is not None or settings.quantize != Settings().quantize
+        profile, times = _saved(pool, settings, asked=asked)
     else:
         profile, times, left_out = _here(settings, estimate=estimate, fresh=fresh)
     if save is not None:
@@ -122,33 +126,45 @@ def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProf
     """This host's devices, and those that could not be measured."""
     stored = model_of(settings, errors)
     devices = offered_devices(settings, say=errors.print, is_head=True)
+    weights = chosen_weights(profile_of(stored), devices, devices[0].host, settings, _say)
     if estimate:
-        return profile_of(stored), estimated_times(stored, devices, devices[0].host), ()
+        return profile_of(stored, weights), estimated_times(stored, devices, devices[0].host, weights), ()
     with errors.status("Measuring this host's devices") as status:
         times, left_out = local_times_for(
             stored,
             devices,
             say=errors.print,
             doing=lambda device, what: status.update(f"Measuring {device}: {what}"),
+            weights=weights,
             fresh=fresh,
         )
-    return profile_of(stored), times, left_out
+    return profile_of(stored, weights), times, left_out
 
 
-def _saved(path: Path, settings: Settings) -> tuple[ModelProfile, PoolTimes]:
-    """The file's times, for its own model; for another one they are estimated from its devices' bandwidths."""
+def _saved(path: Path, settings: Settings, *, asked: bool) -> tuple[ModelProfile, PoolTimes]:
+    """The file's times, for its own model and form of weights; for others they are estimated from its devices'
+    bandwidths. `asked`: the settings say which form."""
     saved = load_pool(path)
-    if settings.model is None or settings.model == saved.profile.name:
-        return saved.profile, saved.times
-    profile = profile_of(model_of(settings, errors))
-    if profile.name == saved.profile.name:
-        return profile, saved.times
-    errors.print(
-        f"{path} was measured with {saved.profile.name}: times of {profile.name} are estimates", highlight=False
-    )
+    profile = saved.profile
+    if settings.model is not None and settings.model != profile.name:
+        profile = profile_of(model_of(settings, errors))
     devices = [times.device for times in saved.times.devices]
+    weights = saved.profile.weights
+    if asked:
+        weights = chosen_weights(profile, devices, saved.times.head, settings, _say)
+    profile = replace(profile, weights=weights)
+    if (profile.name, weights) == (saved.profile.name, saved.profile.weights):
+        return profile, saved.times
+    _say(
+        f"{path} was measured with {saved.profile.name} ({saved.profile.weights} weights): times of {profile.name} "
+        f"({weights} weights) are estimates"
+    )
     estimated = estimated_pool(profile, devices, saved.times.head)
     return profile, replace(saved.times, devices=estimated.devices)
+
+
+def _say(line: str) -> None:
+    errors.print(line, highlight=False, soft_wrap=True)
 
 
 def _without(times: PoolTimes, names: list[str] | tuple[str, ...]) -> PoolTimes:

@@ -18,7 +18,9 @@ from potluck.options import (
     DeviceOption,
     JsonOption,
     MemoryOption,
+    QuantizeOption,
     TemperatureOption,
+    ThreadsOption,
     settings_with,
 )
 from potluck.session import model_of, running_head_of
@@ -37,12 +39,23 @@ def run(
     temperature: TemperatureOption = DEFAULT_TEMPERATURE,
     device: DeviceOption = None,
     memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    quantize: QuantizeOption = None,
     context: ContextOption = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Ask MODEL something and print the answer."""
-    settings = settings_with(config, model=model, devices=device, memory=memory, context=context, port=0)
+    settings = settings_with(
+        config,
+        model=model,
+        devices=device,
+        memory=memory,
+        threads=threads,
+        quantize=quantize,
+        context=context,
+        port=0,
+    )
     options = {"max_tokens": max_tokens, "temperature": temperature}
     wanted = model_of(settings, errors)
     try:

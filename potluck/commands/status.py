@@ -41,8 +41,8 @@ def show(report: StatusReport) -> None:
     if report.plan is not None:
         plan = report.plan
         data.print(
-            f"Plan {plan.id} ({plan.strategy}): predicted {plan.tokens_per_s:.1f} tokens/s for one chat, "
-            f"{plan.tokens_per_s_many:.1f} for {plan.concurrency}, first token of {plan.prompt_tokens} after "
+            f"Plan {plan.id} ({plan.strategy}, {plan.weights} weights): predicted {plan.tokens_per_s:.1f} tokens/s for "
+            f"one chat, {plan.tokens_per_s_many:.1f} for {plan.concurrency}, first token of {plan.prompt_tokens} after "
             f"{plan.ttft_s:.2f} s; limited by {plan.limit}",
             highlight=False,
             soft_wrap=True,

@@ -23,6 +23,7 @@ from potluck.options import (
     MemoryOption,
     ObjectiveOption,
     PortOption,
+    QuantizeOption,
     ThreadsOption,
     settings_with,
 )
@@ -41,6 +42,7 @@ def up(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
+    quantize: QuantizeOption = None,
     port: PortOption = None,
     use_all: Annotated[
         bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
@@ -73,6 +75,7 @@ def up(
         threads=threads,
         context=context,
         concurrency=concurrency,
+        quantize=quantize,
         port=port,
         wait_for=wait_for,
         use_all_devices=use_all or None,

@@ -88,7 +88,9 @@ def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> N
         files=model.files,
         spec=model.spec,
     )
-    (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    new = folder / f"{MANIFEST_FILE}.new"
+    new.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    new.replace(folder / MANIFEST_FILE)  # At once: others may be reading it.
 
 
 def read_manifest(folder: Path) -> StoredModel | None:

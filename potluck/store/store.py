@@ -9,8 +9,10 @@ A model is built in a folder aside and put in place by one rename, so that a kil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
@@ -20,10 +22,11 @@ from potluck.store.build import Workplace, build, files_of
 from potluck.store.disk import translated_write_errors
 from potluck.store.hub import delete_snapshot
 from potluck.store.locking import locked
-from potluck.store.manifest import StoredModel, read_manifest
+from potluck.store.manifest import StoredModel, read_manifest, write_manifest
 from potluck.store.progress import Progress, ignore_progress
 from potluck.store.sources import ALIASES, HubSource, LocalSource, Source, check_name, looks_like_path, parse_source
 from shard.gguf_index import INDEX_FILE, read_index
+from shard.open import open_checkpoint
 from transport.errors import BadCheckpoint, ModelNotFound, PotluckError
 
 _log = logging.getLogger(__name__)
@@ -76,7 +79,10 @@ class Store:
             raise ModelNotFound(
                 f"the files of {model.name} in {model.path} are gone", hint=f"potluck pull {model.source}"
             )
-        return model
+        if model.spec.is_current:
+            return model
+        with locked(self._lock(model.name), progress):
+            return self._up_to_date(model)
 
     def pull(self, source: str, progress: Progress = ignore_progress) -> StoredModel:
         """Fetch the model, or go on fetching it; the one in the store if it is whole and unchanged.
@@ -88,7 +94,7 @@ class Store:
         with locked(self._lock(name), progress):
             existing = self._read(name)
             if existing is not None and _is_current(existing, parsed):
-                return existing
+                return self._up_to_date(existing)
             place = Workplace(folder=self._models() / f".building-{_slug(name)}", downloads=self._downloads(name))
             self._build(parsed, name, place, progress)
         model = self._read(name)
@@ -109,6 +115,22 @@ class Store:
         if snapshot is not None:
             delete_snapshot(snapshot)
         return model
+
+    def _up_to_date(self, model: StoredModel) -> StoredModel:
+        """The model with what this version knows of its files: an older one may have recorded less. Raises
+        BadCheckpoint."""
+        if model.spec.is_current:
+            return model
+        checkpoint = open_checkpoint(model.path)
+        try:
+            renewed = replace(model, spec=checkpoint.spec)
+        finally:
+            checkpoint.close()
+        folder = self._folder(model.name)
+        recorded = "." if model.path == folder.resolve() else str(model.path)
+        with contextlib.suppress(OSError):  # One that can't be written is looked at again the next time.
+            write_manifest(folder, renewed, recorded_path=recorded)
+        return renewed
 
     def _build(self, source: Source, name: str, place: Workplace, progress: Progress) -> None:
         with translated_write_errors(self.root, name):

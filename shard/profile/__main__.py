@@ -13,12 +13,13 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from shard.profile.settings import BUDGET_S
 from transport.errors import PotluckError, StageFailed
+from transport.messages import WeightsForm
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _EXIT_ORPHANED = 75
@@ -51,6 +52,7 @@ def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
         dtype=options.dtype,
         budget_s=options.budget,
         memory_bytes=options.memory,
+        weights=options.weights,
     )
     checkpoint = open_checkpoint(options.model)
     tell = (lambda what: _say(doing=what)) if options.serve else (lambda what: None)
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=("torch", "mlx"), required=True)
     parser.add_argument("--device", required=True, help="cpu, cuda:0, mps or mlx")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--weights", choices=get_args(WeightsForm), default="stored", help="how matrices are held")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds to measure for, after loading")
     parser.add_argument("--memory", type=int, default=None, help="most bytes of weights to hold at once")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from shard.checkpoint import Checkpoint
 from shard.spec import ModelSpec
-from transport.messages import DTYPE_BYTES, DType
+from shard.stored_bytes import held_form
+from transport.messages import WeightsForm
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.(.+)")
 _COLD_BYTES = 64 << 20
@@ -17,18 +18,20 @@ _COLD_BYTES = 64 << 20
 _MOST_LAYERS = 8
 
 
-def layer_kinds(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The kind of each layer. Layers of a kind have tensors of equal names and shapes, the same window and KV."""
+def layer_kinds(checkpoint: Checkpoint, weights: WeightsForm) -> tuple[int, ...]:
+    """The kind of each layer. Layers of a kind have tensors of equal names and shapes, held in equal forms (a file may
+    store some layers in more bits), the same window and KV."""
     spec = checkpoint.spec
-    shapes: list[set[tuple[str, tuple[int, ...]]]] = [set() for _ in range(spec.num_layers)]
+    held: list[set[tuple[str, tuple[int, ...], tuple[int, int] | None]]] = [set() for _ in range(spec.num_layers)]
     for name, tensor in checkpoint.tensors.items():
         match = _LAYER.search(name)
         if match is not None and int(match[1]) < spec.num_layers:
-            shapes[int(match[1])].add((match[2], tuple(tensor.shape)))
+            form = held_form(tensor, weights)
+            held[int(match[1])].add((match[2], tuple(tensor.shape), None if form is None else (form.bits, form.group)))
     numbers: dict[object, int] = {}
     return tuple(
         numbers.setdefault(
-            (frozenset(shapes[layer]), spec.windows[layer], spec.kv_elements_per_token[layer]), len(numbers)
+            (frozenset(held[layer]), spec.windows[layer], spec.kv_elements_per_token[layer]), len(numbers)
         )
         for layer in range(spec.num_layers)
     )
@@ -54,9 +57,12 @@ class Choice:
     singles: tuple[Span, ...]
 
 
-def choose(spec: ModelSpec, kinds: Sequence[int], dtype: DType, memory_bytes: int | None = None) -> Choice:
-    """The run is long enough to leave the caches, at least 2 layers where the model has them, and starts where it
-    covers most kinds; all ends are legal cuts. Run and singles take at most `memory_bytes`, if at all possible."""
+def choose(
+    spec: ModelSpec, kinds: Sequence[int], layer_bytes: Sequence[int], memory_bytes: int | None = None
+) -> Choice:
+    """`layer_bytes[i]` is what layer i takes. The run is long enough to leave the caches, at least 2 layers where the
+    model has them, and starts where it covers most kinds; all ends are legal cuts. Run and singles take at most
+    `memory_bytes`, if at all possible."""
     spans = _legal_spans(spec)
     singles = tuple(
         min(
@@ -66,10 +72,10 @@ def choose(spec: ModelSpec, kinds: Sequence[int], dtype: DType, memory_bytes: in
         )
         for kind in range(max(kinds) + 1)
     )
-    layer_bytes = max(1, sum(spec.layer_params) * DTYPE_BYTES[dtype] // spec.num_layers)
-    wanted = min(max(2, -(-_COLD_BYTES // layer_bytes)), _MOST_LAYERS, spec.num_layers)
+    mean_bytes = max(1, sum(layer_bytes) // spec.num_layers)
+    wanted = min(max(2, -(-_COLD_BYTES // mean_bytes)), _MOST_LAYERS, spec.num_layers)
     if memory_bytes is not None:
-        wanted = max(min(wanted, memory_bytes // layer_bytes - len(singles)), min(2, spec.num_layers))
+        wanted = max(min(wanted, memory_bytes // mean_bytes - len(singles)), min(2, spec.num_layers))
     run = min(
         (_grown(spans, index, wanted) for index in range(len(spans))),
         key=lambda span: (

@@ -29,7 +29,7 @@ class ProfileProcess:
         self._closed = False
         command = [sys.executable, "-P", "-m", "shard.profile", "--serve", "--model", str(model)]
         command += ["--backend", settings.backend, "--device", settings.device, "--dtype", settings.dtype]
-        command += ["--threads", str(threads), "--budget", str(settings.budget_s)]
+        command += ["--threads", str(threads), "--budget", str(settings.budget_s), "--weights", settings.weights]
         if settings.memory_bytes is not None:
             command += ["--memory", str(settings.memory_bytes)]
         self._process = subprocess.Popen(

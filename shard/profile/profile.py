@@ -14,7 +14,7 @@ from shard.profile.layers import LayerProbe, Loaded
 from shard.profile.report import GridReport, ProfileReport
 from shard.profile.settings import ProfileSettings
 from shard.profile.stage import TimedStage
-from transport.messages import DTYPE_BYTES
+from shard.stored_bytes import weights_on
 
 Tell = Callable[[str], None]
 
@@ -30,13 +30,15 @@ class Profiler:
         self._settings = settings
         self._tell = tell
         self._clock = Clock(settings.budget_s)
-        self._kinds = layer_kinds(checkpoint)
+        weights = weights_on(settings.backend, checkpoint.config, settings.weights)
+        self._kinds = layer_kinds(checkpoint, weights)
+        self._sizes = checkpoint.spec.part_bytes(settings.backend, settings.dtype, weights)
         self._run: TimedStage | None = None
 
     def profile(self) -> ProfileReport:
         """Raises PotluckError where a stage can't be loaded or run."""
         self._tell("loading layers")
-        choice = choose(self._checkpoint.spec, self._kinds, self._settings.dtype, self._settings.memory_bytes)
+        choice = choose(self._checkpoint.spec, self._kinds, self._sizes.layers, self._settings.memory_bytes)
         run = self._run = self._load(choice.run)
         loaded = Loaded(
             run=run,
@@ -73,10 +75,10 @@ class Profiler:
     def _head(self, probe: LayerProbe, choice: Choice) -> GridReport:
         spec = self._checkpoint.spec
         span = end_span(spec, first=False)
-        if not self._fits(spec.head_params + spec.norm_params, span):
-            # It can't be had here: as many parameters as some layers, read at the same speed.
+        if not self._fits(self._sizes.head + self._sizes.norm, span):
+            # It can't be had here: as many bytes as some layers, read at the same speed.
             kind = self._kinds[-1]
-            worth = spec.head_params / spec.layer_params[-1]
+            worth = self._sizes.head / self._sizes.layers[-1]
             rows = tuple(probe.short[kind])
             return by_rows(rows, [worth * probe.layer_s(kind, count) for count in rows])
         self._tell("the head")
@@ -85,8 +87,7 @@ class Profiler:
     def _embed(self, probe: LayerProbe, choice: Choice) -> GridReport:
         spec = self._checkpoint.spec
         span = end_span(spec, first=True)
-        num_bytes = spec.embed_params * DTYPE_BYTES[self._settings.dtype]
-        if num_bytes > _LARGEST_EMBEDDING_BYTES or not self._fits(spec.embed_params, span):
+        if self._sizes.embed > _LARGEST_EMBEDDING_BYTES or not self._fits(self._sizes.embed, span):
             return by_rows((1,), [0.0])
         self._tell("the embedding")
         grid = self._rest(probe, choice, span, kind=self._kinds[0])
@@ -99,15 +100,21 @@ class Profiler:
         theirs = sum(probe.layer_s(self._kinds[layer]) for layer in range(single.first, single.last))
         return rest_times(self._load(span), probe.loaded.singles[kind], ours - theirs, self._clock)
 
-    def _fits(self, params: int, span: Span) -> bool:
+    def _fits(self, end_bytes: int, span: Span) -> bool:
+        """Whether a stage of `span`, with an end of the model, has room beside what is loaded."""
         if self._settings.memory_bytes is None:
             return True
-        params += sum(self._checkpoint.spec.layer_params[span.first : span.last])
+        needed = end_bytes + sum(self._sizes.layers[span.first : span.last])
         held = sum(stage.weights_bytes for stage in (self._run,) if stage is not None)
-        return params * DTYPE_BYTES[self._settings.dtype] + 2 * held <= self._settings.memory_bytes
+        return needed + 2 * held <= self._settings.memory_bytes
 
     def _load(self, span: Span) -> TimedStage:
         settings = self._settings
         return TimedStage(
-            self._checkpoint, span, backend=settings.backend, device=settings.device, dtype=settings.dtype
+            self._checkpoint,
+            span,
+            backend=settings.backend,
+            device=settings.device,
+            dtype=settings.dtype,
+            weights=settings.weights,
         )

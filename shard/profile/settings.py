@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shard.load import Backend
-from transport.messages import DType
+from transport.messages import DType, WeightsForm
 
 BUDGET_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSettings:
-    """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound)."""
+    """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound),
+    `weights` how they are held."""
 
     backend: Backend
     device: str
     dtype: DType
     budget_s: float = BUDGET_S
     memory_bytes: int | None = None
+    weights: WeightsForm = "stored"

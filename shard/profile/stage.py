@@ -13,7 +13,7 @@ from shard.load import Backend, load_shard
 from shard.local_stage import LocalStage
 from shard.profile.kinds import Span
 from shard.stage import ShardSpec, StageInput
-from transport.messages import DType, Entry, Open, Release, Sampling, SequenceId
+from transport.messages import DType, Entry, Open, Release, Sampling, SequenceId, WeightsForm
 
 _NO_BOUND = 1 << 30
 
@@ -22,7 +22,16 @@ class TimedStage:
     """Layers `span` of a checkpoint behind LocalStage. Inputs are random: no layer's time depends on their values,
     but for the choice of experts, which random inputs spread as real ones do."""
 
-    def __init__(self, checkpoint: Checkpoint, span: Span, *, backend: Backend, device: str, dtype: DType) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        span: Span,
+        *,
+        backend: Backend,
+        device: str,
+        dtype: DType,
+        weights: WeightsForm = "stored",
+    ) -> None:
         model = checkpoint.spec
         self.spec = ShardSpec(
             first=span.first,
@@ -34,6 +43,7 @@ class TimedStage:
             next_dtype=dtype,
             context_tokens=model.context_tokens,
             kv_capacity_tokens=_NO_BOUND,
+            weights=weights,
         )
         self._backend = load_shard(checkpoint, self.spec, backend=backend)
         self._stage = LocalStage(self._backend)

@@ -7,24 +7,10 @@ from typing import Any
 import pytest
 
 from bench.ring_use import bandwidth_bound_tokens_per_s, stage_uses
-from shard.spec import ModelSpec
+from tests.planner.pool import model
 
-SPEC = ModelSpec(
-    architecture="llama",
-    num_layers=4,
-    hidden_size=8,
-    vocab_size=10,
-    context_tokens=64,
-    tied_embeddings=True,
-    layer_params=(100, 100, 100, 100),
-    embed_params=1000,
-    norm_params=10,
-    head_params=90,
-    kv_elements_per_token=(2,) * 4,
-    windows=(None,) * 4,
-    legal_cuts=(1, 2, 3),
-    stored_dtype="bfloat16",
-    file_bytes=1,
+PROFILE = model(
+    4, layer_params=(100, 100, 100, 100), embed_params=1000, norm_params=10, head_params=90, tied_embeddings=True
 )
 
 
@@ -33,6 +19,7 @@ def stage(first: int, last: int, decode_s: float = 0.0, prefill_s: float = 0.0) 
         "device": f"d{first}",
         "first": first,
         "last": last,
+        "backend": "torch",
         "dtype": "bfloat16",
         "bandwidth_bytes_per_s": 1000.0,
         "decode_s": decode_s,
@@ -62,7 +49,7 @@ def test_many_chats_overlap_so_that_the_wire_can_not_be_told_from_idling() -> No
 def test_the_bound_counts_what_a_token_reads() -> None:
     # 200 parameters are 0.4 s, 200 and the head 0.6 s; the embedding's table is not read.
     stages = [stage(0, 2), stage(2, 4)]
-    assert bandwidth_bound_tokens_per_s(SPEC, stages, 1) == pytest.approx(1.0)
-    assert bandwidth_bound_tokens_per_s(SPEC, stages, 2) == pytest.approx(1 / 0.6)
-    assert bandwidth_bound_tokens_per_s(SPEC, stages, 8) == pytest.approx(4 / 0.6)
-    assert bandwidth_bound_tokens_per_s(SPEC, [stage(0, 4)], 8) == pytest.approx(8.0)
+    assert bandwidth_bound_tokens_per_s(PROFILE, stages, 1) == pytest.approx(1.0)
+    assert bandwidth_bound_tokens_per_s(PROFILE, stages, 2) == pytest.approx(1 / 0.6)
+    assert bandwidth_bound_tokens_per_s(PROFILE, stages, 8) == pytest.approx(4 / 0.6)
+    assert bandwidth_bound_tokens_per_s(PROFILE, [stage(0, 4)], 8) == pytest.approx(8.0)

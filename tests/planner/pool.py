@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from devices.device import Device
+from devices.device import Backend, Device
 from planner.demand import CPU_RESERVE_BYTES
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, PartBytes
+from transport.messages import DTYPE_BYTES, WeightsForm
 
 MIB = 2**20
 GIB = 2**30
 
 
 def model(num_layers: int = 8, layer_mib: int = 100, **changes: Any) -> ModelProfile:
-    """Layers of `layer_mib` MiB in 16 bits; embedding and head half of one; 1 KiB of KV a token and layer."""
+    """Layers of `layer_mib` MiB in 16 bits; embedding and head half of one; 1 KiB of KV a token and layer. Dense, in
+    every form, unless `sizes` are given."""
+    end_params = layer_mib * MIB // 4
+    embed_params, norm_params = changes.pop("embed_params", end_params), changes.pop("norm_params", 64)
     facts: dict[str, Any] = {
         "name": "made-up",
         "num_layers": num_layers,
@@ -21,14 +25,41 @@ def model(num_layers: int = 8, layer_mib: int = 100, **changes: Any) -> ModelPro
         "context_tokens": 8192,
         "tied_embeddings": False,
         "layer_params": (layer_mib * MIB // 2,) * num_layers,
-        "embed_params": layer_mib * MIB // 4,
-        "norm_params": 64,
-        "head_params": layer_mib * MIB // 4,
+        "head_params": end_params,
         "kv_elements_per_token": (512,) * num_layers,
         "windows": (None,) * num_layers,
         "legal_cuts": tuple(range(1, num_layers)),
     }
-    return ModelProfile(**{**facts, **changes})
+    facts |= changes
+    counts = (facts["layer_params"], embed_params, norm_params, facts["head_params"])
+    return ModelProfile(**{"sizes": dense_sizes(*counts), **facts})
+
+
+def dense_sizes(layers: tuple[int, ...], embed: int, norm: int, head: int) -> tuple[PartBytes, ...]:
+    """From counts of parameters, for every form, backend and dtype."""
+    return tuple(
+        part_bytes(weights, backend, dtype, width, (layers, embed, norm, head))
+        for weights in get_args(WeightsForm)
+        for backend in get_args(Backend)
+        for dtype, width in DTYPE_BYTES.items()
+    )
+
+
+def part_bytes(
+    weights: WeightsForm, backend: Backend, dtype: Any, width: float, counts: tuple[tuple[int, ...], int, int, int]
+) -> PartBytes:
+    """Parts of so many parameters of `width` bytes each: layers, embedding, norm, head."""
+    layers, *ends = counts
+    embed, norm, head = (int(count * width) for count in ends)
+    return PartBytes(
+        weights=weights,
+        backend=backend,
+        dtype=dtype,
+        layers=tuple(int(count * width) for count in layers),
+        embed=embed,
+        norm=norm,
+        head=head,
+    )
 
 
 def device(name: str, *, gb_per_s: float = 10.0, usable_mib: int = 100_000, **changes: Any) -> Device:

@@ -69,7 +69,8 @@ def random_pool(rng: random.Random, profile: ModelProfile, num_devices: int) -> 
     """Hosts with one or several devices; some links are missing, some share a medium; twins happen."""
     hosts = [f"h{number}" for number in range(rng.randint(1, num_devices))]
     kinds = tuple(rng.randrange(3) for _ in range(profile.num_layers))
-    whole = (sum(profile.layer_params) + profile.embed_params + profile.head_params) * 2 + 40 * MIB
+    sizes = profile.part_bytes("torch", "bfloat16")
+    whole = sum(sizes.layers) + sizes.embed + sizes.head + 40 * MIB
     room = rng.choice([0.6, 1.0, 2.0, 5.0])
     totals: dict[str, int] = {}
     devices: list[DeviceTimes] = []

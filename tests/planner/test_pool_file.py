@@ -28,7 +28,7 @@ def test_there_and_back() -> None:
     ("path", "value", "says"),
     [
         ("format", "other", "not a pool file"),
-        ("version", 2, "version 2"),
+        ("version", 3, "version 3"),
         ("surprise", 1, "unknown key surprise"),
         ("times.devices.0.surprise", 1, "unknown key times.devices.0.surprise"),
         ("times.devices.0.step_s", "fast", "Expected `float`"),
@@ -41,6 +41,10 @@ def test_there_and_back() -> None:
         ("times.devices.0.device.compute_dtype", "int3", "Invalid enum value"),
         ("times.links.0.bytes_per_s", 0, "time or rate"),
         ("profile.layer_params", [1], "not of 2 layers"),
+        ("profile.sizes.0.layers", [1, 2, 3], "not of 2 layers"),
+        ("profile.sizes.0.head", -1, "negative size"),
+        ("profile.sizes", [], "what the model takes on a"),
+        ("profile.weights", "5-bit", "Invalid enum value"),
         ("profile.legal_cuts", [5], "legal cuts"),
     ],
 )

@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.device import Device
+from devices.device import Backend, Device
 from planner.demand import CPU_RESERVE_BYTES
 from planner.estimate import SAME_HOST, STEP_S, estimated_pool
 from planner.explain import stage_rows
 from planner.make import make_plan
 from planner.plan import Plan
-from planner.profile import WINDOW_SLACK_TOKENS, ModelProfile
+from planner.profile import WINDOW_SLACK_TOKENS, ModelProfile, PartBytes
 from planner.workload import Workload
-from tests.planner.pool import GIB, MIB, device, model
+from tests.planner.pool import GIB, MIB, device, model, part_bytes
 from transport.errors import ConfigError, DoesNotFit
+from transport.messages import WeightsForm
 
 
 def plan_proportional(
@@ -32,16 +35,21 @@ def plan_proportional(
 def _memory_bytes(profile: ModelProfile, target: Device, first: int, last: int, tokens: int, at_once: int) -> int:
     """Written out again, so that a slip in the planner's own sum shows."""
     width = 4 if target.compute_dtype == "float32" else 2
-    total = sum(profile.layer_params[first:last])
-    total += profile.embed_params if first == 0 else 0
+    (sizes,) = (
+        sizes
+        for sizes in profile.sizes
+        if (sizes.weights, sizes.backend, sizes.dtype) == (profile.weights, target.backend, target.compute_dtype)
+    )
+    total = sum(sizes.layers[first:last])
+    total += sizes.embed if first == 0 else 0
     if last == profile.num_layers:
-        total += profile.norm_params
-        total += 0 if profile.tied_embeddings and first == 0 else profile.head_params
+        total += sizes.norm
+        total += 0 if profile.tied_embeddings and first == 0 else sizes.head
     for layer in range(first, last):
         window = profile.windows[layer]
         held = tokens if window is None else min(tokens, window + WINDOW_SLACK_TOKENS)
-        total += profile.kv_elements_per_token[layer] * held * at_once
-    return total * width + CPU_RESERVE_BYTES
+        total += profile.kv_elements_per_token[layer] * held * at_once * width
+    return total + CPU_RESERVE_BYTES
 
 
 def _fits(profile: ModelProfile, placed: Sequence[tuple[Device, int, int]], tokens: int, at_once: int) -> bool:
@@ -73,11 +81,25 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
     params = draw(st.lists(each, min_size=num_layers, max_size=num_layers))
     cuts = draw(st.sets(st.sampled_from(range(1, num_layers)))) if num_layers > 1 else set()
     windows = draw(st.lists(st.sampled_from([None, 64]), min_size=num_layers, max_size=num_layers))
+    quantized = draw(st.lists(st.booleans(), min_size=num_layers, max_size=num_layers))
+    embed, head = draw(each), draw(each)
+    sizes = tuple(
+        PartBytes(
+            weights="stored",
+            backend="torch",
+            dtype=dtype,
+            layers=tuple(int(p * MIB * (0.6 if q else width)) for p, q in zip(params, quantized, strict=True)),
+            embed=int(embed * MIB * width),
+            norm=64 * width,
+            head=int(head * MIB * 0.6),
+        )
+        for dtype, width in (("bfloat16", 2), ("float32", 4))
+    )
     return model(
         num_layers,
         layer_params=tuple(p * MIB for p in params),
-        embed_params=draw(each) * MIB,
-        head_params=draw(each) * MIB,
+        head_params=head * MIB,
+        sizes=sizes,
         tied_embeddings=draw(st.booleans()),
         legal_cuts=tuple(sorted(cuts)),
         windows=tuple(windows),
@@ -209,6 +231,68 @@ def test_a_tied_head_is_held_twice_only_when_the_ring_has_two_ends() -> None:
     one = plan_proportional(profile, [device("a")], 1024, 1)
     two = plan_proportional(profile, [device("a"), device("b")], 1024, 1)
     assert sum(s.weights_bytes for s in two.stages) - one.stages[0].weights_bytes == 2 * profile.head_params
+
+
+def quantizable(num_layers: int = 8) -> ModelProfile:
+    """In 16 bits as the file has it; torch and MLX hold it in 8 and 4 bits with what scales take."""
+    counts = ((50 * MIB,) * num_layers, 25 * MIB, 64, 25 * MIB)
+    widths: dict[WeightsForm, float] = {"dense": 2, "stored": 2, "8-bit": 1.125, "4-bit": 0.625}
+    sizes = tuple(
+        part_bytes(weights, backend, "bfloat16", width, counts)
+        for weights, width in widths.items()
+        for backend in get_args(Backend)
+    )
+    return model(num_layers, sizes=sizes)
+
+
+def test_what_a_form_takes_is_what_is_planned_and_told_by_the_id() -> None:
+    stored, small = (
+        plan_proportional(replace(quantizable(), weights=form), [device("a")], 4096, 1) for form in ("stored", "4-bit")
+    )
+    assert stored.stages[0].weights_bytes == 900 * MIB + 2 * 64
+    assert small.stages[0].weights_bytes == int(0.625 * 450 * MIB) + 40
+    assert (stored.weights, small.weights) == ("stored", "4-bit")
+    assert stored.id != small.id
+    assert small.stages[0].decode_s < 0.4 * stored.stages[0].decode_s
+
+
+def test_a_device_that_reads_less_for_a_layer_gets_more_of_them() -> None:
+    counts = ((50 * MIB,) * 9, 0, 0, 0)
+    sizes = (
+        part_bytes("stored", "torch", "bfloat16", 2, counts),
+        part_bytes("stored", "mlx", "bfloat16", 1, counts),
+    )
+    devices = [device("dense"), device("quantized", backend="mlx", kind="mlx")]
+    plan = plan_proportional(model(9, sizes=sizes), devices, 4096, 1)
+    assert _counts(plan) == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("usable_mib", "says", "gib"),
+    [(950, None, None), (600, "8", 1.125), (330, "4", 0.625), (200, None, None)],
+)
+def test_does_not_fit_says_which_form_would_and_only_if_it_does(
+    usable_mib: int, says: str | None, gib: float | None
+) -> None:
+    devices = [device("a", usable_mib=usable_mib)]
+    profile = quantizable()
+    if usable_mib == 950:
+        plan_proportional(profile, devices, 4096, 1)
+        return
+    with pytest.raises(DoesNotFit) as caught:
+        plan_proportional(profile, devices, 4096, 1)
+    if says is None or gib is None:
+        assert "--quantize" not in caught.value.hint
+        return
+    needed = (gib * 450 * MIB + 8 * 1024 * 4096 + CPU_RESERVE_BYTES) / GIB
+    assert f"--quantize {says} would fit, with {needed:.2f} GiB" in caught.value.hint
+    plan_proportional(replace(profile, weights=f"{says}-bit"), devices, 4096, 1)  # type: ignore[arg-type]
+
+
+def test_a_kind_of_device_that_nothing_is_known_of_is_named() -> None:
+    profile = replace(quantizable(), sizes=quantizable().sizes[:1])
+    with pytest.raises(ConfigError, match="stored weights on torch"):
+        plan_proportional(profile, [device("a")], 4096, 1)
 
 
 def test_does_not_fit_says_how_much_and_what_would() -> None:

@@ -13,6 +13,7 @@ from potluck.store.manifest import StoredFile
 from shard.profile.report import GridReport, LayerReport, ProfileReport
 from shard.spec import ModelSpec
 from transport.errors import PotluckError
+from transport.messages import WeightsForm
 
 
 def grid(seconds: float) -> GridReport:
@@ -59,14 +60,18 @@ class MadeUpProbes:
     reports: dict[str, list[ProfileReport | PotluckError]]
     together: float = 1.5
     asked: list[list[str]] = field(default_factory=list)
+    asked_weights: list[WeightsForm] = field(default_factory=list)
     measured_together: list[list[str]] = field(default_factory=list)
     loaded: set[str] = field(default_factory=set)
 
     def machine(self, device: Device) -> str:
         return "a machine"
 
-    def profile(self, devices: Sequence[Device], path: Path, doing: Doing) -> list[ProfileReport | PotluckError]:
+    def profile(
+        self, devices: Sequence[Device], path: Path, weights: WeightsForm, doing: Doing
+    ) -> list[ProfileReport | PotluckError]:
         self.asked.append([device.name for device in devices])
+        self.asked_weights.append(weights)
         found = [self.reports[device.name].pop(0) for device in devices]
         self.loaded |= {
             device.name for device, one in zip(devices, found, strict=True) if isinstance(one, ProfileReport)

@@ -13,7 +13,9 @@ from transport.link_probe import LinkFigures
 
 from .made_up import model, report
 
-KEY = DeviceKey(host="here", backend="torch", kind="cpu", threads=1, dtype="bfloat16", machine="m", model="x")
+KEY = DeviceKey(
+    host="here", backend="torch", kind="cpu", threads=1, dtype="bfloat16", machine="m", model="x", weights="stored"
+)
 LINK = LinkFigures(hop_s=0.001, hop_p95_s=0.002, bytes_per_s=1e8)
 
 

@@ -26,7 +26,7 @@ from shard.open import open_checkpoint
 from tests.planner.pool import device
 from tests.shard.tiny import save_tiny
 from transport.errors import ConfigError, NeighbourGone, StageFailed
-from transport.messages import LinkProbed
+from transport.messages import LinkProbed, WeightsForm
 
 from .made_up import MadeUpProbes, model, report
 
@@ -55,7 +55,9 @@ class MadeUpEnd:
         pass
 
 
-def measuring(tmp_path: Path, probes: MadeUpProbes, *, fresh: bool = False) -> _Measuring:
+def measuring(
+    tmp_path: Path, probes: MadeUpProbes, *, fresh: bool = False, weights: WeightsForm = "stored"
+) -> _Measuring:
     return _Measuring(
         model=model(tmp_path),
         cache=ProfileCache(tmp_path / "profiles"),
@@ -63,6 +65,7 @@ def measuring(tmp_path: Path, probes: MadeUpProbes, *, fresh: bool = False) -> _
         say=lambda words: None,
         doing=lambda device, what: None,
         fresh=fresh,
+        weights=weights,
     )
 
 
@@ -91,6 +94,16 @@ def test_fresh_measures_again(tmp_path: Path) -> None:
     times, _ = run(measuring(tmp_path, probes, fresh=True), [CPU])
     assert times.devices[0].layers[0].decode.seconds[0][0] == 0.005
     assert run(measuring(tmp_path, probes), [CPU])[0] == times
+
+
+def test_another_form_of_weights_is_measured_for_itself(tmp_path: Path) -> None:
+    probes = MadeUpProbes({"cpu": [report(), report(0.0004)]})
+    stored, _ = run(measuring(tmp_path, probes), [CPU])
+    quantized, _ = run(measuring(tmp_path, probes, weights="4-bit"), [CPU])
+    assert probes.asked_weights == ["stored", "4-bit"]
+    assert quantized.devices[0].layers[0].decode.seconds[0][0] == 0.0004
+    assert run(measuring(tmp_path, probes), [CPU])[0] == stored
+    assert run(measuring(tmp_path, probes, weights="4-bit"), [CPU])[0] == quantized
 
 
 def test_a_device_that_fails_is_left_out_and_named(tmp_path: Path) -> None:
@@ -142,7 +155,7 @@ def test_devices_that_are_alike_get_equal_times(tmp_path: Path) -> None:
 def test_what_was_learned_counts(tmp_path: Path) -> None:
     probes = MadeUpProbes({"cpu": [report()]})
     run(measuring(tmp_path, probes), [CPU])
-    key = device_key(model(tmp_path), CPU, "a machine")
+    key = device_key(model(tmp_path), CPU, "a machine", "stored")
     ProfileCache(tmp_path / "profiles").keep_learned(key, Learned(factor=2.0, at_s=time.time()))
     times, _ = run(measuring(tmp_path, probes), [CPU])
     assert times.devices[0].head.seconds[0][0] == pytest.approx(0.006, rel=1e-3)

@@ -21,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shard.affine import AffineForm
+from shard.affine_quantize import quantize_rows
 from shard.load import Backend
 from shard.open import open_checkpoint
 from shard.profile.clock import Clock, typical
@@ -48,7 +50,19 @@ TINY = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=
     [("llama", (0, 0, 0, 0)), ("gemma3_text", (0, 1, 0, 0)), ("qwen3_moe", (0, 1, 0, 0)), ("mixtral", (0, 0, 0, 0))],
 )
 def test_layers_of_a_kind_are_alike(family: str, kinds: tuple[int, ...], tmp_path: Path) -> None:
-    assert layer_kinds(memory_checkpoint(tiny_model(family, 0), tmp_path)) == kinds
+    assert layer_kinds(memory_checkpoint(tiny_model(family, 0), tmp_path), "stored") == kinds
+
+
+def test_layers_that_are_stored_in_other_bits_are_of_another_kind_unless_all_is_held_dense(tmp_path: Path) -> None:
+    """As in GGUF's Q4_K_M, which has some layers' down projections in 6 bits."""
+    checkpoint = memory_checkpoint(tiny_model("llama", 0), tmp_path)
+    for layer, bits in ((0, 4), (1, 8), (2, 4)):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        array = checkpoint.arrays[name]
+        checkpoint.affine[name] = (AffineForm(bits=bits, group=32), quantize_rows(array, bits, 32))
+    assert layer_kinds(checkpoint, "stored") == (0, 1, 0, 2)
+    assert layer_kinds(checkpoint, "dense") == (0, 0, 0, 0)
+    assert layer_kinds(checkpoint, "8-bit") == (0, 1, 0, 1)
 
 
 def spec(num_layers: int, layer_params: int, cuts: tuple[int, ...] | None = None) -> ModelSpec:
@@ -71,6 +85,10 @@ def spec(num_layers: int, layer_params: int, cuts: tuple[int, ...] | None = None
     )
 
 
+def layer_bytes(model: ModelSpec) -> tuple[int, ...]:
+    return model.part_bytes("torch", "bfloat16", "stored").layers
+
+
 @given(st.data())
 def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: st.DataObject) -> None:
     num_layers = data.draw(st.integers(1, 40))
@@ -78,7 +96,7 @@ def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: 
     kinds = [sorted(set(kinds)).index(kind) for kind in kinds]
     cuts = data.draw(st.sets(st.integers(1, num_layers - 1))) if num_layers > 1 else set()
     model = spec(num_layers, data.draw(st.sampled_from([10**4, 3_500_000, 10**9])), tuple(sorted(cuts)))
-    chosen = choose(model, kinds, "bfloat16")
+    chosen = choose(model, kinds, layer_bytes(model))
     ends = {0, num_layers, *cuts}
     longest = max(b - a for a, b in zip(sorted(ends), sorted(ends)[1:], strict=False))
     assert {chosen.run.first, chosen.run.last} <= ends
@@ -90,12 +108,17 @@ def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: 
 
 
 def test_large_layers_are_few_and_small_ones_leave_the_caches() -> None:
-    assert choose(spec(80, 850_000_000), [0] * 80, "bfloat16").run.num_layers == 2
-    small = choose(spec(30, 3_500_000), [0] * 30, "bfloat16").run
+    large, small_spec = spec(80, 850_000_000), spec(30, 3_500_000)
+    assert choose(large, [0] * 80, layer_bytes(large)).run.num_layers == 2
+    small = choose(small_spec, [0] * 30, layer_bytes(small_spec)).run
     assert small.num_layers == 8
     assert small.first > 0 and small.last < 30
     room_bytes = 4 * 2 * 3_500_000
-    assert choose(spec(30, 3_500_000), [0] * 30, "bfloat16", room_bytes).run.num_layers == 3
+    assert choose(small_spec, [0] * 30, layer_bytes(small_spec), room_bytes).run.num_layers == 3
+    middle = spec(30, 17_000_000)
+    assert choose(middle, [0] * 30, layer_bytes(middle)).run.num_layers == 2
+    in_4_bits = [size * 5 // 16 for size in layer_bytes(middle)]
+    assert choose(middle, [0] * 30, in_4_bits).run.num_layers == 7
 
 
 # The arithmetic, on a device whose times are known.
