@@ -50,6 +50,24 @@ class LayerKV:
         span = slice(first - self.base, end - self.base)
         return keys[:, span], values[:, span], first
 
+    def seat(self, start: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+        """Room for one token at `start`, which the caller writes: the addresses of the first key and value that it may
+        attend to, the bytes from one KV head to the next, and how many positions that are, its own included.
+
+        like: [kv_heads, 1, head_dim] of the KV's dtype. Valid until the next call.
+        """
+        first = 0
+        if self.window is None:
+            self._reserve(start, start + 1, like, like)
+        else:
+            first = max(0, start - self.window + 1)
+            if self.keys is None or start + 1 - self.base > self.keys.shape[1]:
+                self._slide(start, like, like)
+        keys, values = self._held()
+        element = keys.element_size()
+        skipped = (first - self.base) * keys.stride(1) * element
+        return keys.data_ptr() + skipped, values.data_ptr() + skipped, keys.stride(0) * element, start + 1 - first
+
     def reaches_back_to(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
         return self.window is None or self.base <= max(0, length - self.window + 1)

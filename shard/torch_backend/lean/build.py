@@ -13,7 +13,7 @@ from shard.torch_backend.dtypes import TORCH_DTYPES
 from shard.torch_backend.lean.attention import Attention, AttentionWeights
 from shard.torch_backend.lean.config import LeanConfig, resolve
 from shard.torch_backend.lean.layer import GatedMlp, Layer, LayerNorms
-from shard.torch_backend.lean.ops import Norm
+from shard.torch_backend.lean.ops import Gated, Norm
 from shard.torch_backend.lean.shard import LeanModel, LeanShard
 from shard.torch_backend.lean.source import Check, Files, Source, Wanted
 from shard.torch_backend.linear import Linear
@@ -64,7 +64,9 @@ class _Assembly:
                 before_mlp=self._layer_norm(prefix, config.norms.before_mlp),
                 after_mlp=self._layer_norm(prefix, config.norms.after_mlp),
             ),
-            attention=Attention(weights, config, config.layers[index], index, kv_dtype),
+            attention=Attention(
+                weights, config, config.layers[index], index, kv_dtype, on_cpu=self.device.type == "cpu"
+            ),
             mlp=self._mlp(f"{prefix}mlp."),
             residual_multiplier=config.residual_multiplier,
         )
@@ -98,7 +100,7 @@ class _Assembly:
             gate_up_bias=self._bias(prefix, sizes) if config.mlp_bias else None,
             down=self._matrix(prefix, down, config.intermediate_size),
             down_bias=self._bias(prefix, down) if config.mlp_bias else None,
-            activation=config.activation,
+            gate=Gated(config.activation, self.device, config.intermediate_size),
         )
 
     def _matrix(self, prefix: str, sizes: dict[str, int], columns: int) -> Linear:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional
 
 from shard.torch_backend.lean.config import Activation
 
+if TYPE_CHECKING:
+    from shard.torch_backend.cpu.layer_ops import Gate, RowNorm
+
 
 class Norm:
     """The weights of a root-mean-square norm, float32, with what `rms_norm` needs of them worked out."""
 
-    __slots__ = ("eps", "floor", "scaled", "weight")
+    __slots__ = ("eps", "floor", "native", "scaled", "weight")
 
     def __init__(self, weight: torch.Tensor, eps: float, *, width: int) -> None:
         """weight [width], or [groups, width] for groups of features that are normed apart."""
@@ -19,6 +24,12 @@ class Norm:
         self.eps = eps
         self.scaled = weight * width**0.5
         self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
+        self.native: RowNorm | None = None
+        if weight.device.type == "cpu" and weight.ndim == 1:
+            from shard.torch_backend.cpu.layer_ops import RowNorm, is_wide_enough
+
+            if is_wide_enough(width):
+                self.native = RowNorm(weight, eps)
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -26,9 +37,19 @@ def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
     As x · (w · √width) / hypot(‖x‖, √(width · eps)): four operations, where torch's own takes six.
     """
+    if norm.native is not None and x.dtype == torch.float32 and x.is_contiguous():
+        return norm.native(x)
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(norm.floor)
     return torch.mul(wide, norm.scaled).div_(length).to(x.dtype)
+
+
+def rms_norm_of_sum(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x += added, in place, then `rms_norm`; both [tokens, width]."""
+    if norm.native is not None and x.dtype == added.dtype == torch.float32:
+        return norm.native(x, added.contiguous())
+    x.add_(added)
+    return rms_norm(x, norm)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -40,6 +61,24 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     pairs = turned.view(tokens, heads, 2, half)
     exchanged = pairs.flip(2)
     pairs.mul_(cos).addcmul_(exchanged, sin)
+
+
+class Gated:
+    """gate_up [tokens, 2 · width] → activation(gate) · up [tokens, width]."""
+
+    def __init__(self, activation: Activation, device: torch.device, width: int) -> None:
+        self._activation = activation
+        self._native: Gate | None = None
+        if device.type == "cpu":
+            from shard.torch_backend.cpu.layer_ops import Gate, is_wide_enough
+
+            if is_wide_enough(width):
+                self._native = Gate("silu" if activation == "silu" else "gelu")
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self._native is not None and gate_up.dtype == torch.float32 and gate_up.stride(1) == 1:
+            return self._native(gate_up)
+        return gated(gate_up, self._activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
