@@ -17,15 +17,17 @@ _BLOCK = 64
 
 
 class LayerKV:
-    """Keys and values [kv_heads, capacity, head_dim] of one sequence in one layer; row 0 is position `base`."""
+    """Keys and values of one sequence in one layer; row 0 is position `base`."""
 
-    __slots__ = ("base", "keys", "values", "window")
+    __slots__ = ("_held", "_keys", "_values", "base", "window")
 
     def __init__(self, window: int | None) -> None:
         self.window = window
         self.base = 0
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
+        # [2, kv_heads, capacity, head_dim], and its two halves [1, …]: views that would cost a decode step to make.
+        self._held: torch.Tensor | None = None
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
 
     def append(self, start: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Store key, value [kv_heads, tokens, head_dim] at positions from `start`, forgetting what was held beyond.
@@ -34,21 +36,27 @@ class LayerKV:
         the first of them: views of the cache, valid until the next append.
         """
         end = start + key.shape[1]
-        if self.window is None:
-            self._reserve(start, end, key, value)
-            first = 0
-        else:
-            first = max(0, start - self.window + 1)
-            if key.shape[1] > SLACK:
-                return self._append_long(start, first, key, value)
-            if self.keys is None or end - self.base > self.keys.shape[1]:
-                self._slide(start, key, value)
-        keys, values = self._held()
+        first = self._first_seen(start)
+        if self.window is not None and key.shape[1] > SLACK:
+            return self._append_long(start, first, key, value)
+        held = self._with_room(start, end, key)
         row = start - self.base
-        keys[:, row : end - self.base] = key
-        values[:, row : end - self.base] = value
+        held[0, :, row : end - self.base] = key
+        held[1, :, row : end - self.base] = value
         span = slice(first - self.base, end - self.base)
-        return keys[:, span], values[:, span], first
+        return held[0, :, span], held[1, :, span], first
+
+    def append_one(self, position: int, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `append`, for one token: its key and value, both [2, kv_heads, head_dim], → all that it sees, keys and
+        values [1, kv_heads, positions, head_dim]."""
+        held = self._held
+        if held is None or position - self.base >= held.shape[2]:
+            held = self._with_room(position, position + 1, both[0, :, None])
+        row = position - self.base
+        held.select(2, row).copy_(both)
+        first = 0 if self.window is None else self._first_seen(position) - self.base
+        assert self._keys is not None and self._values is not None
+        return self._keys.narrow(2, first, row + 1 - first), self._values.narrow(2, first, row + 1 - first)
 
     def seat(self, start: int, like: torch.Tensor) -> tuple[int, int, int, int]:
         """Room for one token at `start`, which the caller writes: the addresses of the first key and value that it may
@@ -68,69 +76,71 @@ class LayerKV:
         skipped = (first - self.base) * keys.stride(1) * element
         return keys.data_ptr() + skipped, values.data_ptr() + skipped, keys.stride(0) * element, start + 1 - first
 
+    def seat(self, position: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+        """Room for one token, which the caller writes: the addresses of the first key and value that it sees, the bytes
+        from one KV head to the next, and how many positions it sees, its own included. Valid until the next call.
+
+        like: [kv_heads, 1, head_dim] of the KV's dtype.
+        """
+        held = self._held
+        if held is None or position - self.base >= held.shape[2]:
+            held = self._with_room(position, position + 1, like)
+        first = self._first_seen(position)
+        half, head, row, _ = held.stride()
+        element = held.element_size()
+        keys = held.data_ptr() + (first - self.base) * row * element
+        return keys, keys + half * element, head * element, position + 1 - first
+
     def reaches_back_to(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
-        return self.window is None or self.base <= max(0, length - self.window + 1)
+        return self.window is None or self.base <= self._first_seen(length)
 
     def num_bytes(self) -> int:
-        if self.keys is None or self.values is None:
-            return 0
-        return self.keys.nbytes + self.values.nbytes
+        return 0 if self._held is None else self._held.nbytes
 
-    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+    def _first_seen(self, position: int) -> int:
+        return 0 if self.window is None else max(0, position - self.window + 1)
 
-    def _reserve(self, start: int, end: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Room for positions below `end`. Growing by a quarter keeps both copying and unused memory small."""
-        capacity = 0 if self.keys is None else self.keys.shape[1]
-        if end <= capacity:
-            return
-        self._move(0, start, _blocks(max(end, capacity + capacity // 4)), key, value)
+    def _with_room(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer with rows for positions [start, end), what is held before them kept.
 
-    def _slide(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Make room in a sliding layer: keep window - 1 + SLACK positions before `start`, in a buffer with SLACK free.
-
-        A buffer is sized for what the sequence holds; it stops growing at window + 2 · SLACK.
+        A full layer grows by a quarter, which keeps both copying and unused memory small. A sliding one keeps
+        window - 1 + SLACK positions before `start`, with SLACK free: it stops growing at window + 2 · SLACK.
         """
-        assert self.window is not None
+        if self._held is not None and end - self.base <= self._held.shape[2]:
+            return self._held
+        if self.window is None:
+            capacity = 0 if self._held is None else self._held.shape[2]
+            return self._move(0, start, _blocks(max(end, capacity + capacity // 4)), like)
         kept = max(self.base, start - (self.window - 1 + SLACK))
-        self._move(kept, start, start - kept + SLACK, key, value)
+        return self._move(kept, start, start - kept + SLACK, like)
 
     def _append_long(
         self, start: int, first: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """A chunk longer than SLACK: attend over a temporary, so that the cache itself stays at its small size."""
         assert self.window is not None
-        if self.keys is None or self.values is None:
-            keys, values = key, value
-        else:
-            span = slice(first - self.base, start - self.base)
-            keys = torch.cat((self.keys[:, span], key), dim=1)
-            values = torch.cat((self.values[:, span], value), dim=1)
+        both = torch.stack((key, value))
+        if self._held is not None:
+            both = torch.cat((self._held[:, :, first - self.base : start - self.base], both), dim=2)
         end = start + key.shape[1]
         kept = max(first, end - (self.window - 1 + SLACK))
-        self.keys = _sized(key, end - kept + SLACK)
-        self.values = _sized(value, end - kept + SLACK)
-        self.keys[:, : end - kept] = keys[:, kept - first :]
-        self.values[:, : end - kept] = values[:, kept - first :]
-        self.base = kept
-        return keys, values, first
+        self._hold(kept, both.new_empty((2, key.shape[0], end - kept + SLACK, key.shape[2])))
+        assert self._held is not None
+        self._held[:, :, : end - kept] = both[:, :, kept - first :]
+        return both[0], both[1], first
 
-    def _move(self, kept: int, start: int, capacity: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """New buffers of `capacity` rows from position `kept`, holding [kept, start); keys first, then values, so that
-        at most one old buffer lives beside the new ones."""
-        for name, like in (("keys", key), ("values", value)):
-            old: torch.Tensor | None = getattr(self, name)
-            new = _sized(like, capacity)
-            if old is not None:
-                new[:, : start - kept] = old[:, kept - self.base : start - self.base]
-            setattr(self, name, new)
-        self.base = kept
+    def _move(self, kept: int, start: int, capacity: int, like: torch.Tensor) -> torch.Tensor:
+        """A new buffer of `capacity` rows from position `kept`, holding [kept, start)."""
+        new = like.new_empty((2, like.shape[0], capacity, like.shape[-1]))
+        if self._held is not None:
+            new[:, :, : start - kept] = self._held[:, :, kept - self.base : start - self.base]
+        return self._hold(kept, new)
 
-
-def _sized(like: torch.Tensor, capacity: int) -> torch.Tensor:
-    return like.new_empty((like.shape[0], capacity, like.shape[2]))
+    def _hold(self, base: int, held: torch.Tensor) -> torch.Tensor:
+        self.base = base
+        self._held, self._keys, self._values = held, held[:1], held[1:]
+        return held
 
 
 def _blocks(tokens: int) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from shard.torch_backend.attention import attend
+from shard.torch_backend.attention import Run, attend
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
 from shard.torch_backend.lean.native_attention import native_attention
-from shard.torch_backend.lean.ops import Norm, rms_norm, rotate_
+from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 
@@ -62,55 +62,76 @@ class Attention:
             queries, rest = self._heads * self._head_dim, (self._heads + self._kv_heads) * self._head_dim
             qkv[:, :queries] = rms_norm(qkv[:, :queries], weights.q_norm)
             qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest], weights.k_norm)
-        num_native = 0 if self._native is None else step.num_decode
-        parts = []
-        if self._native is not None and num_native:
-            parts.append(self._native(qkv, step))
-        if num_native < qkv.shape[0]:
-            parts.append(self._attend(self._positioned(qkv[num_native:], step, num_native), step, num_native))
-        attended = parts[0] if len(parts) == 1 else torch.cat([part.to(x.dtype) for part in parts])
-        output = weights.output(attended.to(x.dtype), step.num_decode)
+        attended = self._attend(qkv, step)
+        if attended.dtype != x.dtype:
+            attended = attended.to(x.dtype)
+        output = weights.output(attended, step.num_decode)
         return output if weights.output_bias is None else output.add_(weights.output_bias)
 
+    def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
+        """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]; decode rows first."""
+        num_rows, num_decode = qkv.shape[0], step.num_decode
+        if self._native is not None and num_decode == num_rows:
+            return self._native(qkv, step)
+        outputs = []
+        first_run = 0
+        if self._native is not None and num_decode:
+            outputs.append(self._native(qkv, step))
+            first_run = num_decode  # Decode runs have one row each.
+        rest = self._positioned(qkv[first_run:], step, first_run)
+        if self._softcap is None and first_run < num_decode:
+            outputs += self._decode(rest[: num_decode - first_run], step)
+            first_run = num_decode
+        offset = num_rows - rest.shape[0]
+        outputs += [self._prefill(rest, run, run.offset - offset, step) for run in step.ragged.runs[first_run:]]
+        width = self._heads * self._head_dim
+        flat = [output.reshape(-1, width) for output in outputs]
+        if len(flat) == 1:
+            return flat[0]
+        return torch.cat([rows.to(flat[-1].dtype) for rows in flat])
+
     def _positioned(self, qkv: torch.Tensor, step: LeanStep, first: int) -> torch.Tensor:
-        """qkv [tokens, (heads + 2 · kv_heads) · head_dim] of the rows from `first`, normed and turned in place →
-        [tokens, heads + 2 · kv_heads, head_dim] in the KV's dtype."""
-        num_turned = self._heads + self._kv_heads
-        split = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)
-        turned = split[:, :num_turned]
+        """qkv [tokens, (heads + 2 · kv_heads) · head_dim], the step's rows from `first`: queries and keys normed and
+        turned in place; in the KV's dtype."""
         weights = self._weights
+        num_turned = self._heads + self._kv_heads
+        turned = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)[:, :num_turned]
         if weights.qk_norm is not None:
             turned.copy_(rms_norm(turned, weights.qk_norm))
         if self._facts.rope is not None:
             cos, sin = step.angles(self._facts.rope)
             rotate_(turned, cos[first:], sin[first:])
-        return split.to(self._kv_dtype)
+        return qkv if qkv.dtype == self._kv_dtype else qkv.to(self._kv_dtype)
 
-    def _attend(self, qkv: torch.Tensor, step: LeanStep, first_row: int) -> torch.Tensor:
-        """[tokens, heads + 2 · kv_heads, head_dim] of the rows from `first_row` → [tokens, heads · head_dim]."""
-        window = self._facts.window
-        queries, keys, values = qkv.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
-        runs = [run for run in step.ragged.runs if run.offset >= first_row]
+    def _decode(self, qkv: torch.Tensor, step: LeanStep) -> list[torch.Tensor]:
+        """Rows of decode entries → each one's [1, kv_heads, heads / kv_heads, head_dim]."""
+        num_rows, kv_heads = qkv.shape[0], self._kv_heads
+        queries, new = qkv.split_with_sizes((self._heads * self._head_dim, 2 * kv_heads * self._head_dim), dim=1)
+        # The heads of a group become the rows of one small matrix: they look at the same keys.
+        grouped = queries.view(num_rows, 1, kv_heads, -1, self._head_dim).unbind()
+        appended = new.view(num_rows, 2, kv_heads, self._head_dim).unbind()
         outputs = []
-        for run in runs:
-            whole = len(runs) == 1
-            begin = run.offset - first_row
-            span = slice(begin, begin + run.num_tokens)
-            held_keys, held_values, first = run.kv.layer(self._index, window).append(
-                run.start, keys if whole else keys[:, span], values if whole else values[:, span]
-            )
-            attended = attend(
-                queries if whole else queries[:, span],
-                held_keys,
-                held_values,
-                run,
-                first,
-                step.ragged,
-                window=window,
-                scale=self._scale,
-                softcap=self._softcap,
-                sinks=None,
-            )
-            outputs.append(attended.transpose(0, 1))
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return packed.reshape(qkv.shape[0], self._heads * self._head_dim)
+        for run, query, both in zip(step.ragged.runs, grouped, appended, strict=False):
+            keys, values = run.kv.layer(self._index, self._facts.window).append_one(run.start, both)
+            outputs.append(decode_attention(query, keys, values, self._scale))
+        return outputs
+
+    def _prefill(self, qkv: torch.Tensor, run: Run, first: int, step: LeanStep) -> torch.Tensor:
+        """A run's rows of qkv, from `first` on → [tokens, heads, head_dim]."""
+        rows = qkv[first : first + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
+        queries, keys, values = rows.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
+        window = self._facts.window
+        held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)
+        attended = attend(
+            queries,
+            held_keys,
+            held_values,
+            run,
+            first,
+            step.ragged,
+            window=window,
+            scale=self._scale,
+            softcap=self._softcap,
+            sinks=None,
+        )
+        return attended.transpose(0, 1).reshape(run.num_tokens, self._kv_heads, -1, self._head_dim)

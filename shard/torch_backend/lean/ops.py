@@ -39,9 +39,10 @@ def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """
     if norm.native is not None and x.dtype == torch.float32 and x.is_contiguous():
         return norm.native(x)
-    wide = x.float()
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(norm.floor)
-    return torch.mul(wide, norm.scaled).div_(length).to(x.dtype)
+    wide = x if x.dtype == torch.float32 else x.float()
+    length = torch.linalg.vector_norm(wide, 2, -1, True).hypot_(norm.floor)
+    normed = torch.mul(wide, norm.scaled).div_(length)
+    return normed if x.dtype == torch.float32 else normed.to(x.dtype)
 
 
 def rms_norm_of_sum(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -61,6 +62,12 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     pairs = turned.view(tokens, heads, 2, half)
     exchanged = pairs.flip(2)
     pairs.mul_(cos).addcmul_(exchanged, sin)
+
+
+def decode_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """One token of one sequence, which sees all it is given: query [1, kv_heads, heads / kv_heads, head_dim] over keys
+    and values [1, kv_heads, positions, head_dim] → as query, not necessarily contiguous."""
+    return functional.scaled_dot_product_attention(query, keys, values, scale=scale)
 
 
 class Gated:
