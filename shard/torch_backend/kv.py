@@ -58,24 +58,6 @@ class LayerKV:
         assert self._keys is not None and self._values is not None
         return self._keys.narrow(2, first, row + 1 - first), self._values.narrow(2, first, row + 1 - first)
 
-    def seat(self, start: int, like: torch.Tensor) -> tuple[int, int, int, int]:
-        """Room for one token at `start`, which the caller writes: the addresses of the first key and value that it may
-        attend to, the bytes from one KV head to the next, and how many positions that are, its own included.
-
-        like: [kv_heads, 1, head_dim] of the KV's dtype. Valid until the next call.
-        """
-        first = 0
-        if self.window is None:
-            self._reserve(start, start + 1, like, like)
-        else:
-            first = max(0, start - self.window + 1)
-            if self.keys is None or start + 1 - self.base > self.keys.shape[1]:
-                self._slide(start, like, like)
-        keys, values = self._held()
-        element = keys.element_size()
-        skipped = (first - self.base) * keys.stride(1) * element
-        return keys.data_ptr() + skipped, values.data_ptr() + skipped, keys.stride(0) * element, start + 1 - first
-
     def seat(self, position: int, like: torch.Tensor) -> tuple[int, int, int, int]:
         """Room for one token, which the caller writes: the addresses of the first key and value that it sees, the bytes
         from one KV head to the next, and how many positions it sees, its own included. Valid until the next call.
