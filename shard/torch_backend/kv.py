@@ -58,6 +58,21 @@ class LayerKV:
         assert self._keys is not None and self._values is not None
         return self._keys.narrow(2, first, row + 1 - first), self._values.narrow(2, first, row + 1 - first)
 
+    def seat(self, position: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+        """Room for one token, which the caller writes: the addresses of the first key and value that it sees, the bytes
+        from one KV head to the next, and how many positions it sees, its own included. Valid until the next call.
+
+        like: [kv_heads, 1, head_dim] of the KV's dtype.
+        """
+        held = self._held
+        if held is None or position - self.base >= held.shape[2]:
+            held = self._with_room(position, position + 1, like)
+        first = self._first_seen(position)
+        half, head, row, _ = held.stride()
+        element = held.element_size()
+        keys = held.data_ptr() + (first - self.base) * row * element
+        return keys, keys + half * element, head * element, position + 1 - first
+
     def reaches_back_to(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
         return self.window is None or self.base <= self._first_seen(length)

@@ -39,7 +39,7 @@ def _attend(shape: AttendShape) -> TeamRun:
     return Compiled(module).team_run(name)
 
 
-def is_wide_enough(width: int) -> bool:
+def is_whole_vectors(width: int) -> bool:
     """Whether rows of `width` can go through these kernels."""
     return width % WIDTH == 0
 
@@ -73,6 +73,9 @@ class Gate:
     def __init__(self, activation: Activation) -> None:
         self._run = _rowwise()[f"gated_{activation}"]
         self._fields, self._address = empty_fields(len(GATED_FIELDS))
+
+    def takes(self, gate_up: torch.Tensor) -> bool:
+        return gate_up.dtype == torch.float32 and gate_up.stride(1) == 1 and gate_up.shape[1] % (2 * WIDTH) == 0
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 · width] float32 → [rows, width]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -75,8 +76,8 @@ class PackedMatrix:
         self._runs[layout.bits, precision](self._address, threads)
 
 
-class Scratch:
-    """Memory for quantized activations, used again by each call; grows to the largest."""
+class Scratch(threading.local):
+    """Each thread's memory for quantized activations, used again by each call; grows to the largest."""
 
     def __init__(self) -> None:
         self._blocks = 0

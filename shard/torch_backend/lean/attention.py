@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from shard.torch_backend.attention import RaggedStep, Run, attend
+from shard.torch_backend.attention import Run, attend
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
+from shard.torch_backend.lean.native_attention import native_attention
 from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
+from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeanStep:
-    """A step's runs, decode entries first (rows [0, num_decode)), and each rotary embedding's angles at its tokens."""
-
-    ragged: RaggedStep
-    num_decode: int
-    angles: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +32,14 @@ class Attention:
     """One layer's attention. KV is held in `kv_dtype`; the rest is computed in the dtype of what comes in."""
 
     def __init__(
-        self, weights: AttentionWeights, config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype
+        self,
+        weights: AttentionWeights,
+        config: LeanConfig,
+        facts: LayerFacts,
+        index: int,
+        kv_dtype: torch.dtype,
+        *,
+        on_cpu: bool,
     ) -> None:
         self._weights = weights
         self._heads = config.num_heads
@@ -51,6 +50,7 @@ class Attention:
         self._facts = facts
         self._index = index
         self._kv_dtype = kv_dtype
+        self._native = native_attention(config, facts, index, kv_dtype, weights.qk_norm) if on_cpu else None
 
     def __call__(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """x [tokens, hidden] → [tokens, hidden]; appends the tokens' keys and values to their sequences."""
@@ -58,37 +58,50 @@ class Attention:
         qkv = weights.qkv(x, step.num_decode)
         if weights.qkv_bias is not None:
             qkv.add_(weights.qkv_bias)
-        self._position(qkv, step)
-        if qkv.dtype != self._kv_dtype:
-            qkv = qkv.to(self._kv_dtype)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            queries, rest = self._heads * self._head_dim, (self._heads + self._kv_heads) * self._head_dim
+            qkv[:, :queries] = rms_norm(qkv[:, :queries], weights.q_norm)
+            qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest], weights.k_norm)
         attended = self._attend(qkv, step)
         if attended.dtype != x.dtype:
             attended = attended.to(x.dtype)
         output = weights.output(attended, step.num_decode)
         return output if weights.output_bias is None else output.add_(weights.output_bias)
 
-    def _position(self, qkv: torch.Tensor, step: LeanStep) -> None:
-        """Norm and turn the queries and keys of qkv [tokens, (heads + 2 · kv_heads) · head_dim], in place."""
+    def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
+        """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]; decode rows first."""
+        num_rows, num_decode = qkv.shape[0], step.num_decode
+        if self._native is not None and num_decode == num_rows:
+            return self._native(qkv, step)
+        outputs = []
+        first_run = 0
+        if self._native is not None and num_decode:
+            outputs.append(self._native(qkv, step))
+            first_run = num_decode  # Decode runs have one row each.
+        rest = self._positioned(qkv[first_run:], step, first_run)
+        if self._softcap is None and first_run < num_decode:
+            outputs += self._decode(rest[: num_decode - first_run], step)
+            first_run = num_decode
+        offset = num_rows - rest.shape[0]
+        outputs += [self._prefill(rest, run, run.offset - offset, step) for run in step.ragged.runs[first_run:]]
+        width = self._heads * self._head_dim
+        flat = [output.reshape(-1, width) for output in outputs]
+        if len(flat) == 1:
+            return flat[0]
+        return torch.cat([rows.to(flat[-1].dtype) for rows in flat])
+
+    def _positioned(self, qkv: torch.Tensor, step: LeanStep, first: int) -> torch.Tensor:
+        """qkv [tokens, (heads + 2 · kv_heads) · head_dim], the step's rows from `first`: queries and keys normed and
+        turned in place; in the KV's dtype."""
         weights = self._weights
         num_turned = self._heads + self._kv_heads
         turned = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)[:, :num_turned]
         if weights.qk_norm is not None:
             turned.copy_(rms_norm(turned, weights.qk_norm))
-        elif weights.q_norm is not None and weights.k_norm is not None:
-            queries, rest = self._heads * self._head_dim, num_turned * self._head_dim
-            qkv[:, :queries] = rms_norm(qkv[:, :queries], weights.q_norm)
-            qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest], weights.k_norm)
         if self._facts.rope is not None:
-            rotate_(turned, *step.angles[self._facts.rope])
-
-    def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]."""
-        num_decode = step.num_decode if self._softcap is None else 0
-        outputs = self._decode(qkv[:num_decode] if num_decode < qkv.shape[0] else qkv, step) if num_decode else []
-        if num_decode < qkv.shape[0]:
-            outputs += [self._prefill(qkv, run, step) for run in step.ragged.runs[num_decode:]]
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return packed.reshape(qkv.shape[0], self._heads * self._head_dim)
+            cos, sin = step.angles(self._facts.rope)
+            rotate_(turned, cos[first:], sin[first:])
+        return qkv if qkv.dtype == self._kv_dtype else qkv.to(self._kv_dtype)
 
     def _decode(self, qkv: torch.Tensor, step: LeanStep) -> list[torch.Tensor]:
         """Rows of decode entries → each one's [1, kv_heads, heads / kv_heads, head_dim]."""
@@ -103,9 +116,9 @@ class Attention:
             outputs.append(decode_attention(query, keys, values, self._scale))
         return outputs
 
-    def _prefill(self, qkv: torch.Tensor, run: Run, step: LeanStep) -> torch.Tensor:
-        """A run's rows of qkv → [tokens, heads, head_dim]."""
-        rows = qkv[run.offset : run.offset + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
+    def _prefill(self, qkv: torch.Tensor, run: Run, first: int, step: LeanStep) -> torch.Tensor:
+        """A run's rows of qkv, from `first` on → [tokens, heads, head_dim]."""
+        rows = qkv[first : first + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
         queries, keys, values = rows.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
         window = self._facts.window
         held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)

@@ -14,7 +14,7 @@ from shard.torch_backend.lean.attention import Attention, AttentionWeights
 from shard.torch_backend.lean.config import ExpertFacts, LeanConfig, resolve
 from shard.torch_backend.lean.experts import SparseMlp
 from shard.torch_backend.lean.layer import FeedForward, GatedMlp, Layer, LayerNorms
-from shard.torch_backend.lean.ops import Norm
+from shard.torch_backend.lean.ops import Gated, Norm
 from shard.torch_backend.lean.shard import LeanModel, LeanShard
 from shard.torch_backend.lean.source import Check, Files, Source, Wanted
 from shard.torch_backend.linear import Linear
@@ -65,7 +65,9 @@ class _Assembly:
                 before_mlp=self._layer_norm(prefix, config.norms.before_mlp),
                 after_mlp=self._layer_norm(prefix, config.norms.after_mlp),
             ),
-            attention=Attention(weights, config, config.layers[index], index, kv_dtype),
+            attention=Attention(
+                weights, config, config.layers[index], index, kv_dtype, on_cpu=self.device.type == "cpu"
+            ),
             mlp=self._feed_forward(f"{prefix}mlp.", config.experts if config.layers[index].is_sparse else None),
             residual_multiplier=config.residual_multiplier,
         )
@@ -96,8 +98,9 @@ class _Assembly:
         router = self._matrix(prefix, {"gate": count}, hidden)
         gate_up = self.source.experts((f"{prefix}experts.gate_up_proj", (count, 2 * width, hidden)))
         down = self.source.experts((f"{prefix}experts.down_proj", (count, hidden, width)))
+        gate = Gated(self.config.activation, self.device)
         mlps = tuple(
-            GatedMlp(gate_up=one, gate_up_bias=None, down=two, down_bias=None, activation=self.config.activation)
+            GatedMlp(gate_up=one, gate_up_bias=None, down=two, down_bias=None, gate=gate)
             for one, two in zip(gate_up, down, strict=True)
         )
         return SparseMlp(router=router, experts=mlps, top_k=experts.top_k, normalize=experts.normalize)
@@ -113,7 +116,7 @@ class _Assembly:
             gate_up_bias=self._bias(prefix, sizes) if config.mlp_bias else None,
             down=self._matrix(prefix, down, config.intermediate_size),
             down_bias=self._bias(prefix, down) if config.mlp_bias else None,
-            activation=config.activation,
+            gate=Gated(config.activation, self.device),
         )
 
     def _matrix(self, prefix: str, sizes: dict[str, int], columns: int) -> Linear:

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 
-from shard.torch_backend.lean.attention import Attention, LeanStep
-from shard.torch_backend.lean.config import Activation
-from shard.torch_backend.lean.ops import Norm, gated, rms_norm
+from shard.torch_backend.lean.attention import Attention
+from shard.torch_backend.lean.ops import Gated, Norm, rms_norm, rms_norm_of_sum
+from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 
 
@@ -28,13 +28,13 @@ class GatedMlp:
     gate_up_bias: torch.Tensor | None
     down: Linear
     down_bias: torch.Tensor | None
-    activation: Activation
+    gate: Gated
 
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         gate_up = self.gate_up(x, num_decode)
         if self.gate_up_bias is not None:
             gate_up.add_(self.gate_up_bias)
-        output = self.down(gated(gate_up, self.activation), num_decode)
+        output = self.down(self.gate(gate_up), num_decode)
         return output if self.down_bias is None else output.add_(self.down_bias)
 
 
@@ -60,8 +60,13 @@ class Layer:
         norms = self.norms
         normed = x if norms.before_attention is None else rms_norm(x, norms.before_attention)
         added = self.attention(normed, step)
-        self._add(x, added if norms.after_attention is None else rms_norm(added, norms.after_attention))
-        normed = x if norms.before_mlp is None else rms_norm(x, norms.before_mlp)
+        if norms.after_attention is not None:
+            added = rms_norm(added, norms.after_attention)
+        if norms.before_mlp is not None and self.residual_multiplier == 1.0:
+            normed = rms_norm_of_sum(x, added, norms.before_mlp)
+        else:
+            self._add(x, added)
+            normed = x if norms.before_mlp is None else rms_norm(x, norms.before_mlp)
         added = self.mlp(normed, step.num_decode)
         self._add(x, added if norms.after_mlp is None else rms_norm(added, norms.after_mlp))
 

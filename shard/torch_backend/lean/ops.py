@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional
 
 from shard.torch_backend.lean.config import Activation
 
+if TYPE_CHECKING:
+    from shard.torch_backend.cpu.layer_ops import Gate, RowNorm
+
 
 class Norm:
     """The weights of a root-mean-square norm, float32, with what `rms_norm` needs of them worked out."""
 
-    __slots__ = ("eps", "floor", "scaled", "weight")
+    __slots__ = ("eps", "floor", "native", "scaled", "weight")
 
     def __init__(self, weight: torch.Tensor, eps: float, *, width: int) -> None:
         """weight [width], or [groups, width] for groups of features that are normed apart."""
@@ -19,6 +24,12 @@ class Norm:
         self.eps = eps
         self.scaled = weight * width**0.5
         self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
+        self.native: RowNorm | None = None
+        if weight.device.type == "cpu" and weight.ndim == 1:
+            from shard.torch_backend.cpu.layer_ops import RowNorm, is_whole_vectors
+
+            if is_whole_vectors(width):
+                self.native = RowNorm(weight, eps)
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -26,10 +37,20 @@ def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
     As x · (w · √width) / hypot(‖x‖, √(width · eps)): four operations, where torch's own takes six.
     """
+    if norm.native is not None and x.dtype == torch.float32 and x.is_contiguous():
+        return norm.native(x)
     wide = x if x.dtype == torch.float32 else x.float()
     length = torch.linalg.vector_norm(wide, 2, -1, True).hypot_(norm.floor)
     normed = torch.mul(wide, norm.scaled).div_(length)
     return normed if x.dtype == torch.float32 else normed.to(x.dtype)
+
+
+def rms_norm_of_sum(x: torch.Tensor, added: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x += added, in place, then `rms_norm`; both [tokens, width]."""
+    if norm.native is not None and x.dtype == added.dtype == torch.float32:
+        return norm.native(x, added.contiguous())
+    x.add_(added)
+    return rms_norm(x, norm)
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -47,6 +68,24 @@ def decode_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
     """One token of one sequence, which sees all it is given: query [1, kv_heads, heads / kv_heads, head_dim] over keys
     and values [1, kv_heads, positions, head_dim] → as query, not necessarily contiguous."""
     return functional.scaled_dot_product_attention(query, keys, values, scale=scale)
+
+
+class Gated:
+    """gate_up [tokens, 2 · width] → activation(gate) · up [tokens, width]."""
+
+    def __init__(self, activation: Activation, device: torch.device) -> None:
+        self._activation = activation
+        self._native: Gate | None = None
+        if device.type == "cpu":
+            from shard.torch_backend.cpu.layer_ops import Gate
+
+            self._native = Gate("silu" if activation == "silu" else "gelu")
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        native = self._native
+        if native is not None and native.takes(gate_up):
+            return native(gate_up)
+        return gated(gate_up, self._activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +13,12 @@ from shard.stage import Batch, ShardSpec
 from shard.torch_backend.attention import RaggedStep, Run
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
-from shard.torch_backend.lean.attention import LeanStep
 from shard.torch_backend.lean.config import LeanConfig
 from shard.torch_backend.lean.layer import Layer
 from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
 from shard.torch_backend.lean.rotary import RotaryTable
+from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 from shard.torch_backend.memory import step_memory
 from transport.messages import SequenceId
@@ -97,7 +97,7 @@ class LeanShard:
 
     def _run(self, batch: Batch, packing: Packing, runs: Sequence[Run]) -> np.ndarray:
         x = self._incoming(batch, packing)
-        step = LeanStep(ragged=RaggedStep(runs), num_decode=packing.num_decode, angles=self._angles(packing))
+        step = self._step(packing, runs)
         for layer in self._model.layers:
             layer(x, step)
         if self.spec.is_last:
@@ -117,10 +117,14 @@ class LeanShard:
             return hidden[torch.from_numpy(packing.source_rows).to(self._device)].to(self._dtype)
         return hidden.to(self._dtype, copy=True)
 
-    def _angles(self, packing: Packing) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        positions = torch.from_numpy(packing.positions).to(self._device)
+    def _step(self, packing: Packing, runs: Sequence[Run]) -> LeanStep:
         end = int(packing.positions.max()) + 1
-        return {name: table.angles(positions, end) for name, table in self._rotary.items()}
+        for table in self._rotary.values():
+            table.reserve(end)
+        positions = torch.from_numpy(packing.positions).to(self._device)
+        return LeanStep(
+            ragged=RaggedStep(runs), num_decode=packing.num_decode, positions=positions, tables=self._rotary
+        )
 
     def _logits(self, x: torch.Tensor, packing: Packing) -> np.ndarray:
         """float32 [Σ num_logits, vocab], in the order of the batch's entries."""
@@ -128,7 +132,8 @@ class LeanShard:
         assert norm is not None and head is not None, "the last stage has both"
         if packing.logit_rows.size != x.shape[0]:
             x = x[torch.from_numpy(packing.logit_rows).to(self._device)]
-        logits = head(rms_norm(x, norm), packing.num_decode_logits).float()
+        # Few rows, and all that is sampled depends on them: always by the precise kernel.
+        logits = head(rms_norm(x, norm), x.shape[0]).float()
         if config.logits_divisor != 1.0:
             logits.div_(config.logits_divisor)
         if config.final_softcap is not None:

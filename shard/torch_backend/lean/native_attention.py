@@ -1,0 +1,59 @@
+"""Decode rows' attention by the CPU's native kernel, where it knows the model's shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from shard.torch_backend.dtypes import DTYPE_NAMES
+from shard.torch_backend.lean.config import LayerFacts, LeanConfig
+from shard.torch_backend.lean.ops import Norm
+from shard.torch_backend.lean.step import LeanStep
+
+if TYPE_CHECKING:
+    from shard.torch_backend.cpu.layer_ops import DecodeAttention
+
+
+class NativeAttention:
+    """One layer's attention for the rows [0, num_decode) of a step."""
+
+    def __init__(self, attention: DecodeAttention, facts: LayerFacts, index: int, like: torch.Tensor) -> None:
+        self._attention = attention
+        self._facts = facts
+        self._index = index
+        self._like = like
+
+    def __call__(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
+        """qkv [rows, (heads + 2 · kv_heads) · head_dim] float32, before norms of heads and rotary embedding →
+        [num_decode, heads · head_dim] float32."""
+        runs = step.ragged.runs[: step.num_decode]
+        window, like = self._facts.window, self._like
+        seats = [run.kv.layer(self._index, window).seat(run.start, like) for run in runs]
+        return self._attention(qkv, seats, step.seats_of_angles(self._facts.rope), torch.get_num_threads())
+
+
+def native_attention(
+    config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
+) -> NativeAttention | None:
+    """None where the kernel has no such attention: capped scores, heads of an odd size."""
+    from shard.torch_backend.cpu.attend import AttendShape
+    from shard.torch_backend.cpu.layer_ops import DecodeAttention
+
+    rotary = 0 if facts.rope is None else 2 * config.ropes[facts.rope].inverse_frequencies.shape[0]
+    shape = AttendShape(
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary=rotary,
+        kv_dtype=DTYPE_NAMES[kv_dtype],
+        scale=config.attention_scale,
+        eps=None if qk_norm is None else config.norm_eps,
+    )
+    if config.attention_softcap is not None or not shape.is_supported():
+        return None
+    norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if qk_norm is not None:
+        norms = (qk_norm.weight[0].contiguous(), qk_norm.weight[config.num_heads].contiguous())
+    like = torch.empty((config.num_kv_heads, 1, config.head_dim), dtype=kv_dtype)
+    return NativeAttention(DecodeAttention(shape, *norms), facts, index, like)
