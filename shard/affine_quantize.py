@@ -12,7 +12,6 @@ from shard.affine import AffineRows
 
 # Beyond 4 bits the first rounding is so fine that fitting changes the error by less than a hundredth.
 _ROUNDS = {2: 4, 3: 3, 4: 2}
-_LEAST_SCALE = np.float32(1e-30)
 
 
 def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
@@ -25,14 +24,16 @@ def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     w = values.reshape(-1, group)
     with np.errstate(over="ignore", invalid="ignore"):
         low = w.min(axis=1, keepdims=True)
-        scale = np.maximum((w.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1), _LEAST_SCALE)
+        scale = (w.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1)
+        scale[scale == 0] = 1  # A constant group: q is 0, the bias its number.
         bias = low
         q = _nearest(w, scale, bias, bits)
         for _ in range(_ROUNDS.get(bits, 0)):
             scale, bias = _least_squares(w, q, scale, bias)
             q = _nearest(w, scale, bias, bits)
+        q = q.astype(np.uint8)
     return AffineRows(
-        q=q.astype(np.uint8).reshape(num_rows, columns),
+        q=q.reshape(num_rows, columns),
         scales=np.ascontiguousarray(scale.reshape(num_rows, -1)),
         biases=np.ascontiguousarray(bias.reshape(num_rows, -1)),
     )
@@ -54,5 +55,5 @@ def _least_squares(w: np.ndarray, q: np.ndarray, scale: np.ndarray, bias: np.nda
     q_off = q - q_mean
     spread = np.einsum("ij,ij->i", q_off, q_off)[:, None]
     fitted = np.einsum("ij,ij->i", q_off, w)[:, None] / np.maximum(spread, np.float32(1e-6))
-    useful = (spread > 0) & (fitted > _LEAST_SCALE)
+    useful = (spread > 0) & (fitted > 0)
     return np.where(useful, fitted, scale), np.where(useful, w_mean - fitted * q_mean, bias)

@@ -31,7 +31,6 @@ _REFUSED = {
     "mamba_d_state": "a recurrent state",
     "attention_chunk_size": "chunked attention",
     "is_encoder_decoder": "an encoder",
-    "quantization_config": "weights quantized in a safetensors form that can't be read yet",
 }
 _HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "gpt_oss": 64, "qwen3": 128}
 _TIED = ("gemma", "gemma2", "gemma3_text")

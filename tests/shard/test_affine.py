@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shard.gguf_affine import affine_form, affine_rows
 from shard.gguf_checkpoint import GgufCheckpoint
+from shard.gguf_header import read_header
 from shard.open import open_checkpoint
 from tests.shard.test_gguf import ingested
 from tests.shard.tiny_gguf import write_gguf
-from transport.errors import BadCheckpoint
+from transport.errors import BadCheckpoint, PotluckError
 
 EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8}
 # The relative rms error that 8 bits in groups of 32 add, to numbers of a normal distribution.
@@ -161,3 +166,48 @@ def test_smollm2_is_read_as_it_is(smollm2_path: Path) -> None:
         dense = np.empty(info.shape, np.float32)
         checkpoint.read_into(name, dense, "float32")
         np.testing.assert_array_equal(checkpoint.read_affine(name, 0, info.shape[0]).dequantized(), dense)
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """A GGUF that may be overwritten, the bytes of it, and how many of these are its header."""
+
+    file: Path
+    whole: bytes = field(repr=False)
+    header_bytes: int
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    file = tmp_path_factory.mktemp("small") / "m.gguf"
+    write_gguf(file, kind=GGMLQuantizationType.Q4_1)
+    return Small(file, file.read_bytes(), min(tensor.offset for tensor in read_header(file).tensors))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_header_with_flipped_bytes_is_read_or_refused_by_an_error_of_ours(small: Small, data: st.DataObject) -> None:
+    changed = bytearray(small.whole)
+    # The strings of the tokenizer are most of a header: what comes before and after them matters here.
+    places = st.one_of(
+        st.integers(0, 900), st.integers(small.header_bytes - 1800, small.header_bytes - 1), st.integers(0, 8000)
+    )
+    for _ in range(data.draw(st.integers(1, 2))):
+        at = data.draw(places)
+        changed[at] = data.draw(st.one_of(st.integers(0, 255), st.integers(0, 40)))
+    small.file.write_bytes(changed)
+    with contextlib.suppress(PotluckError), np.errstate(all="raise"):
+        checkpoint = ingested(small.file, small.file.parent / "index")
+        try:
+            read_everything(checkpoint)
+        finally:
+            checkpoint.close()
+
+
+def read_everything(checkpoint: GgufCheckpoint) -> None:
+    assert checkpoint.spec.num_layers > 0
+    for name, info in checkpoint.tensors.items():
+        out = np.empty(info.shape, np.float32)
+        checkpoint.read_into(name, out, "float32")
+        if info.affine is not None:
+            checkpoint.read_affine(name, 0, out.size // info.shape[-1])

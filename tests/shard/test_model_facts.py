@@ -116,7 +116,6 @@ def test_a_config_that_does_not_fit_is_refused(change: dict[str, Any], words: st
         ({"text_config": {}}, "several parts"),
         ({"kv_lora_rank": 512}, "kv_lora_rank"),
         ({"num_kv_shared_layers": 4}, "num_kv_shared_layers"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"layer_types": ["linear_attention"] * LAYERS}, "linear_attention"),
     ],
 )
