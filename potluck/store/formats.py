@@ -39,12 +39,12 @@ def format_rows(model: StoredModel, dtype: DType) -> tuple[FormatRow, ...] | Non
     except PotluckError:
         return None
     try:
-        return _rows(checkpoint, dtype)
+        return rows_of(checkpoint, dtype)
     finally:
         checkpoint.close()
 
 
-def _rows(checkpoint: Checkpoint, dtype: DType) -> tuple[FormatRow, ...]:
+def rows_of(checkpoint: Checkpoint, dtype: DType) -> tuple[FormatRow, ...]:
     on_torch = weights_on("torch", checkpoint.config, "stored")
     groups: dict[tuple[str, Kept, int | None], list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():

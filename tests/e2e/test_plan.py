@@ -55,9 +55,27 @@ def test_layers_by_hand_and_rules(pool_file: Path) -> None:
     assert len(facts(pool_file, "--use-all")["stages"]) == 2
 
 
+def test_weights_in_another_form_are_estimated_and_told(pool_file: Path) -> None:
+    found = potluck_plan(pool_file, "--quantize", "dense")
+    assert found.returncode == 0, found.stderr
+    assert "Weights dense." in found.stdout
+    assert "(dense weights) are estimates" in " ".join(found.stderr.split())
+    assert facts(pool_file, "--quantize", "dense")["id"] != facts(pool_file)["id"]
+    assert facts(pool_file)["weights"] == "stored"
+
+
+def test_a_file_that_was_saved_with_a_form_keeps_it(pool_file: Path) -> None:
+    again = pool_file.parent / "again.json"
+    assert potluck_plan(pool_file, "--quantize", "4", "--save-pool", str(again)).returncode == 0
+    found = potluck_plan(again, "--json")
+    assert json.loads(found.stdout)["weights"] == "4-bit"
+    assert "estimates" not in found.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--quantize", "6"), "quantize '6' is unknown"),
         (("--layers", "pc=6,mac=3"), "places 9 layers"),
         (("--layers", "nobody=8"), "not in the pool"),
         (("--without", "nobody"), "not in the pool"),

@@ -43,6 +43,14 @@ def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> N
     assert shown["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, head_dim, bytes
     assert shown["kv_bytes_default_context"] == 256 * shown["kv_bytes_per_token"]
 
+    assert (shown["torch_path"], shown["torch_path_reason"]) == ("lean", None)
+    assert [(row["format"], row["kept"]) for row in shown["formats"]] == [("F32", "dense")]
+    assert shown["formats_total"]["torch_bytes"] == shown["weights_bytes"] == shown["formats_total"]["file_bytes"] // 2
+    assert shown["formats_total"]["mlx_bytes"] == shown["weights_bytes_mlx"]
+    text = potluck(environment, "show", "tiny").stdout
+    assert "torch path" in text and "lean" in text
+    assert text.split("kept")[1].split()[0] == "F32"
+
     write_folder(tmp_path / "a-name-that-is-quite-long-for-a-column", tensors())
     potluck(environment, "pull", str(tmp_path / "a-name-that-is-quite-long-for-a-column"))
     table = potluck(environment | {"COLUMNS": "60"}, "list").stdout

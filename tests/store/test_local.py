@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from potluck.store import Store
 from shard.open import open_checkpoint
@@ -41,6 +42,43 @@ def test_a_gguf_is_used_in_place_and_ingested_again_when_it_changes(store: Store
     os.utime(file, ns=(1, 1))
     assert store.resolve("tiny").files[0].modified_ns == 1
     assert not list((store.root / "models").rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("kept", ["nothing", "an older version"])
+def test_what_an_older_potluck_recorded_is_completed(store: Store, tmp_path: Path, kept: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", kind=GGMLQuantizationType.Q4_1)
+    folder = write_folder(tmp_path / "folder", tensors())
+    for source in (tmp_path / "tiny.gguf", folder):
+        model = store.pull(str(source))
+        manifest = store.root / "models" / model.name / "potluck.json"
+        whole = manifest.read_text()
+        data = json.loads(whole)
+        if kept == "nothing":
+            del data["spec"]["weights"]
+        else:
+            data["spec"]["weights"] |= {"version": 0, "embed": []}
+        manifest.write_text(json.dumps(data))
+        (listed,) = (one for one in Store(store.root).list() if one.name == model.name)
+        assert not listed.spec.is_current
+        assert store.resolve(model.name) == model
+        assert manifest.read_text() == whole
+        assert not list(manifest.parent.glob("*.new"))
+
+
+def test_a_record_that_can_not_be_written_is_completed_all_the_same(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = store.pull(str(write_folder(tmp_path / "folder", tensors())))
+    manifest = store.root / "models" / model.name / "potluck.json"
+    data = json.loads(manifest.read_text())
+    del data["spec"]["weights"]
+    manifest.write_text(json.dumps(data))
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("potluck.store.store.write_manifest", refuse)
+    assert store.resolve(model.name) == model
 
 
 def test_two_models_of_one_name_are_two_models(store: Store, tmp_path: Path) -> None:
