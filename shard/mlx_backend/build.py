@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from shard.checkpoint import Checkpoint
 from shard.mlx_backend.arguments import final_softcap, model_arguments
+from shard.mlx_backend.cpu_linear import for_cpu
 from shard.mlx_backend.families import Family, family_of
 from shard.mlx_backend.library import model_module
 from shard.mlx_backend.modules import StageModules
@@ -39,6 +40,9 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
             f"{spec.device} has no memory left for layers [{spec.first}, {spec.last}): {error}",
             hint="give this device fewer layers, lower --context, or add another device",
         ) from error
+    if mx.default_device() == mx.Device(mx.cpu):
+        for layer in modules.layers:
+            for_cpu(layer)
     return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes)
 
 

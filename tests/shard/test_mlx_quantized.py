@@ -17,11 +17,13 @@ pytest.importorskip("mlx.core")
 import mlx.core as mx
 import torch
 import transformers
+from mlx import nn
 from mlx.utils import tree_flatten
 
 from shard.affine import BITS, GROUPS, AffineForm, AffineRows
 from shard.affine_quantize import quantize_rows
 from shard.mlx_backend.build import build
+from shard.mlx_backend.cpu_linear import CHUNK_TOKENS, CpuLinear
 from shard.mlx_backend.packing import pack, packed_words
 from shard.mlx_backend.parameters import AffineParameter
 from shard.mlx_backend.shard import MlxShard
@@ -220,3 +222,28 @@ def test_a_step_is_evaluated_once(last: int, tmp_path: Path, monkeypatch: pytest
     entries = (Entry(SequenceId(1), 0, tuple(range(3, 20)), 1), Entry(SequenceId(2), 0, (5,), 1))
     shard.forward(Batch(entries=entries, hidden=None))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("num_tokens", [1, CHUNK_TOKENS - 1, CHUNK_TOKENS, 3 * CHUNK_TOKENS])
+def test_a_chunk_of_any_length_gives_the_product(num_tokens: int) -> None:
+    """The CPU build's way with chunks, over several tiles, with a bias, against the dense product."""
+    rng = np.random.default_rng(num_tokens)
+    weight = rng.standard_normal((600, 1024)).astype(np.float32)
+    x = rng.standard_normal((1, num_tokens, 1024)).astype(np.float32)
+    module = nn.QuantizedLinear(1024, 600, True, 64, 4)  # type: ignore[attr-defined]
+    module.weight, module.scales, module.biases = mx.quantize(mx.array(weight), 64, 4)
+    module.bias = mx.arange(600, dtype=mx.float32)
+    dense = np.array(mx.dequantize(module.weight, module.scales, module.biases, 64, 4))
+    got = np.array(CpuLinear(module)(mx.array(x)))
+    assert error(got, x @ dense.T + np.arange(600, dtype=np.float32)) <= 1e-5
+
+
+def test_a_chunk_is_the_same_whoever_else_is_in_the_step(tmp_path: Path) -> None:
+    """Bit for bit, and so is a decode: their kinds choose the kernels."""
+    checkpoint = tiny.quantized_checkpoint(tiny.tiny_model("llama", 0), tmp_path)
+    ids = list(range(3, 3 + 2 * CHUNK_TOKENS))
+    chunk, decode = (1, 0, ids), (2, 0, ids[:1])
+    alone = [Ring(checkpoint, (2,)).step(chunk), Ring(checkpoint, (2,)).step(decode)]
+    together = Ring(checkpoint, (2,)).step(decode, chunk, (3, 0, ids[:5]), (4, 0, ids[7:8]))
+    assert np.array_equal(together[1 : 1 + len(ids)], alone[0])
+    assert np.array_equal(together[:1], alone[1])
