@@ -12,6 +12,7 @@ import numpy as np
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,9 @@ class AffineRows:
         self.scales[first:last] = rows.scales
         self.biases[first:last] = rows.biases
 
-    def is_finite(self) -> bool:
-        """Whether no scale and no bias is NaN or infinite."""
-        return bool(np.isfinite(self.scales).all() and np.isfinite(self.biases).all())
+    def fits_float16(self) -> bool:
+        """Whether every scale and bias is a number that float16 holds, as kernels do; NaN is none."""
+        return all(bool((np.abs(numbers) <= _FLOAT16_MAX).all()) for numbers in (self.scales, self.biases))
 
     def dequantized(self) -> np.ndarray:
         """float32 [rows, columns]: scale · q + bias, each operation rounded once, as the readers of the formats do."""

@@ -17,8 +17,8 @@ _ROUNDS = {2: 4, 3: 3, 4: 2}
 def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     """float32 [rows, columns], columns % group == 0, → the nearest q of `bits` bits with a scale and a bias a group.
 
-    A group that is constant, zeros above all, comes back exactly. Where the numbers are
-    not finite, neither are the scale and bias of their group.
+    A group that is constant, zeros above all, comes back exactly. Where numbers are not finite, neither are the scale
+    and bias of their group.
     """
     num_rows, columns = values.shape
     w = values.reshape(-1, group)

@@ -92,9 +92,10 @@ class GgufCheckpoint:
         made = AffineRows.empty(num_rows, tensor.shape[-1], form.group)
         for at, data in self._blocks(tensor, first, num_rows):
             made.fill(at, affine_rows(data, tensor.format))
-        if not made.is_finite():
+        if not made.fits_float16():
             raise BadCheckpoint(
-                f"{name} in {self._path} has scales that are infinite or not a number", hint="download it again"
+                f"{name} in {self._path} has scales that are infinite, not a number or too large",
+                hint="download it again",
             )
         return made
 

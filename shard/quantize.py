@@ -80,7 +80,7 @@ class QuantizedOnLoad:
             block = buffer[: num_rows - done]
             self._checkpoint.read_rows(name, first + done, block, "float32")
             rows = quantize_rows(block, form.bits, form.group)
-            if not rows.is_finite():
+            if not rows.fits_float16():
                 raise BadCheckpoint(
                     f"{name} has numbers that are infinite, not a number or too large to quantize",
                     hint="pull the model again; if that does not help, the checkpoint itself is broken",

@@ -80,9 +80,9 @@ class SafetensorsCheckpoint:
         check_rows(name, tensor.info.shape, first, num_rows)
         assert not isinstance(tensor, DenseTensor)
         rows = tensor.read(self._files, first, num_rows)
-        if not rows.is_finite():
+        if not rows.fits_float16():
             raise BadCheckpoint(
-                f"{name} in {self._files.folder} has scales that are infinite or not a number",
+                f"{name} in {self._files.folder} has scales that are infinite, not a number or too large",
                 hint="pull the model again; if that does not help, take another quantization of it",
             )
         return rows

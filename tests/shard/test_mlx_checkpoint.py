@@ -15,9 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from shard.quantize import Dense
 from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.torch_backend.build import build as build_torch
+from tests.shard import tiny
+from tests.shard.ring import run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG
 from transport.errors import BadCheckpoint, PotluckError, UnsupportedModel
+from transport.messages import Entry, SequenceId
 
 mx = pytest.importorskip("mlx.core")
 
@@ -139,6 +144,42 @@ def test_stacked_experts_are_tensors_of_their_own(
         if not dense:
             rows = checkpoint.read_affine(info.name, 3, 10)
             np.testing.assert_array_equal(rows.dequantized(), exact[expert][3:13])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "qwen3_moe", "mixtral"])
+def test_what_mlx_lm_writes_is_the_model_that_it_runs(tmp_path: Path, family: str) -> None:
+    original = tiny.memory_checkpoint(tiny.tiny_model(family, 0), tmp_path / "original")
+    model = written_by_mlx_lm(family, tmp_path / "original", tmp_path / "mlx")
+    checkpoint = SafetensorsCheckpoint(tmp_path / "mlx")
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+        name: array.shape for name, array in original.arrays.items()
+    }
+    assert sum(info.affine is not None for info in checkpoint.tensors.values()) > len(checkpoint.tensors) // 2
+    assert (checkpoint.spec.layer_params, checkpoint.spec.windows) == (
+        original.spec.layer_params,
+        original.spec.windows,
+    )
+    ids = list(range(3, 20))
+    stages = [build_torch(Dense(checkpoint), tiny_spec(*cut), lambda a, b: None) for cut in ((0, 3), (3, 4))]
+    ours = run_step(stages, [Entry(SequenceId(1), 0, tuple(ids), len(ids))])
+    with mx.stream(mx.cpu):
+        theirs = np.array(model(mx.array([ids]))[0])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.abs(theirs).max()))
+
+
+def written_by_mlx_lm(family: str, original: Path, folder: Path) -> Any:
+    """The original quantized by mlx-lm into `folder`, and mlx-lm's model of it. `renamed`: by transformers, since."""
+    from mlx_lm import utils
+
+    with mx.stream(mx.cpu):
+        renamed = {"num_experts": 4, "rope_theta": 10_000.0} if family == "qwen3_moe" else {}
+        model, config = utils.load_model(original, model_config=renamed)
+        model, config = utils.quantize_model(model, config, 32, 4)
+        model.set_dtype(mx.float32)
+        utils.save_model(folder, model)
+        utils.save_config(config, folder / "config.json")
+        model.eval()
+    return model
 
 
 def without(parts: dict[str, Any], leaf: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_no_weight_is_off_by_more_than_a_step(bits: int, scale: float, offset: f
     values = np.random.default_rng(seed).uniform(-1, 1, (4, 64)).astype(np.float32) + np.float32(offset)
     values *= np.float32(scale)
     rows = quantize_rows(values, bits, 32)
-    assert rows.is_finite()
+    assert np.isfinite(rows.scales).all() and np.isfinite(rows.biases).all()
     groups = values.reshape(4, 2, 32)
     step = (groups.max(axis=2) - groups.min(axis=2)) / (2**bits - 1)
     tolerance = np.repeat(step, 32, axis=1) + 1e-6 * np.abs(values)
@@ -149,7 +149,7 @@ def test_a_dense_view_gives_the_dequantized_numbers(tmp_path: Path) -> None:
         checkpoint.read_affine(name, 0, 1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 1e6])
 def test_numbers_that_cant_be_quantized_are_refused(tmp_path: Path, value: float) -> None:
     weight = torch.randn(16, 64)
     weight[5, 7], weight[5, 8] = value, -value
