@@ -41,7 +41,7 @@ class PackedMatrix:
         self.packed = packed
         kernels = matrix_kernels()
         target = kernels.target
-        self._runs = kernels.runs
+        self._kernels = kernels
         self.signed = target.signed
         shift = 128 if target.signed and layout.bits == 8 else 0
         blocks = layout.columns // BLOCK
@@ -73,7 +73,7 @@ class PackedMatrix:
         fields[9] = y_row_bytes
         work = rows * layout.rows * layout.columns
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
-        self._runs[layout.bits, precision](self._address, threads)
+        self._kernels.run(layout.bits, precision)(self._address, threads)
 
 
 class Scratch(threading.local):

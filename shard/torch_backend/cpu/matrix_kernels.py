@@ -1,44 +1,39 @@
-"""The kernels of quantized projections, compiled: for each number of bits and precision."""
+"""The kernels of quantized projections, compiled when they are first needed: for each number of bits and precision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 
 from llvmlite import ir
 
 from shard.torch_backend.cpu.compile import Compiled, TeamRun, host_instruction_sets
 from shard.torch_backend.cpu.dot import InstructionSet
-from shard.torch_backend.cpu.matmul import PRECISIONS, Precision, name_of, write_linear
-
-BITS = (4, 8)
+from shard.torch_backend.cpu.matmul import Precision, name_of, write_linear
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixKernels:
-    """`runs` by bits of a weight and of an activation."""
+    """Those of one instruction set. Each takes half a second to compile."""
 
-    target: InstructionSet
-    runs: Mapping[tuple[int, Precision], TeamRun]
+    def __init__(self, target: InstructionSet) -> None:
+        self.target = target
+        self._runs: dict[tuple[int, Precision], TeamRun] = {}
+
+    def run(self, bits: int, precision: Precision) -> TeamRun:
+        """The kernel for weights of `bits` and activations of `precision` bits."""
+        found = self._runs.get((bits, precision))
+        if found is None:
+            compiled = Compiled(matrix_module(self.target, bits, precision))
+            found = self._runs[bits, precision] = compiled.team_run(name_of(bits, precision))
+        return found
 
 
 @cache
 def matrix_kernels() -> MatrixKernels:
-    """Those of this machine; takes a second when first called."""
-    return compiled_for(host_instruction_sets()[0])
+    """Those of this machine."""
+    return MatrixKernels(host_instruction_sets()[0])
 
 
-@cache
-def compiled_for(target: InstructionSet) -> MatrixKernels:
-    compiled = Compiled(matrix_module(target))
-    runs = {(bits, precision): compiled.team_run(name_of(bits, precision)) for bits in BITS for precision in PRECISIONS}
-    return MatrixKernels(target=target, runs=runs)
-
-
-def matrix_module(target: InstructionSet) -> ir.Module:
-    module = ir.Module("projections")
-    for bits in BITS:
-        for precision in PRECISIONS:
-            write_linear(module, bits, precision, target)
+def matrix_module(target: InstructionSet, bits: int, precision: Precision) -> ir.Module:
+    module = ir.Module("projection")
+    write_linear(module, bits, precision, target)
     return module

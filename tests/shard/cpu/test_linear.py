@@ -10,7 +10,7 @@ from shard.affine import AffineForm, AffineRows
 from shard.torch_backend.cpu.compile import host_instruction_sets
 from shard.torch_backend.cpu.dot import InstructionSet
 from shard.torch_backend.cpu.linear import CpuAffineLinear, load_affine_linear
-from shard.torch_backend.cpu.matrix_kernels import compiled_for
+from shard.torch_backend.cpu.matrix_kernels import MatrixKernels
 from tests.shard.cpu.made_up import AffineTensors, random_rows
 from transport.errors import BadCheckpoint
 
@@ -53,7 +53,7 @@ def test_it_is_the_dequantized_matrix(bits: int, group: int, symmetric: bool) ->
 def test_every_instruction_set_does_the_same(
     bits: int, target: InstructionSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = compiled_for(target)
+    found = MatrixKernels(target)
     monkeypatch.setattr("shard.torch_backend.cpu.linear.matrix_kernels", lambda: found)
     rows = random_rows(50, 256, bits=bits, group=64, seed=bits)
     made = linear(rows, bits=bits, group=64, prefill=8)
