@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
 
 from shard.affine import AffineForm, AffineRows
-from shard.torch_backend.cpu.compile import host_instruction_sets
-from shard.torch_backend.cpu.dot import InstructionSet
+from shard.torch_backend.cpu.compile import host_instruction_sets, optimized
+from shard.torch_backend.cpu.dot import InstructionSet, instruction_sets
 from shard.torch_backend.cpu.linear import CpuAffineLinear, load_affine_linear
-from shard.torch_backend.cpu.matrix_kernels import MatrixKernels
+from shard.torch_backend.cpu.matrix_kernels import MatrixKernels, matrix_module
 from tests.shard.cpu.made_up import AffineTensors, random_rows
 from transport.errors import BadCheckpoint
 
@@ -61,6 +62,16 @@ def test_every_instruction_set_does_the_same(
     assert error(made(x, 13), x, rows.dequantized()) < FULL_TOLERANCE
     assert error(made(x, 0), x, rows.dequantized()) < BYTE_TOLERANCE
     assert np.array_equal(made.rows(torch.arange(50)).numpy(), rows.dequantized())
+
+
+def test_arm_gets_its_own_instruction() -> None:
+    """Compiled for it; run on none of the machines that these tests run on."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    found = instruction_sets("arm64", {"dotprod": True})[0]
+    machine = llvm.Target.from_triple("arm64-apple-macosx").create_target_machine(cpu="apple-m1", features="+dotprod")
+    for bits in (4, 8):
+        assert "sdot" in machine.emit_assembly(optimized(matrix_module(found, bits, 8), machine))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
