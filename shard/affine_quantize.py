@@ -24,18 +24,19 @@ def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     w = values.reshape(-1, group)
     with np.errstate(over="ignore", invalid="ignore"):
         low = w.min(axis=1, keepdims=True)
-        scale = (w.max(axis=1, keepdims=True) - low) / np.float32(2**bits - 1)
+        # From here on as differences from the lowest number of the group: nothing cancels in sums of them.
+        w = w - low
+        scale = w.max(axis=1, keepdims=True) / np.float32(2**bits - 1)
         scale[scale == 0] = 1  # A constant group: q is 0, the bias its number.
-        bias = low
+        bias = np.zeros_like(scale)
         q = _nearest(w, scale, bias, bits)
         for _ in range(_ROUNDS.get(bits, 0)):
             scale, bias = _least_squares(w, q, scale, bias)
             q = _nearest(w, scale, bias, bits)
+        bias += low
         q = q.astype(np.uint8)
     return AffineRows(
-        q=q.reshape(num_rows, columns),
-        scales=np.ascontiguousarray(scale.reshape(num_rows, -1)),
-        biases=np.ascontiguousarray(bias.reshape(num_rows, -1)),
+        q=q.reshape(num_rows, columns), scales=scale.reshape(num_rows, -1), biases=bias.reshape(num_rows, -1)
     )
 
 
@@ -44,16 +45,17 @@ def _nearest(w: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int) -> n
     q: np.ndarray = w - bias
     q /= scale
     np.rint(q, out=q)
-    np.clip(q, 0, 2**bits - 1, out=q)
+    np.maximum(q, 0, out=q)
+    np.minimum(q, 2**bits - 1, out=q)
     return q
 
 
 def _least_squares(w: np.ndarray, q: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The scale and bias that bring scale · q + bias nearest to w; the old ones where all q of a group are the same."""
-    q_mean = q.mean(axis=1, keepdims=True)
-    w_mean = w.mean(axis=1, keepdims=True)
-    q_off = q - q_mean
-    spread = np.einsum("ij,ij->i", q_off, q_off)[:, None]
-    fitted = np.einsum("ij,ij->i", q_off, w)[:, None] / np.maximum(spread, np.float32(1e-6))
+    group = np.float32(w.shape[1])
+    q_sum = np.einsum("ij->i", q)[:, None]
+    w_sum = np.einsum("ij->i", w)[:, None]
+    spread = group * np.einsum("ij,ij->i", q, q)[:, None] - q_sum * q_sum  # Of small whole numbers: exact.
+    fitted = (group * np.einsum("ij,ij->i", q, w)[:, None] - q_sum * w_sum) / np.maximum(spread, 1)
     useful = (spread > 0) & (fitted > 0)
-    return np.where(useful, fitted, scale), np.where(useful, w_mean - fitted * q_mean, bias)
+    return np.where(useful, fitted, scale), np.where(useful, (w_sum - fitted * q_sum) / group, bias)
