@@ -16,11 +16,12 @@ from shard.load import Backend, load_shard
 from shard.local_stage import LocalStage
 from shard.open import open_checkpoint
 from shard.stage import HiddenOutput, ShardSpec, Stage, StageInput, TokenOutput
-from transport.messages import DType, Entry, Open, Sampling, SequenceId
+from transport.messages import DType, Entry, Open, SampledToken, Sampling, SequenceId
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 NUM_TOKENS = 64
 BF16_TOLERANCE = 0.05
+NEAR_TIE = 0.01
 ONE = SequenceId(1)
 
 
@@ -76,9 +77,11 @@ def run(stages: Sequence[Stage], step: StageInput) -> TokenOutput:
     return output
 
 
-def generate(stages: Sequence[Stage], prompt: Sequence[int], sampling: Sampling, num_tokens: int) -> list[int]:
+def generate_sampled(
+    stages: Sequence[Stage], prompt: Sequence[int], sampling: Sampling, num_tokens: int
+) -> list[SampledToken]:
     """Prefill in chunks of 16, then one token at a time."""
-    ids = list(prompt)
+    sampled: list[SampledToken] = []
     opened = (Open(ONE, tuple(prompt), sampling),)
     for start in range(0, len(prompt), 16):
         chunk = tuple(prompt[start : start + 16])
@@ -86,11 +89,15 @@ def generate(stages: Sequence[Stage], prompt: Sequence[int], sampling: Sampling,
         entry = Entry(ONE, start, chunk, 1 if is_last else 0)
         output = run(stages, StageInput(ops=opened if start == 0 else (), entries=(entry,), hidden=None))
     while True:
-        ids.append(output.results[0].tokens[0].token_id)
-        if len(ids) - len(prompt) == num_tokens:
-            return ids[len(prompt) :]
-        entry = Entry(ONE, len(ids) - 1, (ids[-1],), 1)
+        sampled.append(output.results[0].tokens[0])
+        if len(sampled) == num_tokens:
+            return sampled
+        entry = Entry(ONE, len(prompt) + len(sampled) - 1, (sampled[-1].token_id,), 1)
         output = run(stages, StageInput(ops=(), entries=(entry,), hidden=None))
+
+
+def generate(stages: Sequence[Stage], prompt: Sequence[int], sampling: Sampling, num_tokens: int) -> list[int]:
+    return [token.token_id for token in generate_sampled(stages, prompt, sampling, num_tokens)]
 
 
 @torch.inference_mode()
@@ -115,6 +122,33 @@ def test_a_mixed_ring_gives_them_too(checkpoint: Checkpoint, prompt_ids: list[in
     stages = ring(checkpoint, [14, 16], ["torch", "mlx", "torch"], ["float32"] * 3, "float32")
     greedy = Sampling(temperature=0.0, logit_bias={int(checkpoint.config["eos_token_id"]): -1e9})
     assert generate(stages, prompt_ids, greedy, 16) == reference_tokens(unsplit, prompt_ids)[:16]
+
+
+def test_a_mixed_ring_of_quantized_stages_gives_the_text_of_each_backend_alone(
+    checkpoint: Checkpoint, prompt_ids: list[int]
+) -> None:
+    """The file's own Q4_1 on both, each with its kernels: the same text, up to where two tokens are all but equal."""
+    assert {str(info.affine and info.affine.bits) for info in checkpoint.tensors.values()} == {"4", "8", "None"}
+    sampling = Sampling(temperature=0.0, top_logprobs=2)
+    num_tokens = 32
+
+    def sampled(cuts: Sequence[int], *backends: Backend) -> list[SampledToken]:
+        stages = ring(checkpoint, cuts, backends, ["float32"] * len(backends), "float32")
+        return generate_sampled(stages, prompt_ids, sampling, num_tokens)
+
+    mixed = sampled([10, 20], "torch", "mlx", "torch")
+    for backend, alone in (("torch", sampled([], "torch")), ("mlx", sampled([], "mlx"))):
+        ids = [token.token_id for token in alone]
+        same = next((i for i, token in enumerate(mixed) if token.token_id != ids[i]), num_tokens)
+        # The logits that are compared: those of the same text.
+        pairs = zip(mixed[: same + 1], alone[: same + 1], strict=True)
+        difference = max(abs(one.top[0][1] - two.top[0][1]) for one, two in pairs)
+        gap = min(token.top[0][1] - token.top[1][1] for token in alone[: same + 1])
+        print(f"mixed and {backend}: {same} of {num_tokens} tokens alike, largest difference of a logprob "
+              f"{difference:.1e}, smallest gap {gap:.3f}")  # fmt: skip
+        assert difference <= NEAR_TIE
+        if same < num_tokens:
+            assert alone[same].top[0][1] - alone[same].top[1][1] <= NEAR_TIE
 
 
 def test_a_mixed_bf16_ring_stays_close_and_sensible(
