@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
-import numpy as np
 import torch
 from llvmlite import ir
 
@@ -15,13 +14,15 @@ from shard.torch_backend.cpu.attend import FIELDS as ATTEND_FIELDS
 from shard.torch_backend.cpu.attend import ROW_FIELDS, AttendShape, scratch_bytes, write_attend
 from shard.torch_backend.cpu.compile import Compiled, Run, TeamRun, empty_fields
 from shard.torch_backend.cpu.mathematics import WIDTH
-from shard.torch_backend.cpu.packing import empty_aligned
 from shard.torch_backend.cpu.rowwise import GATED_FIELDS, NORM_FIELDS, write_gated, write_norm
+from shard.torch_backend.cpu.scratch import Scratch
 
 Activation = Literal["silu", "gelu"]
 
 _TEAM_WORK = 1 << 16
 """Positions times features in a call from which on a team is worth waking."""
+
+_SCRATCH = Scratch()
 
 
 @cache
@@ -105,7 +106,6 @@ class DecodeAttention:
         self._fields, self._address = empty_fields(len(ATTEND_FIELDS))
         for position, norm in ((4, q_norm), (5, k_norm)):
             self._fields[position] = 0 if norm is None else norm.data_ptr()
-        self._scratch = np.empty(0, np.uint8)
 
     def __call__(
         self, qkv: torch.Tensor, seats: Sequence[Seat], angles: Sequence[tuple[int, int]], threads: int
@@ -123,9 +123,7 @@ class DecodeAttention:
             at += 6
         task_bytes = scratch_bytes(shape, longest)
         tasks = rows * shape.kv_heads
-        if task_bytes * tasks > self._scratch.size:
-            self._scratch = empty_aligned(2 * task_bytes * tasks)
-            fields[2] = self._scratch.ctypes.data
+        fields[2] = _SCRATCH.reserve(task_bytes * tasks)
         out = torch.empty((rows, shape.heads * shape.head_dim))
         fields[0] = qkv.data_ptr()
         fields[1] = out.data_ptr()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +15,11 @@ from shard.torch_backend.cpu.matrix_kernels import matrix_kernels
 from shard.torch_backend.cpu.packing import (
     Layout,
     best_offset,
-    empty_aligned,
     pack_rows,
     stored_bits,
     unpack_rows,
 )
+from shard.torch_backend.cpu.scratch import Scratch, empty_aligned
 
 _SAMPLE_ROWS = 64
 _PIECE_WEIGHTS = 1 << 20
@@ -28,6 +27,10 @@ _CACHED_ACTIVATION_BYTES = 1 << 18
 _ROWS_STEP = 8
 _TEAM_WORK = 1 << 17
 """Products in a call from which on a team is worth waking."""
+
+_SCRATCH = Scratch()
+_BLOCK_BYTES = activation_bytes(16) + FACTOR_BYTES
+"""Of scratch for a block of a row: first all activations, then all factors."""
 
 _INDEX = {name: position for position, name in enumerate(FIELDS)}
 
@@ -57,16 +60,15 @@ class PackedMatrix:
         ):
             self._fields[_INDEX[name]] = value
 
-    def multiply(
-        self, x: torch.Tensor, y_address: int, y_row_bytes: int, precision: Precision, scratch: Scratch
-    ) -> None:
+    def multiply(self, x: torch.Tensor, y_address: int, y_row_bytes: int, precision: Precision) -> None:
         """y = x · Wᵀ: x float32 [rows, columns] with contiguous rows; y float32 with room for whole tiles."""
         layout, fields = self.layout, self._fields
         rows = x.shape[0]
-        activations, factors = scratch.reserve(rows * layout.columns // BLOCK)
+        blocks = rows * layout.columns // BLOCK
+        activations = _SCRATCH.reserve(blocks * _BLOCK_BYTES)
         fields[1] = x.data_ptr()
         fields[2] = activations
-        fields[3] = factors
+        fields[3] = activations + blocks * activation_bytes(16)
         fields[4] = y_address
         fields[5] = rows
         fields[8] = x.stride(0) * 4
@@ -74,27 +76,6 @@ class PackedMatrix:
         work = rows * layout.rows * layout.columns
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
         self._kernels.run(layout.bits, precision)(self._address, threads)
-
-
-class Scratch(threading.local):
-    """Each thread's memory for quantized activations, used again by each call; grows to the largest."""
-
-    def __init__(self) -> None:
-        self._blocks = 0
-        self._activations = self._factors = np.empty(0, np.uint8)
-        self._addresses = (0, 0)
-
-    def reserve(self, blocks: int) -> tuple[int, int]:
-        """Addresses of room for `blocks` blocks of activations and of their factors."""
-        if blocks > self._blocks:
-            self._blocks = blocks
-            self._activations = empty_aligned(blocks * activation_bytes(16))
-            self._factors = empty_aligned(blocks * FACTOR_BYTES)
-            self._addresses = (self._activations.ctypes.data, self._factors.ctypes.data)
-        return self._addresses
-
-
-_SCRATCH = Scratch()
 
 
 class CpuAffineLinear:
@@ -145,7 +126,7 @@ class CpuAffineLinear:
         row_bytes = 4 * self._width
         base = y.data_ptr() + first_row * row_bytes
         for part, place in zip(self._parts, self._places, strict=True):
-            part.multiply(x, base + 4 * place, row_bytes, precision, _SCRATCH)
+            part.multiply(x, base + 4 * place, row_bytes, precision)
 
 
 def load_affine_linear(

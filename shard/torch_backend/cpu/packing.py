@@ -19,7 +19,6 @@ from shard.torch_backend.cpu.matmul import BLOCK, tile_bytes
 from transport.errors import BadCheckpoint
 
 _LARGEST_FLOAT16 = 65504.0
-_ALIGNMENT = 64
 
 
 def stored_bits(form: AffineForm) -> int:
@@ -48,13 +47,6 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         return self.num_tiles * self.tile_bytes
-
-
-def empty_aligned(num_bytes: int) -> np.ndarray:
-    """uint8, at an address that vectors like."""
-    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + num_bytes]
 
 
 def best_offset(rows: AffineRows, bits: int) -> int:
