@@ -134,12 +134,24 @@ def packed_tensors(files: SafetensorsFiles, quantization: PackedQuantization) ->
                     hint="a file is missing; pull the model again",
                 )
             continue
+        elif _is_filler(files, stored):
+            continue
         else:
             tensor = DenseTensor.whole(stored)
         if tensor.info.name in found:
             raise BadCheckpoint(f"the files hold {tensor.info.name} packed and dense", hint="pull the model again")
         found[tensor.info.name] = tensor
     return found
+
+
+def _is_filler(files: SafetensorsFiles, stored: PlacedTensor) -> bool:
+    """Whether it is a bias of zeros, as AutoGPTQ wrote for layers without one, where the model has no place for it."""
+    module = stored.name.removesuffix(".bias")
+    if module == stored.name or module + _PACKED not in files.placed or len(stored.shape) != 1:
+        return False
+    bias = np.empty(stored.shape, np.float32)
+    files.read_floats(stored, 0, bias, "float32")
+    return not bias.any()
 
 
 def _packed(

@@ -140,6 +140,18 @@ def test_only_logical_tensors_are_seen(tmp_path: Path) -> None:
     assert checkpoint.tensors["model.layers.1.mlp.up_proj.weight"].affine is None
 
 
+def test_biases_of_zeros_that_fill_a_layer_without_one_are_hidden(tmp_path: Path) -> None:
+    parts = gptq(*draw(4, 128), 4)
+    bias = np.zeros(OUTPUTS, np.float16)
+    checkpoint = SafetensorsCheckpoint(write(tmp_path, parts | {"bias": bias}, GPTQ))
+    assert f"{MODULE}.bias" not in checkpoint.tensors
+    bias[3] = 0.5
+    checkpoint = SafetensorsCheckpoint(write(tmp_path, parts | {"bias": bias}, GPTQ))
+    out = np.empty(OUTPUTS, np.float16)
+    checkpoint.read_into(f"{MODULE}.bias", out, "float16")
+    np.testing.assert_array_equal(out, bias)
+
+
 def test_act_order_is_refused_by_name_unless_it_changes_nothing(tmp_path: Path) -> None:
     numbers = draw(4, 128)
     parts = gptq(*numbers, 4)
