@@ -95,7 +95,7 @@ class _Assembly:
 
     def _sparse_mlp(self, prefix: str, experts: ExpertFacts) -> SparseMlp:
         hidden, count, width = self.config.hidden_size, experts.num_experts, experts.intermediate_size
-        router = self._matrix(prefix, {"gate": count}, hidden)
+        router = self.source.dense([(f"{prefix}gate.weight", (count, hidden))])
         gate_up = self.source.experts((f"{prefix}experts.gate_up_proj", (count, 2 * width, hidden)))
         down = self.source.experts((f"{prefix}experts.down_proj", (count, hidden, width)))
         gate = Gated(self.config.activation, self.device)
@@ -123,13 +123,13 @@ class _Assembly:
         return self.source.linear([(f"{prefix}{name}.weight", (rows, columns)) for name, rows in sizes.items()])
 
     def _bias(self, prefix: str, sizes: dict[str, int]) -> torch.Tensor:
-        return self.source.vector([(f"{prefix}{name}.bias", (rows,)) for name, rows in sizes.items()])
+        return self.source.dense([(f"{prefix}{name}.bias", (rows,)) for name, rows in sizes.items()])
 
     def _layer_norm(self, prefix: str, name: str | None) -> Norm | None:
         return None if name is None else self._norm(prefix + name, self.config.hidden_size)
 
     def _norm(self, name: str, width: int) -> Norm:
-        weight = self.source.vector([(f"{name}.weight", (width,))])
+        weight = self.source.dense([(f"{name}.weight", (width,))])
         return Norm(weight + self.config.norm_offset, self.config.norm_eps, width=width)
 
     def _head_norm(self, prefix: str) -> Norm:
@@ -137,9 +137,7 @@ class _Assembly:
         config = self.config
         names = (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads))
         weights = [
-            (self.source.vector([(f"{prefix}{name}.weight", (config.head_dim,))]) + config.norm_offset).expand(
-                heads, -1
-            )
+            (self.source.dense([(f"{prefix}{name}.weight", (config.head_dim,))]) + config.norm_offset).expand(heads, -1)
             for name, heads in names
         ]
         return Norm(torch.cat(weights), config.norm_eps, width=config.head_dim)

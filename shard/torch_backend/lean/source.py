@@ -30,8 +30,8 @@ class Source(Protocol):
     def experts(self, wanted: Wanted) -> list[Linear]:
         """A parameter [experts, rows, columns] whose experts are tensors of their own: a projection for each."""
 
-    def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
-        """Vectors [size_i] one after another, float32."""
+    def dense(self, wanted: Sequence[Wanted]) -> torch.Tensor:
+        """Vectors or small matrices, their rows one after another, float32 whatever the file has."""
 
 
 class Check:
@@ -49,7 +49,7 @@ class Check:
         self._find([wanted])
         return [DenseLinear(torch.empty(0))] * wanted[1][0]
 
-    def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
+    def dense(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         self._find(wanted)
         return torch.empty(0)
 
@@ -89,7 +89,7 @@ class Files:
             of_expert.setdefault(part.index[0], []).append(part.name)
         return [self._load(names) for names in of_expert.values()]
 
-    def vector(self, wanted: Sequence[Wanted]) -> torch.Tensor:
+    def dense(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         parts = self._parts(wanted)
         pieces = []
         for part in parts:
