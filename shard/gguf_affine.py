@@ -1,8 +1,8 @@
 """Rows of a GGUF tensor's bytes → affine groups: the file's own numbers where its type is of that form.
 
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and IQ4_NL are `scale · q + bias` in groups of 32, and scale · q is exact in
-float32, so that nothing is rounded otherwise than in their dequantization. Other types (Q6_K has groups of 16) are
-dequantized and quantized anew with 8 bits.
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K and Q5_K are `scale · q + bias` in groups of 32, IQ4_NL and IQ4_XS are with 8 bits,
+and scale · q is exact in float32, so that nothing is rounded otherwise than in their dequantization. Other types (Q6_K
+has groups of 16) are dequantized and quantized anew with 8 bits.
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
 
@@ -18,10 +18,10 @@ from shard.gguf_dequantize import dequantize_rows
 
 GROUP = 32
 _DENSE = frozenset({"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"})
-_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8}
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8, "IQ4_XS": 8}
 _REQUANTIZED_BITS = 8
-# The 16 values of IQ4_NL (kvalues_iq4nl), with 128 added.
-_IQ4_NL_PLUS_128 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
+# The 16 values of IQ4_NL and IQ4_XS (kvalues_iq4nl), with 128 added.
+_IQ4_PLUS_128 = np.array([1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241], np.uint8)
 
 # q uint8 [groups, 32], scales and biases float32 [groups].
 _Groups = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -100,7 +100,17 @@ def _q8_0(data: np.ndarray) -> _Groups:
 def _iq4_nl(data: np.ndarray) -> _Groups:
     blocks = data.reshape(-1, 18)
     scales = _halves(blocks, 0)
-    return _IQ4_NL_PLUS_128[_nibbles(blocks[:, 2:])], scales, -128 * scales
+    return _IQ4_PLUS_128[_nibbles(blocks[:, 2:])], scales, -128 * scales
+
+
+def _iq4_xs(data: np.ndarray) -> _Groups:
+    """Superblocks of eight groups: d, 16 high bits of scales, 32 low ones, then 16 bytes a group."""
+    blocks = data.reshape(-1, 136)
+    places = np.arange(8)
+    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> (2 * places).astype(np.uint16) & 3
+    low = blocks[:, 4 + places // 2] >> (4 * (places % 2)).astype(np.uint8) & 15
+    scales = _halves(blocks, 0)[:, None] * ((low | high << 4).astype(np.float32) - 32)
+    return _IQ4_PLUS_128[_nibbles(blocks[:, 8:].reshape(-1, 8, 16))], scales, -128 * scales
 
 
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,5 +137,5 @@ def _q5_k(data: np.ndarray) -> _Groups:
 
 _FORMATS: dict[str, Callable[[np.ndarray], _Groups]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k,
-    "IQ4_NL": _iq4_nl,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip

@@ -21,9 +21,9 @@ from tests.shard.test_gguf import ingested
 from tests.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, PotluckError
 
-EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8}
+EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "IQ4_NL": 8, "IQ4_XS": 8}
 # The relative rms error that 8 bits in groups of 32 add, to numbers of a normal distribution.
-REQUANTIZED = {"Q6_K": 0.006, "Q2_K": 0.006, "Q3_K": 0.006, "IQ4_XS": 0.006, "MXFP4": 0.006}
+REQUANTIZED = {"Q6_K": 0.006, "Q2_K": 0.006, "Q3_K": 0.006, "IQ3_S": 0.006, "MXFP4": 0.006}
 
 
 def random_blocks(kind: str, rows: int, columns: int, seed: int = 1) -> np.ndarray:

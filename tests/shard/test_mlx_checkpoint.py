@@ -17,9 +17,8 @@ from safetensors.numpy import save_file
 
 from shard.quantize import Dense
 from shard.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.torch_backend.build import build as build_torch
 from tests.shard import tiny
-from tests.shard.ring import run_step, tiny_spec
+from tests.shard.ring import load_stage, run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG
 from transport.errors import BadCheckpoint, PotluckError, UnsupportedModel
 from transport.messages import Entry, SequenceId
@@ -160,11 +159,12 @@ def test_what_mlx_lm_writes_is_the_model_that_it_runs(tmp_path: Path, family: st
         original.spec.windows,
     )
     ids = list(range(3, 20))
-    stages = [build_torch(Dense(checkpoint), tiny_spec(*cut), lambda a, b: None) for cut in ((0, 3), (3, 4))]
-    ours = run_step(stages, [Entry(SequenceId(1), 0, tuple(ids), len(ids))])
     with mx.stream(mx.cpu):
         theirs = np.array(model(mx.array([ids]))[0])
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.abs(theirs).max()))
+    for runner, held in (("library", Dense(checkpoint)), ("mlx", checkpoint)):
+        stages = [load_stage(held, tiny_spec(*cut), runner) for cut in ((0, 3), (3, 4))]  # type: ignore[arg-type]
+        ours = run_step(stages, [Entry(SequenceId(1), 0, tuple(ids), len(ids))])
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()), err_msg=runner)
 
 
 def written_by_mlx_lm(family: str, original: Path, folder: Path) -> Any:
