@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -35,7 +35,7 @@ from shard.profile.settings import ProfileSettings
 from shard.profile.stage import TimedStage
 from shard.spec import ModelSpec
 from transport.errors import BadMessage, DeadlineExceeded, ModelNotFound, StageFailed
-from transport.messages import SequenceId
+from transport.messages import SequenceId, WeightsForm
 
 from .tiny import memory_checkpoint, save_tiny, tiny_model
 
@@ -314,6 +314,23 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_line_prints_json(tiny_path: Path) -> None:
     done = subprocess.run(command(tiny_path), capture_output=True, text=True, timeout=120, check=True)
     assert decode_report(done.stdout.encode()).kinds == (0, 0, 0, 0)
+
+
+def test_a_profile_holds_weights_in_the_form_asked_for(tiny_path: Path) -> None:
+    checkpoint, span = open_checkpoint(tiny_path), Span(first=1, last=2)
+    held = {
+        weights: TimedStage(
+            checkpoint, span, backend="torch", device="cpu", dtype="float32", weights=weights
+        ).weights_bytes
+        for weights in get_args(WeightsForm)
+    }
+    assert held["dense"] == held["stored"] > 3 * held["8-bit"] > 4.5 * held["4-bit"]
+    profiler = Profiler(checkpoint, replace(TINY, weights="4-bit", budget_s=0.2), tell=lambda what: None)
+    assert profiler.profile().is_sound()
+    done = subprocess.run(command(tiny_path, "--weights", "8-bit"), capture_output=True, text=True, timeout=120)
+    assert decode_report(done.stdout.encode()).is_sound()
+    done = subprocess.run(command(tiny_path, "--weights", "5-bit"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "invalid choice" in done.stderr
 
 
 def test_a_child_reports_says_what_it_does_and_measures_again(tiny_path: Path) -> None:

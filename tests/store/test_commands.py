@@ -50,6 +50,8 @@ def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> N
     text = potluck(environment, "show", "tiny").stdout
     assert "torch path" in text and "lean" in text
     assert text.split("kept")[1].split()[0] == "F32"
+    assert "--quantize 8" in text and "--quantize 4" in text
+    assert shown["quantized_bytes"]["4"]["torch"] < shown["quantized_bytes"]["8"]["torch"] < shown["weights_bytes"]
 
     write_folder(tmp_path / "a-name-that-is-quite-long-for-a-column", tensors())
     potluck(environment, "pull", str(tmp_path / "a-name-that-is-quite-long-for-a-column"))
