@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadCheckpoint(
             f"can't read {path}: {error.strerror}", hint="a model's folder has a config.json and *.safetensors files"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is not JSON: {error}", hint="download it again") from error
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{path} is not a JSON object", hint="download it again")

@@ -123,7 +123,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {}
     try:
         mapping = msgspec.convert(msgspec.json.decode(path.read_bytes())["weight_map"], dict[str, str])
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} is not an index of weights: {error}", hint="download it again") from error
     for file in mapping.values():
         if Path(file).name != file or not file.endswith(".safetensors"):

@@ -66,7 +66,7 @@ def read_header(path: Path) -> tuple[PlacedTensor, ...]:
 def _entries(path: Path, header: bytes) -> list[tuple[str, Any]]:
     try:
         entries = msgspec.json.decode(header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(path, f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _bad(path, "its header is not a JSON object")

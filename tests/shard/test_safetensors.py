@@ -170,6 +170,8 @@ def entry(dtype: Any = "F32", shape: Any = (4,), begin: Any = 0, end: Any = 16) 
         (200 << 20).to_bytes(8, "little") + bytes(64),
         header_of(b"not json"),
         header_of(b"[1, 2]"),
+        header_of(b"[" * 100_000),
+        header_of(b'{"\x80": 1}'),
         header_of({"x": 5}),
         header_of({"x": {"dtype": "F32", "shape": [4]}}),
         header_of({"x": entry(dtype="F33")}),
@@ -190,6 +192,15 @@ def test_lying_headers_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(BadCheckpoint, match=r"model\.safetensors"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"\x80": 1}', b"[]", b"{", b""])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_none_is_refused(tmp_path: Path, file: str, content: bytes) -> None:
+    (write_folder(tmp_path, tensors()) / file).write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=file) as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.hint
 
 
 def test_integers_are_listed_but_not_read_as_weights(tmp_path: Path) -> None:
