@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,7 +14,7 @@ from shard.checkpoint import TensorInfo
 from shard.mlx_backend.build import build
 from shard.mlx_backend.library import model_module
 from shard.stage import ShardSpec
-from tests.shard.mlx_load_peak import HIDDEN, LAYER_PARAMS, LAYERS, MadeUp
+from tests.shard.mlx_load_peak import HIDDEN, LAYER_PARAMS, LAYERS, MadeUp, peak_bytes
 
 GROUP = 32
 NUM_LAYERS = 3
@@ -56,13 +54,9 @@ def main() -> None:
         kv_capacity_tokens=512,
     )
     model_module("llama")
-    before_bytes = _peak_bytes()
+    before_bytes = peak_bytes()
     shard = build(MadeUpQuantized(), spec)
-    print(json.dumps({"weights_bytes": shard.weights_bytes, "grown_bytes": _peak_bytes() - before_bytes}))
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"weights_bytes": shard.weights_bytes, "grown_bytes": peak_bytes() - before_bytes}))
 
 
 if __name__ == "__main__":

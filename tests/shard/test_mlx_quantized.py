@@ -238,12 +238,22 @@ def test_a_chunk_of_any_length_gives_the_product(num_tokens: int) -> None:
     assert error(got, x @ dense.T + np.arange(600, dtype=np.float32)) <= 1e-5
 
 
-def test_a_chunk_is_the_same_whoever_else_is_in_the_step(tmp_path: Path) -> None:
-    """Bit for bit, and so is a decode: their kinds choose the kernels."""
+def test_a_chunk_is_the_same_whoever_else_is_in_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, and so is a decode: their kinds choose the kernels, also beside a chunk's worth of decodes."""
     checkpoint = tiny.quantized_checkpoint(tiny.tiny_model("llama", 0), tmp_path)
     ids = list(range(3, 3 + 2 * CHUNK_TOKENS))
-    chunk, decode = (1, 0, ids), (2, 0, ids[:1])
-    alone = [Ring(checkpoint, (2,)).step(chunk), Ring(checkpoint, (2,)).step(decode)]
-    together = Ring(checkpoint, (2,)).step(decode, chunk, (3, 0, ids[:5]), (4, 0, ids[7:8]))
-    assert np.array_equal(together[1 : 1 + len(ids)], alone[0])
-    assert np.array_equal(together[:1], alone[1])
+    decodes = [(2 + i, 0, ids[i : i + 1]) for i in range(CHUNK_TOKENS)]
+    chunk = (1, 0, ids)
+    by_tiles: list[int] = []
+    multiply = CpuLinear._chunk
+
+    def noted(self: CpuLinear, x: mx.array) -> mx.array:
+        by_tiles.append(x.shape[0])
+        return multiply(self, x)
+
+    monkeypatch.setattr(CpuLinear, "_chunk", noted)
+    chunk_alone, decode_alone = Ring(checkpoint, (2,)).step(chunk), Ring(checkpoint, (2,)).step(decodes[0])
+    together = Ring(checkpoint, (2,)).step(*decodes, chunk)
+    assert np.array_equal(together[CHUNK_TOKENS:], chunk_alone)
+    assert np.array_equal(together[:1], decode_alone)
+    assert set(by_tiles) == {len(ids)}
