@@ -111,8 +111,9 @@ def _quantized(files: SafetensorsFiles, weight: PlacedTensor, form: AffineForm |
     for tensor in (scales, biases):
         if tensor.shape != expected:
             raise misshapen(tensor, f"but {weight.name} in groups of {form.group} needs {expected}")
-    names = _expert_names(weight) or [weight.name]
-    shape = (*(weight.shape[1:-1] if len(names) > 1 or names[0] != weight.name else weight.shape[:-1]), columns)
+    experts = _expert_names(weight)
+    names = [weight.name] if experts is None else experts
+    shape = (*weight.shape[0 if experts is None else 1 : -1], columns)
     file_bytes = (weight.file_bytes + scales.file_bytes + biases.file_bytes) // len(names)
     for part, name in enumerate(names):
         info = TensorInfo(name=name, shape=shape, format=f"MLX {form.bits}-bit", file_bytes=file_bytes, affine=form)
