@@ -42,19 +42,16 @@ class Compiled:
         run: Run = function
         return run
 
-    def team_run(self, name: str) -> TeamRun:
-        """`name` on one thread, or `name`_team on each of several."""
-        alone, team = self.run(name), self._team
+    def team_run(self, name: str) -> TeamRun | None:
+        """`name` on each thread of a team; None where there are no teams."""
+        team, engine = self._team, self._engine
         if team is None:
-            return lambda fields, threads: alone(fields)
-        engine = self._engine
-        each = engine.get_function_address(f"{name}_team")
+            return None
+        each = engine.get_function_address(name)
 
         def run(fields: int, threads: int) -> None:
-            if threads == 1:
-                alone(fields)
-            else:
-                team(each, fields, threads, 0)
+            assert engine is not None  # Held: `each` is in it.
+            team(each, fields, threads, 0)
 
         return run
 

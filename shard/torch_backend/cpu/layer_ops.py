@@ -34,10 +34,11 @@ def _rowwise() -> dict[str, Run]:
 
 
 @cache
-def _attend(shape: AttendShape) -> TeamRun:
+def _attend(shape: AttendShape) -> tuple[Run, TeamRun | None]:
     module = ir.Module("attend")
     name = write_attend(module, shape)
-    return Compiled(module).team_run(name)
+    compiled = Compiled(module)
+    return compiled.run(name), compiled.team_run(f"{name}_team")
 
 
 def is_whole_vectors(width: int) -> bool:
@@ -102,7 +103,7 @@ class DecodeAttention:
     def __init__(self, shape: AttendShape, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None) -> None:
         self._shape = shape
         self._norms = (q_norm, k_norm)  # Kept: the kernel knows their addresses.
-        self._run = _attend(shape)
+        self._alone, self._team = _attend(shape)
         self._fields, self._address = empty_fields(len(ATTEND_FIELDS))
         for position, norm in ((4, q_norm), (5, k_norm)):
             self._fields[position] = 0 if norm is None else norm.data_ptr()
@@ -132,5 +133,8 @@ class DecodeAttention:
         fields[7] = tasks
         fields[8] = task_bytes
         is_small = longest * tasks * shape.queries * shape.head_dim < _TEAM_WORK
-        self._run(self._address, 1 if is_small else threads)
+        if self._team is None or is_small or threads == 1:
+            self._alone(self._address)
+        else:
+            self._team(self._address, threads)
         return out

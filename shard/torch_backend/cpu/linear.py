@@ -75,7 +75,7 @@ class PackedMatrix:
         fields[9] = y_row_bytes
         work = rows * layout.rows * layout.columns
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
-        self._kernels.run(layout.bits, precision)(self._address, threads)
+        self._kernels.kernel(layout.bits, precision)(self._address, rows, threads)
 
 
 class CpuAffineLinear:

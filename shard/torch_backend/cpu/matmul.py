@@ -68,28 +68,35 @@ def tile_bytes(blocks: int, group_blocks: int, bits: int, lanes: int) -> int:
 
 
 def write_linear(module: ir.Module, bits: int, precision: Precision, target: InstructionSet) -> None:
-    """Functions `linear_B_P(fields)`, for one thread, and `linear_B_P_team(fields)`, for each of a team."""
+    """Functions of `fields`: NAME for one thread; NAME_quantize for one and then NAME_multiply_team for each of a team,
+    or NAME_team for each of a team: all rows quantized together, which takes a barrier and pays for many rows."""
     name = name_of(bits, precision)
-    quantize = _write_quantize(module, f"{name}_quantize", precision)
-    multiply = _write_multiply(module, f"{name}_multiply", bits, precision, target)
+    quantize = _write_quantize(module, f"{name}_quantize_rows", precision)
+    multiply = _write_multiply(module, f"{name}_multiply_tiles", bits, precision, target)
+    for suffix, steps in (("", (quantize, multiply)), ("_quantize", (quantize,))):
+        alone = Kernel(module, f"{name}{suffix}", [("fields", PTR)])
+        fields = _read(alone)
+        for function in steps:
+            alone.builder.call(function, [alone["fields"], i64(0), fields["rows" if function is quantize else "tiles"]])
+        alone.finish()
+    for suffix, steps in (("_team", (quantize, multiply)), ("_multiply_team", (multiply,))):
+        team = Kernel(module, f"{name}{suffix}", [("fields", PTR)])
+        fields = _read(team)
+        for function in steps:
+            first, last = _share(team, fields["rows" if function is quantize else "tiles"])
+            team.builder.call(function, [team["fields"], first, last])
+            if function is quantize:
+                team.call("GOMP_barrier", VOID, [])
+        team.finish()
 
-    alone = Kernel(module, name, [("fields", PTR)])
-    fields = _read(alone)
-    alone.builder.call(quantize, [alone["fields"], i64(0), fields["rows"]])
-    alone.builder.call(multiply, [alone["fields"], i64(0), fields["tiles"]])
-    alone.finish()
 
-    team = Kernel(module, f"{name}_team", [("fields", PTR)])
-    fields = _read(team)
+def _share(team: Kernel, whole: Value) -> tuple[Value, Value]:
+    """[first, last) of `whole` for this thread of the team."""
     builder = team.builder
     index = builder.sext(team.call("omp_get_thread_num", I32, []), I64)
     size = builder.sext(team.call("omp_get_num_threads", I32, []), I64)
-    for function, whole in ((quantize, "rows"), (multiply, "tiles")):
-        first, last = (builder.sdiv(builder.mul(fields[whole], i), size) for i in (index, builder.add(index, i64(1))))
-        builder.call(function, [team["fields"], first, last])
-        if function is quantize:
-            team.call("GOMP_barrier", VOID, [])
-    team.finish()
+    first, last = (builder.sdiv(builder.mul(whole, i), size) for i in (index, builder.add(index, i64(1))))
+    return first, last
 
 
 def _read(kernel: Kernel) -> dict[str, Value]:

@@ -6,9 +6,28 @@ from functools import cache
 
 from llvmlite import ir
 
-from shard.torch_backend.cpu.compile import Compiled, TeamRun, host_instruction_sets
+from shard.torch_backend.cpu.compile import Compiled, host_instruction_sets
 from shard.torch_backend.cpu.dot import InstructionSet
 from shard.torch_backend.cpu.matmul import Precision, name_of, write_linear
+
+_MANY_ROWS = 16
+"""From here on rows are quantized by all threads; a few are done before a barrier would be over."""
+
+
+class MatrixKernel:
+    def __init__(self, compiled: Compiled, name: str) -> None:
+        self._alone, self._quantize = compiled.run(name), compiled.run(f"{name}_quantize")
+        self._team, self._multiply = compiled.team_run(f"{name}_team"), compiled.team_run(f"{name}_multiply_team")
+
+    def __call__(self, fields: int, rows: int, threads: int) -> None:
+        """Run it over the fields at an address, which say `rows` too."""
+        if threads == 1 or self._team is None or self._multiply is None:
+            self._alone(fields)
+        elif rows < _MANY_ROWS:
+            self._quantize(fields)
+            self._multiply(fields, threads)
+        else:
+            self._team(fields, threads)
 
 
 class MatrixKernels:
@@ -16,14 +35,14 @@ class MatrixKernels:
 
     def __init__(self, target: InstructionSet) -> None:
         self.target = target
-        self._runs: dict[tuple[int, Precision], TeamRun] = {}
+        self._kernels: dict[tuple[int, Precision], MatrixKernel] = {}
 
-    def run(self, bits: int, precision: Precision) -> TeamRun:
-        """The kernel for weights of `bits` and activations of `precision` bits."""
-        found = self._runs.get((bits, precision))
+    def kernel(self, bits: int, precision: Precision) -> MatrixKernel:
+        """For weights of `bits` and activations of `precision` bits."""
+        found = self._kernels.get((bits, precision))
         if found is None:
             compiled = Compiled(matrix_module(self.target, bits, precision))
-            found = self._runs[bits, precision] = compiled.team_run(name_of(bits, precision))
+            found = self._kernels[bits, precision] = MatrixKernel(compiled, name_of(bits, precision))
         return found
 
 
