@@ -15,7 +15,8 @@ from transport.messages import WeightsForm
 _LAYER = re.compile(r"\blayers\.(\d+)\.(.+)")
 _COLD_BYTES = 64 << 20
 """Weights read between two visits of a layer: beyond the caches of home machines."""
-_MOST_LAYERS = 8
+_MOST_LAYERS = 32
+"""For the time that loading takes. Quantized layers of a small model need this many to leave a cache of 32 MB."""
 
 
 def layer_kinds(checkpoint: Checkpoint, weights: WeightsForm) -> tuple[int, ...]:

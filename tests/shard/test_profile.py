@@ -100,7 +100,7 @@ def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: 
     ends = {0, num_layers, *cuts}
     longest = max(b - a for a, b in zip(sorted(ends), sorted(ends)[1:], strict=False))
     assert {chosen.run.first, chosen.run.last} <= ends
-    assert chosen.run.num_layers <= 8 + longest
+    assert chosen.run.num_layers <= 32 + longest
     for kind, span in enumerate(chosen.singles):
         assert {span.first, span.last} <= ends
         assert kind in kinds[span.first : span.last]
@@ -111,7 +111,7 @@ def test_large_layers_are_few_and_small_ones_leave_the_caches() -> None:
     large, small_spec = spec(80, 850_000_000), spec(30, 3_500_000)
     assert choose(large, [0] * 80, layer_bytes(large)).run.num_layers == 2
     small = choose(small_spec, [0] * 30, layer_bytes(small_spec)).run
-    assert small.num_layers == 8
+    assert small.num_layers * 7_000_000 > 64 << 20
     assert small.first > 0 and small.last < 30
     room_bytes = 4 * 2 * 3_500_000
     assert choose(small_spec, [0] * 30, layer_bytes(small_spec), room_bytes).run.num_layers == 3
@@ -119,6 +119,8 @@ def test_large_layers_are_few_and_small_ones_leave_the_caches() -> None:
     assert choose(middle, [0] * 30, layer_bytes(middle)).run.num_layers == 2
     in_4_bits = [size * 5 // 16 for size in layer_bytes(middle)]
     assert choose(middle, [0] * 30, in_4_bits).run.num_layers == 7
+    tiny = [2_200_000] * 30  # SmolLM2 in 4 bits
+    assert choose(small_spec, [0] * 30, tiny).run.num_layers > 28
 
 
 # The arithmetic, on a device whose times are known.
