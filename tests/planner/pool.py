@@ -35,6 +35,18 @@ def model(num_layers: int = 8, layer_mib: int = 100, **changes: Any) -> ModelPro
     return ModelProfile(**{"sizes": dense_sizes(*counts), **facts})
 
 
+def quantizable(num_layers: int = 8) -> ModelProfile:
+    """In 16 bits as the file has it; torch and MLX hold it in 8 and 4 bits with what scales take."""
+    counts = ((50 * MIB,) * num_layers, 25 * MIB, 64, 25 * MIB)
+    widths: dict[WeightsForm, float] = {"dense": 2, "stored": 2, "8-bit": 1.125, "4-bit": 0.625}
+    sizes = tuple(
+        part_bytes(weights, backend, "bfloat16", width, counts)
+        for weights, width in widths.items()
+        for backend in get_args(Backend)
+    )
+    return model(num_layers, sizes=sizes)
+
+
 def dense_sizes(layers: tuple[int, ...], embed: int, norm: int, head: int) -> tuple[PartBytes, ...]:
     """From counts of parameters, for every form, backend and dtype."""
     return tuple(

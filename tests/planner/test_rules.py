@@ -6,13 +6,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.device import Backend, Device
+from devices.device import Device
 from planner.demand import CPU_RESERVE_BYTES
 from planner.estimate import SAME_HOST, STEP_S, estimated_pool
 from planner.explain import stage_rows
@@ -20,9 +19,8 @@ from planner.make import make_plan
 from planner.plan import Plan
 from planner.profile import WINDOW_SLACK_TOKENS, ModelProfile, PartBytes
 from planner.workload import Workload
-from tests.planner.pool import GIB, MIB, device, model, part_bytes
+from tests.planner.pool import GIB, MIB, device, model, part_bytes, quantizable
 from transport.errors import ConfigError, DoesNotFit
-from transport.messages import WeightsForm
 
 
 def plan_proportional(
@@ -231,18 +229,6 @@ def test_a_tied_head_is_held_twice_only_when_the_ring_has_two_ends() -> None:
     one = plan_proportional(profile, [device("a")], 1024, 1)
     two = plan_proportional(profile, [device("a"), device("b")], 1024, 1)
     assert sum(s.weights_bytes for s in two.stages) - one.stages[0].weights_bytes == 2 * profile.head_params
-
-
-def quantizable(num_layers: int = 8) -> ModelProfile:
-    """In 16 bits as the file has it; torch and MLX hold it in 8 and 4 bits with what scales take."""
-    counts = ((50 * MIB,) * num_layers, 25 * MIB, 64, 25 * MIB)
-    widths: dict[WeightsForm, float] = {"dense": 2, "stored": 2, "8-bit": 1.125, "4-bit": 0.625}
-    sizes = tuple(
-        part_bytes(weights, backend, "bfloat16", width, counts)
-        for weights, width in widths.items()
-        for backend in get_args(Backend)
-    )
-    return model(num_layers, sizes=sizes)
 
 
 def test_what_a_form_takes_is_what_is_planned_and_told_by_the_id() -> None:
