@@ -13,6 +13,7 @@ from planner.cost import CostModel
 from planner.demand import Demand, available_bytes
 from planner.evaluate import Assignment, Objective, factors, objective_s, predict
 from planner.explain import why_left_out
+from planner.forms import OPTION_OF, smaller
 from planner.limits import whole_pool
 from planner.manual import LayerCounts, place_by_hand
 from planner.measured import PoolTimes
@@ -24,16 +25,10 @@ from planner.rules import Rule, follow_rule
 from planner.usable import GIB, check, usable
 from planner.workload import Workload
 from transport.errors import ConfigError, DoesNotFit
-from transport.messages import DTYPE_BYTES, DType, WeightsForm
+from transport.messages import DTYPE_BYTES, DType
 
 Strategy = Literal["auto", "latency", "throughput", "proportional", "memory", "even"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-
-FORMS: tuple[WeightsForm, ...] = ("dense", "stored", "8-bit", "4-bit")
-"""How a stage may hold its matrices, each form no larger than the one before."""
-
-OPTION_OF: dict[WeightsForm, str] = {"dense": "dense", "stored": "stored", "8-bit": "8", "4-bit": "4"}
-"""What a form is called after --quantize."""
 
 _SMALLEST_CONTEXT = 256
 _MOST_CHOICES = 64
@@ -154,10 +149,10 @@ def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, lef
     fitting = _largest_halved_context(profile, pool, workload)
     if fitting is not None:
         hints.insert(0, f"--context {fitting} would fit")
-    smaller = _smaller_form(profile, pool, workload)
-    if smaller is not None:
-        taken = replace(demand, profile=smaller).memory_bytes(compact, 0, profile.num_layers)
-        hints.insert(0, f"--quantize {OPTION_OF[smaller.weights]} would fit, with {taken / GIB:.2f} GiB")
+    found = next((form for form in smaller(profile) if fits(form, pool, workload)), None)
+    if found is not None:
+        taken = replace(demand, profile=found).memory_bytes(compact, 0, profile.num_layers)
+        hints.insert(0, f"--quantize {OPTION_OF[found.weights]} would fit, with {taken / GIB:.2f} GiB")
     return DoesNotFit(message, hint="; or ".join(hints))
 
 
@@ -179,19 +174,10 @@ def _largest_halved_context(profile: ModelProfile, pool: PoolTimes, workload: Wo
     """The first of context/2, /4, … that fits."""
     context_tokens = workload.context_tokens // 2
     while context_tokens >= _SMALLEST_CONTEXT:
-        smaller = replace(workload, context_tokens=context_tokens)
-        if fits(profile, pool, smaller):
+        if fits(profile, pool, replace(workload, context_tokens=context_tokens)):
             return context_tokens
         context_tokens //= 2
     return None
-
-
-def _smaller_form(profile: ModelProfile, pool: PoolTimes, workload: Workload) -> ModelProfile | None:
-    """The model with its matrices in the first smaller form that fits."""
-    after = FORMS.index(profile.weights) + 1
-    known = {sizes.weights for sizes in profile.sizes}
-    candidates = (replace(profile, weights=form) for form in FORMS[after:] if form in known)
-    return next((found for found in candidates if fits(found, pool, workload)), None)
 
 
 def _check_workload(workload: Workload) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from planner.cost import CostModel
 from planner.evaluate import Assignment, Placed, pool_bytes
+from planner.forms import OPTION_OF, smaller
 from transport.errors import ConfigError, DoesNotFit
 
 GIB = 2**30
@@ -56,15 +57,31 @@ def place_by_hand(costs: CostModel, counts: LayerCounts) -> Assignment:
 
 
 def _check_memory(costs: CostModel, placed: Sequence[Placed]) -> None:
+    """Raises DoesNotFit for the first of `_too_much`."""
+    for name, needed, have in _too_much(costs, placed):
+        hint = "give it fewer layers, lower --context or the number of conversations"
+        for form in smaller(costs.profile):
+            if not any(_too_much(CostModel(form, costs.pool, costs.workload, costs.wire_dtype), placed)):
+                hint = f"--quantize {OPTION_OF[form.weights]} would fit; or {hint}"
+                break
+        raise DoesNotFit(
+            f"{name}: these layers need {needed / GIB:.2f} GiB, {(needed - have) / GIB:.2f} GiB more than the "
+            f"{have / GIB:.2f} GiB there are",
+            hint=hint,
+        )
+
+
+def _too_much(costs: CostModel, placed: Sequence[Placed]) -> Iterator[tuple[str, int, int]]:
+    """Who would need more memory than there is: name, bytes needed, bytes there."""
     for stage in placed:
         needed = costs.memory_bytes(stage.device, stage.first, stage.last)
         if needed > costs.free_bytes(stage.device):
-            raise _too_much(costs.name(stage.device), needed, costs.free_bytes(stage.device))
+            yield costs.name(stage.device), needed, costs.free_bytes(stage.device)
     used = pool_bytes(costs, tuple(placed))
     for pool, total in costs.pool_total_bytes.items():
         if used[pool] > total:
             members = [costs.name(stage.device) for stage in placed if costs.pool_of[stage.device] == pool]
-            raise _too_much(f"{' and '.join(members)} together", used[pool], total)
+            yield f"{' and '.join(members)} together", used[pool], total
 
 
 def _check_links(costs: CostModel, placed: Sequence[Placed]) -> None:
@@ -75,11 +92,3 @@ def _check_links(costs: CostModel, placed: Sequence[Placed]) -> None:
                 f"no link from {costs.host(source)} to {costs.host(target)} was measured",
                 hint="choose another order of devices in --layers",
             )
-
-
-def _too_much(name: str, needed: int, have: int) -> DoesNotFit:
-    return DoesNotFit(
-        f"{name}: these layers need {needed / GIB:.2f} GiB, {(needed - have) / GIB:.2f} GiB more than the "
-        f"{have / GIB:.2f} GiB there are",
-        hint="give it fewer layers, lower --context or the number of conversations",
-    )

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from devices.device import Device, LeftOut
 from planner.estimate import estimated_pool
-from planner.make import OPTION_OF, fits, make_plan
+from planner.forms import OPTION_OF
+from planner.make import fits, make_plan
 from planner.manual import parse_layers
 from planner.measured import PoolTimes
 from planner.plan import Plan

@@ -275,6 +275,19 @@ def test_does_not_fit_says_which_form_would_and_only_if_it_does(
     plan_proportional(replace(profile, weights=f"{says}-bit"), devices, 4096, 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("usable_mib", "says"), [(350, "--quantize 8 would fit; or give it"), (100, "give it fewer")])
+def test_layers_by_hand_that_do_not_fit_say_which_form_would(usable_mib: int, says: str) -> None:
+    devices = [device("small", usable_mib=usable_mib), device("large")]
+    counts = (("small", 4), ("large", 4))
+    pool = estimated_pool(quantizable(), devices, "here")
+    with pytest.raises(DoesNotFit, match="small: these layers need") as caught:
+        make_plan(quantizable(), pool, Workload(context_tokens=4096, concurrency=1), layers=counts)
+    assert caught.value.hint.startswith(says)
+    if usable_mib == 350:
+        smaller = replace(quantizable(), weights="8-bit")
+        assert make_plan(smaller, pool, Workload(context_tokens=4096, concurrency=1), layers=counts).stages
+
+
 def test_a_kind_of_device_that_nothing_is_known_of_is_named() -> None:
     profile = replace(quantizable(), sizes=quantizable().sizes[:1])
     with pytest.raises(ConfigError, match="stored weights on torch"):
