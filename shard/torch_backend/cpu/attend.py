@@ -18,7 +18,7 @@ from transport.messages import DType
 
 FIELDS = (
     "qkv", "out", "scratch", "table", "q_norm", "k_norm",
-    "qkv_row_bytes", "tasks", "scratch_task_bytes",
+    "qkv_row_bytes", "tasks", "scratch_thread_bytes",
 )  # fmt: skip
 ROW_FIELDS = ("keys", "values", "head_bytes", "positions", "cos", "sin")
 """Of each sequence: addresses of the first visible key and value of KV head 0, bytes from one KV head to the next, how
@@ -58,7 +58,7 @@ class AttendShape:
 
 
 def scratch_bytes(shape: AttendShape, positions: int) -> int:
-    """Of one task: scores of each query head, padded to whole vectors."""
+    """Of each thread, for one task: scores of each query head, padded to whole vectors."""
     return shape.queries * 4 * (-(-positions // WIDTH) * WIDTH)
 
 
@@ -68,7 +68,7 @@ def write_attend(module: ir.Module, shape: AttendShape) -> str:
     alone = Kernel(module, "attend", [("fields", PTR)])
     fields = read_fields(alone, FIELDS, ())
     with alone.loop(i64(0), fields["tasks"]) as index:
-        alone.builder.call(task, [alone["fields"], index])
+        alone.builder.call(task, [alone["fields"], index, i64(0)])
     alone.finish()
     team = Kernel(module, "attend_team", [("fields", PTR)])
     fields = read_fields(team, FIELDS, ())
@@ -76,17 +76,17 @@ def write_attend(module: ir.Module, shape: AttendShape) -> str:
     first = builder.sext(team.call("omp_get_thread_num", I32, []), I64)
     step = builder.sext(team.call("omp_get_num_threads", I32, []), I64)
     with team.loop(first, fields["tasks"], step) as index:
-        builder.call(task, [team["fields"], index])
+        builder.call(task, [team["fields"], index, first])
     team.finish()
     return "attend"
 
 
 class _Task:
-    """Writes the function of one task: (fields, index), index = row · kv_heads + KV head."""
+    """Writes the function of one task: (fields, index, thread), index = row · kv_heads + KV head."""
 
     def __init__(self, module: ir.Module, shape: AttendShape) -> None:
         self._shape = shape
-        self._kernel = Kernel(module, "attend_task", [("fields", PTR), ("index", I64)])
+        self._kernel = Kernel(module, "attend_task", [("fields", PTR), ("index", I64), ("thread", I64)])
         self._width = shape.width
         self._floats = vector(F32, self._width)
         self._vectors = shape.head_dim // self._width
@@ -123,7 +123,7 @@ class _Task:
             queries.append([builder.fmul(part, filled(F32, self._width, shape.scale)) for part in turned])
 
         padded = builder.and_(builder.add(positions, i64(WIDTH - 1)), i64(-WIDTH))
-        scratch = kernel.at(fields["scratch"], builder.mul(kernel["index"], fields["scratch_task_bytes"]))
+        scratch = kernel.at(fields["scratch"], builder.mul(kernel["thread"], fields["scratch_thread_bytes"]))
         rows = [kernel.at(scratch, builder.mul(padded, i64(4 * query))) for query in range(shape.queries)]
         maxima = self._score(queries, keys, positions, padded, rows)
         sums = [self._soften(scores, maximum, padded) for scores, maximum in zip(rows, maxima, strict=True)]

@@ -12,6 +12,9 @@ from llvmlite import ir
 
 from shard.torch_backend.cpu.attend import FIELDS as ATTEND_FIELDS
 from shard.torch_backend.cpu.attend import ROW_FIELDS, AttendShape, scratch_bytes, write_attend
+from shard.torch_backend.cpu.attend_chunk import FIELDS as CHUNK_FIELDS
+from shard.torch_backend.cpu.attend_chunk import block_tokens, write_attend_chunk
+from shard.torch_backend.cpu.attend_chunk import scratch_bytes as chunk_scratch_bytes
 from shard.torch_backend.cpu.compile import Compiled, Run, TeamRun, empty_fields
 from shard.torch_backend.cpu.mathematics import WIDTH
 from shard.torch_backend.cpu.rowwise import GATED_FIELDS, NORM_FIELDS, write_gated, write_norm
@@ -37,6 +40,14 @@ def _rowwise() -> dict[str, Run]:
 def _attend(shape: AttendShape) -> tuple[Run, TeamRun | None]:
     module = ir.Module("attend")
     name = write_attend(module, shape)
+    compiled = Compiled(module)
+    return compiled.run(name), compiled.team_run(f"{name}_team")
+
+
+@cache
+def _attend_chunk(shape: AttendShape) -> tuple[Run, TeamRun | None]:
+    module = ir.Module("attend_chunk")
+    name = write_attend_chunk(module, shape)
     compiled = Compiled(module)
     return compiled.run(name), compiled.team_run(f"{name}_team")
 
@@ -124,7 +135,7 @@ class DecodeAttention:
             at += 6
         task_bytes = scratch_bytes(shape, longest)
         tasks = rows * shape.kv_heads
-        fields[2] = _SCRATCH.reserve(task_bytes * tasks)
+        fields[2] = _SCRATCH.reserve(task_bytes * threads)
         out = torch.empty((rows, shape.heads * shape.head_dim))
         fields[0] = qkv.data_ptr()
         fields[1] = out.data_ptr()
@@ -134,6 +145,50 @@ class DecodeAttention:
         fields[8] = task_bytes
         is_small = longest * tasks * shape.queries * shape.head_dim < _TEAM_WORK
         if self._team is None or is_small or threads == 1:
+            self._alone(self._address)
+        else:
+            self._team(self._address, threads)
+        return out
+
+
+class ChunkAttention:
+    """Attention of a prompt's chunk in layers of one shape."""
+
+    def __init__(self, shape: AttendShape) -> None:
+        self._shape = shape
+        self._alone, self._team = _attend_chunk(shape)
+        self._fields, self._address = empty_fields(len(CHUNK_FIELDS))
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        window: int | None,
+        threads: int,
+    ) -> torch.Tensor:
+        """queries float32 [tokens, heads, head_dim], normed and turned, a token's heads side by side; keys and values
+        [kv_heads, positions, head_dim] in the KV's dtype, the last `tokens` of them the queries' own; `start`: the
+        position of the first query, counted from the first key → [tokens, heads · head_dim] float32."""
+        shape, fields = self._shape, self._fields
+        tokens = queries.shape[0]
+        task_bytes = chunk_scratch_bytes(shape, keys.shape[1])
+        tasks = -(-tokens // block_tokens(shape)) * shape.kv_heads
+        out = torch.empty((tokens, shape.heads * shape.head_dim))
+        fields[0] = queries.data_ptr()
+        fields[1] = out.data_ptr()
+        fields[2] = keys.data_ptr()
+        fields[3] = values.data_ptr()
+        fields[4] = _SCRATCH.reserve(task_bytes * threads)
+        fields[5] = queries.stride(0) * 4
+        fields[6] = keys.stride(0) * keys.element_size()
+        fields[7] = tokens
+        fields[8] = start
+        fields[9] = window or 0
+        fields[10] = tasks
+        fields[11] = task_bytes
+        if self._team is None or threads == 1:
             self._alone(self._address)
         else:
             self._team(self._address, threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from llvmlite import ir
 
 from shard.torch_backend.cpu.builder import F16, F32, I16, I32, Kernel, Type, Value, filled, vector
@@ -72,14 +74,44 @@ def store_floats(kernel: Kernel, values: Value, pointer: Value, dtype: DType) ->
 
 def sum_of(kernel: Kernel, values: Value) -> Value:
     """The sum of a float32 vector's elements, in halves: the order is the same everywhere."""
+    return _folded(kernel, values, kernel.builder.fadd)
+
+
+def largest_of(kernel: Kernel, values: Value) -> Value:
     builder = kernel.builder
+    return _folded(kernel, values, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+def transposed(kernel: Kernel, rows: Sequence[Value]) -> list[Value]:
+    """n vectors of n elements, a power of two → the n vectors of their columns.
+
+    Each round exchanges blocks of half the size off the diagonal: row i and i + half of each group.
+    """
+    count = len(rows)
+    found = list(rows)
+    half = count // 2
+    while half:
+        for i in range(count):
+            if i & half:
+                continue
+            a, b = found[i], found[i + half]
+            low = [lane if not lane & half else count + lane - half for lane in range(count)]
+            high = [lane + half if not lane & half else count + lane for lane in range(count)]
+            found[i], found[i + half] = (
+                kernel.builder.shuffle_vector(a, b, ir.Constant(vector(I32, count), mask)) for mask in (low, high)
+            )
+        half //= 2
+    return found
+
+
+def _folded(kernel: Kernel, values: Value, combine: Callable[[Value, Value], Value]) -> Value:
     count = values.type.count
     while count > 1:
         half = count // 2
         low, high = (_picked(kernel, values, range(first, first + half)) for first in (0, half))
-        values = builder.fadd(low, high)
+        values = combine(low, high)
         count = half
-    return builder.extract_element(values, ir.Constant(I32, 0))
+    return kernel.builder.extract_element(values, ir.Constant(I32, 0))
 
 
 def _picked(kernel: Kernel, values: Value, indices: range) -> Value:

@@ -8,7 +8,7 @@ import torch
 
 from shard.torch_backend.attention import Run, attend
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
-from shard.torch_backend.lean.native_attention import native_attention
+from shard.torch_backend.lean.native_attention import NativeDecode, NativePrefill, native_attention
 from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
@@ -50,7 +50,11 @@ class Attention:
         self._facts = facts
         self._index = index
         self._kv_dtype = kv_dtype
-        self._native = native_attention(config, facts, index, kv_dtype, weights.qk_norm) if on_cpu else None
+        self._native_decode: NativeDecode | None = None
+        self._native_prefill: NativePrefill | None = None
+        if on_cpu:
+            found = native_attention(config, facts, index, kv_dtype, weights.qk_norm)
+            self._native_decode, self._native_prefill = found
 
     def __call__(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """x [tokens, hidden] → [tokens, hidden]; appends the tokens' keys and values to their sequences."""
@@ -71,28 +75,27 @@ class Attention:
     def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]; decode rows first."""
         num_rows, num_decode = qkv.shape[0], step.num_decode
-        if self._native is not None and num_decode == num_rows:
-            return self._native(qkv, step)
+        if self._native_decode is not None and num_decode == num_rows:
+            return self._native_decode(qkv, step)
         outputs = []
-        first_run = 0
-        if self._native is not None and num_decode:
-            outputs.append(self._native(qkv, step))
-            first_run = num_decode  # Decode runs have one row each.
-        rest = self._positioned(qkv[first_run:], step, first_run)
-        if self._softcap is None and first_run < num_decode:
-            outputs += self._decode(rest[: num_decode - first_run], step)
-            first_run = num_decode
-        offset = num_rows - rest.shape[0]
-        outputs += [self._prefill(rest, run, run.offset - offset, step) for run in step.ragged.runs[first_run:]]
+        done = 0  # Rows, which are as many runs: decode runs have one each.
+        if self._native_decode is not None and num_decode:
+            outputs.append(self._native_decode(qkv, step))
+            done = num_decode
+        self._position(qkv[done:], step, done)
+        if self._softcap is None and done < num_decode:
+            outputs += self._decode(qkv[:num_decode], step)
+            done = num_decode
+        outputs += [self._prefill(qkv, run, step) for run in step.ragged.runs[done:]]
         width = self._heads * self._head_dim
         flat = [output.reshape(-1, width) for output in outputs]
         if len(flat) == 1:
             return flat[0]
         return torch.cat([rows.to(flat[-1].dtype) for rows in flat])
 
-    def _positioned(self, qkv: torch.Tensor, step: LeanStep, first: int) -> torch.Tensor:
-        """qkv [tokens, (heads + 2 · kv_heads) · head_dim], the step's rows from `first`: queries and keys normed and
-        turned in place; in the KV's dtype."""
+    def _position(self, qkv: torch.Tensor, step: LeanStep, first: int) -> None:
+        """Norm and turn the queries and keys of qkv [tokens, (heads + 2 · kv_heads) · head_dim], the step's rows from
+        `first`, in place."""
         weights = self._weights
         num_turned = self._heads + self._kv_heads
         turned = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)[:, :num_turned]
@@ -101,10 +104,10 @@ class Attention:
         if self._facts.rope is not None:
             cos, sin = step.angles(self._facts.rope)
             rotate_(turned, cos[first:], sin[first:])
-        return qkv if qkv.dtype == self._kv_dtype else qkv.to(self._kv_dtype)
 
     def _decode(self, qkv: torch.Tensor, step: LeanStep) -> list[torch.Tensor]:
-        """Rows of decode entries → each one's [1, kv_heads, heads / kv_heads, head_dim]."""
+        """Rows of decode entries, turned → each one's [1, kv_heads, heads / kv_heads, head_dim]."""
+        qkv = qkv.to(self._kv_dtype)
         num_rows, kv_heads = qkv.shape[0], self._kv_heads
         queries, new = qkv.split_with_sizes((self._heads * self._head_dim, 2 * kv_heads * self._head_dim), dim=1)
         # The heads of a group become the rows of one small matrix: they look at the same keys.
@@ -116,9 +119,12 @@ class Attention:
             outputs.append(decode_attention(query, keys, values, self._scale))
         return outputs
 
-    def _prefill(self, qkv: torch.Tensor, run: Run, first: int, step: LeanStep) -> torch.Tensor:
-        """A run's rows of qkv, from `first` on → [tokens, heads, head_dim]."""
-        rows = qkv[first : first + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
+    def _prefill(self, qkv: torch.Tensor, run: Run, step: LeanStep) -> torch.Tensor:
+        """A run's rows of qkv, turned → [tokens, heads · head_dim] or [tokens, heads, head_dim]."""
+        rows = qkv[run.offset : run.offset + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
+        if self._native_prefill is not None:
+            return self._native_prefill(rows, self._heads, run)
+        rows = rows.to(self._kv_dtype)
         queries, keys, values = rows.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
         window = self._facts.window
         held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)
@@ -134,4 +140,4 @@ class Attention:
             softcap=self._softcap,
             sinks=None,
         )
-        return attended.transpose(0, 1).reshape(run.num_tokens, self._kv_heads, -1, self._head_dim)
+        return attended.transpose(0, 1)

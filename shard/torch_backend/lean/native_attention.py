@@ -1,21 +1,23 @@
-"""Decode rows' attention by the CPU's native kernel, where it knows the model's shape."""
+"""Attention by the CPU's native kernels, where they know the model's shape."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from shard.torch_backend.attention import Run
 from shard.torch_backend.dtypes import DTYPE_NAMES
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
 from shard.torch_backend.lean.ops import Norm
 from shard.torch_backend.lean.step import LeanStep
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import DecodeAttention
+    from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
 
 
-class NativeAttention:
+class NativeDecode:
     """One layer's attention for the rows [0, num_decode) of a step."""
 
     def __init__(self, attention: DecodeAttention, facts: LayerFacts, index: int, like: torch.Tensor) -> None:
@@ -33,12 +35,31 @@ class NativeAttention:
         return self._attention(qkv, seats, step.seats_of_angles(self._facts.rope), torch.get_num_threads())
 
 
+class NativePrefill:
+    """One layer's attention for a run of tokens."""
+
+    def __init__(self, attention: ChunkAttention, facts: LayerFacts, index: int, kv_dtype: torch.dtype) -> None:
+        self._attention = attention
+        self._facts = facts
+        self._index = index
+        self._kv_dtype = kv_dtype
+
+    def __call__(self, rows: torch.Tensor, heads: int, run: Run) -> torch.Tensor:
+        """rows [tokens, heads + 2 · kv_heads, head_dim] float32, normed and turned → [tokens, heads · head_dim]."""
+        window = self._facts.window
+        keys, values = rows[:, heads:].to(self._kv_dtype).transpose(0, 1).chunk(2)
+        held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)
+        threads = torch.get_num_threads()
+        return self._attention(rows[:, :heads], held_keys, held_values, run.start - first, window, threads)
+
+
 def native_attention(
     config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
-) -> NativeAttention | None:
-    """None where the kernel has no such attention: capped scores, heads of an odd size."""
+) -> tuple[NativeDecode | None, NativePrefill | None]:
+    """None where the kernels have no such attention: capped scores, heads of an odd size."""
     from shard.torch_backend.cpu.attend import AttendShape
-    from shard.torch_backend.cpu.layer_ops import DecodeAttention
+    from shard.torch_backend.cpu.attend_chunk import is_supported
+    from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
 
     rotary = 0 if facts.rope is None else 2 * config.ropes[facts.rope].inverse_frequencies.shape[0]
     shape = AttendShape(
@@ -51,9 +72,13 @@ def native_attention(
         eps=None if qk_norm is None else config.norm_eps,
     )
     if config.attention_softcap is not None or not shape.is_supported():
-        return None
+        return None, None
     norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if qk_norm is not None:
         norms = (qk_norm.weight[0].contiguous(), qk_norm.weight[config.num_heads].contiguous())
     like = torch.empty((config.num_kv_heads, 1, config.head_dim), dtype=kv_dtype)
-    return NativeAttention(DecodeAttention(shape, *norms), facts, index, like)
+    decode = NativeDecode(DecodeAttention(shape, *norms), facts, index, like)
+    # What turns and norms the heads is no part of a chunk's kernel: layers that differ in it share one.
+    plain = replace(shape, rotary=0, eps=None)
+    prefill = NativePrefill(ChunkAttention(plain), facts, index, kv_dtype) if is_supported(plain) else None
+    return decode, prefill
