@@ -13,6 +13,9 @@ from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 
 
+_BLOCK_ROWS = 256
+
+
 class FeedForward(Protocol):
     """What follows attention: a gated MLP, or a mixture of them."""
 
@@ -31,6 +34,17 @@ class GatedMlp:
     gate: Gated
 
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
+        """A long chunk goes in blocks of rows: its intermediate features, several times as wide, need never be held at
+        once."""
+        if x.shape[0] <= _BLOCK_ROWS:
+            return self._block(x, num_decode)
+        output = torch.empty_like(x)
+        for first in range(0, x.shape[0], _BLOCK_ROWS):
+            rows = x[first : first + _BLOCK_ROWS]
+            output[first : first + _BLOCK_ROWS] = self._block(rows, min(max(0, num_decode - first), len(rows)))
+        return output
+
+    def _block(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         gate_up = self.gate_up(x, num_decode)
         if self.gate_up_bias is not None:
             gate_up.add_(self.gate_up_bias)
