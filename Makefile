@@ -2,13 +2,16 @@
 
 PYTHON ?= python3
 ARGS ?=
+GEMMA ?=
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 READY := .venv/.ready
 
 # Stages on one machine share its cores: one thread each unless a test says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types imports bench-hops bench-memory clean
+.PHONY: demo test check lint types imports bench-hops bench-memory bench-stage bench-quality bench-loading \
+	test-gemma clean
 
 demo: $(READY)
 	@$(BIN)/potluck demo $(ARGS)
@@ -34,6 +37,29 @@ bench-hops: $(READY)
 
 bench-memory: $(READY)
 	$(BIN)/python -m bench.memory $(ARGS)
+
+# One stage beside its peers; what quantized kernels cost in quality; loading a quantized model of 3 billion weights.
+bench-stage: $(READY) peers
+	$(BIN)/python -m bench.stage_speed $(ARGS)
+
+bench-quality: $(READY) peers
+	$(BIN)/python -m bench.quality $(ARGS)
+
+bench-loading: $(READY)
+	$(BIN)/python -m bench.loading $(ARGS)
+
+# Real quantized models beside the numbers in their files; GEMMA is a folder that `potluck pull file:…gguf` made.
+test-gemma: $(READY)
+	POTLUCK_TEST_GEMMA="$(GEMMA)" $(BIN)/python -m pytest tests/shard/test_real_quantized.py -rs -s $(ARGS)
+
+# llama.cpp, built here (a few minutes, a C++ compiler): the benches do without it where that fails.
+.PHONY: peers
+peers:
+	@test -x $(PEERS)/python || \
+		{ echo "Building llama.cpp into .venv-peers (once; a few minutes) ..." >&2; \
+		$(PYTHON) -m venv .venv-peers && \
+		$(PEERS)/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 >&2; } || \
+		{ echo "llama.cpp could not be built: the bench leaves it out" >&2; rm -rf .venv-peers; }
 
 # Installs once; again only when what is to be installed changes. What it says goes to stderr: stdout is the command's.
 $(READY): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""transformers' model with the weights of any checkpoint of ours, dequantized: what quantized stages are held against."""
+"""transformers' model with the weights of a checkpoint of ours, dequantized: what quantized stages are held against."""
 
 from __future__ import annotations
 
