@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from shard.torch_backend.cpu.builder import F32, I32, I64, PTR, Kernel, Value, f32, filled, i64, vector
-from shard.torch_backend.cpu.mathematics import WIDTH, exp, float_bytes, load_floats, store_floats, sum_of
+from shard.torch_backend.cpu.mathematics import (
+    WIDTH,
+    exp,
+    float_bytes,
+    load_floats,
+    softcapped,
+    store_floats,
+    sum_of,
+)
 from shard.torch_backend.cpu.rowwise import read_fields
 from transport.messages import DType
 
@@ -32,7 +40,7 @@ _REGISTERS = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendShape:
     """`rotary` features of each head are turned, pairs (i, i + rotary / 2); 0 for none. `eps` is None without norms of
-    queries and keys. head_dim is a multiple of 8, rotary one of 16."""
+    queries and keys. head_dim is a multiple of 8, rotary one of 16. `softcap` caps scores before the softmax."""
 
     heads: int
     kv_heads: int
@@ -41,6 +49,7 @@ class AttendShape:
     kv_dtype: DType
     scale: float
     eps: float | None
+    softcap: float | None = None
 
     @property
     def queries(self) -> int:
@@ -208,13 +217,17 @@ class _Task:
         kernel, builder = self._kernel, self._kernel.builder
         total = kernel.variable(_FLOATS)
         builder.store(ir.Constant(_FLOATS, None), total)
-        maxima = kernel.splat(maximum, WIDTH)
+        maxima = self._capped(kernel.splat(maximum, WIDTH))
         with kernel.loop(i64(0), builder.mul(padded, i64(4)), i64(4 * WIDTH)) as at:
             place = kernel.at(scores, at)
-            weights = exp(kernel, builder.fsub(kernel.load(place, _FLOATS, 4), maxima))
+            weights = exp(kernel, builder.fsub(self._capped(kernel.load(place, _FLOATS, 4)), maxima))
             kernel.store(weights, place, 4)
             builder.store(builder.fadd(builder.load(total, typ=_FLOATS), weights), total)
         return sum_of(kernel, builder.load(total, typ=_FLOATS))
+
+    def _capped(self, scores: Value) -> Value:
+        cap = self._shape.softcap
+        return scores if cap is None else softcapped(self._kernel, scores, cap)
 
     def _gather(self, rows: list[Value], sums: list[Value], values: Value, positions: Value, out: Value) -> None:
         """out = Σ weight · value / Σ weight, for a few query heads."""

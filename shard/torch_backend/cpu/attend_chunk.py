@@ -17,6 +17,7 @@ from shard.torch_backend.cpu.mathematics import (
     float_bytes,
     largest_of,
     load_floats,
+    softcapped,
     sum_of,
     transposed,
 )
@@ -194,7 +195,10 @@ class _Task:
             behind = builder.sub(kernel.splat(token, WIDTH), positions)
             # 0 ≤ behind < window, as one unsigned comparison.
             visible = builder.icmp_unsigned("<", behind, kernel.splat(window, WIDTH))
-            score = builder.select(visible, builder.load(total, typ=_FLOATS), lowest)
+            score = builder.load(total, typ=_FLOATS)
+            if shape.softcap is not None:
+                score = softcapped(kernel, score, shape.softcap)
+            score = builder.select(visible, score, lowest)
             kernel.store(score, kernel.at(place, builder.mul(row, score_row)), 4)
 
     def _soften(self, scores: Value, score_row: Value) -> Value:

@@ -36,6 +36,15 @@ def exp(kernel: Kernel, x: Value) -> Value:
     return builder.fmul(total, builder.bitcast(exponent, x.type))
 
 
+def softcapped(kernel: Kernel, x: Value, cap: float) -> Value:
+    """cap · tanh(x / cap) of a float32 vector, as cap − 2 · cap / (1 + e^(2x / cap)); −∞ stays."""
+    builder, lanes = kernel.builder, x.type.count
+    doubled = exp(kernel, builder.fmul(x, filled(F32, lanes, 2.0 / cap)))
+    below = builder.fdiv(filled(F32, lanes, 2.0 * cap), builder.fadd(doubled, filled(F32, lanes, 1.0)))
+    capped = builder.fsub(filled(F32, lanes, cap), below)
+    return builder.select(builder.fcmp_ordered(">", x, filled(F32, lanes, float("-inf"))), capped, x)
+
+
 def _clamped(kernel: Kernel, x: Value) -> Value:
     builder, lanes = kernel.builder, x.type.count
     low, high = filled(F32, lanes, _LOWEST), filled(F32, lanes, _HIGHEST)

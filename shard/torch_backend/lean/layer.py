@@ -12,7 +12,6 @@ from shard.torch_backend.lean.ops import Gated, Norm, rms_norm, rms_norm_of_sum
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 
-
 _BLOCK_ROWS = 256
 
 

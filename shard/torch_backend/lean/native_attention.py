@@ -56,7 +56,7 @@ class NativePrefill:
 def native_attention(
     config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
 ) -> tuple[NativeDecode | None, NativePrefill | None]:
-    """None where the kernels have no such attention: capped scores, heads of an odd size."""
+    """None where the kernels have no such attention: heads of an odd size."""
     from shard.torch_backend.cpu.attend import AttendShape
     from shard.torch_backend.cpu.attend_chunk import is_supported
     from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
@@ -70,8 +70,9 @@ def native_attention(
         kv_dtype=DTYPE_NAMES[kv_dtype],
         scale=config.attention_scale,
         eps=None if qk_norm is None else config.norm_eps,
+        softcap=config.attention_softcap,
     )
-    if config.attention_softcap is not None or not shape.is_supported():
+    if not shape.is_supported():
         return None, None
     norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if qk_norm is not None:

@@ -56,10 +56,10 @@ def reference(
         q, k = (functional.rms_norm(x, (shape.head_dim,), w, shape.eps) for x, w in zip((q, k), norms, strict=True))
     q, k = turned(q, angles), turned(k, angles)
     keys[:, -1], values[:, -1] = k, v
-    attended = functional.scaled_dot_product_attention(
-        q[:, None], keys.float(), values.float(), scale=shape.scale, enable_gqa=True
-    )
-    return attended.reshape(-1)
+    scores = torch.einsum("hgd,hpd->hgp", q.view(kv_heads, -1, shape.head_dim), keys.float()) * shape.scale
+    if shape.softcap is not None:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    return torch.einsum("hgp,hpd->hgd", scores.softmax(-1), values.float()).reshape(-1)
 
 
 def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -83,8 +83,9 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 )
 def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: float | None, kv_dtype: DType) -> None:
     shape = AttendShape(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary, kv_dtype=kv_dtype, scale=0.11, eps=eps
-    )
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary, kv_dtype=kv_dtype, scale=0.11, eps=eps,
+        softcap=2.0 if heads == 4 else None,
+    )  # fmt: skip
     norms = None if eps is None else (normal(head_dim, seed=5), normal(head_dim, seed=6))
     attention = DecodeAttention(shape, *(norms or (None, None)))
     counts = (1, 15, 16, 17, 250)
@@ -117,8 +118,9 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: f
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 256), (10, 2, 32)])
 def test_chunk_attention(heads: int, kv_heads: int, head_dim: int, window: int | None, kv_dtype: DType) -> None:
     shape = AttendShape(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kv_dtype=kv_dtype, scale=0.11, eps=None
-    )
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kv_dtype=kv_dtype, scale=0.11, eps=None,
+        softcap=1.5 if heads == 10 else None,
+    )  # fmt: skip
     attention = ChunkAttention(shape)
     tolerance = 2e-5  # The keys and values are what they are: only the arithmetic differs.
     for start, tokens in ((0, 1), (0, 37), (3, 13), (50, 64), (17, 100)):
@@ -132,9 +134,12 @@ def test_chunk_attention(heads: int, kv_heads: int, head_dim: int, window: int |
         mask = positions <= own
         if window is not None:
             mask &= positions > own - window
-        wanted = functional.scaled_dot_product_attention(
-            queries.transpose(0, 1), held[0].float(), held[1].float(), attn_mask=mask, scale=0.11, enable_gqa=True
-        )
+        grouped = queries.transpose(0, 1).reshape(kv_heads, -1, tokens, head_dim)
+        scores = torch.einsum("hgtd,hpd->hgtp", grouped, held[0].float()) * 0.11
+        if shape.softcap is not None:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        wanted = torch.einsum("hgtp,hpd->hgtd", weights, held[1].float()).reshape(heads, tokens, head_dim)
         got = attention(queries, held[0], held[1], start, window, 1)
         torch.testing.assert_close(
             got.view(tokens, heads, head_dim), wanted.transpose(0, 1), rtol=tolerance, atol=tolerance
