@@ -16,8 +16,8 @@ from dataclasses import asdict
 from devices.measure import Bench, Measured, measure
 from transport.errors import PotluckError
 from transport.lifeline import EXIT_ORPHANED
+from transport.threads import thread_environment
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READY = "ready"
 _STDIN = 0
 
@@ -26,8 +26,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     # From the very start: to import a library takes seconds, and a parent that crashes meanwhile can't end us.
     go = _go_of_parent() if arguments.wait else None
-    for variable in _THREAD_VARIABLES:
-        os.environ[variable] = str(arguments.threads)
+    os.environ.update(thread_environment(arguments.threads, os.environ))
     try:
         bench = _bench(arguments.backend, arguments.device, arguments.threads)
         if go is not None:

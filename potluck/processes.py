@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transport.threads import thread_environment
+
 _TERMINATE_S = 1.5
 _KILL_S = 1.0
 
@@ -25,13 +27,9 @@ class Child:
     ) -> None:
         """`inherit` are descriptors that the child gets under the same numbers."""
         self.log = log
-        count = str(threads)
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            "OPENBLAS_NUM_THREADS": count,
-            "VECLIB_MAXIMUM_THREADS": count,
+            **thread_environment(threads, os.environ),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }

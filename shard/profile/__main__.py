@@ -20,15 +20,14 @@ import msgspec
 from shard.profile.settings import BUDGET_S
 from transport.errors import PotluckError, StageFailed
 from transport.messages import WeightsForm
+from transport.threads import thread_environment
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _EXIT_ORPHANED = 75
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    for variable in _THREAD_VARIABLES:  # Before a library that reads them is loaded.
-        os.environ[variable] = str(options.threads)
+    os.environ.update(thread_environment(options.threads, os.environ))
     commands: queue.SimpleQueue[str] = queue.SimpleQueue()
     if options.serve:
         threading.Thread(target=_read_commands, args=(commands,), name="commands", daemon=True).start()
