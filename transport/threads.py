@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _SPINS = "1000"
-"""How often a thread of GNU's OpenMP looks whether the others are done before it sleeps. A token of SmolLM2 on two cores
-took 6 ms by its own default and 7 ms so; while other programs wanted these cores, 260 ms and 15 to 30 ms."""
+"""How often a thread of GNU's OpenMP looks whether the others are done before it sleeps. A token of SmolLM2 on two
+cores took 6 ms by its own default and 7 ms so; while other programs wanted these cores, 260 ms and 15 to 30 ms."""
 
 
 def thread_environment(threads: int, environment: Mapping[str, str]) -> dict[str, str]:
