@@ -119,7 +119,8 @@ def _write_quantize(module: ir.Module, name: str, precision: Precision) -> Value
         before = builder.mul(row, fields["blocks"])
         with kernel.loop(i64(0), fields["blocks"]) as block:
             x = kernel.load(kernel.at(x_row, builder.mul(block, i64(4 * BLOCK))), floats, 4)
-            largest = kernel.call(f"llvm.vector.reduce.fmax.v{BLOCK}f32", F32, [kernel.unary("fabs", x)])
+            # Of a NaN this makes NaN, and so of the whole row: what is wrong shows.
+            largest = kernel.call(f"llvm.vector.reduce.fmaximum.v{BLOCK}f32", F32, [kernel.unary("fabs", x)])
             scale = builder.fmul(largest, f32(1 / _LARGEST[precision]))
             # A block of zeros, or of numbers too small to divide by, is zeros.
             some = builder.fcmp_ordered(">", largest, f32(1e-30))

@@ -139,6 +139,17 @@ def test_zeros_and_large_numbers() -> None:
     assert error(made(x, 1), x, rows.dequantized()) < FULL_TOLERANCE
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_so_in_its_row_only(bad: float) -> None:
+    made = linear(random_rows(16, 64, bits=4, group=32, seed=8), prefill=8)
+    x = inputs(3, 64)
+    x[1, 40] = bad
+    for num_decode in (0, 3):
+        y = made(x, num_decode)
+        assert y[1].isnan().all()
+        assert y[0].isfinite().all() and y[2].isfinite().all()
+
+
 def test_a_scale_that_float16_can_not_hold_is_refused() -> None:
     rows = random_rows(16, 64, bits=4, group=32, seed=9)
     for bad in (1e6, np.inf, np.nan):
