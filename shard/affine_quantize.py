@@ -12,6 +12,8 @@ from shard.affine import AffineRows
 
 # Beyond 4 bits the first rounding is so fine that fitting changes the error by less than a hundredth.
 _ROUNDS = {2: 4, 3: 3, 4: 2}
+_CACHED_WEIGHTS = 1 << 16
+"""Quantized at once: what passes over them several times stays in the cache."""
 
 
 def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
@@ -21,23 +23,34 @@ def quantize_rows(values: np.ndarray, bits: int, group: int) -> AffineRows:
     and bias of their group.
     """
     num_rows, columns = values.shape
-    w = values.reshape(-1, group)
+    groups = values.reshape(-1, group)
+    q = np.empty(groups.shape, np.uint8)
+    scales, biases = np.empty((len(groups), 1), np.float32), np.empty((len(groups), 1), np.float32)
+    step = _CACHED_WEIGHTS // group
+    for first in range(0, len(groups), step):
+        span = slice(first, first + step)
+        q[span], scales[span], biases[span] = _quantized(groups[span], bits)
+    return AffineRows(
+        q=q.reshape(num_rows, columns), scales=scales.reshape(num_rows, -1), biases=biases.reshape(num_rows, -1)
+    )
+
+
+def _quantized(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 [groups, group] → q uint8 of that shape, scales and biases [groups, 1]."""
     with np.errstate(over="ignore", invalid="ignore"):
-        low = w.min(axis=1, keepdims=True)
+        # Down contiguous columns, which is three times as fast as along rows.
+        across = np.ascontiguousarray(w.T)
+        low, high = np.minimum.reduce(across)[:, None], np.maximum.reduce(across)[:, None]
         # From here on as differences from the lowest number of the group: nothing cancels in sums of them.
         w = w - low
-        scale = w.max(axis=1, keepdims=True) / np.float32(2**bits - 1)
+        scale = (high - low) / np.float32(2**bits - 1)
         scale[scale == 0] = 1  # A constant group: q is 0, the bias its number.
         bias = np.zeros_like(scale)
         q = _nearest(w, scale, bias, bits)
         for _ in range(_ROUNDS.get(bits, 0)):
             scale, bias = _least_squares(w, q, scale, bias)
             q = _nearest(w, scale, bias, bits)
-        bias += low
-        q = q.astype(np.uint8)
-    return AffineRows(
-        q=q.reshape(num_rows, columns), scales=scale.reshape(num_rows, -1), biases=bias.reshape(num_rows, -1)
-    )
+        return q.astype(np.uint8), scale, bias + low
 
 
 def _nearest(w: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
