@@ -31,7 +31,7 @@ def write_quantized(shape: LlamaShape, folder: Path, *, bits: int = 4, group: in
     weight_map = {}
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(folder / name, tensors, bits, generator)
+        _write_file(folder / name, tensors, bits, group, generator)
         weight_map.update({stored[0]: name for stored in tensors})
     total = sum(_num_bytes(stored) for tensors in files for stored in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -78,7 +78,7 @@ def _split(tensors: Iterator[Stored]) -> list[list[Stored]]:
     return files
 
 
-def _write_file(path: Path, tensors: list[Stored], bits: int, generator: np.random.Generator) -> None:
+def _write_file(path: Path, tensors: list[Stored], bits: int, group: int, generator: np.random.Generator) -> None:
     header: dict[str, object] = {}
     offset = 0
     for stored in tensors:
@@ -88,16 +88,14 @@ def _write_file(path: Path, tensors: list[Stored], bits: int, generator: np.rand
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    columns = 0
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, kind, dims in tensors:
             if kind == "U32":
-                columns = dims[1] * 32 // bits  # Scales and biases follow their weight.
                 _write_random(file.write, _num_bytes((name, kind, dims)), generator)
             else:
-                file.write(_factors(name, dims, columns, bits).tobytes())
+                file.write(_factors(name, dims, bits, group).tobytes())
 
 
 def _write_random(write: Callable[[bytes], int], size: int, generator: np.random.Generator) -> None:
@@ -105,11 +103,11 @@ def _write_random(write: Callable[[bytes], int], size: int, generator: np.random
         write(generator.bytes(min(_BLOCK_BYTES, size - done)))
 
 
-def _factors(name: str, dims: tuple[int, ...], columns: int, bits: int) -> np.ndarray:
+def _factors(name: str, dims: tuple[int, ...], bits: int, group: int) -> np.ndarray:
     """bfloat16 bits: the upper half of a float32. Scales vary by group, so that none is like the next."""
     if name.endswith("norm.weight"):
         return np.full(dims, 0x3F80, np.uint16)
-    width = (12.0 / columns) ** 0.5 / 2**bits
+    width = (12.0 / (dims[1] * group)) ** 0.5 / 2**bits
     wave = 1.0 + 0.25 * np.sin(np.arange(np.prod(dims), dtype=np.float32)).reshape(dims)
     scales = (np.float32(width) * wave).astype(np.float32)
     if name.endswith(".biases"):
