@@ -40,7 +40,9 @@ def details_of(model: StoredModel, formats: tuple[FormatRow, ...] | None) -> dic
     """`formats` None: the files can't be read."""
     spec, facts = model.spec, facts_of(model)
     context = min(DEFAULT_CONTEXT_TOKENS, spec.context_tokens)
-    parts = spec.part_bytes("torch", SHOWN_DTYPE, weights_on("torch", config_of(model), "stored"))
+    parts = spec.part_bytes(
+        "torch", SHOWN_DTYPE, weights_on("torch", config_of(model), "stored", stacked_experts=spec.stacked_experts)
+    )
     stored = _weights_bytes(model, "stored")
     return summary_of(model) | {
         "hidden_size": spec.hidden_size,
@@ -75,7 +77,11 @@ def _weights_bytes(model: StoredModel, weights: WeightsForm) -> dict[str, int]:
     spec, config = model.spec, config_of(model)
     return {
         backend: spec.stage_weights_bytes(
-            0, spec.num_layers, SHOWN_DTYPE, backend=backend, weights=weights_on(backend, config, weights)
+            0,
+            spec.num_layers,
+            SHOWN_DTYPE,
+            backend=backend,
+            weights=weights_on(backend, config, weights, stacked_experts=spec.stacked_experts),
         )
         for backend in get_args(Backend)
     }

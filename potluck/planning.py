@@ -132,7 +132,9 @@ def profile_of(model: StoredModel, weights: WeightsForm = "stored") -> ModelProf
 def _sizes(
     model: StoredModel, config: dict[str, Any], weights: WeightsForm, backend: Backend, dtype: DType
 ) -> PartBytes:
-    taken = model.spec.part_bytes(backend, dtype, weights_on(backend, config, weights))
+    taken = model.spec.part_bytes(
+        backend, dtype, weights_on(backend, config, weights, stacked_experts=model.spec.stacked_experts)
+    )
     return PartBytes(weights=weights, backend=backend, dtype=dtype, **asdict(taken))
 
 

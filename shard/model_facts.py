@@ -13,6 +13,7 @@ from typing import Any
 from shard.checkpoint import TensorInfo
 from shard.spec import ModelSpec
 from shard.stored_bytes import weight_block
+from shard.torch_backend.lean.support import has_stacked_experts
 from shard.weight_blocks import ModelWeights, WeightBlock, merged
 from shard.window_facts import layer_windows
 from transport.errors import BadCheckpoint, UnsupportedModel
@@ -92,6 +93,7 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
             norm=(weight_block(norm),),
             head=(weight_block(head),),
         ),
+        stacked_experts=has_stacked_experts(tensors),
     )
 
 

@@ -7,8 +7,9 @@ Both hold a matrix transposed, [inputs, outputs], in int32 words: AWQ packs eigh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ _PARTS = (_PACKED, ".qzeros", ".scales", ".g_idx")
 # Nibble i of an AWQ word is of output _AWQ_ORDER[i].
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _WORD_FORMATS = ("I32", "U32")
+# Families whose queries, keys and values have biases without config.json saying so.
+_BIASED_ATTENTION = ("qwen2",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +118,11 @@ class PackedTensor:
         return _Held(name=self.info.name, words=words, scales=scales, zeros=held_zeros)
 
 
-def packed_tensors(files: SafetensorsFiles, quantization: PackedQuantization) -> dict[str, LogicalTensor]:
-    """Logical tensors by name. Raises BadCheckpoint where parts of a tensor lack or do not fit, UnsupportedModel for
-    act-order."""
+def packed_tensors(
+    files: SafetensorsFiles, quantization: PackedQuantization, config: Mapping[str, Any]
+) -> dict[str, LogicalTensor]:
+    """Logical tensors by name. `config` says which projections have biases. Raises BadCheckpoint where parts of a
+    tensor lack or do not fit, UnsupportedModel for act-order."""
     found: dict[str, LogicalTensor] = {}
     last_read = _LastRead()
     for stored in files.placed.values():
@@ -134,7 +139,7 @@ def packed_tensors(files: SafetensorsFiles, quantization: PackedQuantization) ->
                     hint="a file is missing; pull the model again",
                 )
             continue
-        elif _is_filler(files, stored):
+        elif _is_filler(files, stored, config):
             continue
         else:
             tensor = DenseTensor.whole(stored)
@@ -144,10 +149,15 @@ def packed_tensors(files: SafetensorsFiles, quantization: PackedQuantization) ->
     return found
 
 
-def _is_filler(files: SafetensorsFiles, stored: PlacedTensor) -> bool:
+def _is_filler(files: SafetensorsFiles, stored: PlacedTensor, config: Mapping[str, Any]) -> bool:
     """Whether it is a bias of zeros, as AutoGPTQ wrote for layers without one, where the model has no place for it."""
     module = stored.name.removesuffix(".bias")
     if module == stored.name or module + _PACKED not in files.placed or len(stored.shape) != 1:
+        return False
+    in_attention = ".self_attn." in module
+    if config.get("attention_bias" if in_attention else "mlp_bias"):
+        return False
+    if in_attention and config.get("model_type") in _BIASED_ATTENTION and not module.endswith(".o_proj"):
         return False
     bias = np.empty(stored.shape, np.float32)
     files.read_floats(stored, 0, bias, "float32")

@@ -42,7 +42,7 @@ class SafetensorsCheckpoint:
         self._files = SafetensorsFiles(folder)
         try:
             self._logical: dict[str, LogicalTensor] = (
-                packed_tensors(self._files, quantization)
+                packed_tensors(self._files, quantization, config)
                 if isinstance(quantization, PackedQuantization)
                 else mlx_tensors(self._files, quantization)
             )
@@ -89,6 +89,7 @@ class SafetensorsCheckpoint:
 
     def close(self) -> None:
         self._files.close()
+        self._logical = {}  # What was read last goes with them.
 
     def _tensor(self, name: str) -> LogicalTensor:
         tensor = self._logical.get(name)

@@ -19,7 +19,8 @@ class ModelSpec:
     `windows[i]` is the sliding window of layer i in tokens, None for full attention.
     `head_params` is the output projection's, also when tied to the embedding (each end then holds a copy).
     `legal_cuts` are the layer indices where the model may be split: all of 1 … num_layers - 1 unless layers share
-    state. `weights` None: written before it was known, taken for dense.
+    state. `weights` None: written before it was known, taken for dense. `stacked_experts`: the files hold all experts
+    of a layer in one tensor.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class ModelSpec:
     stored_dtype: str
     file_bytes: int
     weights: ModelWeights | None = None
+    stacked_experts: bool = False
 
     @property
     def is_current(self) -> bool:

@@ -32,8 +32,11 @@ def loaded_bytes(info: TensorInfo, backend: Backend, dtype: DType, weights: Weig
     return weight_block(info).loaded_bytes(backend, dtype, weights)
 
 
-def weights_on(backend: Backend, config: Mapping[str, Any], weights: WeightsForm) -> WeightsForm:
-    """What a backend makes of the wish: torch's library path knows dense matrices only."""
-    if backend == "torch" and lean_reason(config) is not None:
+def weights_on(
+    backend: Backend, config: Mapping[str, Any], weights: WeightsForm, *, stacked_experts: bool
+) -> WeightsForm:
+    """What a backend makes of the wish: torch's library path knows dense matrices only. `stacked_experts`: see
+    ModelSpec."""
+    if backend == "torch" and lean_reason(config, stacked_experts=stacked_experts) is not None:
         return "dense"
     return weights

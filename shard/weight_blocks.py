@@ -12,7 +12,7 @@ from transport.messages import DTYPE_BYTES, DType, WeightsForm
 
 Backend = Literal["torch", "mlx"]
 
-WEIGHTS_VERSION = 1
+WEIGHTS_VERSION = 2
 """Of what readers make of a file. Raised when they learn a quantized form: specs that were kept are made anew then."""
 
 BITS_ANEW: dict[WeightsForm, int] = {"4-bit": 4, "8-bit": 8}

@@ -35,7 +35,7 @@ def facts_of(model: StoredModel) -> ModelFacts:
         has_tokenizer=any((model.path / name).is_file() for name in _TOKENIZER_FILES),
         has_chat_template=_has_chat_template(model.path),
         backends=tuple(backend for backend, known in backends if architecture in known),
-        library_reason=lean_reason(config_of(model)),
+        library_reason=lean_reason(config_of(model), stacked_experts=model.spec.stacked_experts),
     )
 
 

@@ -45,7 +45,7 @@ def format_rows(model: StoredModel, dtype: DType) -> tuple[FormatRow, ...] | Non
 
 
 def rows_of(checkpoint: Checkpoint, dtype: DType) -> tuple[FormatRow, ...]:
-    on_torch = weights_on("torch", checkpoint.config, "stored")
+    on_torch = weights_on("torch", checkpoint.config, "stored", stacked_experts=checkpoint.spec.stacked_experts)
     groups: dict[tuple[str, Kept, int | None], list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
         kept: Kept = "dense" if info.affine is None else "exactly" if info.affine.exact else "anew"

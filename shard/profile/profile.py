@@ -30,7 +30,12 @@ class Profiler:
         self._settings = settings
         self._tell = tell
         self._clock = Clock(settings.budget_s)
-        weights = weights_on(settings.backend, checkpoint.config, settings.weights)
+        weights = weights_on(
+            settings.backend,
+            checkpoint.config,
+            settings.weights,
+            stacked_experts=checkpoint.spec.stacked_experts,
+        )
         self._kinds = layer_kinds(checkpoint, weights)
         self._sizes = checkpoint.spec.part_bytes(settings.backend, settings.dtype, weights)
         self._run: TimedStage | None = None

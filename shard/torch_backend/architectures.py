@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from shard.stage import ShardSpec
@@ -46,9 +47,20 @@ def library_config(config: dict[str, Any]) -> Any:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"the checkpoint is quantized with {method}", hint="choose a bf16 or GGUF version of it")
     try:
-        return CONFIG_MAPPING[architecture].from_dict(config)
+        return CONFIG_MAPPING[architecture].from_dict(_with_today_s_rope(config))
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"config.json of this {architecture} model is not valid: {error}") from error
+
+
+def _with_today_s_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy (transformers changes what it is given), with the first Phi-3's name for longrope replaced."""
+    config = copy.deepcopy(config)
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and "su" in (scaling.get("type"), scaling.get("rope_type")):
+        scaling["type"] = scaling["rope_type"] = "longrope"
+        if "original_max_position_embeddings" in config:
+            scaling.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+    return config
 
 
 def slice_config(full: Any, spec: ShardSpec) -> Any:

@@ -13,7 +13,7 @@ from shard.stage import ShardSpec
 from shard.torch_backend.dtypes import NUMPY_DTYPES, to_numpy, to_torch
 from shard.torch_backend.lean.build import build_lean
 from shard.torch_backend.lean.shard import LeanShard
-from shard.torch_backend.lean.support import lean_reason, stacked_reason
+from shard.torch_backend.lean.support import has_stacked_experts, lean_reason
 from shard.torch_backend.memory import loading_memory
 from shard.torch_backend.shard import TorchShard
 from shard.torch_backend.skeleton import build_skeleton
@@ -33,7 +33,7 @@ def build(
     ConfigError.
     """
     device = _device(spec.device)
-    reason = lean_reason(checkpoint.config) or stacked_reason(checkpoint.tensors)
+    reason = lean_reason(checkpoint.config, stacked_experts=has_stacked_experts(checkpoint.tensors))
     if path == "lean" and reason is not None:
         raise UnsupportedModel(reason, hint="the library path may run it")
     if path == "lean" or (path == "auto" and reason is None):

@@ -2,7 +2,9 @@
 
 Four bits go through torch's own int4 kernel where the device has it and the shape allows; it computes
 (q − 8) · scale + zero in bfloat16. All else is kept as bytes or half-bytes and dequantized into a temporary, a slice of
-rows at a time, for a dense product: exact, and slower for single tokens.
+rows at a time, for a dense product: scales and weights are rounded to the compute dtype, and single tokens are slower.
+
+No kernel here knows decode from prefill, and none has run on CUDA or Metal yet: there was no device to prove it on.
 """
 
 from __future__ import annotations
@@ -83,9 +85,10 @@ def load_device_linear(
     device: torch.device,
     read: Callable[[int], None] = lambda num_bytes: None,
     *,
-    is_embedding: bool = False,
+    by_rows: bool = False,
 ) -> Linear:
-    """The affine tensor `name` [out, columns] on `device`, packed a piece at a time. Raises BadCheckpoint."""
+    """The affine tensor `name` [out, columns] on `device`, packed a piece at a time; if `by_rows`, in a form whose rows
+    can be read, as an embedding's are. Raises BadCheckpoint."""
     info = checkpoint.tensors[name]
     form = info.affine
     assert form is not None, name
@@ -95,7 +98,7 @@ def load_device_linear(
     q = torch.empty((out, columns * bits // 8), dtype=torch.uint8, device=device)
     scales = torch.empty((out, columns // form.group), dtype=factor_dtype, device=device)
     biases = torch.empty_like(scales)
-    use_int4 = not is_embedding and bits == 4 and dtype == "bfloat16" and _has_int4(device, out, columns, form)
+    use_int4 = not by_rows and bits == 4 and dtype == "bfloat16" and _has_int4(device, out, columns, form)
     step = max(1, _PIECE_WEIGHTS // columns)
     for first in range(0, out, step):
         count = min(step, out - first)

@@ -65,9 +65,12 @@ def load_linear(
     dtype: DType,
     device: torch.device,
     read: Read = lambda num_bytes: None,
+    *,
+    by_rows: bool = False,
 ) -> Linear:
     """The tensors `names` [rows_i, columns], their rows one after another, on `device`: quantized where they are in the
-    file, dense in `dtype` otherwise. Raises BadCheckpoint, UnsupportedModel."""
+    file, dense in `dtype` otherwise. `by_rows`: `Linear.rows` will be called. Raises BadCheckpoint,
+    UnsupportedModel."""
     runs: list[list[str]] = []
     for name in names:
         if runs and _is_affine(checkpoint, name) == _is_affine(checkpoint, runs[-1][-1]):
@@ -75,7 +78,7 @@ def load_linear(
         else:
             runs.append([name])
     parts = [
-        _load_affine(checkpoint, run, dtype, device, read)
+        _load_affine(checkpoint, run, dtype, device, read, by_rows)
         if _is_affine(checkpoint, run[0])
         else _load_dense(checkpoint, run, dtype, device, read)
         for run in runs
@@ -88,7 +91,7 @@ def _is_affine(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _load_affine(
-    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read, by_rows: bool
 ) -> Linear:
     # Each kind of device has kernels of its own, and what they need is imported only where they run.
     if device.type == "cpu":
@@ -98,7 +101,7 @@ def _load_affine(
         return load_affine_linear(checkpoint, names, prefill=16 if dtype == "float32" else 8, read=read)
     from shard.torch_backend.device_linear import load_device_linear
 
-    parts = [load_device_linear(checkpoint, name, dtype, device, read) for name in names]
+    parts = [load_device_linear(checkpoint, name, dtype, device, read, by_rows=by_rows) for name in names]
     return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 

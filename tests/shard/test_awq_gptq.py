@@ -157,6 +157,25 @@ def test_biases_of_zeros_that_fill_a_layer_without_one_are_hidden(tmp_path: Path
     np.testing.assert_array_equal(out, bias)
 
 
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        ("model.layers.0.self_attn.q_proj", {"model_type": "qwen2"}),
+        ("model.layers.0.self_attn.o_proj", {"attention_bias": True}),
+        ("model.layers.0.mlp.down_proj", {"mlp_bias": True}),
+    ],
+)
+def test_biases_that_the_model_has_are_shown_even_if_they_are_zeros(
+    tmp_path: Path, module: str, config: dict[str, Any]
+) -> None:
+    parts = gptq(*draw(4, 128), 4) | {"bias": np.zeros(OUTPUTS, np.float16)}
+    folder = write(tmp_path, parts, GPTQ, module)
+    whole = json.loads((folder / "config.json").read_text())
+    assert f"{module}.bias" not in SafetensorsCheckpoint(folder).tensors
+    (folder / "config.json").write_text(json.dumps(whole | config))
+    assert f"{module}.bias" in SafetensorsCheckpoint(folder).tensors
+
+
 def test_act_order_is_refused_by_name_unless_it_changes_nothing(tmp_path: Path) -> None:
     numbers = draw(4, 128)
     parts = gptq(*numbers, 4)

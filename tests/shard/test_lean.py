@@ -240,13 +240,14 @@ def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
     assert relative_error(feed(shard, ids, 0, len(ids)), reference_logits(tiny_model("mistral", 1), ids)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", LEAN_FAMILIES)
 def test_a_sequence_does_not_depend_on_who_is_in_the_batch(family: str, tmp_path: Path) -> None:
     """To the bit where matrices are quantized; dense fp32 ones are torch's, which rounds by the number of rows."""
     model = tiny_model(family, 1)
     prompts = random_prompts(8, [30, 19, 25])
     for checkpoint, tolerance in (
-        (quantized_checkpoint(model, tmp_path), 0.0),
+        # A matrix with columns that no group divides stays dense, and qwen3_moe's experts have such.
+        (quantized_checkpoint(model, tmp_path), 1e-4 if family == "qwen3_moe" else 0.0),
         (memory_checkpoint(model, tmp_path), 3e-6),
     ):
         alone, together = whole(checkpoint), whole(checkpoint)

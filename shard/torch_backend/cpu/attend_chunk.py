@@ -216,7 +216,7 @@ class _Task:
             place = kernel.at(scores, at)
             score = kernel.load(place, _FLOATS, 4)
             weight = builder.select(
-                builder.fcmp_ordered(">", score, lowest),
+                builder.fcmp_unordered(">", score, lowest),
                 exp(kernel, builder.fsub(score, maxima)),
                 ir.Constant(_FLOATS, None),
             )

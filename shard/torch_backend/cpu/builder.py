@@ -108,8 +108,8 @@ class Kernel:
         return self.builder.call(function, arguments)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a · b + c, rounded once."""
-        return self.call(f"llvm.fma.{_suffix(a.type)}", a.type, [a, b, c])
+        """a · b + c, rounded once where the processor can do that at once."""
+        return self.call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, [a, b, c])
 
     def unary(self, name: str, value: Value) -> Value:
         """llvm.`name` (fabs, rint, sqrt) of each element."""

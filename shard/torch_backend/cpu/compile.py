@@ -12,7 +12,7 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from shard.torch_backend.cpu.dot import InstructionSet, instruction_sets
+from shard.torch_backend.cpu.dot import InstructionSet, has_halves, instruction_sets
 
 _TEAM_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -58,8 +58,21 @@ class Compiled:
 
 def host_instruction_sets() -> list[InstructionSet]:
     """What this machine's processor can run, the fastest first."""
-    architecture = llvm.get_process_triple().partition("-")[0]
-    return instruction_sets(architecture, llvm.get_host_cpu_features())
+    return instruction_sets(*_host())
+
+
+def host_has_halves() -> bool:
+    """Whether this machine's processor converts float16."""
+    return has_halves(*_host())
+
+
+def _host() -> tuple[str, dict[str, bool]]:
+    """Its architecture and features, as LLVM names them."""
+    triple = llvm.get_process_triple()
+    features = dict(llvm.get_host_cpu_features())
+    if triple.startswith("arm64-apple"):
+        features["dotprod"] = True  # Every one has it, and LLVM does not always say so.
+    return triple.partition("-")[0], features
 
 
 def optimized(module: ir.Module, machine: Any) -> Any:
@@ -103,8 +116,9 @@ _NEVER = ctypes.CFUNCTYPE(None)(lambda: None)
 
 
 def _openmp() -> ctypes.CDLL | None:
-    folder = Path(torch.__file__).parent / "lib"
-    for pattern in ("libgomp*", "libomp*"):
-        for path in sorted(folder.glob(pattern)):
-            return ctypes.CDLL(str(path))
+    package = Path(torch.__file__).parent
+    for folder in (package / "lib", package.parent / "torch.libs"):
+        for pattern in ("libgomp*", "libomp*"):
+            for path in sorted(folder.glob(pattern)):
+                return ctypes.CDLL(str(path))
     return None

@@ -18,12 +18,14 @@ Dot = Callable[[Kernel, int, Value, Value, Value], Value]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionSet:
-    """`signed`: weights of 8 bits are handed to `dot` less 128, because its bytes are signed."""
+    """`signed`: weights of 8 bits are handed to `dot` less 128, because its bytes are signed. `halves`: the processor
+    converts float16; where it does not, LLVM would call a function that is not there."""
 
     name: str
     lanes: int
     dot: Dot
     signed: bool = False
+    halves: bool = True
 
 
 def instruction_sets(architecture: str, features: Mapping[str, bool]) -> list[InstructionSet]:
@@ -39,7 +41,12 @@ def instruction_sets(architecture: str, features: Mapping[str, bool]) -> list[In
             found.append(InstructionSet(name="AVX2", lanes=8, dot=_avx2))
     if architecture in ("aarch64", "arm64") and features.get("dotprod"):
         found.append(InstructionSet(name="SDOT", lanes=4, dot=_sdot, signed=True))
-    return [*found, InstructionSet(name="generic", lanes=4, dot=_plain)]
+    return [*found, InstructionSet(name="generic", lanes=4, dot=_plain, halves=has_halves(architecture, features))]
+
+
+def has_halves(architecture: str, features: Mapping[str, bool]) -> bool:
+    """Whether the processor converts float16 (F16C; every 64-bit Arm)."""
+    return architecture in ("aarch64", "arm64") or bool(features.get("f16c"))
 
 
 def _vnni(kernel: Kernel, lanes: int, sums: Value, weights: Value, activations: Value) -> Value:

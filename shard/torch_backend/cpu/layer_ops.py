@@ -93,7 +93,7 @@ class Gate:
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 · width] float32 → [rows, width]."""
         rows, both = gate_up.shape
-        y = torch.empty((rows, both // 2))
+        y = torch.empty((rows, both // 2), dtype=torch.float32)
         fields = self._fields
         fields[0] = gate_up.data_ptr()
         fields[1] = y.data_ptr()
@@ -136,7 +136,7 @@ class DecodeAttention:
         task_bytes = scratch_bytes(shape, longest)
         tasks = rows * shape.kv_heads
         fields[2] = _SCRATCH.reserve(task_bytes * threads)
-        out = torch.empty((rows, shape.heads * shape.head_dim))
+        out = torch.empty((rows, shape.heads * shape.head_dim), dtype=torch.float32)
         fields[0] = qkv.data_ptr()
         fields[1] = out.data_ptr()
         fields[3] = table_address
@@ -175,7 +175,7 @@ class ChunkAttention:
         tokens = queries.shape[0]
         task_bytes = chunk_scratch_bytes(shape, keys.shape[1])
         tasks = -(-tokens // block_tokens(shape)) * shape.kv_heads
-        out = torch.empty((tokens, shape.heads * shape.head_dim))
+        out = torch.empty((tokens, shape.heads * shape.head_dim), dtype=torch.float32)
         fields[0] = queries.data_ptr()
         fields[1] = out.data_ptr()
         fields[2] = keys.data_ptr()

@@ -14,7 +14,8 @@ from shard.torch_backend.cpu.matmul import BLOCK, FACTOR_BYTES, FIELDS, Precisio
 from shard.torch_backend.cpu.matrix_kernels import matrix_kernels
 from shard.torch_backend.cpu.packing import (
     Layout,
-    best_offset,
+    Numbers,
+    best_numbers,
     pack_rows,
     stored_bits,
     unpack_rows,
@@ -36,11 +37,11 @@ _INDEX = {name: position for position, name in enumerate(FIELDS)}
 
 
 class PackedMatrix:
-    """One matrix in the kernel's order. `offset`: see `packing`."""
+    """One matrix in the kernel's order. `kept`: see `packing`."""
 
-    def __init__(self, layout: Layout, offset: int, packed: np.ndarray) -> None:
+    def __init__(self, layout: Layout, kept: Numbers, packed: np.ndarray) -> None:
         self.layout = layout
-        self.offset = offset
+        self.kept = kept
         self.packed = packed
         kernels = matrix_kernels()
         target = kernels.target
@@ -56,7 +57,8 @@ class PackedMatrix:
             ("tiles", layout.num_tiles),
             ("rows_at_once", max(_ROWS_STEP, at_once)),
             ("group_blocks", layout.group // BLOCK),
-            ("offset", offset - shift),
+            ("offset", kept.offset - shift),
+            ("exponent", kept.exponent),
         ):
             self._fields[_INDEX[name]] = value
 
@@ -101,7 +103,7 @@ class CpuAffineLinear:
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         """x [rows, columns] float32 → [rows, out] float32 (a view: its rows may be padded)."""
         rows = x.shape[0]
-        y = torch.empty((rows, self._width))
+        y = torch.empty((rows, self._width), dtype=torch.float32)
         if num_decode:
             self._multiply(x[:num_decode] if num_decode < rows else x, y, 0, 16)
         if num_decode < rows:
@@ -111,12 +113,14 @@ class CpuAffineLinear:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W, float32 [len(ids), columns]: an embedding that shares its matrix with the head."""
         indices = ids.numpy()
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.out:
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a matrix with {self.out}")
         gathered = np.empty((len(indices), self.columns), np.float32)
         for part, place in zip(self._parts, self._places, strict=True):
             mine = (indices >= place) & (indices < place + part.layout.rows)
             if mine.any():
                 gathered[mine] = unpack_rows(
-                    part.packed, part.layout, part.offset, indices[mine] - place, signed=part.signed
+                    part.packed, part.layout, part.kept, indices[mine] - place, signed=part.signed
                 )
         return torch.from_numpy(gathered)
 
@@ -138,33 +142,37 @@ def load_affine_linear(
 ) -> CpuAffineLinear:
     """The affine tensors `names` [rows_i, columns], one after another, read in pieces by torch's number of threads and
     packed as they come. `read` is called with bytes of the file read since. Raises BadCheckpoint."""
-    parts = [_load_matrix(checkpoint, run, offset, read) for run, offset in _runs(checkpoint, names)]
+    parts = [_load_matrix(checkpoint, run, kept, read) for run, kept in _runs(checkpoint, names)]
     return CpuAffineLinear(parts, prefill)
 
 
-def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[str], int]]:
-    """Names that can be one matrix: same bits, group and offset, whole tiles but for the last."""
+def _runs(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[list[str], Numbers]]:
+    """Names that can be one matrix: same bits, group and offset, whole tiles but for the last. Its exponent suits the
+    one with the largest numbers."""
     lanes = matrix_kernels().target.lanes
-    run: list[str] = []
+    run: list[tuple[str, Numbers]] = []
     key: tuple[int, int, int] | None = None
     for name in names:
         info = checkpoint.tensors[name]
         assert info.affine is not None, name
         bits = stored_bits(info.affine)
-        sample = checkpoint.read_affine(name, 0, min(_SAMPLE_ROWS, info.shape[0]))
-        offset = best_offset(sample, bits)
-        if run and ((bits, info.affine.group, offset) != key or checkpoint.tensors[run[-1]].shape[0] % lanes):
-            assert key is not None
-            yield run, key[2]
+        kept = best_numbers(checkpoint.read_affine(name, 0, min(_SAMPLE_ROWS, info.shape[0])), bits)
+        mine = (bits, info.affine.group, kept.offset)
+        if run and (mine != key or checkpoint.tensors[run[-1][0]].shape[0] % lanes):
+            yield _together(run)
             run = []
-        key = (bits, info.affine.group, offset)
-        run.append(name)
-    assert key is not None
-    yield run, key[2]
+        key = mine
+        run.append((name, kept))
+    yield _together(run)
+
+
+def _together(run: Sequence[tuple[str, Numbers]]) -> tuple[list[str], Numbers]:
+    exponent = min(kept.exponent for _, kept in run)
+    return [name for name, _ in run], Numbers(offset=run[0][1].offset, exponent=exponent)
 
 
 def _load_matrix(
-    checkpoint: Checkpoint, names: Sequence[str], offset: int, read: Callable[[int], None]
+    checkpoint: Checkpoint, names: Sequence[str], kept: Numbers, read: Callable[[int], None]
 ) -> PackedMatrix:
     target = matrix_kernels().target
     infos = [checkpoint.tensors[name] for name in names]
@@ -191,7 +199,7 @@ def _load_matrix(
     def load(piece: tuple[str, int, int, np.ndarray]) -> int:
         name, first, count, out = piece
         rows = checkpoint.read_affine(name, first, count)
-        pack_rows(name, rows, layout, offset, out, signed=target.signed)
+        pack_rows(name, rows, layout, kept, out, signed=target.signed)
         info = checkpoint.tensors[name]
         return info.file_bytes * count // info.shape[0]
 
@@ -202,4 +210,4 @@ def _load_matrix(
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for num_bytes in pool.map(load, pieces):
                 read(num_bytes)
-    return PackedMatrix(layout, offset, packed)
+    return PackedMatrix(layout, kept, packed)

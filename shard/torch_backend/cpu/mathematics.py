@@ -22,7 +22,7 @@ _LOWEST, _HIGHEST = -87.0, 88.0
 
 
 def exp(kernel: Kernel, x: Value) -> Value:
-    """e^x of a float32 vector, to 3e-7 relative; e^-87 below that, e^88 above 88."""
+    """e^x of a float32 vector, to 3e-7 relative; e^-87 below that, e^88 above 88; NaN stays NaN."""
     builder, lanes = kernel.builder, x.type.count
     ints = vector(I32, lanes)
     x = _clamped(kernel, x)
@@ -48,8 +48,9 @@ def softcapped(kernel: Kernel, x: Value, cap: float) -> Value:
 def _clamped(kernel: Kernel, x: Value) -> Value:
     builder, lanes = kernel.builder, x.type.count
     low, high = filled(F32, lanes, _LOWEST), filled(F32, lanes, _HIGHEST)
-    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-    return builder.select(builder.fcmp_ordered("<", x, high), x, high)
+    # In this order, what is no number is neither below nor above, and stays.
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
 def float_bytes(dtype: DType) -> int:
@@ -65,6 +66,19 @@ def load_floats(kernel: Kernel, pointer: Value, dtype: DType, count: int) -> Val
     if dtype == "float16":
         return builder.fpext(kernel.load(pointer, vector(F16, count), 2), vector(F32, count))
     return kernel.load(pointer, vector(F32, count), 4)
+
+
+def halves_as_floats(kernel: Kernel, pointer: Value, count: int, *, native: bool) -> Value:
+    """`count` finite float16 numbers → float32 vector, by an instruction (`native`) or by integers: moved into place as
+    float32 they lack a factor of 2^112 in the exponent, subnormal ones too."""
+    builder = kernel.builder
+    if native:
+        return builder.fpext(kernel.load(pointer, vector(F16, count), 2), vector(F32, count))
+    bits = builder.zext(kernel.load(pointer, vector(I16, count), 2), vector(I32, count))
+    sign = builder.shl(builder.and_(bits, filled(I32, count, 0x8000)), filled(I32, count, 16))
+    magnitude = builder.shl(builder.and_(bits, filled(I32, count, 0x7FFF)), filled(I32, count, 13))
+    value = builder.fmul(builder.bitcast(magnitude, vector(F32, count)), filled(F32, count, 2.0**112))
+    return builder.bitcast(builder.or_(builder.bitcast(value, vector(I32, count)), sign), vector(F32, count))
 
 
 def store_floats(kernel: Kernel, values: Value, pointer: Value, dtype: DType) -> None:

@@ -19,7 +19,6 @@ from typing import Literal
 from llvmlite import ir
 
 from shard.torch_backend.cpu.builder import (
-    F16,
     F32,
     I8,
     I32,
@@ -34,6 +33,7 @@ from shard.torch_backend.cpu.builder import (
     vector,
 )
 from shard.torch_backend.cpu.dot import InstructionSet
+from shard.torch_backend.cpu.mathematics import halves_as_floats
 
 BLOCK = 32
 """Columns whose activations share a scale, and the unit in which weights are packed."""
@@ -49,7 +49,7 @@ FACTOR_BYTES = 12
 # What a call gets: an array of 64-bit numbers.
 FIELDS = (
     "weights", "x", "activations", "factors", "y",
-    "rows", "blocks", "tiles", "x_row_bytes", "y_row_bytes", "rows_at_once", "group_blocks", "offset",
+    "rows", "blocks", "tiles", "x_row_bytes", "y_row_bytes", "rows_at_once", "group_blocks", "offset", "exponent",
 )  # fmt: skip
 
 
@@ -114,6 +114,9 @@ def _write_quantize(module: ir.Module, name: str, precision: Precision) -> Value
     floats, ints = vector(F32, BLOCK), vector(I32, BLOCK)
     step = activation_bytes(precision)
     offset = builder.sitofp(fields["offset"], F32)
+    # 2^-exponent, from its bits: what scales and zeros were multiplied by is taken out of the activations' factors.
+    bits = builder.shl(builder.sub(i64(127), fields["exponent"]), i64(23))
+    shrunk = builder.bitcast(builder.trunc(bits, I32), F32)
     with kernel.loop(kernel["first"], kernel["last"]) as row:
         x_row = kernel.at(fields["x"], builder.mul(row, fields["x_row_bytes"]))
         before = builder.mul(row, fields["blocks"])
@@ -136,6 +139,7 @@ def _write_quantize(module: ir.Module, name: str, precision: Precision) -> Value
                 kernel.store(builder.trunc(low, vector(I8, BLOCK)), kernel.at(out, BLOCK))
             else:
                 kernel.store(builder.trunc(i, vector(I8, BLOCK)), out)
+            scale = builder.fmul(scale, shrunk)
             t = builder.fmul(scale, builder.sitofp(total, F32))
             factors = kernel.at(fields["factors"], builder.mul(at, i64(FACTOR_BYTES)))
             for position, factor in enumerate((scale, builder.fneg(builder.fmul(offset, t)), t)):
@@ -203,8 +207,10 @@ class _Tile:
         group_bytes = builder.add(i64(4 * lanes), builder.mul(group_blocks, i64(block_bytes)))
         with kernel.loop(i64(0), groups) as group:
             packed = kernel.at(weights, builder.mul(group, group_bytes))
-            scale = builder.fpext(kernel.load(packed, vector(F16, lanes), 2), floats)
-            zero = builder.fpext(kernel.load(kernel.at(packed, 2 * lanes), vector(F16, lanes), 2), floats)
+            scale, zero = (
+                halves_as_floats(kernel, kernel.at(packed, 2 * lanes * i), lanes, native=self._target.halves)
+                for i in range(2)
+            )
             first_block = builder.mul(group, group_blocks)
             with kernel.loop(i64(0), group_blocks) as block:
                 q = self._unpacked(kernel.at(packed, builder.add(i64(4 * lanes), builder.mul(block, i64(block_bytes)))))

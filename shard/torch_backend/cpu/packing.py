@@ -5,7 +5,8 @@ Tiles of as many rows as a vector has lanes. A tile is its groups one after anot
 of a block are the low halves of its bytes, columns 16 to 31 the high ones.
 
 zero = bias + offset · scale, with offset 0 or 2^(bits − 1), whichever rounds to float16 with less error: formats with a
-minimum (Q4_1) store the bias itself in 16 bits, symmetric ones (Q4_0, AWQ) have a zero of 0.
+minimum (Q4_1) store the bias itself in 16 bits, symmetric ones (Q4_0, AWQ) have a zero of 0. Both are kept times
+2^exponent, which brings a matrix of small weights out of the reach of float16's subnormals and rounds nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from shard.torch_backend.cpu.matmul import BLOCK, tile_bytes
 from transport.errors import BadCheckpoint
 
 _LARGEST_FLOAT16 = 65504.0
+_USUAL_LARGEST = 64.0
+"""What the largest scale or bias is brought to: a thousand times that is a float16, and a millionth no subnormal."""
+_LARGEST_EXPONENT = 100
 
 
 def stored_bits(form: AffineForm) -> int:
@@ -49,20 +53,35 @@ class Layout:
         return self.num_tiles * self.tile_bytes
 
 
-def best_offset(rows: AffineRows, bits: int) -> int:
-    """0 or 2^(bits − 1): which makes the zeros of these rows rounder."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """How the scales and zeros of a matrix are kept: see above."""
+
+    offset: int
+    exponent: int
+
+
+def best_numbers(rows: AffineRows, bits: int) -> Numbers:
+    """For a matrix of which these are some rows: the offset that makes their zeros rounder, and the exponent that
+    leaves room to both sides."""
     middle = 1 << (bits - 1)
+    largest = max(float(np.abs(numbers).max(initial=0.0)) for numbers in (rows.scales, rows.biases))
+    exponent = 0
+    if 0 < largest < _USUAL_LARGEST:
+        exponent = min(_LARGEST_EXPONENT, int(np.log2(_USUAL_LARGEST / largest)))
+    grown = np.float32(2.0**exponent)
+    scales, biases = rows.scales * grown, rows.biases * grown
 
     def error(zeros: np.ndarray) -> float:
         with np.errstate(over="ignore", invalid="ignore"):
             rounded = zeros.astype(np.float16).astype(np.float32)
             return float(np.abs(zeros - rounded).sum(dtype=np.float64))
 
-    as_bias, as_zero = error(rows.biases), error(rows.biases + np.float32(middle) * rows.scales)
-    return 0 if as_bias <= as_zero else middle
+    as_bias, as_zero = error(biases), error(biases + np.float32(middle) * scales)
+    return Numbers(offset=0 if as_bias <= as_zero else middle, exponent=exponent)
 
 
-def pack_rows(name: str, rows: AffineRows, layout: Layout, offset: int, out: np.ndarray, *, signed: bool) -> None:
+def pack_rows(name: str, rows: AffineRows, layout: Layout, kept: Numbers, out: np.ndarray, *, signed: bool) -> None:
     """Write `rows` (whole tiles of them, or the last ones) into `out`, uint8 [tiles, tile_bytes].
 
     Raises BadCheckpoint where a scale or zero is not a number that float16 can hold.
@@ -74,11 +93,12 @@ def pack_rows(name: str, rows: AffineRows, layout: Layout, offset: int, out: np.
     if signed and bits == 8:
         q = q ^ np.uint8(0x80)
     packed = out.reshape(num_tiles, groups, -1)
-    zeros = rows.biases + np.float32(offset) * rows.scales if offset else rows.biases
-    for position, numbers in enumerate((rows.scales, zeros)):
+    zeros = rows.biases + np.float32(kept.offset) * rows.scales if kept.offset else rows.biases
+    grown = np.float32(2.0**kept.exponent)
+    for position, numbers in enumerate((rows.scales * grown, zeros * grown)):
         if not np.abs(numbers).max(initial=0.0) <= _LARGEST_FLOAT16:
             raise BadCheckpoint(
-                f"{name} has a scale or minimum beyond {_LARGEST_FLOAT16:,.0f}, or one that is no number",
+                f"{name} has a scale or minimum far beyond its other ones, or one that is no number",
                 hint="the file is damaged: download it again",
             )
         halves = _padded(numbers.astype(np.float16), num_tiles * lanes).reshape(num_tiles, lanes, groups)
@@ -101,7 +121,7 @@ def _padded(rows: np.ndarray, num_rows: int) -> np.ndarray:
     return padded
 
 
-def unpack_rows(packed: np.ndarray, layout: Layout, offset: int, indices: np.ndarray, *, signed: bool) -> np.ndarray:
+def unpack_rows(packed: np.ndarray, layout: Layout, kept: Numbers, indices: np.ndarray, *, signed: bool) -> np.ndarray:
     """float32 [len(indices), columns]: rows of a packed matrix, uint8 [tiles, tile_bytes], dequantized."""
     lanes, bits = layout.lanes, layout.bits
     tiles, lane = np.divmod(indices, lanes)
@@ -116,7 +136,8 @@ def unpack_rows(packed: np.ndarray, layout: Layout, offset: int, indices: np.nda
         q = np.concatenate((q & np.uint8(15), q >> np.uint8(4)), axis=-1)
     elif signed:
         q = q ^ np.uint8(0x80)
-    values = q.reshape(count, groups, layout.group).astype(np.float32) - np.float32(offset)
+    values = q.reshape(count, groups, layout.group).astype(np.float32) - np.float32(kept.offset)
     values *= scales[..., None]
     values += zeros[..., None]
+    values *= np.float32(2.0**-kept.exponent)
     return values.reshape(count, layout.columns)

@@ -63,9 +63,10 @@ class Attention:
         if weights.qkv_bias is not None:
             qkv.add_(weights.qkv_bias)
         if weights.q_norm is not None and weights.k_norm is not None:
+            # Contiguous also where there are several rows: one row alone must not take another kernel.
             queries, rest = self._heads * self._head_dim, (self._heads + self._kv_heads) * self._head_dim
-            qkv[:, :queries] = rms_norm(qkv[:, :queries], weights.q_norm)
-            qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest], weights.k_norm)
+            qkv[:, :queries] = rms_norm(qkv[:, :queries].contiguous(), weights.q_norm)
+            qkv[:, queries:rest] = rms_norm(qkv[:, queries:rest].contiguous(), weights.k_norm)
         attended = self._attend(qkv, step)
         if attended.dtype != x.dtype:
             attended = attended.to(x.dtype)
@@ -102,7 +103,7 @@ class Attention:
         if weights.qk_norm is not None:
             turned.copy_(rms_norm(turned, weights.qk_norm))
         if self._facts.rope is not None:
-            cos, sin = step.angles(self._facts.rope)
+            cos, sin = step.angles(self._facts.rope).pairs()
             rotate_(turned, cos[first:], sin[first:])
 
     def _decode(self, qkv: torch.Tensor, step: LeanStep) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ class _Assembly:
     def model(self) -> LeanModel:
         config, spec = self.config, self.spec
         table: Wanted = ("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        embedding = self.source.linear([table]) if spec.is_first else None
+        embedding = self.source.table(table) if spec.is_first else None
         layers = tuple(self._layer(index) for index in range(spec.last - spec.first))
         norm = self._norm("model.norm", config.hidden_size) if spec.is_last else None
         head = None

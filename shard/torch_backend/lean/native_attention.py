@@ -32,7 +32,7 @@ class NativeDecode:
         runs = step.ragged.runs[: step.num_decode]
         window, like = self._facts.window, self._like
         seats = [run.kv.layer(self._index, window).seat(run.start, like) for run in runs]
-        return self._attention(qkv, seats, step.seats_of_angles(self._facts.rope), torch.get_num_threads())
+        return self._attention(qkv, seats, step.places_of_angles(self._facts.rope), torch.get_num_threads())
 
 
 class NativePrefill:
@@ -56,9 +56,10 @@ class NativePrefill:
 def native_attention(
     config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
 ) -> tuple[NativeDecode | None, NativePrefill | None]:
-    """None where the kernels have no such attention: heads of an odd size."""
+    """None where the kernels have no such attention: heads of an odd size, float16 on an old processor."""
     from shard.torch_backend.cpu.attend import AttendShape
     from shard.torch_backend.cpu.attend_chunk import is_supported
+    from shard.torch_backend.cpu.compile import host_has_halves
     from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
 
     rotary = 0 if facts.rope is None else 2 * config.ropes[facts.rope].inverse_frequencies.shape[0]
@@ -72,7 +73,7 @@ def native_attention(
         eps=None if qk_norm is None else config.norm_eps,
         softcap=config.attention_softcap,
     )
-    if not shape.is_supported():
+    if not shape.is_supported() or (kv_dtype == torch.float16 and not host_has_halves()):
         return None, None
     norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if qk_norm is not None:

@@ -25,7 +25,7 @@ class Norm:
         self.scaled = weight * width**0.5
         self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
         self.native: RowNorm | None = None
-        if weight.device.type == "cpu" and weight.ndim == 1:
+        if weight.device.type == "cpu" and weight.ndim == 1 and weight.numel():
             from shard.torch_backend.cpu.layer_ops import RowNorm, is_whole_vectors
 
             if is_whole_vectors(width):

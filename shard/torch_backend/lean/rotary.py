@@ -1,4 +1,4 @@
-"""Rotary angles by position, computed once for all layers that share them."""
+"""Rotary angles of a step's positions, computed once for all layers that share them."""
 
 from __future__ import annotations
 
@@ -8,39 +8,34 @@ import torch
 
 from shard.torch_backend.lean.config import Rope
 
-_FIRST_POSITIONS = 512
 
+class StepAngles:
+    """Cosines and sines at `positions` int64 [tokens], in the dtype that layers compute in.
 
-class RotaryTable:
-    """cos and sin of every position so far seen, grown to the next power of two."""
+    Made anew for each step: a few operations, where a table of all positions of a long context would take as much
+    memory as a layer.
+    """
 
-    def __init__(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> None:
-        self._rope = rope
-        self._device = device
-        self._dtype = dtype
-        self._grow(_FIRST_POSITIONS)
+    def __init__(self, rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> None:
+        angles = positions.to(torch.float32)[:, None] * rope.inverse_frequencies.to(positions.device)
+        cos, sin = angles.cos(), angles.sin()
+        if rope.scaling != 1.0:
+            cos.mul_(rope.scaling)
+            sin.mul_(rope.scaling)
+        # [tokens, rotary_dim / 2]
+        self._cos, self._sin = cos.to(dtype), sin.to(dtype)
+        self._pairs: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def reserve(self, end: int) -> None:
-        """Have the angles of all positions below `end`."""
-        if end > self._cos.shape[0]:
-            self._grow(1 << (end - 1).bit_length())
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [tokens, 1, 2, rotary_dim / 2] each, as `ops.rotate_` takes them."""
+        if self._pairs is None:
+            cos, sin = self._cos, self._sin
+            self._pairs = torch.stack((cos, cos), dim=1)[:, None], torch.stack((-sin, sin), dim=1)[:, None]
+        return self._pairs
 
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, [tokens, 1, 2, rotary_dim / 2] each, as `ops.rotate_` takes them, at reserved `positions`
-        [tokens]."""
-        return self._cos[positions], self._sin[positions]
-
-    def addresses(self, positions: Sequence[int]) -> list[tuple[int, int]]:
-        """Where the cosines and sines of each position lie, [rotary_dim / 2] each, float32; the
-        positions are reserved, and the addresses valid until more are."""
+    def addresses(self, num_rows: int) -> Sequence[tuple[int, int]]:
+        """Where the cosines and sines of each of the first rows lie, [rotary_dim / 2] float32 each; valid as long as
+        this object lives."""
         row_bytes = self._cos.stride(0) * self._cos.element_size()
-        half_bytes = row_bytes // 2
-        cos, sin = self._cos.data_ptr(), self._sin.data_ptr() + half_bytes
-        return [(cos + position * row_bytes, sin + position * row_bytes) for position in positions]
-
-    def _grow(self, num_positions: int) -> None:
-        positions = torch.arange(num_positions, dtype=torch.float32)[:, None]
-        angles = positions * self._rope.inverse_frequencies
-        cos, sin = angles.cos() * self._rope.scaling, angles.sin() * self._rope.scaling
-        self._cos = torch.stack((cos, cos), dim=1)[:, None].to(self._device, self._dtype)
-        self._sin = torch.stack((-sin, sin), dim=1)[:, None].to(self._device, self._dtype)
+        cos, sin = self._cos.data_ptr(), self._sin.data_ptr()
+        return [(cos + row * row_bytes, sin + row * row_bytes) for row in range(num_rows)]

@@ -17,7 +17,6 @@ from shard.torch_backend.lean.config import LeanConfig
 from shard.torch_backend.lean.layer import Layer
 from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
-from shard.torch_backend.lean.rotary import RotaryTable
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
 from shard.torch_backend.memory import step_memory
@@ -50,7 +49,6 @@ class LeanShard:
         self._dtype = torch.float32 if self._device.type == "cpu" else compute_dtype
         # Rounded as the library's is, whose embedding has the compute dtype: Gemma was trained so.
         self._embedding_scale = torch.tensor(model.config.embedding_scale, dtype=compute_dtype).item()
-        self._rotary = {name: RotaryTable(rope, self._device, self._dtype) for name, rope in model.config.ropes.items()}
         self._kv = KVCache()
 
     @torch.inference_mode()
@@ -118,12 +116,12 @@ class LeanShard:
         return hidden.to(self._dtype, copy=True)
 
     def _step(self, packing: Packing, runs: Sequence[Run]) -> LeanStep:
-        end = int(packing.positions.max()) + 1
-        for table in self._rotary.values():
-            table.reserve(end)
-        positions = torch.from_numpy(packing.positions).to(self._device)
         return LeanStep(
-            ragged=RaggedStep(runs), num_decode=packing.num_decode, positions=positions, tables=self._rotary
+            ragged=RaggedStep(runs),
+            num_decode=packing.num_decode,
+            positions=torch.from_numpy(packing.positions).to(self._device),
+            ropes=self._model.config.ropes,
+            dtype=self._dtype,
         )
 
     def _logits(self, x: torch.Tensor, packing: Packing) -> np.ndarray:

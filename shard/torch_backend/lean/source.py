@@ -27,6 +27,9 @@ class Source(Protocol):
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         """Matrices [rows_i, columns] of one input, their rows one after another."""
 
+    def table(self, wanted: Wanted) -> Linear:
+        """A matrix that is read by rows too: an embedding, which may be the head as well."""
+
     def experts(self, wanted: Wanted) -> list[Linear]:
         """A parameter [experts, rows, columns] whose experts are tensors of their own: a projection for each."""
 
@@ -44,6 +47,9 @@ class Check:
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         self._find(wanted)
         return DenseLinear(torch.empty(0))
+
+    def table(self, wanted: Wanted) -> Linear:
+        return self.linear([wanted])
 
     def experts(self, wanted: Wanted) -> list[Linear]:
         self._find([wanted])
@@ -83,6 +89,9 @@ class Files:
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         return self._load([part.name for part in self._parts(wanted)])
 
+    def table(self, wanted: Wanted) -> Linear:
+        return self._load([part.name for part in self._parts([wanted])], by_rows=True)
+
     def experts(self, wanted: Wanted) -> list[Linear]:
         of_expert: dict[int | slice, list[str]] = {}
         for part in self._parts([wanted]):
@@ -102,9 +111,11 @@ class Files:
         self._read(total_file_bytes(self._checkpoint.tensors, parts))
         return made
 
-    def _load(self, names: Sequence[str]) -> Linear:
+    def _load(self, names: Sequence[str], *, by_rows: bool = False) -> Linear:
         with loading_memory(names[0], self._spec.device):
-            made = load_linear(self._checkpoint, names, self._spec.compute_dtype, self._device, self._read)
+            made = load_linear(
+                self._checkpoint, names, self._spec.compute_dtype, self._device, self._read, by_rows=by_rows
+            )
         self.weights_bytes += made.num_bytes
         return made
 

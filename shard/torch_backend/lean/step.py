@@ -8,34 +8,35 @@ from dataclasses import dataclass, field
 import torch
 
 from shard.torch_backend.attention import RaggedStep
-from shard.torch_backend.lean.rotary import RotaryTable
+from shard.torch_backend.lean.config import Rope
+from shard.torch_backend.lean.rotary import StepAngles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeanStep:
-    """A step's runs, decode entries first (rows [0, num_decode)), and the rotary tables, which hold all `positions`
-    [tokens] of its rows."""
+    """A step's runs, decode entries first (rows [0, num_decode)), the `positions` int64 [tokens] of its rows, the
+    model's rotary embeddings by name, and the dtype of the residual stream."""
 
     ragged: RaggedStep
     num_decode: int
     positions: torch.Tensor
-    tables: Mapping[str, RotaryTable]
-    _angles: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    ropes: Mapping[str, Rope]
+    dtype: torch.dtype
+    _angles: dict[str, StepAngles] = field(default_factory=dict)
     _places: dict[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
-    def angles(self, rope: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin at the rows' positions, as `ops.rotate_` takes them."""
+    def angles(self, rope: str) -> StepAngles:
+        """At the rows' positions."""
         found = self._angles.get(rope)
         if found is None:
-            found = self._angles[rope] = self.tables[rope].angles(self.positions)
+            found = self._angles[rope] = StepAngles(self.ropes[rope], self.positions, self.dtype)
         return found
 
-    def seats_of_angles(self, rope: str | None) -> Sequence[tuple[int, int]]:
+    def places_of_angles(self, rope: str | None) -> Sequence[tuple[int, int]]:
         """For each decode row the addresses of its cosines and sines; zeros without a rotary embedding."""
         if rope is None:
             return [(0, 0)] * self.num_decode
         found = self._places.get(rope)
         if found is None:
-            starts = [run.start for run in self.ragged.runs[: self.num_decode]]
-            found = self._places[rope] = self.tables[rope].addresses(starts)
+            found = self._places[rope] = self.angles(rope).addresses(self.num_decode)
         return found

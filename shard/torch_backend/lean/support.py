@@ -75,8 +75,11 @@ _ROPE_KEYS = _keys("""
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
-def lean_reason(config: Mapping[str, Any]) -> str | None:
-    """None where the lean path runs a model of this Hugging Face config.json, else why it does not."""
+def lean_reason(config: Mapping[str, Any], *, stacked_experts: bool = False) -> str | None:
+    """None where the lean path runs a model of this Hugging Face config.json, else why it does not.
+
+    `stacked_experts`: its files hold all experts of a layer in one tensor (`has_stacked_experts`).
+    """
     config = config.get("text_config", config)
     family = str(config.get("model_type"))
     if family not in _FAMILIES:
@@ -96,13 +99,13 @@ def lean_reason(config: Mapping[str, Any]) -> str | None:
     kinds = sorted({str(kind) for kind in config.get("layer_types") or ()} - set(_LAYER_KINDS))
     if kinds:
         return f"layers of the kind {', '.join(kinds)} have no lean path"
+    if stacked_experts:
+        return "experts stacked in one tensor (mlp.experts.gate_up_proj) have no lean path"
     return _rope_reason(family, config)
 
 
-def stacked_reason(names: Iterable[str]) -> str | None:
-    """Why the lean path does not run a checkpoint of tensors `names`; None where it does."""
-    stacked = next((name for name in names if name.endswith(".mlp.experts.gate_up_proj")), None)
-    return None if stacked is None else f"experts stacked in one tensor ({stacked}) have no lean path"
+def has_stacked_experts(names: Iterable[str]) -> bool:
+    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
 
 
 def _rope_reason(family: str, config: Mapping[str, Any]) -> str | None:
