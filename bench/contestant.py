@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from transport.threads import thread_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 """The interpreter that has llama-cpp-python; `make bench-stage` installs it."""
@@ -35,7 +37,12 @@ class Contestant:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "0"},
+            env={
+                **os.environ,
+                **thread_environment(threads, os.environ),
+                "PYTHONPATH": str(ROOT),
+                "TOKENIZERS_PARALLELISM": "0",
+            },
         )
         self.pid = self._process.pid
         self.ready = self._read()

@@ -10,8 +10,8 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "reading files": ("read_exactly",),
     "unpacking bits": ("unpack_stream", "unpack_words"),
     "packing for the kernels": ("pack_rows",),
-    "choosing offsets": ("best_offset",),
-    "checking numbers": ("is_finite",),
+    "choosing offsets": ("best_numbers",),
+    "checking numbers": ("fits_float16",),
 }
 MOST_MEMORY = 1.15
 LEAST_BANDWIDTH = 0.6

@@ -28,7 +28,6 @@ def load_whole(
     *,
     backend: Backend = "torch",
     weights: WeightsForm = "stored",
-    context_tokens: int = 2048,
 ) -> ShardBackend:
     """All layers in one stage."""
     checkpoint = open_checkpoint(model)
