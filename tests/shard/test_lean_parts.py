@@ -1,0 +1,49 @@
+"""Parts of the lean path by themselves: rotary angles, the KV's short way in, tables on devices with an int4 kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shard.affine import AffineForm
+from shard.torch_backend.device_linear import Int4Linear
+from shard.torch_backend.kv import SLACK, LayerKV
+from shard.torch_backend.lean.config import Rope
+from shard.torch_backend.lean.rotary import StepAngles
+from shard.torch_backend.linear import load_linear
+from tests.shard.cpu.made_up import AffineTensors, random_rows
+
+
+def test_angles_of_a_step() -> None:
+    rope = Rope(inverse_frequencies=torch.tensor([1.0, 0.01]), scaling=2.0)
+    angles = StepAngles(rope, torch.tensor([3, 5000]), torch.float32)
+    cos, sin = angles.pairs()
+    assert torch.allclose(cos[1, 0, 0], 2 * torch.cos(torch.tensor([5000.0, 50.0])), atol=1e-5)
+    assert torch.allclose(sin[0, 0, 0], -2 * torch.sin(torch.tensor([3.0, 0.03])), atol=1e-6)
+    assert torch.equal(sin[:, 0, 0], -sin[:, 0, 1])
+    assert torch.equal(cos[:, 0, 0], cos[:, 0, 1])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_token_is_appended_as_a_chunk_of_one(window: int | None) -> None:
+    one, other = LayerKV(window), LayerKV(window)
+    for position in range(3 * SLACK):
+        both = torch.randn(2, 2, 4)
+        keys, values = one.append_one(position, both)
+        wanted_keys, wanted_values, _ = other.append(position, both[0, :, None], both[1, :, None])
+        assert torch.equal(keys[0], wanted_keys)
+        assert torch.equal(values[0], wanted_values)
+    assert one.num_bytes() == other.num_bytes()
+
+
+def test_an_embedding_is_not_put_into_the_int4_kernel_s_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has the kernel, as CUDA and Metal do; `meta` stands in for it."""
+    monkeypatch.setattr("shard.torch_backend.device_linear._has_int4", lambda *what: True)
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda q, tiles: q, raising=False)
+    rows = random_rows(64, 256, bits=4, group=32, seed=1)
+    checkpoint = AffineTensors(forms={"w": AffineForm(bits=4, group=32)}, numbers={"w": rows})
+    meta = torch.device("meta")
+    projection = load_linear(checkpoint, ["w"], "bfloat16", meta)  # type: ignore[arg-type]
+    assert isinstance(projection, Int4Linear)
+    table = load_linear(checkpoint, ["w"], "bfloat16", meta, by_rows=True)  # type: ignore[arg-type]
+    assert table.rows(torch.zeros(3, dtype=torch.long, device=meta)).shape == (3, 256)
