@@ -103,7 +103,11 @@ class Gate:
         self._fields, self._address = empty_fields(len(GATED_FIELDS))
 
     def takes(self, gate_up: torch.Tensor) -> bool:
-        return gate_up.dtype == torch.float32 and gate_up.stride(1) == 1 and gate_up.shape[1] % (2 * WIDTH) == 0
+        return gate_up.dtype == torch.float32 and gate_up.stride(1) == 1 and self.takes_width(gate_up.shape[1])
+
+    def takes_width(self, both: int) -> bool:
+        """Whether rows of gate and up together can be so wide."""
+        return both % (2 * WIDTH) == 0
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 · width] float32 → [rows, width]."""
@@ -193,26 +197,29 @@ class DecodeAttention:
         program.keep(self, qkv, out, table, compiled)
         team = threads > 1 and compiled.has_teams
         program.call(compiled.address("attend_team" if team else "attend"), (fields, address), threads if team else 1)
-        return out, AttentionSeats(shape, fields, table, threads if team else 1)
+        return out, AttentionSeats(shape, fields, table)
 
 
 class AttentionSeats:
     """What changes from step to step in a program's call of attention."""
 
-    def __init__(self, shape: AttendShape, fields: Fields, table: Fields, threads: int) -> None:
-        self._shape, self._fields, self._table, self._threads = shape, fields, table, threads
+    def __init__(self, shape: AttendShape, fields: Fields, table: Fields) -> None:
+        self._shape, self._fields, self._table = shape, fields, table
 
-    def set(self, seats: Sequence[Seat], angles: Sequence[tuple[int, int]]) -> None:
-        """See `DecodeAttention`."""
-        longest = 0
+    def scratch_bytes(self, positions: int) -> int:
+        """What each thread works in, if no token sees more than `positions`."""
+        return scratch_bytes(self._shape, positions)
+
+    def set(
+        self, seats: Sequence[Seat], angles: Sequence[tuple[int, int]], scratch: int, scratch_thread_bytes: int
+    ) -> None:
+        """Seats and angles as for `DecodeAttention`; the address of every thread's scratch."""
         at = 0
         for seat, angle in zip(seats, angles, strict=True):
             self._table[at : at + 6] = [*seat, *angle]
-            longest = max(longest, seat[3])
             at += 6
-        thread_bytes = scratch_bytes(self._shape, longest)
-        self._fields[2] = _SCRATCH.reserve(thread_bytes * self._threads)
-        self._fields[8] = thread_bytes
+        self._fields[2] = scratch
+        self._fields[8] = scratch_thread_bytes
 
 
 class ChunkAttention:
