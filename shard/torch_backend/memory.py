@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,14 +34,15 @@ def loading_memory(what: str, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def step_memory(device: str, num_tokens: int, kv_bytes: int) -> Iterator[None]:
+def step_memory(device: str, num_tokens: int, kv_bytes: Callable[[], int]) -> Iterator[None]:
     """Out of memory while running a step is StageFailed."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
+        held_mib = kv_bytes() / 2**20
         raise StageFailed(
-            f"{device} ran out of memory in a step of {num_tokens} tokens, with {kv_bytes / 2**20:.0f} MiB of KV held",
+            f"{device} ran out of memory in a step of {num_tokens} tokens, with {held_mib:.0f} MiB of KV held",
             hint="lower --context or the number of parallel requests, or give this device fewer layers",
         ) from error

@@ -36,7 +36,7 @@ class TorchShard:
         runs = self._runs(batch)
         num_tokens = sum(run.num_tokens for run in runs)
         try:
-            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes()):
+            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes):
                 output = self._run_model(batch, runs)
         except Exception:
             # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.

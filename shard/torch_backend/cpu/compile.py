@@ -24,9 +24,9 @@ TeamRun = Callable[[int, int], None]
 
 
 class Compiled:
-    """A module as machine code, for as long as this object or one of its functions lives."""
+    """A module, or its text, as machine code, for as long as this object or one of its functions lives."""
 
-    def __init__(self, module: ir.Module) -> None:
+    def __init__(self, module: ir.Module | str) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self._team = _team()
@@ -35,6 +35,15 @@ class Compiled:
         )
         self._engine = llvm.create_mcjit_compiler(optimized(module, machine), machine)
         self._engine.finalize_object()
+
+    @property
+    def has_teams(self) -> bool:
+        return self._team is not None
+
+    def address(self, name: str) -> int:
+        """Where the function is. Hold this object as long as it may be called."""
+        found: int = self._engine.get_function_address(name)
+        return found
 
     def run(self, name: str) -> Run:
         function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address(name))
@@ -75,7 +84,7 @@ def _host() -> tuple[str, dict[str, bool]]:
     return triple.partition("-")[0], features
 
 
-def optimized(module: ir.Module, machine: Any) -> Any:
+def optimized(module: ir.Module | str, machine: Any) -> Any:
     """The module ready for code generation. `Any`: llvmlite is untyped."""
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()

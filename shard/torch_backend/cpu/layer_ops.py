@@ -15,8 +15,9 @@ from shard.torch_backend.cpu.attend import ROW_FIELDS, AttendShape, scratch_byte
 from shard.torch_backend.cpu.attend_chunk import FIELDS as CHUNK_FIELDS
 from shard.torch_backend.cpu.attend_chunk import block_tokens, write_attend_chunk
 from shard.torch_backend.cpu.attend_chunk import scratch_bytes as chunk_scratch_bytes
-from shard.torch_backend.cpu.compile import Compiled, Run, TeamRun, empty_fields
+from shard.torch_backend.cpu.compile import Compiled, Fields, Run, TeamRun, empty_fields
 from shard.torch_backend.cpu.mathematics import WIDTH
+from shard.torch_backend.cpu.program import Program
 from shard.torch_backend.cpu.rowwise import GATED_FIELDS, NORM_FIELDS, write_gated, write_norm
 from shard.torch_backend.cpu.scratch import Scratch
 
@@ -29,19 +30,19 @@ _SCRATCH = Scratch()
 
 
 @cache
-def _rowwise() -> dict[str, Run]:
+def _rowwise() -> Compiled:
     module = ir.Module("rowwise")
-    names = [write_norm(module), *(write_gated(module, activation) for activation in ("silu", "gelu"))]
-    compiled = Compiled(module)
-    return {name: compiled.run(name) for name in names}
+    write_norm(module)
+    for activation in ("silu", "gelu"):
+        write_gated(module, activation)
+    return Compiled(module)
 
 
 @cache
-def _attend(shape: AttendShape) -> tuple[Run, TeamRun | None]:
+def _attend(shape: AttendShape) -> Compiled:
     module = ir.Module("attend")
-    name = write_attend(module, shape)
-    compiled = Compiled(module)
-    return compiled.run(name), compiled.team_run(f"{name}_team")
+    write_attend(module, shape)
+    return Compiled(module)
 
 
 @cache
@@ -62,7 +63,7 @@ class RowNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight = weight.contiguous()  # Kept: the kernel knows its address.
-        self._run = _rowwise()["norm"]
+        self._run = _rowwise().run("norm")
         self._fields, self._address = empty_fields(len(NORM_FIELDS))
         self._fields[2] = self._weight.data_ptr()
         self._fields[5] = weight.shape[0]
@@ -79,16 +80,34 @@ class RowNorm:
         self._run(self._address)
         return y
 
+    def into(self, program: Program, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Put the norm of what x, and `added`, will hold into a program → where it will be."""
+        y = torch.zeros(x.shape, dtype=torch.float32)
+        fields, address = empty_fields(len(NORM_FIELDS))
+        fields[:] = list(self._fields)
+        fields[0] = x.data_ptr()
+        fields[1] = 0 if added is None else added.data_ptr()
+        fields[3] = y.data_ptr()
+        fields[4] = x.shape[0]
+        program.keep(self, x, added, y)
+        program.call(_rowwise().address("norm"), (fields, address))
+        return y
+
 
 class Gate:
     """activation(gate) · up for rows [gate | up]."""
 
     def __init__(self, activation: Activation) -> None:
-        self._run = _rowwise()[f"gated_{activation}"]
+        self._name = f"gated_{activation}"
+        self._run = _rowwise().run(self._name)
         self._fields, self._address = empty_fields(len(GATED_FIELDS))
 
     def takes(self, gate_up: torch.Tensor) -> bool:
-        return gate_up.dtype == torch.float32 and gate_up.stride(1) == 1 and gate_up.shape[1] % (2 * WIDTH) == 0
+        return gate_up.dtype == torch.float32 and gate_up.stride(1) == 1 and self.takes_width(gate_up.shape[1])
+
+    def takes_width(self, both: int) -> bool:
+        """Whether rows of gate and up together can be so wide."""
+        return both % (2 * WIDTH) == 0
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [rows, 2 · width] float32 → [rows, width]."""
@@ -103,6 +122,16 @@ class Gate:
         self._run(self._address)
         return y
 
+    def into(self, program: Program, gate_up: torch.Tensor) -> torch.Tensor:
+        """Put the gate of what `gate_up` will hold into a program → where it will be."""
+        rows, both = gate_up.shape
+        y = torch.zeros((rows, both // 2), dtype=torch.float32)
+        fields, address = empty_fields(len(GATED_FIELDS))
+        fields[:] = [gate_up.data_ptr(), y.data_ptr(), rows, both // 2, gate_up.stride(0) * 4]
+        program.keep(self, gate_up, y)
+        program.call(_rowwise().address(self._name), (fields, address))
+        return y
+
 
 Seat = tuple[int, int, int, int]
 """A token's place in its KV: addresses of the first visible key and value, bytes between heads, positions."""
@@ -114,7 +143,8 @@ class DecodeAttention:
     def __init__(self, shape: AttendShape, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None) -> None:
         self._shape = shape
         self._norms = (q_norm, k_norm)  # Kept: the kernel knows their addresses.
-        self._alone, self._team = _attend(shape)
+        compiled = _attend(shape)
+        self._alone, self._team = compiled.run("attend"), compiled.team_run("attend_team")
         self._fields, self._address = empty_fields(len(ATTEND_FIELDS))
         for position, norm in ((4, q_norm), (5, k_norm)):
             self._fields[position] = 0 if norm is None else norm.data_ptr()
@@ -149,6 +179,47 @@ class DecodeAttention:
         else:
             self._team(self._address, threads)
         return out
+
+    def into(self, program: Program, qkv: torch.Tensor, threads: int) -> tuple[torch.Tensor, AttentionSeats]:
+        """Put the attention of what `qkv` will hold into a program → where it will be, and what to set before each
+        run."""
+        shape, rows = self._shape, qkv.shape[0]
+        out = torch.zeros((rows, shape.heads * shape.head_dim), dtype=torch.float32)
+        fields, address = empty_fields(len(ATTEND_FIELDS))
+        fields[:] = list(self._fields)
+        table, table_address = empty_fields(len(ROW_FIELDS) * rows)
+        fields[0] = qkv.data_ptr()
+        fields[1] = out.data_ptr()
+        fields[3] = table_address
+        fields[6] = qkv.stride(0) * 4
+        fields[7] = rows * shape.kv_heads
+        compiled = _attend(shape)
+        program.keep(self, qkv, out, table, compiled)
+        team = threads > 1 and compiled.has_teams
+        program.call(compiled.address("attend_team" if team else "attend"), (fields, address), threads if team else 1)
+        return out, AttentionSeats(shape, fields, table)
+
+
+class AttentionSeats:
+    """What changes from step to step in a program's call of attention."""
+
+    def __init__(self, shape: AttendShape, fields: Fields, table: Fields) -> None:
+        self._shape, self._fields, self._table = shape, fields, table
+
+    def scratch_bytes(self, positions: int) -> int:
+        """What each thread works in, if no token sees more than `positions`."""
+        return scratch_bytes(self._shape, positions)
+
+    def set(
+        self, seats: Sequence[Seat], angles: Sequence[tuple[int, int]], scratch: int, scratch_thread_bytes: int
+    ) -> None:
+        """Seats and angles as for `DecodeAttention`; the address of every thread's scratch."""
+        at = 0
+        for seat, angle in zip(seats, angles, strict=True):
+            self._table[at : at + 6] = [*seat, *angle]
+            at += 6
+        self._fields[2] = scratch
+        self._fields[8] = scratch_thread_bytes
 
 
 class ChunkAttention:

@@ -20,6 +20,7 @@ from shard.torch_backend.cpu.packing import (
     stored_bits,
     unpack_rows,
 )
+from shard.torch_backend.cpu.program import Program
 from shard.torch_backend.cpu.scratch import Scratch, empty_aligned
 
 _SAMPLE_ROWS = 64
@@ -79,6 +80,28 @@ class PackedMatrix:
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
         self._kernels.kernel(layout.bits, precision)(self._address, rows, threads)
 
+    def into(self, program: Program, x: torch.Tensor, y_address: int, y_row_bytes: int, threads: int) -> None:
+        """Put the product of a decode step's rows into a program: x float32 [rows, columns], contiguous."""
+        layout = self.layout
+        rows = x.shape[0]
+        blocks = rows * layout.columns // BLOCK
+        scratch = empty_aligned(blocks * _BLOCK_BYTES)
+        fields, address = empty_fields(len(FIELDS))
+        fields[:] = list(self._fields)
+        for name, value in (
+            ("x", x.data_ptr()),
+            ("activations", scratch.ctypes.data),
+            ("factors", scratch.ctypes.data + blocks * activation_bytes(16)),
+            ("y", y_address),
+            ("rows", rows),
+            ("x_row_bytes", 4 * layout.columns),
+            ("y_row_bytes", y_row_bytes),
+        ):
+            fields[_INDEX[name]] = value
+        program.keep(self, scratch)
+        threads = threads if rows * layout.rows * layout.columns >= _TEAM_WORK else 1
+        self._kernels.kernel(layout.bits, 16).into(program, (fields, address), threads)
+
 
 class CpuAffineLinear:
     """Implements Linear: several matrices with one input, outputs side by side. Decode rows keep 16 bits of their
@@ -109,6 +132,15 @@ class CpuAffineLinear:
         if num_decode < rows:
             self._multiply(x[num_decode:] if num_decode else x, y, num_decode, self._prefill)
         return y if self._width == self.out else y[:, : self.out]
+
+    def into(self, program: Program, x: torch.Tensor, threads: int) -> torch.Tensor:
+        """Put x · Wᵀ into a program, for the rows [rows, columns] float32 that x will hold when it is run → where they
+        will be, [rows, out] float32."""
+        y = torch.zeros((x.shape[0], self._width), dtype=torch.float32)
+        program.keep(x, y)
+        for part, place in zip(self._parts, self._places, strict=True):
+            part.into(program, x, y.data_ptr() + 4 * place, 4 * self._width, threads)
+        return y[:, : self.out]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W, float32 [len(ids), columns]: an embedding that shares its matrix with the head."""

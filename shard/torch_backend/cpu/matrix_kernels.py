@@ -6,9 +6,10 @@ from functools import cache
 
 from llvmlite import ir
 
-from shard.torch_backend.cpu.compile import Compiled, host_instruction_sets
+from shard.torch_backend.cpu.compile import Compiled, Fields, host_instruction_sets
 from shard.torch_backend.cpu.dot import InstructionSet
 from shard.torch_backend.cpu.matmul import Precision, name_of, write_linear
+from shard.torch_backend.cpu.program import Program
 
 _MANY_ROWS = 16
 """From here on rows are quantized by all threads; a few are done before a barrier would be over."""
@@ -16,6 +17,7 @@ _MANY_ROWS = 16
 
 class MatrixKernel:
     def __init__(self, compiled: Compiled, name: str) -> None:
+        self._compiled, self._name = compiled, name
         self._alone, self._quantize = compiled.run(name), compiled.run(f"{name}_quantize")
         self._team, self._multiply = compiled.team_run(f"{name}_team"), compiled.team_run(f"{name}_multiply_team")
 
@@ -28,6 +30,15 @@ class MatrixKernel:
             self._multiply(fields, threads)
         else:
             self._team(fields, threads)
+
+    def into(self, program: Program, fields: tuple[Fields, int], threads: int) -> None:
+        """Put a call for few rows into a program."""
+        program.keep(self._compiled)
+        if threads == 1 or not self._compiled.has_teams:
+            program.call(self._compiled.address(self._name), fields)
+            return
+        program.call(self._compiled.address(f"{self._name}_quantize"), fields)
+        program.call(self._compiled.address(f"{self._name}_multiply_team"), fields, threads)
 
 
 class MatrixKernels:

@@ -41,7 +41,7 @@ class Attention:
         *,
         on_cpu: bool,
     ) -> None:
-        self._weights = weights
+        self.weights = weights
         self._heads = config.num_heads
         self._kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
@@ -50,15 +50,15 @@ class Attention:
         self._facts = facts
         self._index = index
         self._kv_dtype = kv_dtype
-        self._native_decode: NativeDecode | None = None
+        self.native_decode: NativeDecode | None = None
         self._native_prefill: NativePrefill | None = None
         if on_cpu:
             found = native_attention(config, facts, index, kv_dtype, weights.qk_norm)
-            self._native_decode, self._native_prefill = found
+            self.native_decode, self._native_prefill = found
 
     def __call__(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """x [tokens, hidden] → [tokens, hidden]; appends the tokens' keys and values to their sequences."""
-        weights = self._weights
+        weights = self.weights
         qkv = weights.qkv(x, step.num_decode)
         if weights.qkv_bias is not None:
             qkv.add_(weights.qkv_bias)
@@ -76,12 +76,12 @@ class Attention:
     def _attend(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """[tokens, (heads + 2 · kv_heads) · head_dim] → [tokens, heads · head_dim]; decode rows first."""
         num_rows, num_decode = qkv.shape[0], step.num_decode
-        if self._native_decode is not None and num_decode == num_rows:
-            return self._native_decode(qkv, step)
+        if self.native_decode is not None and num_decode == num_rows:
+            return self.native_decode(qkv, step)
         outputs = []
         done = 0  # Rows, which are as many runs: decode runs have one each.
-        if self._native_decode is not None and num_decode:
-            outputs.append(self._native_decode(qkv, step))
+        if self.native_decode is not None and num_decode:
+            outputs.append(self.native_decode(qkv, step))
             done = num_decode
         self._position(qkv[done:], step, done)
         if self._softcap is None and done < num_decode:
@@ -97,7 +97,7 @@ class Attention:
     def _position(self, qkv: torch.Tensor, step: LeanStep, first: int) -> None:
         """Norm and turn the queries and keys of qkv [tokens, (heads + 2 · kv_heads) · head_dim], the step's rows from
         `first`, in place."""
-        weights = self._weights
+        weights = self.weights
         num_turned = self._heads + self._kv_heads
         turned = qkv.view(qkv.shape[0], num_turned + self._kv_heads, self._head_dim)[:, :num_turned]
         if weights.qk_norm is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from shard.torch_backend.lean.ops import Norm
 from shard.torch_backend.lean.step import LeanStep
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
+    from shard.torch_backend.cpu.layer_ops import AttentionSeats, ChunkAttention, DecodeAttention, Seat
+    from shard.torch_backend.cpu.program import Program
 
 
 class NativeDecode:
@@ -29,10 +31,18 @@ class NativeDecode:
     def __call__(self, qkv: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """qkv [rows, (heads + 2 · kv_heads) · head_dim] float32, before norms of heads and rotary embedding →
         [num_decode, heads · head_dim] float32."""
-        runs = step.ragged.runs[: step.num_decode]
-        window, like = self._facts.window, self._like
-        seats = [run.kv.layer(self._index, window).seat(run.start, like) for run in runs]
-        return self._attention(qkv, seats, step.places_of_angles(self._facts.rope), torch.get_num_threads())
+        seats, angles = self.places(step)
+        return self._attention(qkv, seats, angles, torch.get_num_threads())
+
+    def places(self, step: LeanStep) -> tuple[Sequence[Seat], Sequence[tuple[int, int]]]:
+        """Of the decode rows: room in their KV, and where their angles are."""
+        window, like, index = self._facts.window, self._like, self._index
+        seats = [run.kv.layer(index, window).seat(run.start, like) for run in step.ragged.runs[: step.num_decode]]
+        return seats, step.places_of_angles(self._facts.rope)
+
+    def into(self, program: Program, qkv: torch.Tensor, threads: int) -> tuple[torch.Tensor, AttentionSeats]:
+        """As `DecodeAttention.into`."""
+        return self._attention.into(program, qkv, threads)
 
 
 class NativePrefill:

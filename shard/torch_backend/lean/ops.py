@@ -75,14 +75,14 @@ class Gated:
 
     def __init__(self, activation: Activation, device: torch.device) -> None:
         self._activation = activation
-        self._native: Gate | None = None
+        self.native: Gate | None = None
         if device.type == "cpu":
             from shard.torch_backend.cpu.layer_ops import Gate
 
-            self._native = Gate("silu" if activation == "silu" else "gelu")
+            self.native = Gate("silu" if activation == "silu" else "gelu")
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
-        native = self._native
+        native = self.native
         if native is not None and native.takes(gate_up):
             return native(gate_up)
         return gated(gate_up, self._activation)

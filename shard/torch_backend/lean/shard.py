@@ -14,6 +14,7 @@ from shard.torch_backend.attention import RaggedStep, Run
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.lean.config import LeanConfig
+from shard.torch_backend.lean.cpu_program import cpu_programs
 from shard.torch_backend.lean.layer import Layer
 from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
@@ -50,6 +51,9 @@ class LeanShard:
         # Rounded as the library's is, whose embedding has the compute dtype: Gemma was trained so.
         self._embedding_scale = torch.tensor(model.config.embedding_scale, dtype=compute_dtype).item()
         self._kv = KVCache()
+        self._programs = None
+        if self._device.type == "cpu":
+            self._programs = cpu_programs(model.layers, model.config.hidden_size)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -64,7 +68,7 @@ class LeanShard:
         ]
         assert all(run.start == run.kv.length for run in runs), "the caller truncates, and refuses what lies beyond"
         try:
-            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes()):
+            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes):
                 output = self._run(batch, packing, runs)
         except Exception:
             # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
@@ -96,8 +100,7 @@ class LeanShard:
     def _run(self, batch: Batch, packing: Packing, runs: Sequence[Run]) -> np.ndarray:
         x = self._incoming(batch, packing)
         step = self._step(packing, runs)
-        for layer in self._model.layers:
-            layer(x, step)
+        x = self._through_layers(x, step)
         if self.spec.is_last:
             return self._logits(x, packing)
         hidden = x.to(TORCH_DTYPES[self.spec.next_dtype])
@@ -114,6 +117,17 @@ class LeanShard:
         if packing.source_rows is not None:
             return hidden[torch.from_numpy(packing.source_rows).to(self._device)].to(self._dtype)
         return hidden.to(self._dtype, copy=True)
+
+    def _through_layers(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
+        """x [tokens, hidden] → the same after all layers, perhaps in its place."""
+        program = None
+        if self._programs is not None and step.num_decode == x.shape[0]:
+            program = self._programs.of(x.shape[0])
+        if program is not None:
+            return program.run(x, step)
+        for layer in self._model.layers:
+            layer(x, step)
+        return x
 
     def _step(self, packing: Packing, runs: Sequence[Run]) -> LeanStep:
         return LeanStep(
