@@ -80,16 +80,17 @@ class RowNorm:
         self._run(self._address)
         return y
 
-    def into(self, program: Program, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """Put the norm of what x, and `added`, will hold into a program → where it will be."""
-        y = torch.zeros(x.shape, dtype=torch.float32)
+    def into(self, program: Program, kind: str, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Put the norm of what x, and `added`, will hold into a program → where it will be, in the buffer of that
+        kind."""
+        y = program.rows(kind, *x.shape)
         fields, address = empty_fields(len(NORM_FIELDS))
         fields[:] = list(self._fields)
         fields[0] = x.data_ptr()
         fields[1] = 0 if added is None else added.data_ptr()
         fields[3] = y.data_ptr()
         fields[4] = x.shape[0]
-        program.keep(self, x, added, y)
+        program.keep(self)
         program.call(_rowwise().address("norm"), (fields, address))
         return y
 
@@ -125,10 +126,10 @@ class Gate:
     def into(self, program: Program, gate_up: torch.Tensor) -> torch.Tensor:
         """Put the gate of what `gate_up` will hold into a program → where it will be."""
         rows, both = gate_up.shape
-        y = torch.zeros((rows, both // 2), dtype=torch.float32)
+        y = program.rows("gated", rows, both // 2)
         fields, address = empty_fields(len(GATED_FIELDS))
         fields[:] = [gate_up.data_ptr(), y.data_ptr(), rows, both // 2, gate_up.stride(0) * 4]
-        program.keep(self, gate_up, y)
+        program.keep(self)
         program.call(_rowwise().address(self._name), (fields, address))
         return y
 
@@ -184,7 +185,7 @@ class DecodeAttention:
         """Put the attention of what `qkv` will hold into a program → where it will be, and what to set before each
         run."""
         shape, rows = self._shape, qkv.shape[0]
-        out = torch.zeros((rows, shape.heads * shape.head_dim), dtype=torch.float32)
+        out = program.rows("attended", rows, shape.heads * shape.head_dim)
         fields, address = empty_fields(len(ATTEND_FIELDS))
         fields[:] = list(self._fields)
         table, table_address = empty_fields(len(ROW_FIELDS) * rows)
@@ -194,7 +195,7 @@ class DecodeAttention:
         fields[6] = qkv.stride(0) * 4
         fields[7] = rows * shape.kv_heads
         compiled = _attend(shape)
-        program.keep(self, qkv, out, table, compiled)
+        program.keep(self, table, compiled)
         team = threads > 1 and compiled.has_teams
         program.call(compiled.address("attend_team" if team else "attend"), (fields, address), threads if team else 1)
         return out, AttentionSeats(shape, fields, table)

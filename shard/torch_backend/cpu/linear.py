@@ -85,20 +85,20 @@ class PackedMatrix:
         layout = self.layout
         rows = x.shape[0]
         blocks = rows * layout.columns // BLOCK
-        scratch = empty_aligned(blocks * _BLOCK_BYTES)
+        scratch = program.scratch(blocks * _BLOCK_BYTES)
         fields, address = empty_fields(len(FIELDS))
         fields[:] = list(self._fields)
         for name, value in (
             ("x", x.data_ptr()),
-            ("activations", scratch.ctypes.data),
-            ("factors", scratch.ctypes.data + blocks * activation_bytes(16)),
+            ("activations", scratch),
+            ("factors", scratch + blocks * activation_bytes(16)),
             ("y", y_address),
             ("rows", rows),
             ("x_row_bytes", 4 * layout.columns),
             ("y_row_bytes", y_row_bytes),
         ):
             fields[_INDEX[name]] = value
-        program.keep(self, scratch)
+        program.keep(self)
         threads = threads if rows * layout.rows * layout.columns >= _TEAM_WORK else 1
         self._kernels.kernel(layout.bits, 16).into(program, (fields, address), threads)
 
@@ -133,11 +133,10 @@ class CpuAffineLinear:
             self._multiply(x[num_decode:] if num_decode else x, y, num_decode, self._prefill)
         return y if self._width == self.out else y[:, : self.out]
 
-    def into(self, program: Program, x: torch.Tensor, threads: int) -> torch.Tensor:
+    def into(self, program: Program, kind: str, x: torch.Tensor, threads: int) -> torch.Tensor:
         """Put x · Wᵀ into a program, for the rows [rows, columns] float32 that x will hold when it is run → where they
-        will be, [rows, out] float32."""
-        y = torch.zeros((x.shape[0], self._width), dtype=torch.float32)
-        program.keep(x, y)
+        will be, [rows, out] float32, in the buffer of that kind."""
+        y = program.rows(kind, x.shape[0], self._width)
         for part, place in zip(self._parts, self._places, strict=True):
             part.into(program, x, y.data_ptr() + 4 * place, 4 * self._width, threads)
         return y[:, : self.out]

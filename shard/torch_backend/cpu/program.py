@@ -5,7 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
+import torch
+
 from shard.torch_backend.cpu.compile import Compiled, Fields, Run, empty_fields
+from shard.torch_backend.cpu.scratch import empty_aligned
 
 _ENTRY_WORDS = 3
 
@@ -55,9 +59,15 @@ def _runner() -> Run:
 
 
 class Program:
-    """Calls in order. What their fields point to must live as long as the program: `keep` it."""
+    """Calls in order. What their fields point to must live as long as the program: `keep` it.
+
+    Calls run one after another, so that results of one kind, which are used up before the next of that kind is made,
+    share one buffer: `rows`.
+    """
 
     def __init__(self) -> None:
+        self._rows: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._scratch: dict[int, np.ndarray] = {}
         self._calls: list[tuple[int, int, int]] = []
         self._kept: list[Any] = []  # Whatever it is, it is only held.
         self._table: Fields | None = None
@@ -65,6 +75,19 @@ class Program:
 
     def keep(self, *things: Any) -> None:
         self._kept.extend(things)
+
+    def rows(self, kind: str, count: int, width: int) -> torch.Tensor:
+        """The buffer for results of that kind, float32 [count, width]."""
+        key = (kind, count, width)
+        if key not in self._rows:
+            self._rows[key] = torch.zeros((count, width), dtype=torch.float32)
+        return self._rows[key]
+
+    def scratch(self, num_bytes: int) -> int:
+        """The address of memory that a call needs while it runs."""
+        if num_bytes not in self._scratch:
+            self._scratch[num_bytes] = empty_aligned(num_bytes)
+        return int(self._scratch[num_bytes].ctypes.data)
 
     def call(self, function: int, fields: tuple[Fields, int], threads: int = 1) -> None:
         """Call the function at an address with these fields (and their address); by each of a team if `threads` > 1."""

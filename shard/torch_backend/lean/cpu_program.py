@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shard.torch_backend.lean.native_attention import NativeDecode
 
 MOST_ROWS = 16
+_KEPT = 8
+"""Programs at once: each has buffers for its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class LayersProgram:
         self._threads = threads
         self._scratch = Scratch()
         self._program = Program()
-        self._x = torch.zeros((rows, hidden_size), dtype=torch.float32)
+        self._x = self._program.rows("x", rows, hidden_size)
         self._seats: list[AttentionSeats] = []
         self._added: torch.Tensor | None = None
         for layer in layers:
@@ -73,16 +75,17 @@ class LayersProgram:
 
     def _put(self, layer: NativeLayer) -> None:
         program, threads = self._program, self._threads
-        qkv = layer.qkv.into(program, layer.before_attention.into(program, self._x, self._added), threads)
-        attended, seats = layer.attention.into(program, qkv, threads)
+        normed = layer.before_attention.into(program, "normed", self._x, self._added)
+        attended, seats = layer.attention.into(program, layer.qkv.into(program, "qkv", normed, threads), threads)
         self._seats.append(seats)
-        added = layer.output.into(program, attended, threads)
+        added = layer.output.into(program, "added", attended, threads)
         if layer.after_attention is not None:
-            added = layer.after_attention.into(program, added)
-        gate_up = layer.gate_up.into(program, layer.before_mlp.into(program, self._x, added), threads)
-        self._added = layer.down.into(program, layer.gate.into(program, gate_up), threads)
+            added = layer.after_attention.into(program, "added, normed", added)
+        normed = layer.before_mlp.into(program, "normed", self._x, added)
+        gated = layer.gate.into(program, layer.gate_up.into(program, "gate_up", normed, threads))
+        self._added = layer.down.into(program, "added", gated, threads)
         if layer.after_mlp is not None:
-            self._added = layer.after_mlp.into(program, self._added)
+            self._added = layer.after_mlp.into(program, "added, normed", self._added)
 
 
 class CpuPrograms:
@@ -98,9 +101,10 @@ class CpuPrograms:
         if rows > MOST_ROWS:
             return None
         key = (rows, torch.get_num_threads())
-        found = self._made.get(key)
-        if found is None:
-            found = self._made[key] = LayersProgram(self._layers, self._hidden_size, *key)
+        found = self._made.pop(key, None) or LayersProgram(self._layers, self._hidden_size, *key)
+        self._made[key] = found  # The last used comes last.
+        if len(self._made) > _KEPT:
+            del self._made[next(iter(self._made))]
         return found
 
 
