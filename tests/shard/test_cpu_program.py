@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from shard.stage import Batch
 from shard.torch_backend.lean.cpu_program import MOST_ROWS, CpuPrograms
 from shard.torch_backend.lean.shard import LeanShard
 from tests.shard.ring import load_stage, random_prompts, run_step, tiny_spec
@@ -52,6 +53,17 @@ def test_a_program_is_its_layers(family: str, dtype: str, tmp_path: Path) -> Non
     for step, (one, other) in enumerate(zip(got, wanted, strict=True)):
         assert np.array_equal(one, other), step
     assert list(shard._programs._made) == [(3, torch.get_num_threads())]
+
+
+def test_a_step_s_hidden_states_stay_when_the_next_is_run(tmp_path: Path) -> None:
+    checkpoint = quantized_checkpoint(tiny_model("llama", 2), tmp_path)
+    first = load_stage(checkpoint, tiny_spec(0, 2), "lean")
+    steps = [(Entry(SequenceId(1), at, (token,), 1),) for at, token in enumerate((5, 6, 7))]
+    found = [first.forward(Batch(entries=entries, hidden=None)) for entries in steps]
+    kept = [hidden.copy() for hidden in found]
+    first.forward(Batch(entries=(Entry(SequenceId(1), 3, (8,), 1),), hidden=None))
+    assert all(np.array_equal(one, other) for one, other in zip(found, kept, strict=True))
+    assert not np.array_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("family", BY_LAYERS)

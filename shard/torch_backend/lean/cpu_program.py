@@ -61,8 +61,8 @@ class LayersProgram:
             self._put(layer)
 
     def run(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """x [rows, hidden] float32 → the residual stream after all layers, valid until the next run. Appends the rows'
-        keys and values to their sequences."""
+        """x [rows, hidden] float32 → the residual stream after all layers, a tensor of its own. Appends the rows' keys
+        and values to their sequences."""
         thread_bytes = self._seats[0].scratch_bytes(max(run.start for run in step.ragged.runs) + 1)
         scratch = self._scratch.reserve(thread_bytes * self._threads)
         for layer, seats in zip(self._layers, self._seats, strict=True):
@@ -71,7 +71,7 @@ class LayersProgram:
         self._x.copy_(x)
         self._program.run()
         assert self._added is not None
-        return self._x.add_(self._added)
+        return self._x + self._added
 
     def _put(self, layer: NativeLayer) -> None:
         program, threads = self._program, self._threads
