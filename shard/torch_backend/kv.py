@@ -19,7 +19,7 @@ _BLOCK = 64
 class LayerKV:
     """Keys and values of one sequence in one layer; row 0 is position `base`."""
 
-    __slots__ = ("_held", "_keys", "_values", "base", "window")
+    __slots__ = ("_capacity", "_held", "_keys", "_places", "_values", "base", "window")
 
     def __init__(self, window: int | None) -> None:
         self.window = window
@@ -28,6 +28,10 @@ class LayerKV:
         self._held: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
+        # How many positions there is room for; the buffer's address, and the bytes from keys to values, from head to
+        # head, from position to position: a decode step asks for them once a layer.
+        self._capacity = 0
+        self._places = (0, 0, 0, 0)
 
     def append(self, start: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Store key, value [kv_heads, tokens, head_dim] at positions from `start`, forgetting what was held beyond.
@@ -64,14 +68,12 @@ class LayerKV:
 
         like: [kv_heads, 1, head_dim] of the KV's dtype.
         """
-        held = self._held
-        if held is None or position - self.base >= held.shape[2]:
-            held = self._with_room(position, position + 1, like)
-        first = self._first_seen(position)
-        half, head, row, _ = held.stride()
-        element = held.element_size()
-        keys = held.data_ptr() + (first - self.base) * row * element
-        return keys, keys + half * element, head * element, position + 1 - first
+        if position - self.base >= self._capacity:
+            self._with_room(position, position + 1, like)
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        address, half, head, row = self._places
+        keys = address + (first - self.base) * row
+        return keys, keys + half, head, position + 1 - first
 
     def reaches_back_to(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
@@ -122,6 +124,9 @@ class LayerKV:
     def _hold(self, base: int, held: torch.Tensor) -> torch.Tensor:
         self.base = base
         self._held, self._keys, self._values = held, held[:1], held[1:]
+        self._capacity = held.shape[2]
+        half, head, row = (stride * held.element_size() for stride in held.stride()[:3])
+        self._places = (held.data_ptr(), half, head, row)
         return held
 
 

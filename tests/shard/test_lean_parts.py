@@ -9,9 +9,11 @@ from shard.affine import AffineForm
 from shard.torch_backend.device_linear import Int4Linear
 from shard.torch_backend.kv import SLACK, LayerKV
 from shard.torch_backend.lean.config import Rope
+from shard.torch_backend.lean.packing import pack
 from shard.torch_backend.lean.rotary import StepAngles
 from shard.torch_backend.linear import load_linear
 from tests.shard.cpu.made_up import AffineTensors, random_rows
+from transport.messages import Entry, SequenceId
 
 
 def test_angles_of_a_step() -> None:
@@ -34,6 +36,28 @@ def test_one_token_is_appended_as_a_chunk_of_one(window: int | None) -> None:
         assert torch.equal(keys[0], wanted_keys)
         assert torch.equal(values[0], wanted_values)
     assert one.num_bytes() == other.num_bytes()
+
+
+def test_a_step_of_decodes_alone_is_packed_as_it_comes() -> None:
+    entries = [Entry(SequenceId(7), 4, (1,), 1), Entry(SequenceId(2), 9, (3,), 1)]
+    packing = pack(entries)
+    assert (packing.entries, packing.offsets) == (tuple(entries), (0, 1))
+    assert (packing.ids.tolist(), packing.positions.tolist()) == ([1, 3], [4, 9])
+    assert (packing.num_decode, packing.num_decode_logits, packing.logit_rows.tolist()) == (2, 2, [0, 1])
+    assert packing.source_rows is packing.rows_in_order is packing.logits_in_order is None
+    without_logits = pack([*entries, Entry(SequenceId(3), 5, (6,), 0)])
+    assert (without_logits.num_decode, without_logits.logit_rows.tolist()) == (3, [0, 1])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_seat_is_where_the_token_s_key_and_value_belong(window: int | None) -> None:
+    layer, like = LayerKV(window), torch.empty(2, 1, 4)
+    for position in range(3 * SLACK):
+        keys, values, head_bytes, count = layer.seat(position, like)
+        both = torch.full((2, 2, 4), float(position))
+        seen_keys, seen_values = layer.append_one(position, both)
+        assert (keys, values, count) == (seen_keys.data_ptr(), seen_values.data_ptr(), seen_keys.shape[2])
+        assert head_bytes == seen_keys.stride(1) * 4
 
 
 def test_an_embedding_is_not_put_into_the_int4_kernel_s_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ class Packing:
 
 
 def pack(entries: Sequence[Entry]) -> Packing:
+    if all(len(entry.token_ids) == 1 and entry.num_logits == 1 for entry in entries):
+        return _decode_only(tuple(entries))
     order = sorted(range(len(entries)), key=lambda index: len(entries[index].token_ids) != 1)
     packed = tuple(entries[index] for index in order)
     sizes = [len(entry.token_ids) for entry in packed]
@@ -53,6 +55,23 @@ def pack(entries: Sequence[Entry]) -> Packing:
         source_rows=source,
         rows_in_order=None if source is None else np.argsort(source),
         logits_in_order=None if logits is None else np.argsort(logits),
+    )
+
+
+def _decode_only(entries: tuple[Entry, ...]) -> Packing:
+    """The most frequent step by far: a token and its logits each."""
+    count = len(entries)
+    return Packing(
+        entries=entries,
+        offsets=tuple(range(count)),
+        ids=np.array([entry.token_ids[0] for entry in entries], dtype=np.int64),
+        positions=np.array([entry.start for entry in entries], dtype=np.int64),
+        num_decode=count,
+        logit_rows=np.arange(count),
+        num_decode_logits=count,
+        source_rows=None,
+        rows_in_order=None,
+        logits_in_order=None,
     )
 
 
