@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from shard.local_stage import LocalStage
 from shard.open import open_checkpoint
 from shard.stage import ShardSpec, StageInput, TokenOutput
 from shard.torch_backend.cpu.linear import CpuAffineLinear
+from shard.torch_backend.cpu.matrix_kernels import matrix_kernels
+from shard.torch_backend.cpu.program import Program
 from transport.messages import Entry, Op, Open, Release, Sampling, SequenceId
 
 CONTEXT_TOKENS = 2048
@@ -95,9 +99,10 @@ class Potluck:
 
 @contextmanager
 def _timed_linears() -> Iterator[list[float]]:
-    """Note the seconds of every call of a linear kernel."""
+    """Note the seconds of every call of a linear kernel, also of those that are part of a program: its calls are then
+    made one by one from here. On one thread."""
     spent_s: list[float] = []
-    call = CpuAffineLinear.__call__
+    call, run = CpuAffineLinear.__call__, Program.run
 
     def timed(self: CpuAffineLinear, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         started = time.perf_counter()
@@ -105,11 +110,25 @@ def _timed_linears() -> Iterator[list[float]]:
         spent_s.append(time.perf_counter() - started)
         return y
 
-    CpuAffineLinear.__call__ = timed  # type: ignore[method-assign]
+    def run_timed(self: Program) -> None:
+        linear = {kernel.address for kernel in matrix_kernels().compiled}
+        for function, fields, _ in self.calls:
+            native = _function_at(function)
+            started = time.perf_counter()
+            native(fields)
+            if function in linear:
+                spent_s.append(time.perf_counter() - started)
+
+    CpuAffineLinear.__call__, Program.run = timed, run_timed  # type: ignore[method-assign]
     try:
         yield spent_s
     finally:
-        CpuAffineLinear.__call__ = call  # type: ignore[method-assign]
+        CpuAffineLinear.__call__, Program.run = call, run  # type: ignore[method-assign]
+
+
+@cache
+def _function_at(address: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 from llvmlite import ir
@@ -31,11 +32,16 @@ class MatrixKernel:
         else:
             self._team(fields, threads)
 
+    @property
+    def address(self) -> int:
+        """Of the function for one thread."""
+        return self._compiled.address(self._name)
+
     def into(self, program: Program, fields: tuple[Fields, int], threads: int) -> None:
         """Put a call for few rows into a program."""
         program.keep(self._compiled)
         if threads == 1 or not self._compiled.has_teams:
-            program.call(self._compiled.address(self._name), fields)
+            program.call(self.address, fields)
             return
         program.call(self._compiled.address(f"{self._name}_quantize"), fields)
         program.call(self._compiled.address(f"{self._name}_multiply_team"), fields, threads)
@@ -47,6 +53,11 @@ class MatrixKernels:
     def __init__(self, target: InstructionSet) -> None:
         self.target = target
         self._kernels: dict[tuple[int, Precision], MatrixKernel] = {}
+
+    @property
+    def compiled(self) -> Collection[MatrixKernel]:
+        """What has been needed so far."""
+        return self._kernels.values()
 
     def kernel(self, bits: int, precision: Precision) -> MatrixKernel:
         """For weights of `bits` and activations of `precision` bits."""

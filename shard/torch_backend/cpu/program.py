@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -94,6 +95,11 @@ class Program:
         self._kept.append(fields[0])
         self._calls.append((function, fields[1], threads))
         self._table = None
+
+    @property
+    def calls(self) -> Sequence[tuple[int, int, int]]:
+        """Addresses of functions and of their fields, and threads, in order."""
+        return self._calls
 
     def run(self) -> None:
         if self._table is None:
