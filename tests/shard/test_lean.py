@@ -17,8 +17,6 @@ from shard.stage import Batch
 from shard.torch_backend.build import build
 from shard.torch_backend.kv import SLACK
 from shard.torch_backend.lean import source
-from shard.torch_backend.lean.ops import Norm, rms_norm
-from shard.torch_backend.lean.packing import pack
 from shard.torch_backend.lean.shard import LeanShard
 from shard.torch_backend.lean.support import lean_reason
 from tests.shard.ring import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
@@ -285,19 +283,6 @@ def test_rows_go_back_in_the_order_of_the_entries(tiny: Tiny) -> None:
         assert relative_error(logits, np.concatenate(wanted)) < 1e-5
 
 
-def test_decode_entries_are_packed_first() -> None:
-    entries = [Entry(ONE, 4, (1, 2), 2), Entry(TWO, 9, (3,), 1), Entry(SequenceId(3), 0, (4, 5, 6), 0)]
-    packing = pack(entries)
-    assert packing.num_decode == packing.num_decode_logits == 1
-    assert packing.ids.tolist() == [3, 1, 2, 4, 5, 6]
-    assert packing.positions.tolist() == [9, 4, 5, 0, 1, 2]
-    assert packing.logit_rows.tolist() == [0, 1, 2]
-    assert packing.rows_in_order is not None and packing.logits_in_order is not None
-    assert packing.ids[packing.rows_in_order].tolist() == [1, 2, 3, 4, 5, 6]
-    assert packing.logits_in_order.tolist() == [1, 2, 0]
-    assert pack(entries[1:]).rows_in_order is None
-
-
 def test_an_empty_batch_gives_no_rows(tiny: Tiny) -> None:
     first, last = (load_stage(tiny("llama"), tiny_spec(a, b, **BF16), "lean") for a, b in ((0, 2), (2, 4)))
     assert first.forward(Batch(entries=(), hidden=None)).shape == (0, 64)
@@ -400,14 +385,6 @@ def test_quantized_matrices_give_the_logits_of_their_numbers(family: str, tmp_pa
     shard = whole(checkpoint)
     assert shard.weights_bytes < whole(dense).weights_bytes / 3
     assert relative_error(in_small_steps(shard, ids), wanted) < 5e-4
-
-
-def test_norms_are_the_formula() -> None:
-    x, weight = torch.randn(7, 96) * 3, torch.randn(96)
-    wanted = x.double() * weight / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    assert torch.allclose(rms_norm(x, Norm(weight, 1e-3, width=96)).double(), wanted, rtol=1e-5, atol=1e-6)
-    half = x.to(torch.bfloat16)
-    assert rms_norm(half, Norm(weight, 1e-3, width=96)).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

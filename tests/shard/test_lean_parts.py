@@ -1,4 +1,4 @@
-"""Parts of the lean path by themselves: rotary angles, the KV's short way in, tables on devices with an int4 kernel."""
+"""Parts of the lean path by themselves: angles, norms, packing, the KV's short way in, tables of int4 devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from shard.affine import AffineForm
 from shard.torch_backend.device_linear import Int4Linear
 from shard.torch_backend.kv import SLACK, LayerKV
 from shard.torch_backend.lean.config import Rope
+from shard.torch_backend.lean.ops import Norm, rms_norm
 from shard.torch_backend.lean.packing import pack
 from shard.torch_backend.lean.rotary import StepAngles
 from shard.torch_backend.linear import load_linear
@@ -58,6 +59,31 @@ def test_a_seat_is_where_the_token_s_key_and_value_belong(window: int | None) ->
         seen_keys, seen_values = layer.append_one(position, both)
         assert (keys, values, count) == (seen_keys.data_ptr(), seen_values.data_ptr(), seen_keys.shape[2])
         assert head_bytes == seen_keys.stride(1) * 4
+
+
+def test_decode_entries_are_packed_first() -> None:
+    entries = [
+        Entry(SequenceId(1), 4, (1, 2), 2),
+        Entry(SequenceId(2), 9, (3,), 1),
+        Entry(SequenceId(3), 0, (4, 5, 6), 0),
+    ]
+    packing = pack(entries)
+    assert packing.num_decode == packing.num_decode_logits == 1
+    assert packing.ids.tolist() == [3, 1, 2, 4, 5, 6]
+    assert packing.positions.tolist() == [9, 4, 5, 0, 1, 2]
+    assert packing.logit_rows.tolist() == [0, 1, 2]
+    assert packing.rows_in_order is not None and packing.logits_in_order is not None
+    assert packing.ids[packing.rows_in_order].tolist() == [1, 2, 3, 4, 5, 6]
+    assert packing.logits_in_order.tolist() == [1, 2, 0]
+    assert pack(entries[1:]).rows_in_order is None
+
+
+def test_norms_are_the_formula() -> None:
+    x, weight = torch.randn(7, 96) * 3, torch.randn(96)
+    wanted = x.double() * weight / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    assert torch.allclose(rms_norm(x, Norm(weight, 1e-3, width=96)).double(), wanted, rtol=1e-5, atol=1e-6)
+    half = x.to(torch.bfloat16)
+    assert rms_norm(half, Norm(weight, 1e-3, width=96)).dtype == torch.bfloat16
 
 
 def test_an_embedding_is_not_put_into_the_int4_kernel_s_order(monkeypatch: pytest.MonkeyPatch) -> None:
