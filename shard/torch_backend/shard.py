@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from shard.stage import Batch, ShardSpec
+from shard.torch_backend.appending import appending
 from shard.torch_backend.attention import RaggedStep, Run
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
-from shard.torch_backend.memory import step_memory
 from transport.errors import UnsupportedModel
 from transport.messages import SequenceId
 
@@ -34,18 +34,8 @@ class TorchShard:
         if not batch.entries:
             return self._no_rows()
         runs = self._runs(batch)
-        num_tokens = sum(run.num_tokens for run in runs)
-        try:
-            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes):
-                output = self._run_model(batch, runs)
-        except Exception:
-            # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
-            for entry in batch.entries:
-                self._kv.truncate(entry.sequence, entry.start)
-            raise
-        for run in runs:
-            run.kv.length = run.start + run.num_tokens
-        return output
+        with appending(self._kv, batch, runs, self.spec.device):
+            return self._run_model(batch, runs)
 
     def length(self, sequence: SequenceId) -> int:
         return self._kv.length(sequence)
@@ -70,7 +60,6 @@ class TorchShard:
         offset = 0
         for entry in batch.entries:
             held = self._kv.sequence(entry.sequence)
-            assert entry.start == held.length, "the caller truncates, and refuses what lies beyond"
             runs.append(Run(kv=held, offset=offset, num_tokens=len(entry.token_ids), start=entry.start))
             offset += len(entry.token_ids)
         return runs

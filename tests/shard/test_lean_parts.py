@@ -44,7 +44,7 @@ def test_a_step_of_decodes_alone_is_packed_as_it_comes() -> None:
     packing = pack(entries)
     assert (packing.entries, packing.offsets) == (tuple(entries), (0, 1))
     assert (packing.ids.tolist(), packing.positions.tolist()) == ([1, 3], [4, 9])
-    assert (packing.num_decode, packing.num_decode_logits, packing.logit_rows.tolist()) == (2, 2, [0, 1])
+    assert (packing.num_decode, packing.logit_rows.tolist()) == (2, [0, 1])
     assert packing.source_rows is packing.rows_in_order is packing.logits_in_order is None
     without_logits = pack([*entries, Entry(SequenceId(3), 5, (6,), 0)])
     assert (without_logits.num_decode, without_logits.logit_rows.tolist()) == (3, [0, 1])
@@ -68,7 +68,7 @@ def test_decode_entries_are_packed_first() -> None:
         Entry(SequenceId(3), 0, (4, 5, 6), 0),
     ]
     packing = pack(entries)
-    assert packing.num_decode == packing.num_decode_logits == 1
+    assert packing.num_decode == 1
     assert packing.ids.tolist() == [3, 1, 2, 4, 5, 6]
     assert packing.positions.tolist() == [9, 4, 5, 0, 1, 2]
     assert packing.logit_rows.tolist() == [0, 1, 2]

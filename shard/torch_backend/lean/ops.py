@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 class Norm:
     """The weights of a root-mean-square norm, float32, with what `rms_norm` needs of them worked out."""
 
-    __slots__ = ("eps", "floor", "native", "scaled", "weight")
+    __slots__ = ("floor", "native", "scaled", "weight")
 
     def __init__(self, weight: torch.Tensor, eps: float, *, width: int) -> None:
         """weight [width], or [groups, width] for groups of features that are normed apart."""
         self.weight = weight
-        self.eps = eps
         self.scaled = weight * width**0.5
         self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
         self.native: RowNorm | None = None

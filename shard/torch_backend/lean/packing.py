@@ -15,7 +15,7 @@ class Packing:
     """Entries in packed order, each one's first row, and the rows' token ids and positions, int64 [tokens].
 
     The first `num_decode` rows are of decode entries: those of one token. `logit_rows` are the packed rows whose logits
-    are wanted, of which the first `num_decode_logits` are decode. `source_rows[i]` is the row of the batch that is
+    are wanted. `source_rows[i]` is the row of the batch that is
     packed as row i; `rows_in_order` and `logits_in_order` take packed rows back to the batch's order. These three are
     None where that is the packed one already.
     """
@@ -26,7 +26,6 @@ class Packing:
     positions: np.ndarray
     num_decode: int
     logit_rows: np.ndarray
-    num_decode_logits: int
     source_rows: np.ndarray | None
     rows_in_order: np.ndarray | None
     logits_in_order: np.ndarray | None
@@ -51,7 +50,6 @@ def pack(entries: Sequence[Entry]) -> Packing:
         positions=np.concatenate([np.arange(entry.start, entry.start + len(entry.token_ids)) for entry in packed]),
         num_decode=num_decode,
         logit_rows=np.concatenate(logit_rows),
-        num_decode_logits=sum(entry.num_logits for entry in packed[:num_decode]),
         source_rows=source,
         rows_in_order=None if source is None else np.argsort(source),
         logits_in_order=None if logits is None else np.argsort(logits),
@@ -68,7 +66,6 @@ def _decode_only(entries: tuple[Entry, ...]) -> Packing:
         positions=np.array([entry.start for entry in entries], dtype=np.int64),
         num_decode=count,
         logit_rows=np.arange(count),
-        num_decode_logits=count,
         source_rows=None,
         rows_in_order=None,
         logits_in_order=None,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from shard.stage import Batch, ShardSpec
+from shard.torch_backend.appending import appending
 from shard.torch_backend.attention import RaggedStep, Run
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
@@ -20,7 +21,6 @@ from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
-from shard.torch_backend.memory import step_memory
 from transport.messages import SequenceId
 
 
@@ -61,23 +61,12 @@ class LeanShard:
         if not batch.entries:
             return self._no_rows()
         packing = pack(batch.entries)
-        num_tokens = packing.positions.size
         runs = [
             Run(kv=self._kv.sequence(entry.sequence), offset=offset, num_tokens=len(entry.token_ids), start=entry.start)
             for entry, offset in zip(packing.entries, packing.offsets, strict=True)
         ]
-        assert all(run.start == run.kv.length for run in runs), "the caller truncates, and refuses what lies beyond"
-        try:
-            with step_memory(self.spec.device, num_tokens, self._kv.num_bytes):
-                output = self._run(batch, packing, runs)
-        except Exception:
-            # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
-            for entry in batch.entries:
-                self._kv.truncate(entry.sequence, entry.start)
-            raise
-        for run in runs:
-            run.kv.length = run.start + run.num_tokens
-        return output
+        with appending(self._kv, batch, runs, self.spec.device):
+            return self._run(batch, packing, runs)
 
     def length(self, sequence: SequenceId) -> int:
         return self._kv.length(sequence)
