@@ -10,7 +10,6 @@ No kernel here knows decode from prefill, and none has run on CUDA or Metal yet:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from shard.affine import AffineForm
 from shard.checkpoint import Checkpoint
 from shard.torch_backend.dtypes import TORCH_DTYPES
 from transport.messages import DType
-
-if TYPE_CHECKING:
-    from shard.torch_backend.linear import Linear
 
 _PIECE_WEIGHTS = 1 << 22
 _SLICE_WEIGHTS = 1 << 24
@@ -74,9 +70,6 @@ class Int4Linear:
         y = torch._weight_int4pack_mm(x.to(torch.bfloat16), self._packed, self._group, self._factors)
         return y.to(x.dtype)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("an embedding is not kept in the int4 kernel's order")
-
 
 def load_device_linear(
     checkpoint: Checkpoint,
@@ -84,41 +77,65 @@ def load_device_linear(
     dtype: DType,
     device: torch.device,
     read: Callable[[int], None] = lambda num_bytes: None,
+) -> PlainAffineLinear | Int4Linear:
+    """The affine tensor `name` [out, columns] on `device`, packed a piece at a time. Raises BadCheckpoint."""
+    info = checkpoint.tensors[name]
+    assert info.affine is not None, name
+    out, columns = info.shape
+    if dtype != "bfloat16" or info.affine.bits > 4 or not _has_int4(device, out, columns, info.affine):
+        return load_device_table(checkpoint, name, dtype, device, read)
+    # The int4 kernel's converter wants even columns high, unlike the plain form.
+    q, scales, zeros = _packed(checkpoint, name, dtype, device, read, even_high=True, offset=_MIDDLE)
+    tiled = torch._convert_weight_to_int4pack(q, _INNER_K_TILES)
+    factors = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
+    return Int4Linear(tiled, factors, info.affine.group)
+
+
+def load_device_table(
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: DType,
+    device: torch.device,
+    read: Callable[[int], None] = lambda num_bytes: None,
+) -> PlainAffineLinear:
+    """As `load_device_linear`, in the form that can be read by rows."""
+    form = checkpoint.tensors[name].affine
+    assert form is not None, name
+    q, scales, biases = _packed(checkpoint, name, dtype, device, read, even_high=False, offset=0)
+    return PlainAffineLinear(q, scales, biases, bits=4 if form.bits <= 4 else 8, group=form.group)
+
+
+def _packed(
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: DType,
+    device: torch.device,
+    read: Callable[[int], None],
     *,
-    by_rows: bool = False,
-) -> Linear:
-    """The affine tensor `name` [out, columns] on `device`, packed a piece at a time; if `by_rows`, in a form whose rows
-    can be read, as an embedding's are. Raises BadCheckpoint."""
+    even_high: bool,
+    offset: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q in bytes or halves of bytes, scales, and biases + offset · scales, [out, …] each."""
     info = checkpoint.tensors[name]
     form = info.affine
     assert form is not None, name
     out, columns = info.shape
     bits = 4 if form.bits <= 4 else 8
-    factor_dtype = TORCH_DTYPES[dtype]
     q = torch.empty((out, columns * bits // 8), dtype=torch.uint8, device=device)
-    scales = torch.empty((out, columns // form.group), dtype=factor_dtype, device=device)
-    biases = torch.empty_like(scales)
-    use_int4 = not by_rows and bits == 4 and dtype == "bfloat16" and _has_int4(device, out, columns, form)
+    scales = torch.empty((out, columns // form.group), dtype=TORCH_DTYPES[dtype], device=device)
+    zeros = torch.empty_like(scales)
+    low, high = (1, 0) if even_high else (0, 1)
     step = max(1, _PIECE_WEIGHTS // columns)
     for first in range(0, out, step):
         count = min(step, out - first)
         rows = checkpoint.read_affine(name, first, count)
         span = slice(first, first + count)
-        packed = rows.q
-        if bits == 4:
-            # The int4 kernel's converter wants even columns high, unlike the plain form.
-            low, high = (1, 0) if use_int4 else (0, 1)
-            packed = rows.q[:, low::2] | (rows.q[:, high::2] << np.uint8(4))
+        packed = rows.q if bits == 8 else rows.q[:, low::2] | (rows.q[:, high::2] << np.uint8(4))
         q[span].copy_(torch.from_numpy(packed))
         scales[span].copy_(torch.from_numpy(rows.scales))
-        zeros = rows.biases + np.float32(_MIDDLE) * rows.scales if use_int4 else rows.biases
-        biases[span].copy_(torch.from_numpy(zeros))
+        zeros[span].copy_(torch.from_numpy(rows.biases + np.float32(offset) * rows.scales))
         read(info.file_bytes * count // out)
-    if not use_int4:
-        return PlainAffineLinear(q, scales, biases, bits=bits, group=form.group)
-    tiled = torch._convert_weight_to_int4pack(q, _INNER_K_TILES)
-    factors = torch.stack((scales, biases), dim=-1).transpose(0, 1).contiguous()
-    return Int4Linear(tiled, factors, form.group)
+    return q, scales, zeros
 
 
 def _has_int4(device: torch.device, out: int, columns: int, form: AffineForm) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ import torch
 from shard.checkpoint import Checkpoint
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from transport.messages import DType
+
+if TYPE_CHECKING:
+    from shard.torch_backend.cpu.linear import CpuAffineLinear
 
 Read = Callable[[int], None]
 """Called with the bytes of the file that were read since."""
@@ -25,8 +28,12 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         """x [rows, columns] → [rows, out], in x's dtype."""
 
+
+class Table(Linear, Protocol):
+    """A projection whose matrix is read by rows too: an embedding, which may be the head as well."""
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of W, [len(ids), columns]: an embedding that shares its matrix with the head."""
+        """Rows of W, [len(ids), columns]."""
 
 
 class DenseLinear:
@@ -55,9 +62,6 @@ class SideBySide:
     def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
         return torch.cat([part(x, num_decode) for part in self._parts], dim=1)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("an embedding is one matrix")
-
 
 def load_linear(
     checkpoint: Checkpoint,
@@ -65,12 +69,9 @@ def load_linear(
     dtype: DType,
     device: torch.device,
     read: Read = lambda num_bytes: None,
-    *,
-    by_rows: bool = False,
 ) -> Linear:
     """The tensors `names` [rows_i, columns], their rows one after another, on `device`: quantized where they are in the
-    file, dense in `dtype` otherwise. `by_rows`: `Linear.rows` will be called. Raises BadCheckpoint,
-    UnsupportedModel."""
+    file, dense in `dtype` otherwise. Raises BadCheckpoint, UnsupportedModel."""
     runs: list[list[str]] = []
     for name in names:
         if runs and _is_affine(checkpoint, name) == _is_affine(checkpoint, runs[-1][-1]):
@@ -78,7 +79,7 @@ def load_linear(
         else:
             runs.append([name])
     parts = [
-        _load_affine(checkpoint, run, dtype, device, read, by_rows)
+        _load_affine(checkpoint, run, dtype, device, read)
         if _is_affine(checkpoint, run[0])
         else _load_dense(checkpoint, run, dtype, device, read)
         for run in runs
@@ -86,23 +87,42 @@ def load_linear(
     return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 
+def load_table(
+    checkpoint: Checkpoint, name: str, dtype: DType, device: torch.device, read: Read = lambda num_bytes: None
+) -> Table:
+    """As `load_linear`, for one matrix that is read by rows too."""
+    if not _is_affine(checkpoint, name):
+        return _load_dense(checkpoint, [name], dtype, device, read)
+    if device.type == "cpu":
+        return _load_cpu(checkpoint, [name], dtype, read)
+    from shard.torch_backend.device_linear import load_device_table
+
+    return load_device_table(checkpoint, name, dtype, device, read)
+
+
 def _is_affine(checkpoint: Checkpoint, name: str) -> bool:
     return checkpoint.tensors[name].affine is not None
 
 
-def _load_affine(
-    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read, by_rows: bool
-) -> Linear:
-    # Each kind of device has kernels of its own, and what they need is imported only where they run.
-    if device.type == "cpu":
-        from shard.torch_backend.cpu.linear import load_affine_linear
+# Each kind of device has kernels of its own, and what they need is imported only where they run.
 
-        # Whoever computes in float32 wants all of its digits.
-        return load_affine_linear(checkpoint, names, prefill=16 if dtype == "float32" else 8, read=read)
+
+def _load_affine(
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+) -> Linear:
+    if device.type == "cpu":
+        return _load_cpu(checkpoint, names, dtype, read)
     from shard.torch_backend.device_linear import load_device_linear
 
-    parts = [load_device_linear(checkpoint, name, dtype, device, read, by_rows=by_rows) for name in names]
+    parts = [load_device_linear(checkpoint, name, dtype, device, read) for name in names]
     return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+
+def _load_cpu(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, read: Read) -> CpuAffineLinear:
+    from shard.torch_backend.cpu.linear import load_affine_linear
+
+    # Whoever computes in float32 wants all of its digits.
+    return load_affine_linear(checkpoint, names, prefill=16 if dtype == "float32" else 8, read=read)
 
 
 def _load_dense(

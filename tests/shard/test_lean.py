@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -353,12 +354,18 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_is_read(tiny: Ti
         whole(changed(tiny("llama"), {"num_hidden_layers": 5}))
 
 
-def test_no_memory_while_loading_is_said_with_the_tensor(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("loader", "tensor"),
+    [("load_table", "model.embed_tokens.weight"), ("load_linear", "model.layers.0.self_attn.q_proj.weight")],
+)
+def test_no_memory_while_loading_is_said_with_the_tensor(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, loader: str, tensor: str
+) -> None:
     def no_memory(*arguments: Any, **named: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(source, "load_linear", no_memory)
-    with pytest.raises(DoesNotFit, match=r"no memory left for model\.embed_tokens\.weight"):
+    monkeypatch.setattr(source, loader, no_memory)
+    with pytest.raises(DoesNotFit, match=re.escape(f"no memory left for {tensor}")):
         whole(tiny("llama"))
 
 

@@ -12,7 +12,7 @@ from shard.torch_backend.lean.config import Rope
 from shard.torch_backend.lean.ops import Norm, rms_norm
 from shard.torch_backend.lean.packing import pack
 from shard.torch_backend.lean.rotary import StepAngles
-from shard.torch_backend.linear import load_linear
+from shard.torch_backend.linear import load_linear, load_table
 from tests.shard.cpu.made_up import AffineTensors, random_rows
 from transport.messages import Entry, SequenceId
 
@@ -95,5 +95,5 @@ def test_an_embedding_is_not_put_into_the_int4_kernel_s_order(monkeypatch: pytes
     meta = torch.device("meta")
     projection = load_linear(checkpoint, ["w"], "bfloat16", meta)  # type: ignore[arg-type]
     assert isinstance(projection, Int4Linear)
-    table = load_linear(checkpoint, ["w"], "bfloat16", meta, by_rows=True)  # type: ignore[arg-type]
+    table = load_table(checkpoint, "w", "bfloat16", meta)  # type: ignore[arg-type]
     assert table.rows(torch.zeros(3, dtype=torch.long, device=meta)).shape == (3, 256)

@@ -20,7 +20,7 @@ from shard.torch_backend.lean.layer import Layer
 from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
 from shard.torch_backend.lean.step import LeanStep
-from shard.torch_backend.linear import Linear
+from shard.torch_backend.linear import Linear, Table
 from transport.messages import SequenceId
 
 
@@ -29,7 +29,7 @@ class LeanModel:
     """A stage's weights. The embedding, used by its rows, is stage 0's; norm and head are the last one's."""
 
     config: LeanConfig
-    embedding: Linear | None
+    embedding: Table | None
     layers: tuple[Layer, ...]
     norm: Norm | None
     head: Linear | None

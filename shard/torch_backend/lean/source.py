@@ -13,7 +13,7 @@ import torch
 
 from shard.checkpoint import Checkpoint
 from shard.stage import ShardSpec
-from shard.torch_backend.linear import DenseLinear, Linear, load_linear
+from shard.torch_backend.linear import DenseLinear, Linear, Table, load_linear, load_table
 from shard.torch_backend.memory import loading_memory
 from shard.weights import Part, TensorNames, total_file_bytes
 
@@ -27,8 +27,8 @@ class Source(Protocol):
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         """Matrices [rows_i, columns] of one input, their rows one after another."""
 
-    def table(self, wanted: Wanted) -> Linear:
-        """A matrix that is read by rows too: an embedding, which may be the head as well."""
+    def table(self, wanted: Wanted) -> Table:
+        """A matrix that is read by rows too."""
 
     def experts(self, wanted: Wanted) -> list[Linear]:
         """A parameter [experts, rows, columns] whose experts are tensors of their own: a projection for each."""
@@ -48,8 +48,9 @@ class Check:
         self._find(wanted)
         return DenseLinear(torch.empty(0))
 
-    def table(self, wanted: Wanted) -> Linear:
-        return self.linear([wanted])
+    def table(self, wanted: Wanted) -> Table:
+        self._find([wanted])
+        return DenseLinear(torch.empty(0))
 
     def experts(self, wanted: Wanted) -> list[Linear]:
         self._find([wanted])
@@ -89,8 +90,12 @@ class Files:
     def linear(self, wanted: Sequence[Wanted]) -> Linear:
         return self._load([part.name for part in self._parts(wanted)])
 
-    def table(self, wanted: Wanted) -> Linear:
-        return self._load([part.name for part in self._parts([wanted])], by_rows=True)
+    def table(self, wanted: Wanted) -> Table:
+        (part,) = self._parts([wanted])
+        with loading_memory(part.name, self._spec.device):
+            made = load_table(self._checkpoint, part.name, self._spec.compute_dtype, self._device, self._read)
+        self.weights_bytes += made.num_bytes
+        return made
 
     def experts(self, wanted: Wanted) -> list[Linear]:
         of_expert: dict[int | slice, list[str]] = {}
@@ -111,11 +116,9 @@ class Files:
         self._read(total_file_bytes(self._checkpoint.tensors, parts))
         return made
 
-    def _load(self, names: Sequence[str], *, by_rows: bool = False) -> Linear:
+    def _load(self, names: Sequence[str]) -> Linear:
         with loading_memory(names[0], self._spec.device):
-            made = load_linear(
-                self._checkpoint, names, self._spec.compute_dtype, self._device, self._read, by_rows=by_rows
-            )
+            made = load_linear(self._checkpoint, names, self._spec.compute_dtype, self._device, self._read)
         self.weights_bytes += made.num_bytes
         return made
 
