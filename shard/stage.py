@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from transport.messages import DType, Entry, Op, Result, SequenceId, WeightsForm
+from transport.messages import DType, Entry, KVForm, Op, Result, SequenceId, WeightsForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class ShardSpec:
     context_tokens: int
     kv_capacity_tokens: int
     weights: WeightsForm = "stored"
+    kv: KVForm = "full"
 
     @property
     def is_first(self) -> bool:
@@ -71,6 +72,14 @@ class ShardBackend(Protocol):
         holds what going back so far needs (the engine then replays)."""
 
     def release(self, sequence: SequenceId) -> None: ...
+
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        """Give `target`, which holds nothing, a copy of the first `length` positions of `source`'s KV, 0 < length ≤
+        length(source). Each may then go its own way. False, and nothing is copied, where a sliding window no longer
+        holds what position `length` needs."""
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        """Give `target`, which holds nothing, all of `source`'s KV; `source` holds nothing any more. Copies nothing."""
 
     def kv_bytes(self) -> int:
         """Bytes of KV memory held now."""

@@ -11,7 +11,7 @@ from typing import Literal, NewType
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]
@@ -20,6 +20,9 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 WeightsForm = Literal["stored", "dense", "4-bit", "8-bit"]
 """How a stage holds its matrices: as the file has them, quantized or not; all in the compute dtype; or what is not
 quantized in the file quantized to so many bits."""
+
+KVForm = Literal["full", "8-bit"]
+"""How a stage holds KV: in its compute dtype, or in 8 bits with a scale for each head of each position."""
 
 
 # Parts of a step.
@@ -67,7 +70,19 @@ class Release(Struct, frozen=True, tag="release", array_like=True):
     sequence: SequenceId
 
 
-Op = Open | Truncate | Release
+class Fork(Struct, frozen=True, tag="fork", array_like=True):
+    """Give `sequence`, which is open and holds nothing yet, the KV of positions [0, length) of `source`.
+
+    `moves`: the source is released by it, and nothing is copied.
+    """
+
+    sequence: SequenceId
+    source: SequenceId
+    length: int
+    moves: bool = False
+
+
+Op = Open | Fork | Truncate | Release
 
 
 class Entry(Struct, frozen=True, array_like=True):
@@ -124,7 +139,9 @@ class Tokens(Struct, frozen=True, tag="tokens", array_like=True):
 
 
 class Hidden(Struct, frozen=True, tag="hidden", array_like=True):
-    """A step between two stages; one buffer follows: [num_tokens, hidden_size] of `dtype`, bfloat16 as uint16 bits."""
+    """A step between two stages; one buffer follows: [num_tokens, hidden_size] of `dtype`, bfloat16 as uint16 bits.
+
+    `seconds` are what the stages so far have computed on it."""
 
     fence: Fence
     step: int
@@ -133,14 +150,18 @@ class Hidden(Struct, frozen=True, tag="hidden", array_like=True):
     dtype: DType
     num_tokens: int
     hidden_size: int
+    seconds: tuple[float, ...] = ()
 
 
 class Sampled(Struct, frozen=True, tag="sampled", array_like=True):
-    """A step's results. Sent for every step, also when no entry wanted logits: it is what frees the step's slot."""
+    """A step's results. Sent for every step, also when no entry wanted logits: it is what frees the step's slot.
+
+    `seconds[i]` is what stage i computed on it."""
 
     fence: Fence
     step: int
     results: tuple[Result, ...]
+    seconds: tuple[float, ...] = ()
 
 
 class Failed(Struct, frozen=True, tag="failed", array_like=True):
@@ -203,6 +224,7 @@ class Load(Struct, frozen=True, tag="load", kw_only=True):
     max_step_tokens: int
     listen: Literal["local", "network"]
     weights: WeightsForm = "stored"
+    kv: KVForm = "full"
 
 
 class Listening(Struct, frozen=True, tag="listening"):

@@ -12,12 +12,14 @@ from msgspec import Struct
 from transport.messages import Sampling
 
 FinishReason = Literal["stop", "length"]
+Priority = Literal["interactive", "batch"]
 
 
 class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     """One request: chat messages (dicts of the model's chat template), a text, or token ids; exactly one of the three.
 
     `max_tokens` None means up to the model's context. `num_choices` sequences get sampling.choice 0, 1, ….
+    "batch" yields to "interactive" ones, but not for ever.
     """
 
     request: str
@@ -28,6 +30,7 @@ class Submit(Struct, frozen=True, tag="submit", kw_only=True):
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     num_choices: int = 1
+    priority: Priority = "interactive"
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):
@@ -65,13 +68,16 @@ class ChoiceFinished(Struct, frozen=True, tag="choice_finished"):
 
 
 class Finished(Struct, frozen=True, tag="finished", kw_only=True):
-    """All choices are done. `ttft_s` is from submission to the first token, `decode_s` from the first to the last."""
+    """All choices are done. `ttft_s` is from submission to the first token, `decode_s` from the first to the last.
+
+    `cached_tokens` of the prompt were not computed: their KV was there. With several choices it is the first one's."""
 
     request: str
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
     decode_s: float
+    cached_tokens: int = 0
 
 
 class Aborted(Struct, frozen=True, tag="aborted"):
@@ -113,6 +119,10 @@ class Pong(Struct, frozen=True, tag="pong", kw_only=True):
     queued_requests: int
     steps_in_flight: int
     sequences: int
+    kv_tokens: int = 0
+    """Of running requests, on each stage."""
+    cached_kv_tokens: int = 0
+    """Of requests that are over, kept for prompts that begin alike."""
 
 
 ClientMessage = Submit | Cancel | Ping

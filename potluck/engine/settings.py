@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from planner.stage_times import StageTimes
 from transport.messages import DType, Fence
 
 
 class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The model, the ring's two ends (`first_stage`, `listen`), and `api`, where the HTTP side connects.
 
-    `listener` is the inherited descriptor of the socket that listens at `listen`, if there is one.
+    `listener` is the inherited descriptor of the socket that listens at `listen`, if there is one. `stage_times` and
+    `hops_s` (all hops of a step together) are what the plan expects; empty and 0 where nothing was measured.
+    `has_window`: some layers forget positions, so that going back far is not possible.
     """
 
     model: str
@@ -27,3 +30,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     context_tokens: int
     kv_capacity_tokens: int
     max_step_tokens: int
+    stage_times: tuple[StageTimes, ...] = ()
+    hops_s: float = 0.0
+    has_window: bool = False
+    prefix_cache: bool = True
