@@ -113,10 +113,10 @@ class StageServer:
     def _take(self, received: Received) -> None:
         match received.message:
             case Tokens(step=step, ops=ops, entries=entries):
-                self._step(step, StageInput(ops=ops, entries=entries, hidden=None))
+                self._step(step, StageInput(ops=ops, entries=entries, hidden=None), ())
             case Hidden(step=step, ops=ops, entries=entries, num_tokens=num_tokens, hidden_size=hidden_size) as message:
                 hidden = _as_array(received.buffers[0], WIRE_NUMPY[message.dtype], (num_tokens, hidden_size))
-                self._step(step, StageInput(ops=ops, entries=entries, hidden=hidden))
+                self._step(step, StageInput(ops=ops, entries=entries, hidden=hidden), message.seconds)
             case Failed(step=step, ops=ops) as failed:
                 self._last_step = max(self._last_step, step)
                 # The step has failed already: what is wrong with its ops as well changes nothing for its requests.
@@ -126,7 +126,8 @@ class StageServer:
             case _:
                 pass
 
-    def _step(self, step: int, work: StageInput) -> None:
+    def _step(self, step: int, work: StageInput, seconds_before: tuple[float, ...]) -> None:
+        """`seconds_before`: what the stages before have computed on the step, one number each."""
         if step <= self._last_step:
             return  # a duplicate
         self._last_step = step
@@ -140,24 +141,25 @@ class StageServer:
             wrapped = StageFailed(f"stage {self._index} failed at step {step}: {type(error).__name__}: {error}")
             self._sender.send(self._failure(step, work.ops, wrapped))
             return
-        ended = time.perf_counter()
-        message, buffers = self._message(step, work, output)
+        seconds = time.perf_counter() - started
+        message, buffers = self._message(step, work, output, (*seconds_before, seconds))
         self._sender.send(message, buffers)
         # The neighbour need not wait for the books.
-        self.clock.add(work.entries, ended - started)
+        self.clock.add(work.entries, seconds)
 
     def _failure(self, step: int, ops: tuple[Op, ...], error: PotluckError) -> Failed:
         return Failed(self._fence, step, ops, self._index, error.code, error.message, error.hint)
 
-    def _message(self, step: int, work: StageInput, output: StageOutput) -> tuple[DataMessage, tuple[memoryview, ...]]:
+    def _message(
+        self, step: int, work: StageInput, output: StageOutput, seconds: tuple[float, ...]
+    ) -> tuple[DataMessage, tuple[memoryview, ...]]:
         match output:
             case TokenOutput(results=results):
-                return Sampled(self._fence, step, results), ()
+                return Sampled(self._fence, step, results, seconds), ()
             case HiddenOutput(hidden=hidden):
                 num_tokens, hidden_size = hidden.shape
-                header = Hidden(
-                    self._fence, step, work.ops, work.entries, self._spec.next_dtype, num_tokens, hidden_size
-                )
+                dtype = self._spec.next_dtype
+                header = Hidden(self._fence, step, work.ops, work.entries, dtype, num_tokens, hidden_size, seconds)
                 return header, (_as_bytes(hidden),)
 
 

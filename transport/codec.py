@@ -19,6 +19,7 @@ from transport.messages import (
     Entry,
     Failed,
     Fence,
+    Fork,
     Hello,
     Hidden,
     Op,
@@ -31,6 +32,7 @@ from transport.messages import (
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_CONTROL_BYTES = 2**20
+MAX_STAGES = 1024
 
 _encoder = msgspec.msgpack.Encoder()
 _data_decoder = msgspec.msgpack.Decoder(DataMessage)
@@ -100,11 +102,13 @@ def check(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimit
             _check_ops(ops, limits)
             _check_entries(entries, limits)
             _check_hidden(message, buffers[0], limits)
-        case Sampled(results=results):
+            _check_seconds(message.seconds)
+        case Sampled(results=results, seconds=seconds):
             for result in results:
                 for token in result.tokens:
                     if not 0 <= token.token_id < limits.vocab_size:
                         raise BadMessage(f"token id {token.token_id} outside of the vocabulary of {limits.vocab_size}")
+            _check_seconds(seconds)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, limit_bytes: int) -> _T:
@@ -129,11 +133,20 @@ def _check_ops(ops: tuple[Op, ...], limits: EdgeLimits) -> None:
                     raise BadMessage(f"a prompt of {len(prompt_ids)} tokens; the context is {limits.context_tokens}")
                 _check_ids(prompt_ids, limits)
                 _check_sampling(sampling, limits)
+            case Fork():
+                _check_fork(op, limits)
             case Release():
                 pass
             case _:
                 if op.length < 0:
                     raise BadMessage(f"truncate to {op.length} tokens")
+
+
+def _check_fork(fork: Fork, limits: EdgeLimits) -> None:
+    if fork.sequence < 0 or fork.source < 0 or fork.sequence == fork.source:
+        raise BadMessage(f"a fork of sequence {fork.source} to {fork.sequence}")
+    if not 1 <= fork.length <= limits.context_tokens:
+        raise BadMessage(f"a fork of {fork.length} tokens; the context is {limits.context_tokens}")
 
 
 def _check_sampling(sampling: Sampling, limits: EdgeLimits) -> None:
@@ -183,3 +196,11 @@ def _check_hidden(message: Hidden, buffer: memoryview, limits: EdgeLimits) -> No
     expected = num_tokens * limits.hidden_size * DTYPE_BYTES[limits.dtype]
     if buffer.nbytes != expected:
         raise BadMessage(f"a buffer of {buffer.nbytes} bytes; the header announces {expected}")
+
+
+def _check_seconds(seconds: tuple[float, ...]) -> None:
+    if len(seconds) > MAX_STAGES:
+        raise BadMessage(f"the seconds of {len(seconds)} stages; a ring has at most {MAX_STAGES}")
+    for each in seconds:
+        if not 0.0 <= each < math.inf:
+            raise BadMessage(f"a stage that computed for {each} seconds")

@@ -15,7 +15,9 @@ from transport.messages import (
     Entry,
     Failed,
     Fence,
+    Fork,
     Hidden,
+    Op,
     Open,
     Register,
     Release,
@@ -30,7 +32,7 @@ from transport.messages import (
 
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=100, context_tokens=64, max_step_tokens=32)
-ONE = SequenceId(1)
+ONE, TWO = SequenceId(1), SequenceId(2)
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=16).map(tuple)
 samplings = st.builds(
@@ -44,6 +46,7 @@ samplings = st.builds(
 ops = st.lists(
     st.builds(Open, st.just(ONE), ids, samplings)
     | st.builds(Truncate, st.just(ONE), st.integers(0, 64))
+    | st.builds(Fork, st.just(ONE), st.just(TWO), st.integers(1, 64), st.booleans())
     | st.builds(Release, st.just(ONE)),
     max_size=3,
 ).map(tuple)
@@ -51,7 +54,7 @@ entries = st.lists(st.builds(Entry, st.just(ONE), st.integers(0, 40), ids, st.ju
 
 
 @given(ops, entries)
-def test_steps_round_trip(ops: tuple[Open | Truncate | Release, ...], entries: tuple[Entry, ...]) -> None:
+def test_steps_round_trip(ops: tuple[Op, ...], entries: tuple[Entry, ...]) -> None:
     message = Tokens(FENCE, 7, ops, entries)
     assert decode_data([encode(message)], LIMITS).message == message
 
@@ -60,6 +63,7 @@ def test_results_and_failures_round_trip() -> None:
     token = SampledToken(5, -0.5, ((5, -0.5), (6, -1.5)))
     for message in (
         Sampled(FENCE, 7, (Result(ONE, 3, (token,)),)),
+        Sampled(FENCE, 7, (Result(ONE, 3, (token,)),), (0.0, 1e-3, 5.0)),
         Failed(FENCE, 7, (Release(ONE),), 2, "stage_failed", "no", "try"),
     ):
         assert decode_data([encode(message)], LIMITS).message == message
@@ -88,6 +92,12 @@ good = Hidden(FENCE, 1, (), (entry,), "float32", 2, 4)
         (Tokens(FENCE, 1, (), (Entry(ONE, 0, (1,) * 33, 1),)), []),
         (Tokens(FENCE, 1, (), (entry,)), [bytes(8)]),
         (Tokens(FENCE, 1, (Truncate(ONE, -1),), ()), []),
+        (Tokens(FENCE, 1, (Fork(ONE, TWO, 0),), ()), []),
+        (Tokens(FENCE, 1, (Fork(ONE, TWO, -1),), ()), []),
+        (Tokens(FENCE, 1, (Fork(ONE, TWO, 65),), ()), []),
+        (Tokens(FENCE, 1, (Fork(ONE, ONE, 1),), ()), []),
+        (Tokens(FENCE, 1, (Fork(ONE, SequenceId(-1), 1),), ()), []),
+        (Tokens(FENCE, 1, (Fork(SequenceId(-1), ONE, 1),), ()), []),
         (Tokens(FENCE, 1, (Open(ONE, (1,) * 65, Sampling()),), ()), []),
         (Tokens(FENCE, 1, (Open(ONE, (100,), Sampling()),), ()), []),
         (Tokens(FENCE, 1, (Open(ONE, (1,), Sampling(temperature=float("nan"))),), ()), []),
@@ -101,6 +111,12 @@ good = Hidden(FENCE, 1, (), (entry,), "float32", 2, 4)
         (Hidden(FENCE, 1, (), (entry,), "float32", 2, 5), [bytes(40)]),
         (Hidden(FENCE, 1, (), (entry,), "bfloat16", 2, 4), [bytes(16)]),
         (Sampled(FENCE, 1, (Result(ONE, 0, (SampledToken(100),)),)), []),
+        (Hidden(FENCE, 1, (), (entry,), "float32", 2, 4, (-1e-9,)), [bytes(32)]),
+        (Hidden(FENCE, 1, (), (entry,), "float32", 2, 4, (float("nan"),)), [bytes(32)]),
+        (Sampled(FENCE, 1, (), (0.5, float("nan"))), []),
+        (Sampled(FENCE, 1, (), (float("inf"),)), []),
+        (Sampled(FENCE, 1, (), (-1.0,)), []),
+        (Sampled(FENCE, 1, (), (0.0,) * 1025), []),
     ],
 )
 def test_what_the_plan_does_not_allow_is_refused(message: Tokens | Hidden | Sampled, buffers: list[bytes]) -> None:
