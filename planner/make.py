@@ -22,6 +22,7 @@ from planner.plan import Plan, StagePlan
 from planner.profile import ModelProfile
 from planner.relaxed import Progress
 from planner.rules import Rule, follow_rule
+from planner.stage_times import stage_times
 from planner.usable import GIB, check, usable
 from planner.workload import Workload
 from transport.errors import ConfigError, DoesNotFit
@@ -129,6 +130,8 @@ def plan_of(
         strategy=strategy,
         prediction=prediction,
         weights=costs.profile.weights,
+        kv=costs.profile.kv,
+        times=stage_times(costs, assignment),
         left_out=tuple(left_out),
         is_exact=is_exact,
     )
@@ -149,6 +152,9 @@ def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, lef
     fitting = _largest_halved_context(profile, pool, workload)
     if fitting is not None:
         hints.insert(0, f"--context {fitting} would fit")
+    in_8_bits = replace(profile, kv="8-bit")
+    if profile.kv == "full" and profile.head_dim is not None and fits(in_8_bits, pool, workload):
+        hints.insert(0, "--kv-cache 8-bit would fit")
     found = next((form for form in smaller(profile) if fits(form, pool, workload)), None)
     if found is not None:
         taken = replace(demand, profile=found).memory_bytes(compact, 0, profile.num_layers)

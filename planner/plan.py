@@ -9,7 +9,8 @@ from typing import Any
 
 from devices.device import LeftOut
 from planner.evaluate import Prediction
-from transport.messages import DType, WeightsForm
+from planner.stage_times import StageTimes
+from transport.messages import DType, KVForm, WeightsForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +65,11 @@ class Advice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Stages in ring order, their matrices in the form `weights`. `context_tokens` bounds the KV of one sequence,
-    `kv_capacity_tokens` that of all.
+    """Stages in ring order, their matrices in the form `weights`, their KV in the form `kv`. `context_tokens` bounds
+    the KV of one sequence, `kv_capacity_tokens` that of all.
 
-    `is_exact`: no ring has a better predicted objective (strategy latency, throughput or auto).
+    `times` are each stage's, for the scheduler. `is_exact`: no ring has a better predicted objective (strategy latency,
+    throughput or auto).
     """
 
     stages: tuple[StagePlan, ...]
@@ -77,6 +79,8 @@ class Plan:
     strategy: str
     prediction: Prediction
     weights: WeightsForm = "stored"
+    kv: KVForm = "full"
+    times: tuple[StageTimes, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     is_exact: bool = False
     advice: Advice | None = None
@@ -86,7 +90,7 @@ class Plan:
         """The same for the same work on the same devices, whatever was predicted of it."""
         facts = [
             [[stage.device, stage.backend, stage.first, stage.last, stage.compute_dtype] for stage in self.stages],
-            [self.wire_dtype, self.context_tokens, self.kv_capacity_tokens, self.strategy, self.weights],
+            [self.wire_dtype, self.context_tokens, self.kv_capacity_tokens, self.strategy, self.weights, self.kv],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

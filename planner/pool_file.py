@@ -68,6 +68,8 @@ def _problem(saved: SavedPool) -> str | None:
     profile, times = saved.profile, saved.times
     if profile.num_layers < 1 or profile.context_tokens < 1 or profile.hidden_size < 1:
         return "the model has no layers, context or width"
+    if profile.head_dim is not None and profile.head_dim < 1:
+        return "the model's heads have no width"
     of_layers = [sizes.layers for sizes in profile.sizes]
     per_layer = (profile.layer_params, profile.kv_elements_per_token, profile.windows, *of_layers)
     if any(len(values) != profile.num_layers for values in per_layer):

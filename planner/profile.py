@@ -8,10 +8,13 @@ from itertools import accumulate
 
 from devices.device import Backend
 from transport.errors import ConfigError
-from transport.messages import DTYPE_BYTES, DType, WeightsForm
+from transport.messages import DTYPE_BYTES, DType, KVForm, WeightsForm
 
 WINDOW_SLACK_TOKENS = 512
 """What a sliding-window layer holds beyond its window: room to go back, and the block that its buffer grows by."""
+
+_SCALE_BYTES = 4
+"""Of a head's keys or values at one position, where they are held in 8 bits: one float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class PartBytes:
 class ModelProfile:
     """Counts are in elements. `kv_elements_per_token[i]` and `windows[i]` (tokens; None: full attention) are layer i's.
 
-    `sizes` has an item for each form, backend and dtype that can be planned with; `weights` is the form in force.
+    `sizes` has an item for each form, backend and dtype that can be planned with; `weights` and `kv` are the forms in
+    force. `head_dim` None: not known, and KV in 8 bits can't be planned.
     `head_params` and a size's `head` are the output projection's, also when it is tied to the embedding: then both ends
     of a ring hold a copy, a single stage holds one. `legal_cuts` are the layer indices, without 0 and num_layers, where
     a stage may end.
@@ -50,6 +54,8 @@ class ModelProfile:
     windows: tuple[int | None, ...]
     legal_cuts: tuple[int, ...]
     weights: WeightsForm = "stored"
+    head_dim: int | None = None
+    kv: KVForm = "full"
 
     def part_bytes(self, backend: Backend, dtype: DType) -> PartBytes:
         """What the parts take on such a device. Raises ConfigError where that is not known."""
@@ -82,9 +88,17 @@ class ModelProfile:
         return total
 
     def kv_bytes(self, first: int, last: int, context_tokens: int, concurrency: int, dtype: DType) -> int:
-        """Memory for the KV of `concurrency` sequences of `context_tokens` each."""
-        held = _held_elements(self.kv_elements_per_token, self.windows, context_tokens)
-        return _between(held, first, last) * concurrency * DTYPE_BYTES[dtype]
+        """Memory for the KV of `concurrency` sequences of `context_tokens` each. Raises ConfigError for 8 bits where it
+        is not known how long a head's vectors are."""
+        held = _between(_held_elements(self.kv_elements_per_token, self.windows, context_tokens), first, last)
+        if self.kv == "full":
+            return held * concurrency * DTYPE_BYTES[dtype]
+        if self.head_dim is None:
+            raise ConfigError(
+                f"it is not known what {self.name} takes with KV in 8 bits",
+                hint="plan from the model itself instead of a file, or leave --kv-cache out",
+            )
+        return held // self.head_dim * (self.head_dim + _SCALE_BYTES) * concurrency
 
 
 def _between(values: tuple[int, ...], first: int, last: int) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from planner.make import STRATEGIES
 from planner.manual import parse_layers
 from transport.errors import ConfigError
+from transport.messages import KVForm
 
 DEFAULT_PORT = 11500
 DEFAULT_CONTEXT_TOKENS = 4096
 QUANTIZE = ("stored", "dense", "8", "4", "auto")
+KV_CACHE: tuple[KVForm, ...] = get_args(KVForm)
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -28,6 +30,8 @@ class Settings:
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
     `quantize` is how stages hold matrices: as "stored", "dense", what is dense quantized to "8" or "4" bits, or "auto".
+    `kv_cache` is how they hold KV: "full", in what they compute in, or "8-bit". `prefix_cache` keeps the KV of what is
+    over, for prompts that begin alike.
     `objective` is what plans are best at; `layers` says them by hand ("mac=20,gpu=12").
     `fresh` measures devices and links again; `measure_in_turn` one device at a time, for hosts that share a machine.
     `estimate` plans from bandwidths instead, which takes no time and says less.
@@ -42,6 +46,8 @@ class Settings:
     context_tokens: int | None = None
     concurrency: int = 4
     quantize: str = "stored"
+    kv_cache: str = "full"
+    prefix_cache: bool = True
     use_all_devices: bool = False
     objective: str = "auto"
     layers: str | None = None
@@ -97,6 +103,8 @@ def checked(settings: Settings) -> Settings:
         raise ConfigError(f"objective {settings.objective!r} is unknown", hint=f"it is one of: {', '.join(STRATEGIES)}")
     if settings.quantize not in QUANTIZE:
         raise ConfigError(f"quantize {settings.quantize!r} is unknown", hint=f"it is one of: {', '.join(QUANTIZE)}")
+    if settings.kv_cache not in KV_CACHE:
+        raise ConfigError(f"kv_cache {settings.kv_cache!r} is unknown", hint=f"it is one of: {', '.join(KV_CACHE)}")
     if settings.layers is not None:
         parse_layers(settings.layers)
     for name, value in (

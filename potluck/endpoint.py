@@ -28,6 +28,7 @@ from transport.requests import EngineEvent, Pong, RequestFailed, Submit
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
+_PONG_TIMEOUT_S = 1.0
 
 
 def bind_endpoint(host: str, port: int) -> socket.socket:
@@ -149,11 +150,19 @@ class Endpoint:
         """Nobody waits for an answer, or nobody will get one."""
         if self._loop is None or self._engine.state != "ready":
             return True
+        pong = self.pong(_STOP_TIMEOUT_S)
+        return pong is not None and pong.active_requests == 0 and pong.queued_requests == 0
+
+    def pong(self, timeout_s: float = _PONG_TIMEOUT_S) -> Pong | None:
+        """The engine's counters; None if it is not ready, or does not answer in time. Not for the server's thread."""
+        if self._loop is None or self._engine.state != "ready":
+            return None
+        asked = asyncio.run_coroutine_threadsafe(self._engine.ping(), self._loop)
         try:
-            pong = asyncio.run_coroutine_threadsafe(self._engine.ping(), self._loop).result(_STOP_TIMEOUT_S)
+            return asked.result(timeout_s)
         except (PotluckError, TimeoutError):
-            return False
-        return pong.active_requests == 0 and pong.queued_requests == 0
+            asked.cancel()
+            return None
 
     def stop(self) -> None:
         """End open requests and close; takes at most a few seconds."""

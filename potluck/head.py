@@ -100,7 +100,7 @@ class Head:
             ring = self.ring
             if ring is not None:
                 self._pool.request_stats([stage.worker for stage in ring.stages])
-            return report_of(self, ring, self._pool.workers())
+            return report_of(self, ring, self._pool.workers(), self.endpoint.pong())
 
     def wait(self) -> None:
         """Until interrupted: takes in devices that join and reports a ring that goes down."""
@@ -212,6 +212,7 @@ class Head:
             run_dir=self._run_dir,
             logs=logs_dir(),
             epoch=self._epoch,
+            prefix_cache=self._settings.prefix_cache,
         )
         num_stages = len(self.plan.stages)
         self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from potluck.config import DEFAULT_CONTEXT_TOKENS
+from potluck.planning import profile_of
 from potluck.store import StoredModel
 from potluck.store.facts import config_of, facts_of
 from potluck.store.formats import FormatRow
@@ -57,6 +58,9 @@ def details_of(model: StoredModel, formats: tuple[FormatRow, ...] | None) -> dic
         "embedding_bytes": parts.embed,
         "head_bytes": parts.head,
         "kv_bytes_per_token": sum(spec.kv_elements_per_token) * DTYPE_BYTES[SHOWN_DTYPE],
+        "kv_bytes_per_token_8_bit": profile_of(model, kv="8-bit").kv_bytes(0, spec.num_layers, 1, 1, SHOWN_DTYPE)
+        if spec.head_dim is not None
+        else None,
         "default_context_tokens": context,
         "kv_bytes_default_context": spec.stage_kv_bytes(0, spec.num_layers, context, SHOWN_DTYPE),
         "sliding_windows": sorted({window for window in spec.windows if window is not None}),
@@ -111,7 +115,7 @@ def rows_of(model: StoredModel) -> list[tuple[str, str]]:
         ("  each layer", f"{each} on torch"),
         ("  embedding", gib(facts["embedding_bytes"])),
         ("  head", f"{gib(facts['head_bytes'])}{tied}"),
-        ("KV cache", f"{facts['kv_bytes_per_token'] / 1024:,.1f} KiB a token"),
+        ("KV cache", f"{facts['kv_bytes_per_token'] / 1024:,.1f} KiB a token{_in_8_bits(facts)}"),
         ("", f"{gib(facts['kv_bytes_default_context'])} for {context:,} tokens"),
         ("tokenizer", "yes" if facts["tokenizer"] else "no"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
@@ -129,6 +133,11 @@ def rows_of(model: StoredModel) -> list[tuple[str, str]]:
 
 def _on_both(torch_bytes: int, mlx_bytes: int) -> str:
     return f"{gib(torch_bytes)} on torch, {gib(mlx_bytes)} on MLX"
+
+
+def _in_8_bits(facts: dict[str, Any]) -> str:
+    taken = facts["kv_bytes_per_token_8_bit"]
+    return "" if taken is None else f"; {taken / 1024:,.1f} with --kv-cache 8-bit"
 
 
 def _quantized_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -35,6 +35,21 @@ QuantizeOption = Annotated[
         "in so many bits), or auto (the first of stored, 8 and 4 that fits).",
     ),
 ]
+KVCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help="How stages hold the KV of chats: full (in what they compute in, the default), or 8-bit, about half of "
+        "that: answers then differ a little.",
+    ),
+]
+NoPrefixCacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-prefix-cache",
+        help="Compute every prompt anew, instead of keeping the KV of earlier ones for prompts that begin alike.",
+    ),
+]
 ContextOption = Annotated[
     int | None, typer.Option("--context", help="Tokens of context. Default: 4096, or the model's if less.")
 ]
@@ -86,6 +101,8 @@ def settings_with(
     port: int | None = None,
     wait_for: int | None = None,
     quantize: str | None = None,
+    kv_cache: str | None = None,
+    no_prefix_cache: bool = False,
     use_all_devices: bool | None = None,
     objective: str | None = None,
     layers: str | None = None,
@@ -109,6 +126,8 @@ def settings_with(
         "port": port,
         "wait_for_devices": wait_for,
         "quantize": quantize,
+        "kv_cache": kv_cache,
+        "prefix_cache": False if no_prefix_cache else None,
         "use_all_devices": use_all_devices,
         "objective": objective,
         "layers": layers,

@@ -12,7 +12,7 @@ from rich.table import Table
 from planner.explain import stage_rows
 from planner.plan import Alternative, Plan
 from potluck.terminal import gib
-from transport.messages import WeightsForm
+from transport.messages import KVForm, WeightsForm
 
 _UNLIMITED_COLUMNS = 1000
 _WEIGHTS: dict[WeightsForm, str] = {
@@ -21,6 +21,7 @@ _WEIGHTS: dict[WeightsForm, str] = {
     "8-bit": "in 8 bits where the file has them dense",
     "4-bit": "in 4 bits where the file has them dense",
 }
+_KV: dict[KVForm, str] = {"full": "KV", "8-bit": "8-bit KV"}
 _EXACT = {"auto", "latency", "throughput"}
 
 
@@ -31,6 +32,7 @@ def plan_json(model: str, plan: Plan) -> dict[str, Any]:
         "id": plan.id,
         "strategy": plan.strategy,
         "weights": plan.weights,
+        "kv": plan.kv,
         "is_exact": plan.is_exact,
         "wire_dtype": plan.wire_dtype,
         "context_tokens": plan.context_tokens,
@@ -79,8 +81,8 @@ def _lines(plan: Plan) -> list[str]:
         f"Predicted: one chat {found.tokens_per_s:.1f} tokens/s{many if found.concurrency > 1 else ''}; first token of "
         f"a prompt of {found.prompt_tokens} after {_seconds(found.ttft_s)}. Back to the engine: "
         f"{found.hops_s[-1] * 1e3:.2f} ms.",
-        f"Weights {_WEIGHTS[plan.weights]}. Context {plan.context_tokens} tokens, KV for {plan.kv_capacity_tokens} "
-        "tokens in all.",
+        f"Weights {_WEIGHTS[plan.weights]}. Context {plan.context_tokens} tokens, {_KV[plan.kv]} for "
+        f"{plan.kv_capacity_tokens} tokens in all.",
     ]
     if plan.advice is not None:
         lines += _advice_lines(plan)

@@ -35,7 +35,7 @@ class PlanWatch:
     """Of one loaded plan. `times` are what it was made from; call `look` some times a minute."""
 
     def __init__(self, model: StoredModel, times: PoolTimes, plan: Plan, settings: Settings) -> None:
-        self._profile = profile_of(model, plan.weights)
+        self._profile = profile_of(model, plan.weights, plan.kv)
         self._settings = settings
         self._times = times
         self.plan = plan

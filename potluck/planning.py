@@ -22,7 +22,7 @@ from potluck.store.facts import config_of
 from shard.stored_bytes import weights_on
 from shard.weight_blocks import Backend
 from transport.errors import DoesNotFit
-from transport.messages import PROTOCOL_VERSION, DType, Register, WeightsForm
+from transport.messages import PROTOCOL_VERSION, DType, KVForm, Register, WeightsForm
 
 _FORM_OF: dict[str, WeightsForm] = {option: form for form, option in OPTION_OF.items()}
 _AUTO: tuple[WeightsForm, ...] = ("stored", "8-bit", "4-bit")
@@ -41,7 +41,7 @@ def plan_for(
 
     Raises DoesNotFit, ConfigError.
     """
-    profile = profile_of(model, weights)
+    profile = profile_of(model, weights, kv_of(settings))
     found = plan_with(profile, pool, settings, workload_of(profile, settings), progress=progress)
     return replace(found, left_out=(*left_out, *found.left_out))
 
@@ -87,12 +87,18 @@ def chosen_weights(
     if settings.quantize != "auto":
         return _FORM_OF[settings.quantize]
     workload = workload_of(profile, settings)
+    profile = replace(profile, kv=kv_of(settings))
     for form in _AUTO:
         if _fits(replace(profile, weights=form), devices, head, settings, workload):
             why = "" if form == "stored" else f": {'as stored' if form == '8-bit' else 'in 8 bits'} it does not fit"
             say(f"Weights of {profile.name}: {form}{why}")
             return form
     return "stored"
+
+
+def kv_of(settings: Settings) -> KVForm:
+    """The form that --kv-cache names."""
+    return settings.kv_cache  # type: ignore[return-value]  # Checked with the settings.
 
 
 def _fits(profile: ModelProfile, devices: Sequence[Device], head: str, settings: Settings, workload: Workload) -> bool:
@@ -106,7 +112,7 @@ def _fits(profile: ModelProfile, devices: Sequence[Device], head: str, settings:
     return True
 
 
-def profile_of(model: StoredModel, weights: WeightsForm = "stored") -> ModelProfile:
+def profile_of(model: StoredModel, weights: WeightsForm = "stored", kv: KVForm = "full") -> ModelProfile:
     spec, config = model.spec, config_of(model)
     return ModelProfile(
         name=model.name,
@@ -126,6 +132,8 @@ def profile_of(model: StoredModel, weights: WeightsForm = "stored") -> ModelProf
         windows=spec.windows,
         legal_cuts=spec.legal_cuts,
         weights=weights,
+        head_dim=spec.head_dim,
+        kv=kv,
     )
 
 

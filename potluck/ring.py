@@ -21,7 +21,8 @@ from transport.endpoints import tcp_endpoint
 from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
 from transport.messages import Connect, Fence, Load
 
-MAX_STEP_TOKENS = 1024
+MAX_STEP_TOKENS = 2048
+"""More than a step has in use; each stage's reserve holds what so many tokens take while they are computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Ring:
         run_dir: Path,
         logs: Path,
         epoch: int,
+        prefix_cache: bool = True,
     ) -> None:
         """`here` is the host of the engine. Raises ConfigError if two neighbours can't reach each other."""
         self._pool = pool
@@ -57,6 +59,7 @@ class Ring:
         self._model = model
         self._run_dir = run_dir
         self._epoch = epoch
+        self._prefix_cache = prefix_cache
         self._engine_log = logs / "engine.log"
         self._engine: Child | None = None
         self.plan = plan
@@ -157,6 +160,7 @@ class Ring:
             max_step_tokens=MAX_STEP_TOKENS,
             listen=self._reached_from(stage.index, stage.worker.register.host),
             weights=plan.weights,
+            kv=plan.kv,
         )
 
     def _start_engine(self, *, first_stage: str) -> str:
@@ -193,5 +197,9 @@ class Ring:
             context_tokens=self.plan.context_tokens,
             kv_capacity_tokens=self.plan.kv_capacity_tokens,
             max_step_tokens=MAX_STEP_TOKENS,
+            stage_times=self.plan.times,
+            hops_s=sum(self.plan.prediction.hops_s),
+            has_window=any(window is not None and window < self.plan.context_tokens for window in spec.windows),
+            prefix_cache=self._prefix_cache,
         )
         return ["--settings", msgspec.json.encode(settings).decode(), "--remove", str(self._run_dir)]

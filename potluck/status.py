@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from potluck.calibration import Deviation
 from potluck.paths import logs_dir
-from transport.messages import WeightsForm
+from transport.messages import KVForm, WeightsForm
+from transport.requests import Pong
 
 if TYPE_CHECKING:
     from planner.plan import Plan, StagePlan
@@ -65,13 +66,14 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
-    """What the plan promises, with matrices in the form `weights`: decode rates for one chat and for `concurrency`, the
-    latter also with the time of their prompts (`workload_…`), and the wait for a prompt's first token. Rates are of
-    tokens/s."""
+    """What the plan promises, with matrices in the form `weights` and KV in the form `kv`: decode rates for one chat
+    and for `concurrency`, the latter also with the time of their prompts (`workload_…`), and the wait for a prompt's
+    first token. Rates are of tokens/s."""
 
     id: str
     strategy: str
     weights: WeightsForm
+    kv: KVForm
     is_exact: bool
     tokens_per_s: float
     concurrency: int
@@ -91,8 +93,19 @@ class BetterPlanReport(Struct, frozen=True, kw_only=True):
     stages: list[str]
 
 
+class EngineReport(Struct, frozen=True, kw_only=True):
+    """Requests, and tokens of KV on each stage: of running requests, and of those that are over, kept for prompts that
+    begin alike."""
+
+    running_requests: int
+    queued_requests: int
+    kv_tokens: int
+    cached_kv_tokens: int
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
-    """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts join."""
+    """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts join. `engine`
+    is None while it does not answer."""
 
     model: str
     url: str
@@ -104,6 +117,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     engine_pid: int | None
     context_tokens: int
     kv_capacity_tokens: int
+    engine: EngineReport | None
     plan: PlanReport | None
     better_plan: BetterPlanReport | None
     stages: list[StageReport]
@@ -117,6 +131,7 @@ def plan_report(plan: Plan) -> PlanReport:
         id=plan.id,
         strategy=plan.strategy,
         weights=plan.weights,
+        kv=plan.kv,
         is_exact=plan.is_exact,
         tokens_per_s=promised.tokens_per_s,
         concurrency=promised.concurrency,
@@ -172,7 +187,18 @@ def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation) -> 
     )
 
 
-def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> StatusReport:
+def engine_report(pong: Pong | None) -> EngineReport | None:
+    if pong is None:
+        return None
+    return EngineReport(
+        running_requests=max(0, pong.active_requests - pong.queued_requests),
+        queued_requests=pong.queued_requests,
+        kv_tokens=pong.kv_tokens,
+        cached_kv_tokens=pong.cached_kv_tokens,
+    )
+
+
+def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Pong | None) -> StatusReport:
     stages = ring.stages if ring is not None else ()
     watch = head.watch if head.watch is not None and ring is not None and head.watch.plan is ring.plan else None
     used = {stage.worker.register.device for stage in stages}
@@ -188,6 +214,7 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker]) -> Statu
         engine_pid=ring.engine_pid if ring is not None else None,
         context_tokens=ring.plan.context_tokens if ring is not None else 0,
         kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
+        engine=engine_report(pong),
         plan=plan_report(ring.plan) if ring is not None else None,
         better_plan=better_report(watch.better) if watch is not None else None,
         stages=[

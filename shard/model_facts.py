@@ -94,6 +94,7 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
             head=(weight_block(head),),
         ),
         stacked_experts=has_stacked_experts(tensors),
+        head_dim=head_dim,
     )
 
 

@@ -19,8 +19,8 @@ class ModelSpec:
     `windows[i]` is the sliding window of layer i in tokens, None for full attention.
     `head_params` is the output projection's, also when tied to the embedding (each end then holds a copy).
     `legal_cuts` are the layer indices where the model may be split: all of 1 … num_layers - 1 unless layers share
-    state. `weights` None: written before it was known, taken for dense. `stacked_experts`: the files hold all experts
-    of a layer in one tensor.
+    state. `weights`, `head_dim` None: written before it was known; weights are taken for dense. `stacked_experts`: the
+    files hold all experts of a layer in one tensor.
     """
 
     architecture: str
@@ -40,11 +40,12 @@ class ModelSpec:
     file_bytes: int
     weights: ModelWeights | None = None
     stacked_experts: bool = False
+    head_dim: int | None = None
 
     @property
     def is_current(self) -> bool:
-        """False if `weights` should be made anew from the files."""
-        return self.weights is not None and self.weights.version == WEIGHTS_VERSION
+        """False if the record should be made anew from the files."""
+        return self.head_dim is not None and self.weights is not None and self.weights.version == WEIGHTS_VERSION
 
     def part_bytes(self, backend: Backend, dtype: DType, weights: WeightsForm) -> PartBytes:
         """What each part takes on a stage that computes in `dtype` and holds its matrices in the form `weights`."""

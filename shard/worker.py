@@ -177,6 +177,7 @@ class Worker:
             context_tokens=load.context_tokens,
             kv_capacity_tokens=load.kv_capacity_tokens,
             weights=load.weights,
+            kv=load.kv,
         )
 
     def _on_control(self, message: ControlMessage) -> None:

@@ -21,7 +21,7 @@ from transport.messages import WeightsForm
 def chosen(devices: list[Device], **settings: object) -> tuple[WeightsForm, list[str]]:
     said: list[str] = []
     wanted = Settings(**{"quantize": "auto", "concurrency": 1, **settings})  # type: ignore[arg-type]
-    return chosen_weights(quantizable(), devices, "here", wanted, said.append), said
+    return chosen_weights(replace(quantizable(), head_dim=64), devices, "here", wanted, said.append), said
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,21 @@ def test_what_is_asked_for_is_taken(option: str, form: WeightsForm) -> None:
     assert chosen([device("a", usable_mib=1)], quantize=option) == (form, [])
 
 
+def test_what_fits_depends_on_the_form_of_kv() -> None:
+    # 900 MiB of weights; 32 MiB of KV in 16 bits, 17 in 8.
+    devices = [device("a", usable_mib=925)]
+    assert chosen(devices)[0] == "8-bit"
+    assert chosen(devices, kv_cache="8-bit")[0] == "stored"
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> StoredModel:
     return Store(tmp_path / "home").pull(str(save_tiny("llama", 0, tmp_path / "model")))
 
 
 def test_a_profile_is_of_the_record_and_the_config(model: StoredModel) -> None:
-    profile = profile_of(model, "4-bit")
-    assert profile.weights == "4-bit"
+    profile = profile_of(model, "4-bit", "8-bit")
+    assert (profile.weights, profile.kv, profile.head_dim) == ("4-bit", "8-bit", model.spec.head_dim)
     sizes = {
         form: replace(profile, weights=form).weights_bytes(0, NUM_LAYERS, "torch", "bfloat16")
         for form in ("stored", "4-bit")

@@ -58,6 +58,7 @@ def test_nothing_of_the_stage_table_is_cut(columns: int) -> None:
         engine_pid=2,
         context_tokens=1,
         kv_capacity_tokens=1,
+        engine=None,
         plan=None,
         better_plan=None,
         stages=[_stage(0, "cpu-1"), _stage(1, "mlx"), _stage(2, "join-1234567/cuda:0")],

@@ -10,7 +10,15 @@ from rich.console import Console
 
 from potluck.ask import Answer, ask
 from potluck.head import Head
-from potluck.options import JsonOption, PortOption, QuantizeOption, ThreadsOption, settings_with
+from potluck.options import (
+    JsonOption,
+    KVCacheOption,
+    NoPrefixCacheOption,
+    PortOption,
+    QuantizeOption,
+    ThreadsOption,
+    settings_with,
+)
 from potluck.session import running_head_of
 from potluck.status import StatusReport
 from potluck.terminal import data, errors, show_text, stage_table
@@ -30,6 +38,8 @@ def demo(
     port: PortOption = None,
     threads: ThreadsOption = None,
     quantize: QuantizeOption = None,
+    kv_cache: KVCacheOption = None,
+    no_prefix_cache: NoPrefixCacheOption = False,
     json_output: JsonOption = False,
     question: Annotated[str, typer.Option("--question", help="What to ask.")] = DEMO_QUESTION,
 ) -> None:
@@ -41,6 +51,8 @@ def demo(
         devices=DEMO_DEVICES,
         threads=threads,
         quantize=quantize,
+        kv_cache=kv_cache,
+        no_prefix_cache=no_prefix_cache,
         port=port,
         use_all_devices=True,
         objective="proportional",

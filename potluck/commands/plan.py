@@ -25,6 +25,7 @@ from potluck.options import (
     ContextOption,
     DeviceOption,
     JsonOption,
+    KVCacheOption,
     LayersOption,
     MemoryOption,
     ObjectiveOption,
@@ -33,7 +34,7 @@ from potluck.options import (
     settings_with,
 )
 from potluck.plan_view import plan_json, show_plan
-from potluck.planning import chosen_weights, estimated_times, plan_with, profile_of, workload_of
+from potluck.planning import chosen_weights, estimated_times, kv_of, plan_with, profile_of, workload_of
 from potluck.profiling import local_times_for
 from potluck.saved_pool import load_pool, save_pool
 from potluck.session import model_of
@@ -53,6 +54,7 @@ def plan(
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
     quantize: QuantizeOption = None,
+    kv_cache: KVCacheOption = None,
     prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a usual prompt.")] = None,
     output: Annotated[int | None, typer.Option("--output", help="Tokens of a usual answer.")] = None,
     objective: ObjectiveOption = None,
@@ -89,6 +91,7 @@ def plan(
         context=context,
         concurrency=concurrency,
         quantize=quantize,
+        kv_cache=kv_cache,
         use_all_devices=use_all or None,
         objective=objective,
         layers=layers,
@@ -97,6 +100,8 @@ def plan(
     if pool is not None:
         asked = quantize is not None or settings.quantize != Settings().quantize
         profile, times = _saved(pool, settings, asked=asked)
+        if kv_cache is not None or settings.kv_cache != Settings().kv_cache:
+            profile = replace(profile, kv=kv_of(settings))
     else:
         profile, times, left_out = _here(settings, estimate=estimate, fresh=fresh)
     if save is not None:
@@ -127,8 +132,9 @@ def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProf
     stored = model_of(settings, errors)
     devices = offered_devices(settings, say=errors.print, is_head=True)
     weights = chosen_weights(profile_of(stored), devices, devices[0].host, settings, _say)
+    profile = profile_of(stored, weights, kv_of(settings))
     if estimate:
-        return profile_of(stored, weights), estimated_times(stored, devices, devices[0].host, weights), ()
+        return profile, estimated_times(stored, devices, devices[0].host, weights), ()
     with errors.status("Measuring this host's devices") as status:
         times, left_out = local_times_for(
             stored,
@@ -138,7 +144,7 @@ def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProf
             weights=weights,
             fresh=fresh,
         )
-    return profile_of(stored, weights), times, left_out
+    return profile, times, left_out
 
 
 def _saved(path: Path, settings: Settings, *, asked: bool) -> tuple[ModelProfile, PoolTimes]:

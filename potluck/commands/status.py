@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from potluck.head_file import running_head
 from potluck.options import JsonOption
-from potluck.status import BetterPlanReport, StatusReport
+from potluck.status import BetterPlanReport, EngineReport, StatusReport
 from potluck.terminal import data, gib, stage_table
 from transport.errors import NotRunning
 
@@ -41,12 +41,14 @@ def show(report: StatusReport) -> None:
     if report.plan is not None:
         plan = report.plan
         data.print(
-            f"Plan {plan.id} ({plan.strategy}, {plan.weights} weights): predicted {plan.tokens_per_s:.1f} tokens/s for "
-            f"one chat, {plan.tokens_per_s_many:.1f} for {plan.concurrency}, first token of {plan.prompt_tokens} after "
-            f"{plan.ttft_s:.2f} s; limited by {plan.limit}",
+            f"Plan {plan.id} ({plan.strategy}, {plan.weights} weights, {plan.kv} KV): predicted "
+            f"{plan.tokens_per_s:.1f} tokens/s for one chat, {plan.tokens_per_s_many:.1f} for {plan.concurrency}, "
+            f"first token of {plan.prompt_tokens} after {plan.ttft_s:.2f} s; limited by {plan.limit}",
             highlight=False,
             soft_wrap=True,
         )
+    if report.engine is not None:
+        data.print(_engine_line(report.engine, report.kv_capacity_tokens), highlight=False, soft_wrap=True)
     for stage in report.stages:
         if stage.is_off_s is not None:
             data.print(
@@ -71,6 +73,13 @@ def show(report: StatusReport) -> None:
         data.print(f"[bold red]{escape(report.error)}[/bold red]")
         if report.hint:
             data.print(f"[cyan]hint:[/cyan] {escape(report.hint)}", soft_wrap=True)
+
+
+def _engine_line(engine: EngineReport, capacity_tokens: int) -> str:
+    return (
+        f"{engine.running_requests} requests running, {engine.queued_requests} waiting; of KV for {capacity_tokens} "
+        f"tokens {engine.kv_tokens} in use, {engine.cached_kv_tokens} kept for prompts that begin alike"
+    )
 
 
 def show_better(better: BetterPlanReport) -> None:

@@ -18,7 +18,7 @@ from tests.planner.pool import device, model
 @pytest.fixture
 def pool_file(tmp_path: Path) -> Path:
     pool = estimated_pool(model(), [device("mac", gb_per_s=40, usable_mib=500), device("pc", host="there")], "here")
-    save_pool(tmp_path / "pool.json", model(), pool)
+    save_pool(tmp_path / "pool.json", model(head_dim=64), pool)
     return tmp_path / "pool.json"
 
 
@@ -64,6 +64,16 @@ def test_weights_in_another_form_are_estimated_and_told(pool_file: Path) -> None
     assert facts(pool_file)["weights"] == "stored"
 
 
+def test_kv_in_8_bits_is_planned_and_told(pool_file: Path) -> None:
+    found = potluck_plan(pool_file, "--kv-cache", "8-bit")
+    assert found.returncode == 0, found.stderr
+    assert "8-bit KV for 16384 tokens" in found.stdout
+    full, half = facts(pool_file), facts(pool_file, "--kv-cache", "8-bit")
+    assert (full["kv"], half["kv"]) == ("full", "8-bit")
+    assert full["id"] != half["id"]
+    assert sum(stage["kv_bytes"] for stage in half["stages"]) < 0.6 * sum(stage["kv_bytes"] for stage in full["stages"])
+
+
 def test_a_file_that_was_saved_with_a_form_keeps_it(pool_file: Path) -> None:
     again = pool_file.parent / "again.json"
     assert potluck_plan(pool_file, "--quantize", "4", "--save-pool", str(again)).returncode == 0
@@ -76,6 +86,7 @@ def test_a_file_that_was_saved_with_a_form_keeps_it(pool_file: Path) -> None:
     ("arguments", "says"),
     [
         (("--quantize", "6"), "quantize '6' is unknown"),
+        (("--kv-cache", "4-bit"), "kv_cache '4-bit' is unknown"),
         (("--layers", "pc=6,mac=3"), "places 9 layers"),
         (("--layers", "nobody=8"), "not in the pool"),
         (("--without", "nobody"), "not in the pool"),

@@ -10,6 +10,7 @@ from planner.cost import CostModel
 from planner.evaluate import Placed, predict, trip_s, ttft_s
 from planner.interpolate import seconds_at
 from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.stage_times import stage_times
 from planner.workload import Workload
 from tests.planner.pool import device, model
 from tests.planner.random_pools import random_pool, random_profile
@@ -93,3 +94,29 @@ def test_memory_never_shrinks_as_a_span_grows() -> None:
             for last in range(first + 1, 6):
                 wider = costs.memory_bytes(0, first, last + 1), costs.memory_bytes(0, max(0, first - 1), last)
                 assert min(wider) >= costs.memory_bytes(0, first, last)
+
+
+def test_stage_times_are_those_of_busy_stages() -> None:
+    costs = ring(
+        times("a", 0.01, busy=1.5, memory_pool="ram"), times("b", 0.02, busy=2.0, memory_pool="ram"), context_tokens=64
+    )
+    first, last = stage_times(costs, HALVES)
+    assert dict(first.decode) == pytest.approx(dict.fromkeys((1, 2, 4, 8, 16, 32), 1.5 * (4 * 0.01 + 0.0015)))
+    assert dict(last.decode)[4] == pytest.approx(2 * (4 * 0.02 + 0.002 + 0.0005))
+    assert {before for _, before, _ in first.prefill} == {0, 16, 32, 64}
+    assert len(first.prefill) == 7 * 4
+    # A chunk in the middle of a prompt wants no logits.
+    assert {round(seconds, 9) for _, _, seconds in last.prefill} == {round(2 * (4 * 0.2 + 0.0005), 9)}
+    (alone,) = stage_times(costs, (Placed(0, 0, 8),))
+    assert dict(alone.decode)[1] == pytest.approx(8 * 0.01 + 0.001 + 0.002 + 0.0005)
+
+
+def test_stage_times_follow_what_was_measured() -> None:
+    rng = random.Random(3)
+    profile = random_profile(rng, 6)
+    pool = random_pool(rng, profile, 2)
+    costs = CostModel(profile, pool, Workload(context_tokens=2048))
+    (found,) = stage_times(costs, (Placed(0, 0, profile.num_layers),))
+    assert dict(found.decode)[8] == costs.decode(0, 8).span_s(0, profile.num_layers)
+    chunk = costs.chunk(0, 64, 1024, is_last=False).span_s(0, profile.num_layers)
+    assert (64, 1024, chunk) in found.prefill

@@ -169,6 +169,29 @@ def test_one_device_holds_all() -> None:
     assert plan.stages[0].kv_bytes == 8 * 512 * 2 * 4096 * 2
 
 
+def test_kv_in_8_bits_is_a_byte_an_element_and_a_scale_for_each_head() -> None:
+    full = plan_proportional(model(), [device("only")], 4096, 2)
+    half = plan_proportional(model(head_dim=64, kv="8-bit"), [device("only")], 4096, 2)
+    heads = 512 // 64
+    assert half.stages[0].kv_bytes == 8 * heads * (64 + 4) * 4096 * 2
+    assert full.stages[0].memory_bytes - half.stages[0].memory_bytes == (
+        full.stages[0].kv_bytes - half.stages[0].kv_bytes
+    )
+    assert (full.kv, half.kv) == ("full", "8-bit")
+    assert full.id != half.id
+
+
+def test_kv_in_8_bits_of_heads_of_unknown_width_can_not_be_planned() -> None:
+    with pytest.raises(ConfigError, match="KV in 8 bits"):
+        plan_proportional(model(kv="8-bit"), [device("only")], 4096, 2)
+
+
+def test_times_are_no_part_of_a_plans_id() -> None:
+    plan = plan_proportional(model(), [device("only")], 4096, 2)
+    assert plan.times
+    assert replace(plan, times=()).id == plan.id
+
+
 def test_float32_halves_a_devices_speed_and_doubles_its_bytes() -> None:
     profile = model(9, head_params=0)
     plan = plan_proportional(profile, [device("bf16"), device("fp32", compute_dtype="float32")], 4096, 1)
@@ -309,6 +332,15 @@ def test_does_not_fit_names_a_context_that_would() -> None:
         plan_proportional(model(), [device("a", usable_mib=950)], 8192, 1)
     plan_proportional(model(), [device("a", usable_mib=950)], 4096, 1)
     assert "--context 4096 would fit" in caught.value.hint
+    assert "--kv-cache" not in caught.value.hint
+
+
+def test_does_not_fit_names_kv_in_8_bits_where_it_would() -> None:
+    devices = [device("a", usable_mib=950)]
+    with pytest.raises(DoesNotFit) as caught:
+        plan_proportional(model(head_dim=64), devices, 8192, 1)
+    assert "--kv-cache 8-bit would fit" in caught.value.hint
+    assert plan_proportional(model(head_dim=64, kv="8-bit"), devices, 8192, 1).kv == "8-bit"
 
 
 @pytest.mark.parametrize(("tokens", "at_once"), [(8193, 1), (0, 1), (4096, 0)])

@@ -79,6 +79,7 @@ def test_counts_and_cuts() -> None:
     assert (facts.vocab_size, facts.context_tokens, facts.stored_dtype) == (100, 512, "BF16")
     assert not facts.tied_embeddings
     assert ModelSpec.from_json(facts.to_json()) == facts
+    assert facts.head_dim is not None
 
 
 def test_a_head_that_is_not_there_is_tied_unless_the_config_says_otherwise() -> None:

@@ -41,6 +41,7 @@ def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> N
     assert shown["chat_template"] is False
     assert shown["backends"] == ["torch", "mlx"]
     assert shown["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2  # layers, K and V, heads, head_dim, bytes
+    assert shown["kv_bytes_per_token_8_bit"] == 2 * 2 * 2 * (16 + 4)  # A scale for each head and side.
     assert shown["kv_bytes_default_context"] == 256 * shown["kv_bytes_per_token"]
 
     assert (shown["torch_path"], shown["torch_path_reason"]) == ("lean", None)
