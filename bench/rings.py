@@ -38,6 +38,7 @@ from transport.zmq_link import ZmqReceiver, ZmqSender
 
 CONTEXT_TOKENS = 2048
 MAX_STEP_TOKENS = 1024
+PROMPT = "Write a long story about a lighthouse keeper and a storm. " * 8
 _TIMEOUT_S = 300.0
 
 
@@ -48,23 +49,23 @@ class RunResult:
     prompt_tokens: int
     tokens_per_s: float
     ttft_s: float
-    step_p50_s: float
     stage_p50_s: tuple[float, ...]
+    hops_s: tuple[float, ...]
+    """Of each decode step: what is left of its round trip outside of the stages' compute, per message."""
 
     @property
     def hop_p50_s(self) -> float:
-        """What is left of a step's round trip outside of the stages' compute, per message."""
-        return (self.step_p50_s - sum(self.stage_p50_s)) / (len(self.stage_p50_s) + 1)
+        return statistics.median(self.hops_s)
 
 
 class _Timed:
-    """Both ends of a ring's links at the engine, noting when decode steps leave and come back."""
+    """Both ends of a ring's links at the engine, noting what decode steps spend outside of the stages, per message."""
 
     def __init__(self, sender: Sender, receiver: Receiver) -> None:
         self._sender = sender
         self._receiver = receiver
         self._sent: dict[int, float] = {}
-        self.round_trips_s: list[float] = []
+        self.hops_s: list[float] = []
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         if isinstance(message, Tokens) and sum(len(entry.token_ids) for entry in message.entries) == 1:
@@ -74,9 +75,10 @@ class _Timed:
     def receive(self, timeout_s: float) -> Received | None:
         received = self._receiver.receive(timeout_s)
         if received is not None and isinstance(received.message, Sampled):
-            sent = self._sent.pop(received.message.step, None)
+            came, sampled = time.perf_counter(), received.message
+            sent = self._sent.pop(sampled.step, None)
             if sent is not None:
-                self.round_trips_s.append(time.perf_counter() - sent)
+                self.hops_s.append((came - sent - sum(sampled.seconds)) / (len(sampled.seconds) + 1))
         return received
 
     def wake(self) -> None:
@@ -107,7 +109,7 @@ class BenchRing:
                 context_tokens=CONTEXT_TOKENS,
                 kv_capacity_tokens=CONTEXT_TOKENS,
                 vocab_size=spec.vocab_size,
-                max_steps_in_flight=num_stages,
+                num_stages=num_stages,
             ),
             fence=fence,
             emit=lambda event: self._events.put((time.perf_counter(), event)),
@@ -119,7 +121,7 @@ class BenchRing:
 
     def run(self, prompt: str, num_tokens: int) -> RunResult:
         """One greedy answer of exactly `num_tokens`, unless the model ends it before."""
-        self._timed.round_trips_s.clear()
+        self._timed.hops_s.clear()
         started = time.perf_counter()
         self._engine.submit(
             Submit(
@@ -138,8 +140,8 @@ class BenchRing:
             prompt_tokens=finished.prompt_tokens,
             tokens_per_s=(finished.completion_tokens - 1) / finished.decode_s,
             ttft_s=first_s - started,
-            step_p50_s=statistics.median(self._timed.round_trips_s),
             stage_p50_s=tuple(self._stage_p50()),
+            hops_s=tuple(self._timed.hops_s),
         )
 
     def close(self) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from potluck.engine.kv_budget import KVBudget
 from potluck.engine.limits import EngineLimits
+from potluck.engine.pace import RingPace
+from potluck.engine.prompt_share import PromptCredit
 from potluck.engine.request import Choice, Request
 from potluck.engine.ring import StepDone, StepFailed
-from potluck.engine.scheduler import StepPlan, num_admissible, schedule
+from potluck.engine.scheduler import RingState, StepPlan, num_admissible, schedule
 from potluck.engine.sequences import Phase
+from potluck.engine.sequences import Sequence as TokenSequence
 from transport.errors import Busy, PotluckError
-from transport.messages import Release, SampledToken, SequenceId
+from transport.messages import Fork, Open, SampledToken, SequenceId
 from transport.requests import (
     Aborted,
     Accepted,
@@ -22,6 +28,14 @@ from transport.requests import (
     FinishReason,
     RequestFailed,
 )
+
+_DUE_AFTER_TIMES_ALONE = 4.0
+"""A first token is due after so many times of what the prompt takes alone: short ones pass long ones, which do not wait
+for ever."""
+
+_BATCH_DUE_LATER_S = 60.0
+_MOST_RETRIES = 1
+_FIRST_RESTARTED_ID = 1 << 40
 
 
 def failure(request: str, error: PotluckError) -> RequestFailed:
@@ -35,18 +49,40 @@ def failure(request: str, error: PotluckError) -> RequestFailed:
     )
 
 
-class RequestBook:
-    """Admits, commits, finishes. Each request that comes in gets exactly one terminal event, and gives back its KV."""
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """A token whose text is still to be made; `reason` if it ended its choice."""
 
-    def __init__(self, limits: EngineLimits, emit: Callable[[EngineEvent], None]) -> None:
+    request: Request
+    choice: Choice
+    token: SampledToken
+    reason: FinishReason | None
+
+
+class RequestBook:
+    """Admits, commits, finishes. Each request that comes in gets exactly one terminal event, and gives back its KV.
+
+    A turn: `plan` and `sent` until there is nothing to send, `tell`, and when a step came back `done`. What a token is
+    as text, and who hears of it, is left to `tell`, behind the next step's back.
+    """
+
+    def __init__(
+        self, limits: EngineLimits, emit: Callable[[EngineEvent], None], clock: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._limits = limits
         self._emit = emit
+        self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[tuple[Request, Choice]] = deque()
+        self._waiting: list[tuple[Request, Choice]] = []
         self._active: dict[SequenceId, tuple[Request, Choice]] = {}
-        self._releases: list[Release] = []
-        self._last_was_prefill = True
-        self.free_tokens = limits.kv_capacity_tokens
+        self._decoding: list[TokenSequence] = []
+        self._prompts: list[TokenSequence] = []
+        self._prompt_steps_in_flight = 0
+        self._told: deque[_Committed] = deque()
+        self._credit = PromptCredit()
+        self._restarted_ids = itertools.count(_FIRST_RESTARTED_ID)
+        self.kv = KVBudget(limits.kv_capacity_tokens, has_window=limits.has_window, keeps=limits.prefix_cache)
+        self.pace = RingPace(limits.num_stages, limits.stage_times, limits.hops_s)
 
     @property
     def num_requests(self) -> int:
@@ -72,7 +108,11 @@ class RequestBook:
             return True
         self._requests[request.id] = request
         self._emit(Accepted(request.id, request.num_prompt_tokens))
-        self._waiting.extend((request, choice) for choice in request.choices)
+        for choice in request.choices:
+            sequence = choice.sequence
+            sequence.due_s = request.submitted_s + _DUE_AFTER_TIMES_ALONE * self.pace.prompt_s(sequence.length)
+            sequence.due_s += _BATCH_DUE_LATER_S if sequence.priority == "batch" else 0.0
+            self._waiting.append((request, choice))
         self._admit()
         return True
 
@@ -88,78 +128,151 @@ class RequestBook:
         self._emit(failure(request.id, error))
 
     def fail_all(self, error: PotluckError) -> None:
-        """The ring is gone: so are its KV and the releases it was owed."""
+        """The ring is gone: so are its KV and the ops it was owed."""
+        self._told.clear()
         for request in list(self._requests.values()):
             self.fail(request, error)
-        self._releases.clear()
+        self.kv.lose_all()
+
+    def clear_prefixes(self) -> None:
+        """Release what is kept for prompts to come."""
+        self.kv.clear()
 
     def plan(self, num_steps_in_flight: int) -> StepPlan | None:
         """The next step, if one can go. The caller sends it and says so with `sent`."""
-        return schedule(
-            [choice.sequence for _, choice in self._active.values()],
-            self._releases,
-            num_steps_in_flight=num_steps_in_flight,
-            last_was_prefill=self._last_was_prefill,
-            limits=self._limits,
+        decoding, prompts = self._decoding, self._prompts
+        if not decoding and not prompts and not self.kv.ops:
+            return None
+        if prompts:
+            self._look_for_prefix(prompts[0])
+        if not decoding:
+            self._credit.rest()
+        state = RingState(
+            decoding=decoding,
+            prompts=prompts,
+            ops=self.kv.ops,
+            steps_in_flight=num_steps_in_flight,
+            prompt_steps_in_flight=self._prompt_steps_in_flight,
+            credit=self._credit,
+            now_s=self._clock() if prompts else 0.0,
         )
+        return schedule(state, self.pace, self._limits)
 
     def sent(self, plan: StepPlan, step: int) -> None:
-        self._releases.clear()
+        self.kv.sent(plan.ops)
         for entry in plan.entries:
-            self._active[entry.sequence][1].sequence.sent(entry, step)
-        if plan.entries:
-            self._last_was_prefill = plan.is_prefill
+            sequence = self._active[entry.sequence][1].sequence
+            is_new = not sequence.is_opened
+            sequence.sent(entry, step)
+            if is_new:
+                self.kv.opened(sequence)
+            if sequence.phase is Phase.PREFILL and not sequence.num_left:
+                self._prompts.remove(sequence)
+        if plan.has_prompt:
+            self._prompt_steps_in_flight += 1
+        if plan.earned_s:
+            self._credit.earn(plan.earned_s, is_wanted=bool(self._prompts))
+        if plan.share is not None:
+            self._credit.spend(plan.share)
 
     def done(self, step: StepDone, now_s: float) -> None:
-        """A step came back: commit its tokens."""
+        """A step came back: commit its tokens. Their text follows with `tell`."""
         self._returned(step.plan)
         for result in step.results:
             # A sequence that ended while its step was in flight is not active any more.
             held = self._active.get(result.sequence)
             if held is not None:
-                request, choice = held
-                self._commit(request, choice, result.tokens[0], now_s)
+                self._commit(*held, result.tokens[0], now_s)
 
     def step_failed(self, step: StepFailed, error: PotluckError) -> None:
-        """A stage could not run a step: the requests in it end."""
+        """A stage could not run a step: its sequences begin again from their ids, once; then their requests end."""
         self._returned(step.plan)
-        # The stage may have failed before it released; releasing twice does no harm.
-        self._releases.extend(op for op in step.plan.ops if isinstance(op, Release))
-        for entry in step.plan.entries:
-            held = self._active.get(entry.sequence)
-            if held is not None:
+        # A stage may have failed before the step's ops: what it was to forget, it forgets now.
+        self.kv.failed(step.plan.ops)
+        opened = {op.sequence for op in step.plan.ops if isinstance(op, Open | Fork)}
+        concerned = opened | {entry.sequence for entry in step.plan.entries}
+        for sequence in concerned:
+            held = self._active.get(sequence)
+            if held is None:
+                self.kv.mistrust(sequence)
+            elif held[1].sequence.num_retries >= _MOST_RETRIES:
                 self.fail(held[0], error)
+            else:
+                held[1].sequence.num_retries += 1
+                self._restart(*held)
+        self._admit()
+
+    def tell(self) -> bool:
+        """Turn committed tokens into text and tell the clients. Whether a stop string ended somebody."""
+        was_stopped = False
+        while self._told:
+            committed = self._told.popleft()
+            request, choice, reason = committed.request, committed.choice, committed.reason
+            if request.id not in self._requests:
+                continue
+            if reason == "stop":  # a token that ends an answer is no part of its text
+                self._finish(request, choice, reason)
+                continue
+            text, logprobs, is_stopped = choice.output.push(committed.token)
+            if text or logprobs:
+                self._emit(Delta(request.id, choice.index, text, logprobs))
+            if is_stopped:
+                was_stopped = True
+                if reason is None:
+                    self._leave(choice, Phase.FINISHED)
+                self._finish(request, choice, "stop")
+            elif reason is not None:
+                self._finish(request, choice, reason)
+        if was_stopped:
+            self._admit()
+        return was_stopped
 
     def _returned(self, plan: StepPlan) -> None:
         for entry in plan.entries:
             held = self._active.get(entry.sequence)
             if held is not None:
                 held[1].sequence.returned()
+        if plan.has_prompt:
+            self._prompt_steps_in_flight -= 1
 
     def _commit(self, request: Request, choice: Choice, token: SampledToken, now_s: float) -> None:
         sequence = choice.sequence
+        was_prompt = sequence.phase is Phase.PREFILL
         sequence.commit(token.token_id)
         request.last_token_s = now_s
         if request.first_token_s is None:
             request.first_token_s = now_s
+        if was_prompt:
+            self._decoding.append(sequence)
+        reason: FinishReason | None = None
         if token.token_id in choice.ends:
-            self._finish(request, choice, "stop")
-            return
-        text, logprobs, is_stopped = choice.output.push(token)
-        if text or logprobs:
-            self._emit(Delta(request.id, choice.index, text, logprobs))
-        if is_stopped:
-            self._finish(request, choice, "stop")
+            reason = "stop"
         elif len(sequence.generated) >= sequence.max_tokens:
-            self._finish(request, choice, "length")
+            reason = "length"
+        self._told.append(_Committed(request, choice, token, reason))
+        if reason is not None:
+            self._leave(choice, Phase.FINISHED)
+            self._admit()
+        elif sequence.length >= sequence.claimed_tokens and sequence.claimed_tokens < sequence.most_tokens:
+            self._claim_more(request, choice)
+
+    def _claim_more(self, request: Request, choice: Choice) -> None:
+        """Memory for the next tokens: of what is kept, then of those that are due last; at worst this one waits."""
+        sequence = choice.sequence
+        while not self.kv.claim(sequence):
+            victim = max(self._active.values(), key=lambda held: (held[1].sequence.due_s, held[1].sequence.id))
+            self._restart(*victim)
+            if victim[1] is choice:
+                return
 
     def _finish(self, request: Request, choice: Choice, reason: FinishReason) -> None:
+        """Tell of the end of a choice that has left."""
         text, logprobs = choice.output.finish()
         if text or logprobs:
             self._emit(Delta(request.id, choice.index, text, logprobs))
-        self._leave(choice, Phase.FINISHED)
+        choice.is_told = True
         self._emit(ChoiceFinished(request.id, choice.index, reason, len(choice.sequence.generated)))
-        if request.is_over:
+        if all(each.is_told for each in request.choices):
             del self._requests[request.id]
             self._emit(
                 Finished(
@@ -168,39 +281,70 @@ class RequestBook:
                     completion_tokens=request.num_completion_tokens,
                     ttft_s=request.ttft_s,
                     decode_s=request.decode_s,
+                    cached_tokens=request.choices[0].num_cached,
                 )
             )
-        self._admit()
 
     def _end(self, request: Request, phase: Phase) -> None:
         """Take a request out, with whatever it holds. The caller emits its terminal event."""
         del self._requests[request.id]
-        if request.is_queued:
-            self._waiting = deque(item for item in self._waiting if item[0] is not request)
+        self._waiting = [item for item in self._waiting if item[0] is not request]
         for choice in request.choices:
             if not choice.sequence.is_over:
                 self._leave(choice, phase)
         self._admit()
 
     def _leave(self, choice: Choice, phase: Phase) -> None:
+        """A sequence is over. Nothing is admitted here: the caller may have more to end."""
         sequence = choice.sequence
         if sequence.phase is not Phase.WAITING:
-            del self._active[sequence.id]
-            # The release is in the ring before anything that could use the memory, so it counts as free at once.
-            self.free_tokens += sequence.reserved_tokens
-            if sequence.is_opened:
-                self._releases.append(Release(sequence.id))
+            self._take_out(sequence)
+            self.kv.leave(sequence, is_good=phase is not Phase.FAILED)
+            choice.num_cached = sequence.num_cached
+        else:
+            self.kv.withdraw(sequence)
         sequence.to(phase)
 
+    def _take_out(self, sequence: TokenSequence) -> None:
+        del self._active[sequence.id]
+        if sequence.phase is Phase.DECODE:
+            self._decoding.remove(sequence)
+        elif sequence.num_left:
+            self._prompts.remove(sequence)
+
+    def _restart(self, request: Request, choice: Choice) -> None:
+        """Free a sequence's KV and queue it again: all its ids will be computed anew, under another id."""
+        sequence = choice.sequence
+        self._take_out(sequence)
+        self.kv.leave(sequence, is_good=False)
+        sequence.restart(SequenceId(next(self._restarted_ids)))
+        self._waiting.append((request, choice))
+
+    def _look_for_prefix(self, sequence: TokenSequence) -> None:
+        if not sequence.is_opened:
+            self.kv.look_for_prefix(sequence)
+
     def _admit(self) -> None:
-        count = num_admissible(
-            (choice.sequence for _, choice in self._waiting),
-            free_tokens=self.free_tokens,
-            num_active=len(self._active),
-            limits=self._limits,
-        )
+        if not self._waiting:
+            return
+        self._waiting.sort(key=_due)
+        count = self._num_admissible(choice.sequence for _, choice in self._waiting)
         for _ in range(count):
-            request, choice = self._waiting.popleft()
-            choice.sequence.to(Phase.PREFILL)
-            self.free_tokens -= choice.sequence.reserved_tokens
-            self._active[choice.sequence.id] = (request, choice)
+            request, choice = self._waiting[0]
+            sequence = choice.sequence
+            if not self.kv.claim(sequence):
+                break  # what it would take over could not be counted twice
+            del self._waiting[0]
+            sequence.to(Phase.PREFILL)
+            self._active[sequence.id] = (request, choice)
+            self._prompts.append(sequence)
+        self._prompts.sort(key=lambda sequence: sequence.due_s)
+
+    def _num_admissible(self, waiting: Iterable[TokenSequence]) -> int:
+        return num_admissible(
+            waiting, free_tokens=self.kv.available_tokens, num_active=len(self._active), limits=self._limits
+        )
+
+
+def _due(item: tuple[Request, Choice]) -> float:
+    return item[1].sequence.due_s

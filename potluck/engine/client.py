@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator
 from typing import Literal
 
 import msgspec
@@ -16,12 +15,16 @@ import zmq
 
 from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.engine.book import failure
+from potluck.engine.inbox import Inbox, call, hand_over
 from transport.awake import Awake
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.requests import (
     Aborted,
+    Accepted,
     Cancel,
+    ChoiceFinished,
     ClientMessage,
+    Delta,
     EngineDown,
     EngineEvent,
     EngineReady,
@@ -43,8 +46,9 @@ log = logging.getLogger("potluck.engine.client")
 
 _encoder = msgspec.msgpack.Encoder()
 _PING = _encoder.encode(Ping())
-
-_Inbox = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[EngineEvent]"]
+_TERMINAL = (Finished, Aborted, RequestFailed)
+_OF_ENGINE = (EngineReady, EngineDown, Pong)
+_RequestEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed
 
 
 class EngineClient:
@@ -59,14 +63,14 @@ class EngineClient:
         # Guards what the socket's thread and the event loops share: all of the following.
         self._changed = threading.Condition()
         self._outbox: deque[bytes] = deque()
-        self._inboxes: dict[str, _Inbox] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._pings: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Pong]]] = []
         self._state: Literal["starting", "ready", "down"] = "starting"
         self._ready: EngineReady | None = None
         self._error: PotluckError = RingDown("the engine is starting", hint="try again in a moment")
         self._is_lost_for_good = False
         self._is_closing = False
-        self._decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
+        self._decoder: msgspec.msgpack.Decoder[list[EngineEvent]] = msgspec.msgpack.Decoder(list[EngineEvent])
         self._thread = threading.Thread(target=self._run, name="engine client", daemon=True)
         self._thread.start()
 
@@ -88,12 +92,12 @@ class EngineClient:
                 raise self._error
             return self._ready
 
-    async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
+    async def submit(self, submit: Submit) -> AsyncGenerator[EngineEvent]:
         """The request's events up to its terminal one. Closing the iterator early cancels the request.
 
         Sent when first iterated. If the engine is not ready, or this can't be sent, the only event is a RequestFailed.
         """
-        queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        inbox = Inbox(asyncio.get_running_loop())
         try:
             # Here, and not in the socket's thread, so that only this request fails if it can't be encoded.
             frame = _frame_of(submit)
@@ -103,7 +107,7 @@ class EngineClient:
         with self._changed:
             refusal = self._refusal()
             if refusal is None:
-                self._inboxes[submit.request] = (asyncio.get_running_loop(), queue)
+                self._inboxes[submit.request] = inbox
                 self._outbox.append(frame)
         if refusal is not None:
             yield failure(submit.request, refusal)
@@ -111,10 +115,10 @@ class EngineClient:
         self._wake.set()
         try:
             while True:
-                event = await queue.get()
-                yield event
-                if isinstance(event, Finished | Aborted | RequestFailed):
-                    return
+                for event in await inbox.take():
+                    yield event
+                    if isinstance(event, _TERMINAL):
+                        return
         finally:
             with self._changed:
                 is_open = self._inboxes.pop(submit.request, None) is not None
@@ -213,24 +217,34 @@ class EngineClient:
 
     def _take_all(self) -> None:
         """Everything that has arrived, handed to each event loop in one go."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[EngineEvent], EngineEvent]]] = {}
+        arrived: dict[Inbox, list[EngineEvent]] = {}
         while True:
             try:
                 frame = self._socket.recv(flags=zmq.DONTWAIT)
             except zmq.Again:
                 break
             try:
-                event = self._decoder.decode(frame)
+                events = self._decoder.decode(frame)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.error("the engine's message can't be read: %s", error)
                 continue
-            inbox = self._route(event)
-            if inbox is not None:
-                batches.setdefault(inbox[0], []).append((inbox[1], event))
-        for loop, batch in batches.items():
-            _call(loop, _put, batch)
+            for event in events:
+                if isinstance(event, _OF_ENGINE):
+                    # A ring that goes down ends requests: not ahead of what they have got.
+                    hand_over(arrived)
+                    arrived = {}
+                    self._note(event)
+                elif (inbox := self._inbox_of(event)) is not None:
+                    arrived.setdefault(inbox, []).append(event)
+        hand_over(arrived)
 
-    def _route(self, event: EngineEvent) -> _Inbox | None:
+    def _inbox_of(self, event: _RequestEvent) -> Inbox | None:
+        if not isinstance(event, _TERMINAL):
+            return self._inboxes.get(event.request)
+        with self._changed:
+            return self._inboxes.pop(event.request, None)
+
+    def _note(self, event: EngineReady | EngineDown | Pong) -> None:
         match event:
             case EngineReady():
                 self._set_ready(event)
@@ -240,17 +254,10 @@ class EngineClient:
                 with self._changed:
                     pings, self._pings = self._pings, []
                 for loop, future in pings:
-                    _call(loop, _resolve, future, event)
+                    call(loop, _resolve, future, event)
                 # Back after a silence: the engine was ready all the time.
                 if event.state == "ready" and self._state == "down" and self._ready is not None:
                     self._set_ready(self._ready)
-            case Finished(request=request) | Aborted(request=request) | RequestFailed(request=request):
-                with self._changed:
-                    return self._inboxes.pop(request, None)
-            case _:
-                with self._changed:
-                    return self._inboxes.get(event.request)
-        return None
 
     def _set_ready(self, ready: EngineReady) -> None:
         with self._changed:
@@ -266,10 +273,9 @@ class EngineClient:
             # Their clients have been told: an engine that comes back must not go on with them.
             self._outbox = deque(_encoder.encode(Cancel(request)) for request in inboxes)
             self._changed.notify_all()
-        for request, (loop, queue) in inboxes.items():
-            _call(loop, _put, [(queue, failure(request, error))])
+        hand_over({inbox: [failure(request, error)] for request, inbox in inboxes.items()})
         for loop, future in pings:
-            _call(loop, _refuse, future, error)
+            call(loop, _refuse, future, error)
 
 
 def _frame_of(submit: Submit) -> bytes:
@@ -284,17 +290,6 @@ def _frame_of(submit: Submit) -> bytes:
             hint="send fewer or shorter messages",
         )
     return frame
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    # A loop that has been closed has nobody left who waits.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *arguments)
-
-
-def _put(batch: list[tuple[asyncio.Queue[EngineEvent], EngineEvent]]) -> None:
-    for queue, event in batch:
-        queue.put_nowait(event)
 
 
 def _resolve(future: asyncio.Future[Pong], pong: Pong) -> None:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.stage_times import StageTimes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """Fixed by the plan and the owner.
 
-    `kv_capacity_tokens` is what all sequences together may hold on each stage. `max_steps_in_flight` is normally the
-    number of stages. A prompt goes in chunks of `prefill_chunk_tokens`, or of `busy_chunk_tokens` while others decode,
-    so that a long prompt slows their chats less. `max_queued_requests` counts those that wait for KV memory.
+    `kv_capacity_tokens` is what all sequences together may hold on each stage, those kept for their prefixes included.
+    How many steps are in flight is the scheduler's choice, up to `max_steps_in_flight`; so is the size of a prompt's
+    chunks, up to `max_chunk_tokens`, unless `fixed_chunk_tokens` says it. `max_queued_requests` counts those that wait
+    for KV memory. `stage_times` and `hops_s` (all hops of a step) are what the plan expects. `has_window`: some layers
+    forget positions.
     """
 
     context_tokens: int
     kv_capacity_tokens: int
     vocab_size: int
-    max_steps_in_flight: int
-    prefill_chunk_tokens: int = 256
-    busy_chunk_tokens: int = 64
-    max_active_sequences: int = 64
-    max_queued_requests: int = 64
+    num_stages: int = 1
+    stage_times: tuple[StageTimes, ...] = ()
+    hops_s: float = 0.0
+    has_window: bool = False
+    prefix_cache: bool = True
+    max_steps_in_flight: int = 64
+    max_chunk_tokens: int = 512
+    fixed_chunk_tokens: int | None = None
+    max_active_sequences: int = 128
+    max_queued_requests: int = 256
     max_choices: int = 16
     max_stop_strings: int = 16
     max_stop_chars: int = 1024

@@ -43,7 +43,12 @@ class _RingLost:
     error: PotluckError
 
 
-_Command = _Add | _CancelRequest | _RingLost
+@dataclass(frozen=True, slots=True)
+class _ClearPrefixes:
+    pass
+
+
+_Command = _Add | _CancelRequest | _RingLost | _ClearPrefixes
 
 
 class Engine:
@@ -73,7 +78,7 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._preparer = Preparer(tokenizer, limits)
-        self._book = RequestBook(limits, self._on_event)
+        self._book = RequestBook(limits, self._on_event, clock)
         self._ring = Ring(sender, receiver, fence, deadlines or StepDeadlines(), clock)
         # Guards the three below: a request is either queued before the ring goes down, and fails with it, or refused.
         self._changed = threading.Condition()
@@ -107,6 +112,10 @@ class Engine:
         """Say that the ring can't serve any more: a worker died, for example."""
         self._post(_RingLost(error))
 
+    def clear_prefixes(self) -> None:
+        """Release the KV that is kept for prompts to come."""
+        self._post(_ClearPrefixes())
+
     def stop(self) -> None:
         """Make `run` return; requests that are not over fail."""
         with self._changed:
@@ -131,6 +140,8 @@ class Engine:
             queued_requests=self._book.num_queued,
             steps_in_flight=self._ring.num_in_flight,
             sequences=self._book.num_sequences,
+            kv_tokens=self._book.kv.claimed_tokens,
+            cached_kv_tokens=self._book.kv.kept_tokens,
         )
 
     def run(self) -> None:
@@ -169,17 +180,25 @@ class Engine:
                     self._book.cancel(request_id)
                 case _RingLost(error):
                     self._go_down(error)
+                case _ClearPrefixes():
+                    self._book.clear_prefixes()
 
     def _turn(self) -> None:
         """Send what can be sent, then wait for something to come back."""
         if self._down is not None:
             return
         try:
-            while (plan := self._book.plan(self._ring.num_in_flight)) is not None:
-                self._book.sent(plan, self._ring.send(plan))
+            self._send()
+            # While the stages work: text, events, and what follows from a stop string.
+            if self._book.tell():
+                self._send()
+            if self._commands:
+                return
             match self._ring.receive(_IDLE_S):
                 case StepDone() as done:
                     self._book.done(done, self._clock())
+                    sizes = [(len(entry.token_ids), entry.start) for entry in done.plan.entries]
+                    self._book.pace.note(sizes, done.seconds, done.round_trip_s)
                 case StepFailed(failed=failed) as step:
                     log.error("stage %d failed at step %d: %s", failed.stage, failed.step, failed.message)
                     self._book.step_failed(step, error_from_code(failed.code, failed.message, failed.hint))
@@ -187,6 +206,10 @@ class Engine:
             self._go_down(error)
         if self._warm_up_error is not None:
             self._go_down(self._warm_up_error)
+
+    def _send(self) -> None:
+        while (plan := self._book.plan(self._ring.num_in_flight)) is not None:
+            self._book.sent(plan, self._ring.send(plan))
 
     def _warm_up(self) -> None:
         """Queue a short generation ahead of everyone: first steps are slow, and a broken ring shows at once."""
@@ -206,6 +229,7 @@ class Engine:
         if getattr(event, "request", None) != _WARM_UP:
             self._emit(event)
         elif isinstance(event, Finished):
+            self._book.clear_prefixes()
             self._state = "ready"
             self._emit(EngineReady(model=self._model, context_tokens=self._limits.sequence_tokens))
         elif isinstance(event, RequestFailed):

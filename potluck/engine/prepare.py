@@ -17,7 +17,7 @@ from potluck.engine.sequences import Sequence as TokenSequence
 from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest
 from transport.messages import Sampling, SequenceId
-from transport.requests import Submit
+from transport.requests import Priority, Submit
 
 
 class ChatTokenizer(TokenTable, Protocol):
@@ -51,6 +51,7 @@ class Preparer:
             stop=(*submit.stop, *prompt.stop),
             ends=self._tokenizer.eos_ids,
             num_choices=submit.num_choices,
+            priority=submit.priority,
             now_s=now_s,
         )
 
@@ -64,6 +65,7 @@ class Preparer:
         stop: tuple[str, ...] = (),
         ends: frozenset[int] = frozenset(),
         num_choices: int = 1,
+        priority: Priority = "interactive",
         now_s: float,
     ) -> Request:
         """A request whose numbers are known to be good."""
@@ -75,6 +77,7 @@ class Preparer:
                     prompt_ids,
                     msgspec.structs.replace(sampling, choice=index),
                     max_tokens=max_tokens,
+                    priority=priority,
                 ),
                 output=ChoiceOutput(self._tokenizer, stop),
                 ends=ends,

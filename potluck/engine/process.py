@@ -6,6 +6,7 @@ Its own process, because a busy Python thread beside the engine's would cost eve
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -27,6 +28,7 @@ from transport.zmq_link import ZmqReceiver, ZmqSender
 
 # The first stage listens before it loads, but its process may still be starting.
 _FIRST_STAGE_TIMEOUT_S = 60.0
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(settings: EngineSettings) -> None:
@@ -54,13 +56,20 @@ def serve(settings: EngineSettings) -> None:
             context_tokens=settings.context_tokens,
             kv_capacity_tokens=settings.kv_capacity_tokens,
             vocab_size=settings.vocab_size,
-            max_steps_in_flight=settings.num_stages,
+            num_stages=settings.num_stages,
+            stage_times=settings.stage_times,
+            hops_s=settings.hops_s,
+            has_window=settings.has_window,
+            prefix_cache=settings.prefix_cache,
         ),
         fence=settings.fence,
         emit=api.emit,
         clock=time.monotonic,
     )
     api.serve(engine)
+    # What is here stays: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     engine.run()
     # The ring is down: requests are still answered, with the reason, until the parent ends this process.
     threading.Event().wait()
@@ -72,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--remove", type=Path, default=None, help="folder to delete if the parent crashes")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The ring's thread must not wait 5 ms, Python's default, for those that tokenize and answer clients.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     hold_lifeline(options.remove)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(msgspec.json.decode(options.settings, type=EngineSettings))

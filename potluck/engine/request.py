@@ -10,12 +10,15 @@ from potluck.engine.sequences import Phase, Sequence
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One answer of a request. `ends` are the ids that end it; they are not part of its text."""
+    """One answer of a request. `ends` are the ids that end it; they are not part of its text. `is_told`: its client
+    knows that it is over. `num_cached` tokens of its prompt were not computed."""
 
     index: int
     sequence: Sequence
     output: ChoiceOutput
     ends: frozenset[int]
+    is_told: bool = False
+    num_cached: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

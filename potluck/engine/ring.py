@@ -19,8 +19,12 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
+    """`seconds` is what each stage computed; `round_trip_s` is None where the step was not alone in the ring."""
+
     plan: StepPlan
     results: tuple[Result, ...]
+    seconds: tuple[float, ...] = ()
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,16 @@ class StepFailed:
 
     plan: StepPlan
     failed: Failed
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """`was_alone`: neither before nor behind it was another step in the ring."""
+
+    step: int
+    plan: StepPlan
+    sent_s: float
+    was_alone: bool
 
 
 class ProgressClock:
@@ -61,7 +75,7 @@ class Ring:
         self._fence = fence
         self._clock = clock
         self._progress = ProgressClock(deadlines)
-        self._in_flight: deque[tuple[int, StepPlan]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._next_step = 0
         self._progress_s = 0.0
         self._awake = Awake(clock)
@@ -72,11 +86,14 @@ class Ring:
 
     def send(self, plan: StepPlan) -> int:
         """Number the step and send it. Raises RingDown."""
-        if not self._in_flight:
-            self._progress_s = self._clock()
+        now_s = self._clock()
+        if self._in_flight:
+            self._in_flight[-1].was_alone = False
+        else:
+            self._progress_s = now_s
         step = self._next_step
         self._next_step += 1
-        self._in_flight.append((step, plan))
+        self._in_flight.append(_InFlight(step, plan, now_s, was_alone=not self._in_flight))
         self._sender.send(Tokens(self._fence, step, plan.ops, plan.entries))
         return step
 
@@ -95,21 +112,22 @@ class Ring:
             remaining_s = self._remaining_s()
             if remaining_s is not None and remaining_s <= 0:
                 raise DeadlineExceeded(
-                    f"step {self._in_flight[0][0]} has not come back {self._clock() - self._progress_s:.0f} s after "
+                    f"step {self._in_flight[0].step} has not come back {self._clock() - self._progress_s:.0f} s after "
                     "the last sign of progress",
                     hint="a device may be asleep, swapping or overloaded: look at it, then start again",
                 )
             return None
         match received.message:
-            case Sampled(fence=fence, step=step, results=results) if fence == self._fence:
-                plan = self._take(step)
-                if plan is None:
+            case Sampled(fence=fence, step=step, results=results, seconds=seconds) if fence == self._fence:
+                taken = self._take(step)
+                if taken is None:
                     return None
-                _check_results(step, plan, results)
-                return StepDone(plan=plan, results=results)
+                _check_results(step, taken.plan, results)
+                round_trip_s = self._progress_s - taken.sent_s if taken.was_alone else None
+                return StepDone(plan=taken.plan, results=results, seconds=seconds, round_trip_s=round_trip_s)
             case Failed(fence=fence, step=step) as failed if fence == self._fence:
-                plan = self._take(step)
-                return None if plan is None else StepFailed(plan=plan, failed=failed)
+                taken = self._take(step)
+                return None if taken is None else StepFailed(plan=taken.plan, failed=failed)
             case _:
                 return None  # another life of the ring, or a greeting
 
@@ -125,21 +143,21 @@ class Ring:
         """Until the deadline; None if nothing is in flight."""
         if not self._in_flight:
             return None
-        num_tokens = sum(plan.num_tokens for _, plan in self._in_flight)
+        num_tokens = sum(each.plan.num_tokens for each in self._in_flight)
         return self._progress_s + self._progress.allowance_s(num_tokens) - self._clock()
 
-    def _take(self, step: int) -> StepPlan | None:
+    def _take(self, step: int) -> _InFlight | None:
         """The step that came back; None for a duplicate."""
-        if not self._in_flight or step < self._in_flight[0][0]:
+        if not self._in_flight or step < self._in_flight[0].step:
             return None
-        expected, plan = self._in_flight[0]
-        if step != expected:
-            raise BadMessage(f"step {step} came back before step {expected}")
+        taken = self._in_flight[0]
+        if step != taken.step:
+            raise BadMessage(f"step {step} came back before step {taken.step}")
         self._in_flight.popleft()
         now_s = self._clock()
-        self._progress.note(now_s - self._progress_s, plan.num_tokens)
+        self._progress.note(now_s - self._progress_s, taken.plan.num_tokens)
         self._progress_s = now_s
-        return plan
+        return taken
 
 
 def _check_results(step: int, plan: StepPlan, results: tuple[Result, ...]) -> None:

@@ -1,100 +1,178 @@
-"""What goes into the ring next. Pure: it reads sequences and limits, and returns a step."""
+"""What goes into the ring next. Pure: it reads sequences, times and limits, and returns a step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from potluck.engine.limits import EngineLimits
-from potluck.engine.sequences import Phase
+from potluck.engine.pace import Grouping, RingPace
+from potluck.engine.prompt_share import PromptCredit, Share, earnings, share_of
 from potluck.engine.sequences import Sequence as TokenSequence
-from transport.messages import Entry, Op, Open, Release
+from transport.messages import Entry, Op
+
+_LEAST_CHUNK = 32
+_HEADROOM_TOKENS = 16
+_LEAST_LOST_S = 0.0003
+_MOST_CHUNK_S = 0.5
+"""A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """A step that is not numbered yet."""
+    """A step that is not numbered yet. `share` is what it takes from others that decode, if it has part of a prompt;
+    `earned_s` what its decodes earn for prompts."""
 
     ops: tuple[Op, ...]
     entries: tuple[Entry, ...]
-    is_prefill: bool
+    has_prompt: bool = False
+    share: Share | None = None
+    earned_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingState:
+    """What the scheduler looks at. `decoding` and `prompts` are the admitted sequences, prompts those with ids left to
+    compute, first due first. `ops` wait to be sent and go ahead of everything."""
+
+    decoding: Sequence[TokenSequence]
+    prompts: Sequence[TokenSequence]
+    ops: Sequence[Op]
+    steps_in_flight: int
+    prompt_steps_in_flight: int
+    credit: PromptCredit
+    now_s: float
+
+
 def num_admissible(waiting: Iterable[TokenSequence], *, free_tokens: int, num_active: int, limits: EngineLimits) -> int:
     """How many of the waiting sequences, first come first served, can start now.
 
-    One that does not fit holds back those after it, so that a long request is not passed over for ever.
+    Admission is optimistic: it asks for memory for the ids that are known and some more for everyone that runs, not for
+    the longest possible answer. One that does not fit holds back those after it, so that a long request is not passed
+    over for ever.
     """
     count = 0
     for sequence in waiting:
-        free_tokens -= sequence.reserved_tokens
-        if free_tokens < 0 or num_active + count >= limits.max_active_sequences:
+        free_tokens -= sequence.wanted_claim - sequence.claimed_tokens
+        running = num_active + count
+        headroom = 0 if running == 0 else _HEADROOM_TOKENS * running
+        if free_tokens < headroom or running >= limits.max_active_sequences:
             break
         count += 1
     return count
 
 
-def schedule(
-    active: Sequence[TokenSequence],
-    releases: Sequence[Release],
-    *,
-    num_steps_in_flight: int,
-    last_was_prefill: bool,
-    limits: EngineLimits,
-) -> StepPlan | None:
-    """The next step, or None if the ring is full or there is nothing to send.
+def schedule(state: RingState, pace: RingPace, limits: EngineLimits) -> StepPlan | None:
+    """The next step, or None if there is nothing to send or the ring has enough.
 
-    `active` are the admitted sequences, oldest first. Decodes go before prompts, but every second step is a prompt's
-    as long as one waits. Decodes go in groups of ⌈decoding / steps in flight⌉, so that each stage has one to work on,
-    and in no more groups than that makes: a part of a group waits for the rest, since a stage reads its weights for
-    each step anew, whoever is in it.
+    Decodes go first, in as many groups as fill the ring (`RingPace.grouping`), and in no more: a part of a group waits
+    for the rest, since a stage reads its weights for each step anew, whoever is in it. Prompts go in chunks, first due
+    first; several that are short share a step. Chunks follow each other without waiting, as many as keep every stage
+    busy; while others decode, as `PromptCredit` allows. With one stage a chunk joins the decodes' step.
     """
-    if num_steps_in_flight >= limits.max_steps_in_flight:
+    if state.steps_in_flight >= limits.max_steps_in_flight:
         return None
-    decoding = [sequence for sequence in active if sequence.phase is Phase.DECODE]
-    ready = [sequence for sequence in decoding if sequence.is_ready_to_decode]
-    prompts = [sequence for sequence in active if sequence.phase is Phase.PREFILL and sequence.num_prompt_left]
-    group = min(-(-len(decoding) // limits.max_steps_in_flight), limits.prefill_chunk_tokens)
-    may_decode = bool(ready) and _num_groups_in_flight(decoding) < -(-len(decoding) // group)
-    if may_decode and (last_was_prefill or not prompts):
-        longest_waiting = sorted(ready, key=lambda sequence: sequence.last_step)[:group]
-        entries = tuple(sequence.decode_entry() for sequence in longest_waiting)
-        return StepPlan(ops=tuple(releases), entries=entries, is_prefill=False)
-    if prompts:
-        budget = limits.busy_chunk_tokens if decoding else limits.prefill_chunk_tokens
-        chosen, entries = _prefill(prompts, budget)
-        opens = tuple(
-            Open(sequence.id, sequence.prompt_ids, sequence.sampling) for sequence in chosen if not sequence.is_opened
-        )
-        # Releases first: the memory that they free may be what lets the new ones in.
-        return StepPlan(ops=(*releases, *opens), entries=entries, is_prefill=True)
-    if releases:
-        return StepPlan(ops=tuple(releases), entries=(), is_prefill=False)
-    return None
+    decoding, prompts = state.decoding, state.prompts
+    is_late = bool(prompts) and state.now_s > prompts[0].due_s
+    grouping: Grouping | None = None
+    decodes: tuple[Entry, ...] = ()
+    if decoding:
+        grouping = pace.grouping(len(decoding), limits.max_steps_in_flight)
+        decodes = _decodes(decoding, grouping)
+    chunk: list[TokenSequence] = []
+    entries: tuple[Entry, ...] = ()
+    share: Share | None = None
+    if prompts and (not decodes or pace.num_stages == 1):
+        if grouping is not None:
+            share = _share(state, pace, grouping, limits, is_late=is_late)
+            tokens = share.tokens if state.credit.allows(share) else 0
+        else:
+            tokens = _free_chunk(state, pace, limits)
+        if tokens:
+            chunk, entries = _prompt_entries(prompts, tokens)
+    if not decodes and not chunk:
+        return StepPlan(ops=tuple(state.ops), entries=()) if state.ops else None
+    opening = tuple(op for sequence in chunk for op in sequence.opening())
+    earned_s = 0.0
+    if decodes and grouping is not None:
+        earned_s = earnings(grouping, is_late=is_late) / grouping.groups
+    return StepPlan(
+        ops=(*state.ops, *opening),
+        entries=(*decodes, *entries),
+        has_prompt=bool(chunk),
+        share=share if chunk else None,
+        earned_s=earned_s,
+    )
 
 
-def _num_groups_in_flight(decoding: Sequence[TokenSequence]) -> int:
-    return len({sequence.last_step for sequence in decoding if not sequence.is_ready_to_decode})
+def _decodes(decoding: Sequence[TokenSequence], grouping: Grouping) -> tuple[Entry, ...]:
+    ready = [sequence for sequence in decoding if sequence.num_in_flight == 0]
+    if not ready:
+        return ()
+    in_flight = len({sequence.last_step for sequence in decoding if sequence.num_in_flight})
+    if in_flight >= -(-len(decoding) // grouping.size):
+        return ()
+    if len(ready) > grouping.size:
+        ready = sorted(ready, key=lambda sequence: sequence.last_step)[: grouping.size]
+    return tuple(sequence.decode_entry() for sequence in ready)
 
 
-def _prefill(prompts: Sequence[TokenSequence], budget: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:
-    """The oldest prompt's next chunk, or several whole prompts that fit into one.
+def _share(state: RingState, pace: RingPace, grouping: Grouping, limits: EngineLimits, *, is_late: bool) -> Share:
+    first = state.prompts[0]
+    return share_of(
+        pace,
+        earnings(grouping, is_late=is_late),
+        sum(sequence.num_left for sequence in state.prompts),
+        first.length - first.num_left,
+        limits.fixed_chunk_tokens or limits.max_chunk_tokens,
+        is_for_slice=state.credit.is_for_slice,
+    )
 
-    A prompt that is sent in parts travels alone: if one part fails, the next one must fail without company.
-    """
+
+def _free_chunk(state: RingState, pace: RingPace, limits: EngineLimits) -> int:
+    """Tokens of the next chunk while nobody decodes; 0 if enough are on their way."""
+    first = state.prompts[0]
+    before = first.length - first.num_left
+    left = sum(sequence.num_left for sequence in state.prompts)
+    tokens = limits.fixed_chunk_tokens or _pipelined_chunk(pace, left, before, limits.max_chunk_tokens)
+    fills = math.ceil(pace.chunk_trip_s(tokens, before) / pace.chunk_s(tokens, before)) + 1
+    return tokens if state.prompt_steps_in_flight < fills else 0
+
+
+def _pipelined_chunk(pace: RingPace, left: int, before: int, most_tokens: int) -> int:
+    """The chunk that gets all that is left through S stages soonest: of work W on the slowest stage, with o lost on
+    each chunk, one of √(W·o / (S − 1)) seconds, so that later ones have fewer tokens as attention grows."""
+    most = min(left, most_tokens)
+    if most <= _LEAST_CHUNK:
+        return most
+    most_s = _MOST_CHUNK_S
+    if pace.num_stages > 1:
+        typical = min(128, most)
+        half = max(1, typical // 2)
+        whole_s, half_s = pace.chunk_s(typical, before), pace.chunk_s(half, before)
+        lost_s = min(max(2 * half_s - whole_s, _LEAST_LOST_S), whole_s) + pace.hops_s / (pace.num_stages + 1)
+        middle = before + left // 2
+        work_s = pace.chunk_s(typical, middle) * left / typical
+        most_s = min(most_s, math.sqrt(work_s * lost_s / (pace.num_stages - 1)))
+    return max(min(_LEAST_CHUNK, most), pace.largest_chunk(most_s, before, most))
+
+
+def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:
+    """The first prompt's next chunk, and others that fit as a whole behind the first one's end."""
     first = prompts[0]
-    chosen, entries = [first], [first.prefill_entry(budget)]
-    if first.is_opened or first.num_prompt_left > budget:
-        return chosen, tuple(entries)
-    budget -= first.num_prompt_left
-    for sequence in prompts[1:]:
-        if sequence.is_opened or sequence.num_prompt_left > budget:
-            break
-        chosen.append(sequence)
-        entries.append(sequence.prefill_entry(budget))
-        budget -= sequence.num_prompt_left
+    chosen, entries = [first], [first.prefill_entry(tokens)]
+    tokens -= len(entries[0].token_ids)
+    if entries[0].num_logits:
+        for sequence in prompts[1:]:
+            # One that opens with another's KV may need what this very step computes: it waits for the next one.
+            if sequence.num_left > tokens or sequence.reuse is not None:
+                break
+            chosen.append(sequence)
+            entries.append(sequence.prefill_entry(tokens))
+            tokens -= sequence.num_left
     return chosen, tuple(entries)

@@ -26,7 +26,7 @@ def main(endpoint: str) -> None:
         sender=ring.sender,
         receiver=ring.receiver,
         tokenizer=ByteTokenizer(),
-        limits=EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, max_steps_in_flight=2),
+        limits=EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, num_stages=2),
         fence=FENCE,
         emit=api.emit,
         clock=time.monotonic,

@@ -13,6 +13,7 @@ from transport.messages import (
     Entry,
     Failed,
     Fence,
+    Fork,
     Open,
     Release,
     Result,
@@ -60,26 +61,41 @@ class FakeStages:
         self._sampler = sampler
         self._capacity = kv_capacity_tokens
         self.prompts: dict[SequenceId, tuple[int, ...]] = {}
+        self.ids: dict[SequenceId, tuple[int, ...]] = {}
         self.lengths: dict[SequenceId, int] = {}
         self.num_opened = 0
+        self.num_reused = 0
         self.steps: list[Tokens] = []
         self.problems: list[str] = []
 
     def take(self, tokens: Tokens, *, fail: bool = False) -> Sampled | Failed:
         """Run a step; `fail` makes it the kind that a stage can't run, after its ops."""
         self.steps.append(tokens)
+        wrong: Failed | None = None
         for op in tokens.ops:
             match op:
                 case Open(sequence=sequence, prompt_ids=prompt_ids):
                     self._expect(sequence not in self.prompts, f"{sequence} opened twice")
                     self.prompts[sequence] = prompt_ids
                     self.lengths[sequence] = 0
+                    self.ids[sequence] = ()
                     self.num_opened += 1
+                case Fork(sequence=sequence, source=source, length=length, moves=moves):
+                    if not 0 < length <= self.lengths.get(source, 0):
+                        wrong = Failed(FENCE, tokens.step, tokens.ops, 0, "stage_failed", "the source is too short")
+                        continue
+                    self._expect(self.lengths[sequence] == 0, f"{sequence} holds something already")
+                    self.ids[sequence] = self.ids[source][:length]
+                    self.lengths[sequence] = length
+                    self.num_reused += length
+                    if moves:
+                        self._forget(source)
                 case Release(sequence=sequence):
-                    self.prompts.pop(sequence, None)
-                    self.lengths.pop(sequence, None)
+                    self._forget(sequence)
         if fail:
             return Failed(FENCE, tokens.step, tokens.ops, 1, "stage_failed", "scripted failure")
+        if wrong is not None:
+            return wrong
         results = []
         for entry in tokens.entries:
             if self.lengths.get(entry.sequence) != entry.start:
@@ -90,15 +106,21 @@ class FakeStages:
 
     def _run(self, entry: Entry) -> list[Result]:
         last = entry.start + len(entry.token_ids)
+        held = self.ids[entry.sequence] + entry.token_ids
+        self.ids[entry.sequence] = held
         self.lengths[entry.sequence] = last
         prompt = self.prompts[entry.sequence]
-        inside = prompt[entry.start : last]
-        self._expect(entry.token_ids[: len(inside)] == inside, "not the prompt's tokens")
-        if last < len(prompt):
-            self._expect(entry.num_logits == 0, "a middle chunk wants a token")
+        self._expect(held[: len(prompt)] == prompt[:last], "not the prompt's tokens")
+        for position in range(max(len(prompt), entry.start), last):
+            self._expect(held[position] == self._sampler(prompt, position), "not the tokens that were sampled")
+        if not entry.num_logits:
             return []
-        self._expect(entry.num_logits == 1, "an end does not want a token")
+        self._expect(last >= len(prompt), "a middle chunk wants a token")
         return [Result(entry.sequence, last, (SampledToken(self._sampler(prompt, last), -0.5, ((65, -0.5),)),))]
+
+    def _forget(self, sequence: SequenceId) -> None:
+        for held in (self.prompts, self.ids, self.lengths):
+            held.pop(sequence, None)
 
     def _expect(self, condition: bool, problem: str) -> None:
         if not condition:

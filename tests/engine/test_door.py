@@ -27,7 +27,7 @@ from transport.errors import BadRequest, RingDown
 from transport.messages import Sampling
 from transport.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
 
-_LIMITS = EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, max_steps_in_flight=2)
+_LIMITS = EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, num_stages=2)
 
 
 def _answer(prompt: tuple[int, ...], position: int) -> int:

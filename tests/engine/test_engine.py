@@ -29,7 +29,7 @@ from transport.requests import (
     Submit,
 )
 
-LIMITS = EngineLimits(context_tokens=100, kv_capacity_tokens=200, vocab_size=VOCAB, max_steps_in_flight=2)
+LIMITS = EngineLimits(context_tokens=100, kv_capacity_tokens=200, vocab_size=VOCAB, num_stages=2, prefix_cache=False)
 _GREEDY = Sampling(temperature=0.0)
 
 
@@ -197,7 +197,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_numbers(bench: Callable[...
 
 
 def test_a_full_queue_is_busy_and_a_freed_one_goes_on(bench: Callable[..., Bench]) -> None:
-    b = bench(forever, limits=replace(LIMITS, max_queued_requests=1))
+    b = bench(forever, limits=replace(LIMITS, max_queued_requests=1, max_active_sequences=2))
     b.until(EngineReady)
     b.ring.go.clear()
     for name in ("a", "b", "c", "d"):

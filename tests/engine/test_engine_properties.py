@@ -35,15 +35,17 @@ _LIMITS = EngineLimits(
     kv_capacity_tokens=90,
     vocab_size=VOCAB,
     max_steps_in_flight=3,
-    prefill_chunk_tokens=8,
-    busy_chunk_tokens=4,
+    num_stages=2,
+    max_chunk_tokens=8,
     max_active_sequences=5,
     max_queued_requests=4,
 )
 
 _SUBMITS = st.fixed_dictionaries(
     {
-        "prompt": st.text(alphabet="abc", max_size=45),
+        "prompt": st.tuples(st.sampled_from(["", "a" * 20, "ab" * 12]), st.text(alphabet="abc", max_size=20)).map(
+            "".join
+        ),
         "max_tokens": st.none() | st.integers(0, 20),
         "stop": st.lists(st.text(alphabet="xyz", min_size=1, max_size=3), max_size=2).map(tuple),
         "num_choices": st.integers(1, 3),
@@ -77,6 +79,8 @@ class _Script:
         self.events: list[EngineEvent] = []
         self.submitted: list[str] = []
         self.is_lost = False
+        self.may_be_lost = False
+        self._is_cleared = False
         self._pending: deque[Tokens] = deque()
         self._last: DataMessage | None = None
         self.engine = Engine(
@@ -112,9 +116,12 @@ class _Script:
             case "duplicate" if self._last is not None:
                 return Received(message=self._last)
             case "step" | "fail" | "fail early" if self._pending:
-                self.is_lost |= kind != "step" and not is_warm
+                self.may_be_lost |= kind != "step" and not is_warm
                 self._last = self._take(self._pending.popleft(), kind)
                 return Received(message=self._last)
+            case "step" if not self.actions and not self._is_cleared:
+                self._is_cleared = True
+                self.engine.clear_prefixes()
             case "step" if not self.actions:
                 self.engine.stop()
         return None
@@ -149,9 +156,10 @@ def test_each_request_ends_once_and_nothing_is_held(actions: list[tuple[str, Any
     assert script.stages.problems == []
     pong = script.engine.pong()
     assert (pong.active_requests, pong.queued_requests, pong.sequences) == (0, 0, 0)
-    assert script.engine._book.free_tokens == _LIMITS.kv_capacity_tokens
+    assert (pong.kv_tokens, pong.cached_kv_tokens) == (0, 0)
     is_down = any(isinstance(event, EngineDown) and "stopped" not in event.message for event in script.events)
-    assert is_down == script.is_lost
+    # The warm-up is tried twice, as everything is.
+    assert is_down == script.is_lost or (is_down and script.may_be_lost)
     assert is_down or script.stages.lengths == {}
     _check_order(script.events)
 

@@ -13,7 +13,7 @@ from transport.link import Received
 from transport.memory_link import memory_link
 from transport.messages import Entry, SequenceId
 
-PLAN = StepPlan(ops=(), entries=(Entry(SequenceId(1), 0, (1,), 1),), is_prefill=False)
+PLAN = StepPlan(ops=(), entries=(Entry(SequenceId(1), 0, (1,), 1),))
 
 
 class Silent:

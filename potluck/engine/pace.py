@@ -1,0 +1,189 @@
+"""How long steps take: what the plan expects of each stage, corrected by what the stages report.
+
+The scheduler asks it how many groups fill the ring, and how large a chunk of a prompt may be.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planner.stage_times import StageTimes
+
+if TYPE_CHECKING:
+    from potluck.engine.prompt_share import Share
+
+_GUESSED_STEP_S = 0.01
+_LEAST_S = 1e-6
+_FASTER, _SLOWER = 0.3, 0.1
+"""How far an estimate follows a shorter and a longer time: long ones are more often somebody else's work."""
+_SPIKE = 2.0
+_HOPS_FOLLOW = 0.2
+_REFRESH_NOTES = 32
+_AS_GOOD = 1.01
+
+Curve = Callable[[int, int], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """`groups` decode steps in flight of at most `size` sequences. `period_s`: between two tokens of one sequence.
+    `busy_s`: what the slowest stage works in that time."""
+
+    groups: int
+    size: int
+    period_s: float
+    busy_s: float
+
+
+class _Corrected:
+    """One stage's times of one kind of step: an expected curve times what real ones were of it, by size."""
+
+    def __init__(self, expected: Curve) -> None:
+        self._expected = expected
+        self._ratios: dict[int, float] = {}
+
+    def note(self, size: int, before: int, seconds: float) -> None:
+        bucket = size.bit_length()
+        expected = max(self._expected(size, before), _LEAST_S)
+        ratio = seconds / expected
+        held = self._ratios.get(bucket)
+        if held is None:
+            self._ratios[bucket] = ratio
+        else:
+            ratio = min(ratio, _SPIKE * held)
+            self._ratios[bucket] = held + (_FASTER if ratio < held else _SLOWER) * (ratio - held)
+
+    def seconds(self, size: int, before: int) -> float:
+        return self._ratio(size.bit_length()) * max(self._expected(size, before), _LEAST_S)
+
+    def _ratio(self, bucket: int) -> float:
+        ratios = self._ratios
+        found = ratios.get(bucket)
+        if found is None:
+            found = ratios[min(ratios, key=lambda known: abs(known - bucket))] if ratios else 1.0
+        return found
+
+
+class RingPace:
+    """Owned by the engine's thread. Times are seconds; sizes are sequences of a decode step or tokens of a chunk."""
+
+    def __init__(self, num_stages: int, expected: Sequence[StageTimes], hops_s: float) -> None:
+        self.num_stages = num_stages
+        self.hops_s = hops_s
+        times = list(expected) if len(expected) == num_stages else [None] * num_stages
+        self._decode = [_Corrected(_decode_curve(each)) for each in times]
+        self._chunk = [_Corrected(_chunk_curve(each)) for each in times]
+        self._groupings: dict[int, Grouping] = {}
+        self.shares: dict[object, Share] = {}
+        """What `prompt_share` has worked out from these times."""
+        self._num_notes = 0
+
+    def note(self, sizes: Sequence[tuple[int, int]], seconds: Sequence[float], round_trip_s: float | None) -> None:
+        """A step came back: (tokens, positions before) of its entries, what each stage computed, and the whole trip if
+        nothing else was in the ring."""
+        if len(seconds) != self.num_stages or not sizes:
+            return
+        if round_trip_s is not None:
+            hops_s = max(0.0, round_trip_s - sum(seconds))
+            self.hops_s = (
+                hops_s if not self.hops_s else self.hops_s + 0.2 * (min(hops_s, 2 * self.hops_s) - self.hops_s)
+            )
+        if all(tokens == 1 for tokens, _ in sizes):
+            for stage, each in zip(self._decode, seconds, strict=True):
+                stage.note(len(sizes), 0, each)
+        elif len(sizes) == 1:
+            for stage, each in zip(self._chunk, seconds, strict=True):
+                stage.note(*sizes[0], each)
+        self._num_notes += 1
+        if self._num_notes % _REFRESH_NOTES == 0:
+            self._groupings.clear()
+            self.shares.clear()
+
+    def decode_s(self, size: int) -> list[float]:
+        """Of each stage."""
+        return [stage.seconds(size, 0) for stage in self._decode]
+
+    def chunk_s(self, tokens: int, before: int) -> float:
+        """Of the slowest stage."""
+        return max(stage.seconds(tokens, before) for stage in self._chunk)
+
+    def chunk_trip_s(self, tokens: int, before: int) -> float:
+        return sum(stage.seconds(tokens, before) for stage in self._chunk) + self.hops_s
+
+    def prompt_s(self, num_tokens: int) -> float:
+        """A prompt alone in the ring, roughly: its chunks follow each other."""
+        size = min(128, num_tokens)
+        return num_tokens / size * self.chunk_s(size, num_tokens // 2) + self.chunk_trip_s(size, 0)
+
+    def largest_chunk(self, seconds: float, before: int, most: int) -> int:
+        """The most tokens, at most `most`, that no stage works on longer than that; 0 if not even one."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.chunk_s(middle, before) <= seconds else (low, middle - 1)
+        return low
+
+    def grouping(self, num_decoding: int, most_groups: int) -> Grouping:
+        """The number of groups that gives most tokens/s: n / max(Σ stages + hops, Σ groups of the slowest stage).
+
+        Of several as good, the most. With steps as fast for many sequences as for one that is as many as fill the ring,
+        (Σ stages + Σ hops) / slowest stage, or as many as there are sequences.
+        """
+        found = self._groupings.get(num_decoding)
+        if found is None:
+            found = self._groupings[num_decoding] = self._best_grouping(num_decoding, most_groups)
+        return found
+
+    def _best_grouping(self, count: int, most_groups: int) -> Grouping:
+        found: dict[int, Grouping] = {}
+        for groups in range(1, min(count, most_groups) + 1):
+            size = -(-count // groups)
+            if size not in found:  # else fewer steps do for steps of that size
+                found[size] = self._grouping(count, groups, size)
+        shortest_s = min(each.period_s for each in found.values())
+        return max(
+            (each for each in found.values() if each.period_s <= _AS_GOOD * shortest_s), key=lambda each: each.groups
+        )
+
+    def _grouping(self, count: int, groups: int, size: int) -> Grouping:
+        per_stage = self.decode_s(size)
+        num_full = count - (size - 1) * groups
+        smaller = self.decode_s(size - 1) if num_full < groups else per_stage
+        busy_s = max(num_full * a + (groups - num_full) * b for a, b in zip(per_stage, smaller, strict=True))
+        return Grouping(groups=groups, size=size, period_s=max(sum(per_stage) + self.hops_s, busy_s), busy_s=busy_s)
+
+
+def _decode_curve(times: StageTimes | None) -> Curve:
+    points = times.decode if times is not None else ()
+    if not points:
+        return lambda size, before: _GUESSED_STEP_S * (0.5 + 0.5 * size)
+    sizes, seconds = [size for size, _ in points], [each for _, each in points]
+    return lambda size, before: _line(sizes, seconds, size)
+
+
+def _chunk_curve(times: StageTimes | None) -> Curve:
+    points = times.prefill if times is not None else ()
+    if not points:
+        return lambda tokens, before: _GUESSED_STEP_S * (1.0 + 0.1 * tokens * (1.0 + before / 4096))
+    befores = sorted({before for _, before, _ in points})
+    rows = []
+    for at in befores:
+        of_row = sorted((tokens, seconds) for tokens, before, seconds in points if before == at)
+        rows.append(([tokens for tokens, _ in of_row], [seconds for _, seconds in of_row]))
+
+    def seconds_of(tokens: int, before: int) -> float:
+        return _line(befores, [_line(sizes, seconds, tokens) for sizes, seconds in rows], before)
+
+    return seconds_of
+
+
+def _line(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
+    """Linear between points, with the last slope beyond them."""
+    if len(xs) == 1:
+        return ys[0]
+    low = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
+    part = (x - xs[low]) / (xs[low + 1] - xs[low])
+    return max(0.1 * min(ys), ys[low] + part * (ys[low + 1] - ys[low]))
