@@ -7,7 +7,7 @@ import errno
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
 import msgspec
@@ -18,13 +18,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from potluck.engine.book import failure
 from potluck.engine.client import EngineClient
 from potluck.http.app import create_app
 from potluck.http.local_only import LocalOnly
 from potluck.plan_watch import BetterPlan
 from potluck.status import StatusReport, better_report
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
-from transport.requests import EngineEvent, Pong, RequestFailed, Submit
+from transport.requests import EngineEvent, Pong, Submit
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
@@ -65,19 +66,9 @@ class EngineSwitch:
     def reason(self) -> str:
         return self._error.message if self._client is None else self._client.reason
 
-    async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
-        """The request's events up to its terminal one."""
-        if self._client is None:
-            error = self._error
-            yield RequestFailed(request=submit.request, code=error.code, message=error.message, hint=error.hint)
-            return
-        events = self._client.submit(submit)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            # Closing it cancels what has not ended.
-            await events.aclose()  # type: ignore[attr-defined]
+    def submit(self, submit: Submit) -> AsyncGenerator[EngineEvent]:
+        """The request's events up to its terminal one; closing it cancels what has not ended."""
+        return _refused(submit, self._error) if self._client is None else self._client.submit(submit)
 
     def switch(self, client: EngineClient | None) -> None:
         previous, self._client = self._client, client
@@ -92,6 +83,10 @@ class EngineSwitch:
         if self._client is None:
             raise self._error
         return await self._client.ping()
+
+
+async def _refused(submit: Submit, error: PotluckError) -> AsyncGenerator[EngineEvent]:
+    yield failure(submit.request, error)
 
 
 class Endpoint:

@@ -9,11 +9,13 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from potluck.http.bounded import Bounded
 from potluck.http.chat import ChatCompletions, EngineLike
 from potluck.http.errors import ApiError
 from transport.errors import ModelNotFound
@@ -62,6 +64,7 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
             Route("/", page),
             Mount("/page", _PageFiles(directory=_PAGE)),
         ],
+        middleware=[Middleware(Bounded)],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Literal, Protocol, cast
 
 import msgspec
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from potluck.http.chat_chunks import DONE, ChunkEncoder, error_event
 from potluck.http.chat_request import ChatRequest, decode_chat_request
-from potluck.http.chat_response import Completion
+from potluck.http.chat_response import Completion, CompletionHead
 from potluck.http.errors import ApiError
+from potluck.http.event_stream import EventStream, wait_for_disconnect
 from transport.errors import ModelNotFound, RingDown
 from transport.requests import (
     Aborted,
@@ -31,9 +32,6 @@ from transport.requests import (
 )
 
 MAX_BODY_BYTES = 8 * 2**20
-_KEEPALIVE_S = 10
-# A client that takes nothing for this long is gone, whatever its socket says.
-_SEND_TIMEOUT_S = 60
 _CLIENT_CLOSED_REQUEST = 499
 
 
@@ -72,85 +70,58 @@ class ChatCompletions:
         if self._engine.state != "ready":
             raise ApiError(503, f"{self._model} can't answer now: {self._engine.reason}", code=RingDown.code)
         name = f"chatcmpl-{secrets.token_hex(12)}"
-        completion = Completion(
-            name,
-            self._model,
-            num_choices=chat.n,
-            wants_logprobs=chat.logprobs,
-            with_usage=chat.stream_options is not None and chat.stream_options.include_usage,
-        )
+        head = CompletionHead(id=name, model=self._model, created=int(time.time()), service_tier=chat.served_tier)
         # The engine's iterators are generators; the Protocol leaves that open.
         events = cast("AsyncGenerator[EngineEvent]", self._engine.submit(chat.submit(name)))
-        answer = self._streamed if chat.stream else self._whole
-        return await answer(request, chat, completion, events)
-
-    async def _streamed(
-        self, request: Request, chat: ChatRequest, completion: Completion, events: AsyncGenerator[EngineEvent]
-    ) -> Response:
-        # The status line can still say what is wrong, as long as the engine has not accepted.
-        first = await anext(events)
-        if isinstance(first, RequestFailed | Aborted):
-            await events.aclose()
-            raise _error_of(first)
-        return _EventStream(_server_sent(completion, events, chat), events)
-
-    async def _whole(
-        self, request: Request, chat: ChatRequest, completion: Completion, events: AsyncGenerator[EngineEvent]
-    ) -> Response:
-        answer = asyncio.create_task(_gather(completion, events))
-        gone = asyncio.create_task(_wait_for_disconnect(request))
-        try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                return Response(status_code=_CLIENT_CLOSED_REQUEST)
-            return Response(msgspec.json.encode(answer.result()), media_type="application/json")
-        finally:
-            for task in (answer, gone):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await answer
+        if chat.stream:
+            return await _streamed(chat, head, events)
+        return await _whole(request, chat, head, events)
 
 
-class _EventStream(EventSourceResponse):  # type: ignore[misc]  # sse_starlette is followed as untyped
-    """Closes the engine's events however the stream ends, also if the client left before it began."""
-
-    def __init__(self, content: AsyncIterator[ServerSentEvent], events: AsyncGenerator[EngineEvent]) -> None:
-        super().__init__(
-            content,
-            ping=_KEEPALIVE_S,
-            ping_message_factory=lambda: ServerSentEvent(comment="keepalive", sep="\n"),
-            sep="\n",
-            send_timeout=_SEND_TIMEOUT_S,
-        )
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+async def _streamed(chat: ChatRequest, head: CompletionHead, events: AsyncGenerator[EngineEvent]) -> Response:
+    # The status line can still say what is wrong, as long as the engine has not accepted.
+    first = await anext(events)
+    if isinstance(first, RequestFailed | Aborted):
+        await events.aclose()
+        raise _error_of(first)
+    with_usage = chat.stream_options is not None and chat.stream_options.include_usage
+    chunks = ChunkEncoder(head, num_choices=chat.n, wants_logprobs=chat.logprobs, with_usage=with_usage)
+    return EventStream(_pieces(chunks, events, with_usage=with_usage), events)
 
 
-async def _server_sent(
-    completion: Completion, events: AsyncIterator[EngineEvent], chat: ChatRequest
-) -> AsyncIterator[ServerSentEvent]:
-    for chunk in completion.opening_chunks():
-        yield _sse(chunk)
+async def _whole(
+    request: Request, chat: ChatRequest, head: CompletionHead, events: AsyncGenerator[EngineEvent]
+) -> Response:
+    completion = Completion(head, num_choices=chat.n, wants_logprobs=chat.logprobs)
+    answer = asyncio.create_task(_gather(completion, events))
+    gone = asyncio.create_task(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(msgspec.json.encode(answer.result()), media_type="application/json")
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await answer
+
+
+async def _pieces(
+    chunks: ChunkEncoder, events: AsyncIterator[EngineEvent], *, with_usage: bool
+) -> AsyncIterator[bytes]:
+    yield chunks.opening()
     async for event in events:
         match event:
             case Delta() | ChoiceFinished():
-                yield _sse(completion.chunk(event))
+                yield chunks.chunk(event)
             case Finished():
-                if chat.stream_options is not None and chat.stream_options.include_usage:
-                    yield _sse(completion.usage_chunk(event))
-                yield ServerSentEvent("[DONE]", sep="\n")
+                yield (chunks.usage(event) if with_usage else b"") + DONE
             case RequestFailed() | Aborted():
                 # No finish_reason and no [DONE]: a client must not take what it has for the whole answer.
-                yield _sse(_error_of(event).body(), event="error")
+                yield error_event(_error_of(event).body())
             case _:
                 pass
-
-
-def _sse(body: dict[str, Any], *, event: str | None = None) -> ServerSentEvent:
-    return ServerSentEvent(msgspec.json.encode(body).decode(), event=event, sep="\n")
 
 
 def _error_of(event: RequestFailed | Aborted) -> ApiError:
@@ -173,11 +144,6 @@ async def _gather(completion: Completion, events: AsyncGenerator[EngineEvent]) -
                 case Accepted():
                     pass
     raise ApiError(500, "the engine's answer has no end", code="internal_error")
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _json_body(request: Request) -> bytes:

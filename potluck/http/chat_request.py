@@ -30,7 +30,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "safety_identifier": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -78,7 +77,8 @@ class StreamOptions(Struct, frozen=True):
 
 
 class ChatRequest(Struct, frozen=True, kw_only=True):
-    """Supported fields with their ranges. `top_k`, `min_p` and `repetition_penalty` are extensions."""
+    """Supported fields with their ranges. `top_k`, `min_p` and `repetition_penalty` are extensions. `service_tier` flex
+    yields to the others."""
 
     model: str
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
@@ -99,6 +99,14 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     logit_bias: dict[Annotated[int, Meta(ge=0, le=_MOST)], Annotated[float, Meta(ge=-100, le=100)]] = {}
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+
+    @property
+    def served_tier(self) -> Literal["default", "flex"] | None:
+        """The tier that the answer names: there are two. None if the client did not ask."""
+        if self.service_tier is None:
+            return None
+        return "flex" if self.service_tier == "flex" else "default"
 
     def submit(self, request: str) -> Submit:
         """The request as the engine takes it; a seed that the client left open is drawn here."""
@@ -121,6 +129,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             num_choices=self.n,
+            priority="batch" if self.service_tier == "flex" else "interactive",
         )
 
 

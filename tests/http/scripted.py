@@ -76,7 +76,14 @@ class ScriptedEngine:
                 count += 1
             total += count
             yield ChoiceFinished(submit.request, choice, "length" if reason == "length" else "stop", count)
-        yield Finished(request=submit.request, prompt_tokens=7, completion_tokens=total, ttft_s=0.1, decode_s=0.2)
+        yield Finished(
+            request=submit.request,
+            prompt_tokens=7,
+            completion_tokens=total,
+            ttft_s=0.1,
+            decode_s=0.2,
+            cached_tokens=5,
+        )
 
     @staticmethod
     def _logprobs(submit: Submit, word: str) -> tuple[TokenLogprob, ...]:

@@ -48,7 +48,12 @@ def test_an_answer_as_a_whole(client: TestClient) -> None:
     choice = body["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "three two one seed=5 ", "refusal": None}
     assert choice["finish_reason"] == "stop" and choice["logprobs"] is None
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
 
 
 def test_an_answer_in_chunks(client: TestClient) -> None:
@@ -67,6 +72,38 @@ def test_usage_in_a_stream_comes_last_and_only_if_asked_for(client: TestClient) 
     *chunks, last, _ = _stream(_post(client, stream=True, stream_options={"include_usage": True}))
     assert last["choices"] == [] and last["usage"]["total_tokens"] == 11
     assert all(chunk["usage"] is None for chunk in chunks)
+
+
+def test_cached_tokens_are_told_in_a_stream_too(client: TestClient) -> None:
+    *_, last, _ = _stream(_post(client, stream=True, stream_options={"include_usage": True}))
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("asked", "priority", "told"),
+    [
+        (None, "interactive", None),
+        ("auto", "interactive", "default"),
+        ("default", "interactive", "default"),
+        ("priority", "interactive", "default"),
+        ("flex", "batch", "flex"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_service_tier_is_a_priority(
+    client: TestClient, engine: ScriptedEngine, asked: str | None, priority: str, told: str | None, stream: bool
+) -> None:
+    response = _post(client, service_tier=asked, stream=stream)
+    bodies = _stream(response)[:-1] if stream else [response.json()]
+    assert {body.get("service_tier") for body in bodies} == {told}
+    assert engine.submitted[0].priority == priority
+
+
+def test_text_is_escaped_in_chunks(client: TestClient) -> None:
+    words = r'a"b \   </script> ü '
+    *chunks, _ = _stream(_post(client, stream=True, seed=1, messages=[{"role": "user", "content": words}]))
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == " ".join(reversed(words.split())) + " seed=1 "
 
 
 def test_several_choices(client: TestClient) -> None:
@@ -154,6 +191,10 @@ def test_what_asks_for_nothing_is_accepted(client: TestClient, fields: dict[str,
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"service_tier": "scale"}, "service_tier"),
+        ({"service_tier": 1}, "service_tier"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"max_completion_tokens": 2**64}, "max_completion_tokens"),

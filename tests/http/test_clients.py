@@ -6,69 +6,19 @@ import asyncio
 import json
 import socket
 import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from potluck.endpoint import bind_endpoint
-from potluck.http.app import create_app
-from tests.http.scripted import ScriptedEngine
-
-_MODEL = "tiny"
-
-
-class Server:
-    """uvicorn in a thread, over a scripted engine."""
-
-    def __init__(self) -> None:
-        self.engine = ScriptedEngine()
-        self.socket = bind_endpoint("127.0.0.1", 0)
-        self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(
-            create_app(self.engine, model=_MODEL), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._server.serve(sockets=[self.socket])), daemon=True
-        )
-        self._thread.start()
-        eventually(lambda: self._server.started)
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=10.0)
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(5.0)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    opened = Server()
-    yield opened
-    opened.close()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
+from tests.http.server import MODEL, Server, eventually
 
 
 def _ask(client: openai.OpenAI, content: str, **fields: object) -> openai.types.chat.ChatCompletion:
     return client.chat.completions.create(  # type: ignore[call-overload,no-any-return]
-        model=_MODEL, messages=[{"role": "user", "content": content}], **fields
+        model=MODEL, messages=[{"role": "user", "content": content}], **fields
     )
 
 
@@ -86,13 +36,13 @@ def test_whole_answers_stop_strings_and_seeds(server: Server) -> None:
     assert answer.usage is not None and answer.usage.total_tokens == 11
     assert _ask(client, "one two three", stop=["one"]).choices[0].message.content == "three two "
     assert _ask(client, "one two three", max_completion_tokens=1).choices[0].finish_reason == "length"
-    assert [model.id for model in client.models.list()] == [_MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL]
 
 
 def test_streamed_answers(server: Server) -> None:
     chunks = list(
         server.client().chat.completions.create(
-            model=_MODEL,
+            model=MODEL,
             messages=[{"role": "user", "content": "a b"}],
             seed=1,
             stream=True,
@@ -112,7 +62,7 @@ def test_several_at_once(server: Server) -> None:
             answers = await asyncio.gather(
                 *(
                     client.chat.completions.create(
-                        model=_MODEL, messages=[{"role": "user", "content": f"word{number}"}], seed=number
+                        model=MODEL, messages=[{"role": "user", "content": f"word{number}"}], seed=number
                     )
                     for number in range(20)
                 )
@@ -125,7 +75,7 @@ def test_several_at_once(server: Server) -> None:
 def test_a_stream_that_is_closed_midway_cancels(server: Server) -> None:
     server.engine.delay_s = 0.005
     stream = server.client().chat.completions.create(
-        model=_MODEL, messages=[{"role": "user", "content": "forever"}], stream=True
+        model=MODEL, messages=[{"role": "user", "content": "forever"}], stream=True
     )
     for number, _ in enumerate(stream):
         if number == 5:
@@ -163,14 +113,14 @@ def test_errors_arrive_as_the_clients_own(server: Server) -> None:
     seen = []
     with pytest.raises(openai.APIError, match="mlx:0 died"):
         for chunk in client.chat.completions.create(
-            model=_MODEL, messages=[{"role": "user", "content": "fail:2"}], stream=True
+            model=MODEL, messages=[{"role": "user", "content": "fail:2"}], stream=True
         ):
             seen.append(chunk)
     assert len(seen) == 3
 
 
 def test_a_silent_stream_is_kept_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.http.chat._KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.05)
     server.engine.delay_s = 30.0
     with _raw_post(server, "forever", stream=True) as connection:
         received = b""
@@ -181,7 +131,7 @@ def test_a_silent_stream_is_kept_alive(server: Server, monkeypatch: pytest.Monke
 
 @contextmanager
 def _raw_post(server: Server, content: str, *, stream: bool) -> Iterator[socket.socket]:
-    body = json.dumps({"model": _MODEL, "messages": [{"role": "user", "content": content}], "stream": stream}).encode()
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": stream}).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"

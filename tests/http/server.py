@@ -1,0 +1,53 @@
+"""The application on a loopback socket, over a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import openai
+import uvicorn
+
+from potluck.endpoint import bind_endpoint
+from potluck.http.app import create_app
+from tests.http.scripted import ScriptedEngine
+
+MODEL = "tiny"
+
+
+class Server:
+    """uvicorn in a thread, over a scripted engine."""
+
+    def __init__(self) -> None:
+        self.engine = ScriptedEngine()
+        self.socket = bind_endpoint("127.0.0.1", 0)
+        self.port = self.socket.getsockname()[1]
+        config = uvicorn.Config(
+            create_app(self.engine, model=MODEL), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._server.serve(sockets=[self.socket])), daemon=True
+        )
+        self._thread.start()
+        eventually(lambda: self._server.started)
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=10.0)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(5.0)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)

@@ -1,0 +1,110 @@
+"""What the endpoint does when there is more to do than it can hold, and for clients that do not do their part."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from potluck.http.app import create_app
+from potluck.http.bounded import Bounded
+from tests.http.scripted import ScriptedEngine
+from tests.http.server import MODEL, Server, eventually
+
+
+def _body(content: str, **fields: object) -> dict[str, object]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def test_answers_beyond_the_bound_are_asked_to_come_again() -> None:
+    engine = ScriptedEngine()
+    app = Bounded(create_app(engine, model=MODEL), limit=2)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            engine.delay_s = 30.0
+            held = [
+                asyncio.create_task(client.post("/v1/chat/completions", json=_body("forever", stream=stream)))
+                for stream in (False, True)
+            ]
+            while engine.num_running < 2:
+                await asyncio.sleep(0.01)
+            engine.delay_s = 0.0
+            refused = await client.post("/v1/chat/completions", json=_body("hi"))
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
+            assert "2 requests are open already" in refused.json()["error"]["message"]
+            assert (await client.get("/health")).status_code == 200
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+            assert (await client.post("/v1/chat/completions", json=_body("hi"))).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_fails_leaves_its_place() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a bug")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        app = Bounded(broken, limit=1)
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                await app(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert sent == []
+
+
+def test_a_client_that_stops_reading_slows_nobody_and_is_dropped(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.1)
+    monkeypatch.setattr("potluck.http.event_stream._SEND_TIMEOUT_S", 0.5)
+    with _lazy_client(server, "forever"):
+        eventually(lambda: server.engine.num_running == 1)
+        for number in range(5):
+            answer = httpx.post(f"{server.base_url}/chat/completions", json=_body(f"word{number}"), trust_env=False)
+            assert answer.status_code == 200
+        eventually(lambda: server.engine.num_running == 0, timeout_s=10.0)
+        assert len(server.engine.left) == 1
+
+
+def test_a_client_that_reads_slowly_gets_it_all(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.1)
+    monkeypatch.setattr("potluck.http.event_stream._SEND_TIMEOUT_S", 2.0)
+    words = " ".join(["w" * 500] * 3000)
+    received = bytearray()
+    with _lazy_client(server, words) as connection:
+        while b"[DONE]" not in received[-4096:]:
+            if len(received) < 10_000:
+                time.sleep(0.1)
+            piece = connection.recv(4096)
+            assert piece, "the server hung up"
+            received += piece
+    assert received.count(b"www ") == 3000
+    assert server.engine.left == []
+
+
+def _lazy_client(server: Server, content: str) -> socket.socket:
+    """A connection with a request on it and little room for what comes back."""
+    body = json.dumps(_body(content, stream=True)).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10.0)
+    connection.connect(("127.0.0.1", server.port))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
