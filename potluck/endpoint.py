@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import resource
 import socket
 import threading
 import time
@@ -30,6 +32,7 @@ from transport.requests import EngineEvent, Pong, Submit
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
 _PONG_TIMEOUT_S = 1.0
+_MOST_FILES = 4096
 
 
 def bind_endpoint(host: str, port: int) -> socket.socket:
@@ -108,6 +111,7 @@ class Endpoint:
 
     def start(self, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]) -> None:
         """Serve from now on; requests are refused with a reason until an engine is connected."""
+        _allow_connections()
         app = create_app(self._engine, model=self._model)
         _add_head_routes(app, report, replan)
         config = uvicorn.Config(
@@ -173,6 +177,16 @@ class Endpoint:
             await server.serve(sockets=[self._listener])
 
         asyncio.run(main())
+
+
+def _allow_connections() -> None:
+    """Each connection is a file to the system, and its default may be 256 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # A system may forbid it for reasons of its own: then there are fewer.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _add_head_routes(

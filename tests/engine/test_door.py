@@ -27,7 +27,10 @@ from transport.errors import BadRequest, RingDown
 from transport.messages import Sampling
 from transport.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
 
-_LIMITS = EngineLimits(context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, num_stages=2)
+# Nothing is kept, so that KV is left only by mistake.
+_LIMITS = EngineLimits(
+    context_tokens=10**6, kv_capacity_tokens=10**7, vocab_size=VOCAB, num_stages=2, prefix_cache=False
+)
 
 
 def _answer(prompt: tuple[int, ...], position: int) -> int:
