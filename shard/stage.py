@@ -1,4 +1,7 @@
-"""The contracts of a stage: what comes in, what goes out, and what a backend must do."""
+"""The contracts of a stage: what comes in, what goes out, and what a backend must do.
+
+What is made anew for every step is a Struct: a frozen dataclass takes 15 µs to make when caches are cold.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from transport.messages import DType, Entry, KVForm, Op, Result, SequenceId, WeightsForm
 
@@ -39,8 +43,7 @@ class ShardSpec:
         return self.last == self.num_layers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(Struct, frozen=True, kw_only=True):
     """A packed ragged batch: the entries' tokens one after another. Stage 0 gets `hidden` None and uses the token ids.
 
     hidden [num_tokens, hidden_size], float32, float16, or uint16 for bfloat16 bits.
@@ -90,8 +93,7 @@ class ShardBackend(Protocol):
     def num_sequences(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageInput:
+class StageInput(Struct, frozen=True, kw_only=True):
     """One step as it reaches a stage: ops in order, then a batch."""
 
     ops: tuple[Op, ...]
@@ -99,15 +101,13 @@ class StageInput:
     hidden: np.ndarray | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenOutput:
+class HiddenOutput(Struct, frozen=True, kw_only=True):
     """[num_tokens, hidden_size] in the shard's next_dtype (bfloat16 as uint16 bits)."""
 
     hidden: np.ndarray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOutput:
+class TokenOutput(Struct, frozen=True, kw_only=True):
     results: tuple[Result, ...]
 
 

@@ -20,7 +20,6 @@ from transport.messages import (
     Failed,
     Fence,
     Fork,
-    Hello,
     Hidden,
     Op,
     Open,
@@ -79,7 +78,7 @@ def decode_data(frames: Sequence[bytes | memoryview], limits: EdgeLimits) -> Rec
     if not frames:
         raise BadMessage("a message without frames")
     message = _decode(_data_decoder, frames[0], MAX_HEADER_BYTES)
-    buffers = tuple(memoryview(frame) for frame in frames[1:])
+    buffers = tuple([memoryview(frame) for frame in frames[1:]])
     if message.fence == limits.fence:
         check(message, buffers, limits)
     return Received(message=message, buffers=buffers)
@@ -90,25 +89,21 @@ def check(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimit
     expected_buffers = 1 if isinstance(message, Hidden) else 0
     if len(buffers) != expected_buffers:
         raise BadMessage(f"{type(message).__name__} with {len(buffers)} buffers, not {expected_buffers}")
-    match message:
-        case Hello() | Failed(ops=()):
-            pass
-        case Failed(ops=ops):
-            _check_ops(ops, limits)
-        case Tokens(ops=ops, entries=entries):
-            _check_ops(ops, limits)
-            _check_entries(entries, limits)
-        case Hidden(ops=ops, entries=entries):
-            _check_ops(ops, limits)
-            _check_entries(entries, limits)
-            _check_hidden(message, buffers[0], limits)
-            _check_seconds(message.seconds)
-        case Sampled(results=results, seconds=seconds):
-            for result in results:
-                for token in result.tokens:
-                    if not 0 <= token.token_id < limits.vocab_size:
-                        raise BadMessage(f"token id {token.token_id} outside of the vocabulary of {limits.vocab_size}")
-            _check_seconds(seconds)
+    if isinstance(message, Hidden):
+        _check_ops(message.ops, limits)
+        _check_hidden(message, _check_entries(message.entries, limits), buffers[0], limits)
+        _check_seconds(message.seconds)
+    elif isinstance(message, Sampled):
+        for result in message.results:
+            for token in result.tokens:
+                if not 0 <= token.token_id < limits.vocab_size:
+                    raise BadMessage(f"token id {token.token_id} outside of the vocabulary of {limits.vocab_size}")
+        _check_seconds(message.seconds)
+    elif isinstance(message, Tokens):
+        _check_ops(message.ops, limits)
+        _check_entries(message.entries, limits)
+    elif isinstance(message, Failed):
+        _check_ops(message.ops, limits)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, limit_bytes: int) -> _T:
@@ -168,10 +163,12 @@ def _check_sampling(sampling: Sampling, limits: EdgeLimits) -> None:
     _check_ids(tuple(sampling.logit_bias), limits)
 
 
-def _check_entries(entries: tuple[Entry, ...], limits: EdgeLimits) -> None:
+def _check_entries(entries: tuple[Entry, ...], limits: EdgeLimits) -> int:
+    """The tokens in them. Called for every step: plain loops and few calls, since caches are cold."""
     num_tokens = 0
     for entry in entries:
-        count = len(entry.token_ids)
+        ids = entry.token_ids
+        count = len(ids)
         num_tokens += count
         if count == 0 or entry.start < 0 or entry.start + count > limits.context_tokens:
             raise BadMessage(
@@ -179,16 +176,17 @@ def _check_entries(entries: tuple[Entry, ...], limits: EdgeLimits) -> None:
             )
         if not 0 <= entry.num_logits <= count:
             raise BadMessage(f"num_logits {entry.num_logits} of {count} tokens")
-        _check_ids(entry.token_ids, limits)
+        if count > 1 or not 0 <= ids[0] < limits.vocab_size:
+            _check_ids(ids, limits)
     if num_tokens > limits.max_step_tokens:
         raise BadMessage(f"a step of {num_tokens} tokens; at most {limits.max_step_tokens} are allowed")
+    return num_tokens
 
 
-def _check_hidden(message: Hidden, buffer: memoryview, limits: EdgeLimits) -> None:
-    num_tokens = sum(len(entry.token_ids) for entry in message.entries)
+def _check_hidden(message: Hidden, num_tokens: int, buffer: memoryview, limits: EdgeLimits) -> None:
     # A step of ops alone has no hidden states, and its sender may not know how wide they would be.
-    hidden_size = limits.hidden_size if num_tokens else message.hidden_size
-    if (message.num_tokens, message.hidden_size, message.dtype) != (num_tokens, hidden_size, limits.dtype):
+    is_as_wide = message.hidden_size == limits.hidden_size or not num_tokens
+    if message.num_tokens != num_tokens or not is_as_wide or message.dtype != limits.dtype:
         raise BadMessage(
             f"hidden states [{message.num_tokens}, {message.hidden_size}] {message.dtype}; "
             f"the plan says [{num_tokens}, {limits.hidden_size}] {limits.dtype}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from transport.messages import DataMessage
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """A checked message and the buffers behind it. A buffer is read-only and may share memory with the frame."""
+class Received(Struct, frozen=True, kw_only=True):
+    """A checked message and the buffers behind it. A buffer is read-only and may share memory with the frame.
+
+    A Struct, as messages are: a frozen dataclass takes a tenth of a hop to make.
+    """
 
     message: DataMessage
     buffers: tuple[memoryview, ...] = ()
