@@ -300,7 +300,7 @@ class RequestBook:
         if sequence.phase is not Phase.WAITING:
             self._take_out(sequence)
             self.kv.leave(sequence, is_good=phase is not Phase.FAILED)
-            choice.num_cached = sequence.num_cached
+            choice.num_cached = min(sequence.num_cached, len(sequence.prompt_ids))
         else:
             self.kv.withdraw(sequence)
         sequence.to(phase)

@@ -20,6 +20,7 @@ class KVBudget:
         self._keeps = keeps
         self._claimed = 0
         self._prefixes = PrefixDirectory(has_window=has_window)
+        self._searched: tuple[SequenceId, int] | None = None
         self.ops: list[Op] = []
 
     @property
@@ -63,11 +64,15 @@ class KVBudget:
         """Before a sequence opens: whose KV it may copy, if it does not take one over already."""
         if not self._keeps or (sequence.reuse is not None and sequence.reuse.moves):
             return
+        search = sequence.id, self._prefixes.num_changes
+        if search == self._searched:
+            return
         found = self._prefixes.find(sequence.ids(0, sequence.length))
         if found is not None and found.moves:
             self._claim(sequence, max(0, self._prefixes.kept_length(found.source) - sequence.claimed_tokens))
             self._prefixes.forget(found.source)
         sequence.reuse = found
+        self._searched = sequence.id, self._prefixes.num_changes
 
     def sent(self, ops: Sequence[Op]) -> None:
         """All ops that waited are on their way."""

@@ -47,6 +47,8 @@ class PrefixDirectory:
         self._known: dict[SequenceId, _Known] = {}
         self._by_start: defaultdict[bytes, set[SequenceId]] = defaultdict(set)
         self.kept_tokens = 0
+        self.num_changes = 0
+        """How often a sequence came or went: a search that found nothing better need not be repeated before."""
 
     def __contains__(self, sequence: SequenceId) -> bool:
         return sequence in self._kept
@@ -74,6 +76,7 @@ class PrefixDirectory:
 
     def forget(self, sequence: SequenceId) -> None:
         """It is gone from the stages, or will be."""
+        self.num_changes += 1
         self.kept_tokens -= self._kept.pop(sequence, 0)
         known = self._known.pop(sequence, None)
         if known is not None:
@@ -109,6 +112,7 @@ class PrefixDirectory:
         return [self.evict() for _ in range(len(self._kept))]
 
     def _learn(self, sequence: SequenceId, known: _Known) -> None:
+        self.num_changes += 1
         if known.ids.size >= LEAST_TOKENS:
             self._known[sequence] = known
             self._by_start[_start(known.ids)].add(sequence)

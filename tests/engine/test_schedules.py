@@ -20,6 +20,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from potluck.engine.book import _FIRST_RESTARTED_ID
 from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
 from potluck.engine.tokenizer import Prompt
@@ -96,6 +97,7 @@ class _Run:
         self.answers: dict[str, _Answer] = {}
         self.failures: list[RequestFailed] = []
         self.num_steps_failed = 0
+        self.was_preempted = False
         self._engine = Engine(
             model="tiny",
             sender=self,
@@ -119,6 +121,7 @@ class _Run:
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         assert isinstance(message, Tokens)
         self._pending.append(message)
+        self.was_preempted |= any(entry.sequence >= _FIRST_RESTARTED_ID for entry in message.entries)
 
     def receive(self, timeout_s: float) -> Received | None:
         kind, detail = self._actions.popleft() if self._actions and self._is_ready else ("step", None)
@@ -256,6 +259,7 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
     run = _Run(_ring(family, runners), played, seed=seed)
 
     assert run.failures == [] and run.num_steps_failed == 0
+    event(f"preempts: {run.was_preempted}")
     prompts = [detail for kind, detail in played if kind == "submit"]
     for name, prompt in zip(run.answers, prompts, strict=True):
         answer, alone = run.answers[name], _alone(family, runners, prompt)
