@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import httpx
-
+from bench.load_answer import answer_of
+from bench.load_endpoint import Endpoint, find_endpoint
+from bench.load_http import Exchange
 from potluck.engine.tokenizer import Tokenizer
 
 _SILENCE_S = 600.0
@@ -93,7 +92,8 @@ class Load:
         self._bias = {str(token_id): -100 for token_id in self._tokenizer.eos_ids}
 
     def run(self, prompt_tokens: int, output_tokens: int, concurrency: int) -> CellTimes:
-        """`concurrency` chats at once. Raises RuntimeError with what the head said if one fails."""
+        """`concurrency` chats at once. Raises RuntimeError with what the head said if one fails, NotRunning if none is
+        there."""
         prompts = [self._prompt(prompt_tokens, number) for number in range(concurrency)]
         return CellTimes(streams=tuple(asyncio.run(self._run(prompts, output_tokens))))
 
@@ -112,42 +112,22 @@ class Load:
         return text + " ".join(words[:low])
 
     async def _run(self, prompts: Sequence[str], output_tokens: int) -> list[Stream]:
-        timeout = httpx.Timeout(_SILENCE_S, connect=10.0)
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as client:
-            return await asyncio.gather(*(self._stream(client, prompt, output_tokens) for prompt in prompts))
+        endpoint = await find_endpoint(self._url, model=self._model, key="")
+        fields = {"stream_options": {"include_usage": True}, "logit_bias": self._bias}
+        return await asyncio.gather(
+            *(self._stream(replace(endpoint, fields=fields), prompt, output_tokens) for prompt in prompts)
+        )
 
-    async def _stream(self, client: httpx.AsyncClient, prompt: str, output_tokens: int) -> Stream:
-        body: Mapping[str, object] = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "logit_bias": self._bias,
-        }
-        chunks_s: list[float] = []
-        usage = {"prompt_tokens": 0, "completion_tokens": 0}
-        started_s = time.perf_counter()
-        async with client.stream("POST", f"{self._url}/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                raise RuntimeError(f"{self._url} said {response.status_code}: {(await response.aread()).decode()}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data:") or line.endswith("[DONE]"):
-                    continue
-                event = json.loads(line[5:])
-                if "error" in event:
-                    raise RuntimeError(f"{self._url} said: {event['error']}")
-                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                    chunks_s.append(time.perf_counter())
-                usage = event.get("usage") or usage
-        if not chunks_s:
-            raise RuntimeError(f"{self._url} answered without a text: {usage}")
+    async def _stream(self, endpoint: Endpoint, prompt: str, output_tokens: int) -> Stream:
+        found = Exchange()
+        await endpoint.chat([{"role": "user", "content": prompt}], output_tokens, found, silence_s=_SILENCE_S)
+        answer = answer_of(found)
+        if answer.error:
+            raise RuntimeError(f"{self._url} said {answer.error}")
         return Stream(
-            started_s=started_s,
-            ended_s=time.perf_counter(),
-            chunks_s=tuple(chunks_s),
-            prompt_tokens=usage["prompt_tokens"],
-            tokens=usage["completion_tokens"],
+            started_s=found.started_s,
+            ended_s=found.ended_s,
+            chunks_s=tuple(arrival.at_s for arrival in answer.arrivals),
+            prompt_tokens=answer.prompt_tokens or 0,
+            tokens=answer.tokens,
         )

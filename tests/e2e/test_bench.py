@@ -44,6 +44,27 @@ def test_a_head_of_its_own_and_its_devices_alone(home: Home, tmp_path: Path) -> 
     assert home.leftovers() == []
 
 
+def test_load_on_the_running_head(demo: Running, tmp_path: Path) -> None:
+    load = ("--clients", "2", "--rate", "4", "--requests", "4", "--warm-up", "0", "--prompt", "48", "--output", "6")
+    done = demo.home.run("bench", "--serve", *load, "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["load"] for row in result["rows"]] == ["2 clients", "4/s"]
+    for row in result["rows"]:
+        assert (row["done"], row["failed"], row["prompt_tokens"], row["output_tokens"]) == (4, 0, 48, 6)
+        assert 0 < row["ttft_s"]["p50"] <= row["latency_s"]["p50"] <= row["latency_s"]["p99"]
+        assert row["tokens_per_s"] > 0
+        assert [stage["first"] for stage in row["stages"]] == sorted(stage["first"] for stage in row["stages"])
+        assert len(row["stages"]) == 3
+        assert all(0 <= stage["idle"] <= 1 for stage in row["stages"])
+    assert "2 clients" in done.stdout and "first token s" in done.stdout
+    # The same by its address, as a peer is measured.
+    one = ("--clients", "1", "--requests", "1", *load[6:])
+    peer = demo.home.run("bench", "--serve", *one, "--url", demo.facts()["url"], "--json")
+    assert peer.returncode == 0, peer.stderr
+    assert json.loads(peer.stdout)["rows"][0]["output_tokens"] == 6
+
+
 def test_nothing_to_measure(home: Home) -> None:
     done = home.run("bench")
     assert done.returncode == 1
@@ -54,3 +75,10 @@ def test_nothing_to_measure(home: Home) -> None:
     assert started.returncode == 1
     assert "abacus" in started.stderr
     assert "Traceback" not in started.stderr
+    load = home.run("bench", "--serve")
+    assert (load.returncode, load.stdout) == (1, "")
+    assert "no head runs" in load.stderr
+    load = home.run("bench", "--serve", "smollm2", "--", "--device", "abacus")
+    assert load.returncode == 1
+    assert "abacus" in load.stderr and "Traceback" not in load.stderr
+    assert home.leftovers() == []
