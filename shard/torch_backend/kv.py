@@ -1,7 +1,9 @@
-"""KV memory of the torch backend: per sequence and layer, preallocated, grown as needed, cut back on truncate.
+"""KV memory of the torch backend: per sequence and layer, grown as needed, cut back on truncate.
 
-A full-attention layer keeps every position. A sliding-window layer keeps the window and `SLACK` positions more, so that
-a sequence can be taken back by that much (rejected drafts, steps in flight) without replaying it.
+A full-attention layer keeps every position: on the CPU in address space reserved for the whole context, so that growing
+copies nothing, elsewhere in a buffer that is copied as it grows by quarters. A sliding-window layer keeps the window
+and `SLACK` positions more, so that a sequence can be taken back by that much (rejected drafts, steps in flight) without
+replaying it.
 """
 
 from __future__ import annotations
@@ -10,25 +12,32 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shard.stage import ShardSpec
+from shard.torch_backend.memory import step_memory
+from shard.torch_backend.reserved import Reservations, Reserved
 from transport.messages import SequenceId
 
 SLACK = 128
 _BLOCK = 64
+_WORTH_GIVING_BACK = 256
+"""Positions: freeing fewer, as when drafts are rejected, would cost more calls of the system than it frees pages."""
 
 
 class LayerKV:
     """Keys and values of one sequence in one layer; row 0 is position `base`."""
 
-    __slots__ = ("_capacity", "_held", "_keys", "_places", "_values", "base", "window")
+    __slots__ = ("_capacity", "_held", "_keys", "_places", "_reservations", "_reserved", "_values", "base", "window")
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, reservations: Reservations | None = None) -> None:
         self.window = window
         self.base = 0
+        self._reservations = reservations
+        self._reserved: Reserved | None = None
         # [2, kv_heads, capacity, head_dim], and its two halves [1, …]: views that would cost a decode step to make.
         self._held: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
-        # How many positions there is room for; the buffer's address, and the bytes from keys to values, from head to
+        # How many positions there is memory for; the buffer's address, and the bytes from keys to values, from head to
         # head, from position to position: a decode step asks for them once a layer.
         self._capacity = 0
         self._places = (0, 0, 0, 0)
@@ -54,7 +63,7 @@ class LayerKV:
         """As `append`, for one token: its key and value, both [2, kv_heads, head_dim], → all that it sees, keys and
         values [1, kv_heads, positions, head_dim]."""
         held = self._held
-        if held is None or position - self.base >= held.shape[2]:
+        if held is None or position - self.base >= self._capacity:
             held = self._with_room(position, position + 1, both[0, :, None])
         row = position - self.base
         held.select(2, row).copy_(both)
@@ -75,11 +84,43 @@ class LayerKV:
         keys = address + (first - self.base) * row
         return keys, keys + half, head, position + 1 - first
 
+    def run_seat(self, start: int, tokens: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+        """As `seat`, for a run of tokens from `start`, at most SLACK of them: the addresses of the first key and value
+        that any of them sees, the bytes from one KV head to the next, and the position of that first one."""
+        if start + tokens - self.base > self._capacity:
+            self._with_room(start, start + tokens, like)
+        first = self._first_seen(start)
+        address, half, head, row = self._places
+        keys = address + (first - self.base) * row
+        return keys, keys + half, head, first
+
     def reaches_back_to(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
         return self.window is None or self.base <= self._first_seen(length)
 
+    def truncate(self, length: int) -> None:
+        """Positions ≥ `length` are not needed any more: where they are many, give their memory back if that copies
+        nothing."""
+        if self._reserved is not None and self._capacity - length >= _WORTH_GIVING_BACK:
+            self._reserved.give_back(length, self._capacity)
+            self._capacity = self._reserved.in_whole_pages(length)
+
+    def copy_to(self, target: LayerKV, length: int) -> None:
+        """Give `target`, which is empty, what it needs to go on from position `length` and to go back by SLACK."""
+        if self._held is None:
+            return
+        like = self._held[0]
+        if self.window is None:
+            kept, rows = 0, target._with_room(0, length, like)
+        else:
+            kept = max(self.base, length - (self.window - 1 + SLACK))
+            rows = target._move(kept, kept, length - kept + SLACK, like)
+        rows[:, :, : length - kept] = self._held[:, :, kept - self.base : length - self.base]
+
     def num_bytes(self) -> int:
+        """Of reserved memory what is committed: whole pages, as far as was written."""
+        if self._reserved is not None:
+            return self._reserved.num_bytes(self._capacity)
         return 0 if self._held is None else self._held.nbytes
 
     def _first_seen(self, position: int) -> int:
@@ -88,16 +129,28 @@ class LayerKV:
     def _with_room(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer with rows for positions [start, end), what is held before them kept.
 
-        A full layer grows by a quarter, which keeps both copying and unused memory small. A sliding one keeps
-        window - 1 + SLACK positions before `start`, with SLACK free: it stops growing at window + 2 · SLACK.
+        A sliding layer keeps window - 1 + SLACK positions before `start`, with SLACK free: it stops growing at
+        window + 2 · SLACK.
         """
-        if self._held is not None and end - self.base <= self._held.shape[2]:
+        if self._held is not None and end - self.base <= self._capacity:
             return self._held
         if self.window is None:
-            capacity = 0 if self._held is None else self._held.shape[2]
-            return self._move(0, start, _blocks(max(end, capacity + capacity // 4)), like)
+            return self._with_full_room(start, end, like)
         kept = max(self.base, start - (self.window - 1 + SLACK))
         return self._move(kept, start, start - kept + SLACK, like)
+
+    def _with_full_room(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
+        """More of the reserved memory. Where there is none, a quarter more than before: that keeps both copying and
+        unused memory small."""
+        if self._held is None and self._reservations is not None:
+            self._reserved = self._reservations.take(like)
+            if self._reserved is not None:
+                self._hold(0, self._reserved.rows)
+        if self._reserved is not None and self._held is not None and end <= self._reserved.rows.shape[2]:
+            self._capacity = self._reserved.in_whole_pages(end)
+            return self._held
+        self._reserved = None
+        return self._move(0, start, _blocks(max(end, self._capacity + self._capacity // 4)), like)
 
     def _append_long(
         self, start: int, first: int, key: torch.Tensor, value: torch.Tensor
@@ -140,23 +193,28 @@ class SequenceKV:
 
     length: int = 0
     layers: dict[int, LayerKV] = field(default_factory=dict)
+    reservations: Reservations | None = None
 
     def layer(self, index: int, window: int | None) -> LayerKV:
         found = self.layers.get(index)
         if found is None:
-            found = self.layers[index] = LayerKV(window)
+            found = self.layers[index] = LayerKV(window, self.reservations)
         return found
 
 
 class KVCache:
     """All sequences of a stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: ShardSpec) -> None:
+        self._spec = spec
         self._sequences: dict[SequenceId, SequenceKV] = {}
 
     def sequence(self, sequence: SequenceId) -> SequenceKV:
         """The sequence's KV, empty if it was not held."""
-        return self._sequences.setdefault(sequence, SequenceKV())
+        found = self._sequences.get(sequence)
+        if found is None:
+            found = self._sequences[sequence] = self._empty()
+        return found
 
     def length(self, sequence: SequenceId) -> int:
         held = self._sequences.get(sequence)
@@ -171,7 +229,26 @@ class KVCache:
             self.release(sequence)
             return 0
         held.length = min(held.length, length)
+        for layer in held.layers.values():
+            layer.truncate(held.length)
         return held.length
+
+    @torch.inference_mode()
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        """See ShardBackend. Out of memory is StageFailed, and nothing is copied."""
+        held, copied = self._sequences[source], self._empty()
+        if not all(layer.reaches_back_to(length) for layer in held.layers.values()):
+            return False
+        with step_memory(self._spec.device, length, self.num_bytes):
+            for index, layer in held.layers.items():
+                layer.copy_to(copied.layer(index, layer.window), length)
+        copied.length = length
+        self._sequences[target] = copied
+        return True
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        """See ShardBackend."""
+        self._sequences[target] = self._sequences.pop(source)
 
     def release(self, sequence: SequenceId) -> None:
         self._sequences.pop(sequence, None)
@@ -184,3 +261,7 @@ class KVCache:
 
     def num_sequences(self) -> int:
         return len(self._sequences)
+
+    def _empty(self) -> SequenceKV:
+        spec = self._spec
+        return SequenceKV(reservations=Reservations(spec.context_tokens, spec.last - spec.first))

@@ -26,7 +26,7 @@ class TorchShard:
         self.weights_bytes = weights_bytes
         self._model = model
         self._device = torch.device(spec.device)
-        self._kv = KVCache()
+        self._kv = KVCache(spec)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -45,6 +45,12 @@ class TorchShard:
 
     def release(self, sequence: SequenceId) -> None:
         self._kv.release(sequence)
+
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        return self._kv.fork(source, target, length)
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        self._kv.move(source, target)
 
     def kv_bytes(self) -> int:
         return self._kv.num_bytes()

@@ -50,7 +50,7 @@ class LeanShard:
         self._dtype = torch.float32 if self._device.type == "cpu" else compute_dtype
         # Rounded as the library's is, whose embedding has the compute dtype: Gemma was trained so.
         self._embedding_scale = torch.tensor(model.config.embedding_scale, dtype=compute_dtype).item()
-        self._kv = KVCache()
+        self._kv = KVCache(spec)
         self._programs = None
         if self._device.type == "cpu":
             self._programs = cpu_programs(model.layers, model.config.hidden_size)
@@ -76,6 +76,12 @@ class LeanShard:
 
     def release(self, sequence: SequenceId) -> None:
         self._kv.release(sequence)
+
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        return self._kv.fork(source, target, length)
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        self._kv.move(source, target)
 
     def kv_bytes(self) -> int:
         return self._kv.num_bytes()
