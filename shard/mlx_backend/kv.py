@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 BLOCK_TOKENS = 256
-"""Buffers grow by this many tokens, so that a decode step writes in place instead of copying."""
+"""Buffers grow by at least this many tokens, so that a decode step writes in place instead of copying."""
 
 ROLLBACK_TOKENS = 64
 """How far a sliding-window layer can always go back: more than any draft that speculation would take back."""
@@ -19,7 +19,8 @@ ROLLBACK_TOKENS = 64
 class KVSlot:
     """Keys and values of one sequence in one layer, [1, kv_heads, tokens, head_dim], grown in blocks.
 
-    A layer with a window keeps the last window + ROLLBACK_TOKENS positions (at most a block more between two moves).
+    A layer with a window keeps the last window + ROLLBACK_TOKENS positions, at most two blocks more between two moves,
+    however long the chunks are.
     """
 
     def __init__(self, window: int | None, context_tokens: int) -> None:
@@ -41,6 +42,8 @@ class KVSlot:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [1, kv_heads, n, head_dim]; return all positions that the first of them may see, and themselves."""
         start, num_new = self.offset, keys.shape[2]
+        if self._window is not None and num_new > BLOCK_TOKENS:
+            return self._append_long(keys, values)
         self._reserve(keys, values)
         assert self._keys is not None and self._values is not None
         first = first_visible(start, self._window) - self._base
@@ -59,15 +62,62 @@ class KVSlot:
         assert length <= self.offset and self.can_truncate(length)
         self.offset = length
 
+    def fork(self, length: int) -> KVSlot:
+        """A slot with a copy, not yet evaluated, of what position `length` looks back at and ROLLBACK_TOKENS more."""
+        assert length <= self.offset and self.can_truncate(length)
+        assert self._keys is not None and self._values is not None
+        copy = KVSlot(self._window, self._context_tokens)
+        kept = self._kept(length)
+        copy._base, copy.offset = length - kept, length
+        # A slice alone would share the source's buffer: keep all of it alive, and make the next write to it a copy.
+        # Joined to at least one row, it gets a buffer of its own.
+        room = max(self._room(kept, 1), kept + 1)
+        begin, end = length - kept - self._base, length - self._base
+        copy._keys = _moved(self._keys, self._keys, begin, end, room)
+        copy._values = _moved(self._values, self._values, begin, end, room)
+        return copy
+
+    def _append_long(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """A chunk that is longer than a block, under a window: it attends over arrays of its own, and only their end is
+        kept."""
+        first = first_visible(self.offset, self._window)
+        if self._keys is not None and self._values is not None and first < self.offset:
+            seen = slice(first - self._base, self.offset - self._base)
+            keys = mx.concatenate([self._keys[..., seen, :], keys], axis=2)
+            values = mx.concatenate([self._values[..., seen, :], values], axis=2)
+        count = keys.shape[2]
+        self.offset = first + count
+        kept = min(count, self._kept(self.offset))
+        self._base = self.offset - kept
+        room = kept + BLOCK_TOKENS
+        self._keys = _moved(keys, keys, count - kept, count, room)
+        self._values = _moved(values, values, count - kept, count, room)
+        return keys, values
+
+    def _kept(self, length: int) -> int:
+        """How many of the positions held before `length` to keep."""
+        held = length - self._base
+        return held if self._window is None else min(held, self._window + ROLLBACK_TOKENS)
+
+    def _room(self, kept: int, num_new: int) -> int:
+        """How long a buffer to make for what is kept and for new tokens.
+
+        A full layer's grows by a quarter: all copying together then comes to four times what is held in the end. By
+        more, less would be copied, but more than a fifth of the memory would lie unused, and while it is copied there
+        are two of it.
+        """
+        growth = num_new if self._window is not None else max(num_new, kept // 4)
+        rounded = -(-(kept + growth) // BLOCK_TOKENS) * BLOCK_TOKENS
+        return max(kept + num_new, min(rounded, self._context_tokens))
+
     def _reserve(self, keys: mx.array, values: mx.array) -> None:
         """Make room for `keys`, dropping positions that are out of a window's reach."""
         num_new, held = keys.shape[2], self.offset - self._base
         capacity = 0 if self._keys is None else self._keys.shape[2]
         if held + num_new <= capacity:
             return
-        kept = held if self._window is None else min(held, self._window + ROLLBACK_TOKENS)
-        rounded = -(-(kept + num_new) // BLOCK_TOKENS) * BLOCK_TOKENS
-        room = max(kept + num_new, min(rounded, self._context_tokens))
+        kept = self._kept(self.offset)
+        room = self._room(kept, num_new)
         self._keys = _moved(self._keys, keys, held - kept, held, room)
         self._values = _moved(self._values, values, held - kept, held, room)
         self._base += held - kept

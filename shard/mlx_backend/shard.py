@@ -59,6 +59,24 @@ class MlxShard:
     def release(self, sequence: SequenceId) -> None:
         self._sequences.pop(sequence, None)
 
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        """See ShardBackend. Out of memory is StageFailed, and nothing is copied."""
+        slots = self._sequences[source]
+        if not all(slot.can_truncate(length) for slot in slots):
+            return False
+        try:
+            copies = [slot.fork(length) for slot in slots]
+            mx.eval([slot.arrays for slot in copies])
+        except (RuntimeError, MemoryError) as error:
+            raise StageFailed(
+                f"MLX could not copy {length} tokens of KV: {error}", hint="lower the context or the number of requests"
+            ) from error
+        self._sequences[target] = copies
+        return True
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        self._sequences[target] = self._sequences.pop(source)
+
     def kv_bytes(self) -> int:
         return sum(slot.nbytes for slots in self._sequences.values() for slot in slots)
 

@@ -30,8 +30,50 @@ def test_fetch_gives_what_the_first_new_position_sees(window: int | None, chunks
         start += count
         assert slot.can_truncate(max(0, start - ROLLBACK_TOKENS))
     if window is not None:
-        held = 2 * 4 * (window + ROLLBACK_TOKENS + max(chunks) + BLOCK_TOKENS)
-        assert slot.nbytes <= held
+        assert slot.nbytes <= 2 * 4 * (window + ROLLBACK_TOKENS + 2 * BLOCK_TOKENS)
+
+
+def test_a_full_layer_is_seldom_copied_and_little_of_it_is_unused() -> None:
+    """Every growth copies all: together they must stay a few times what is held in the end."""
+    slot, copied, capacity = KVSlot(None, context_tokens=9000), 0, 0
+    for position in range(0, 9000, 10):
+        slot.update_and_fetch(_rows(position, 10), _rows(position, 10))
+        if slot.nbytes != capacity:
+            copied, capacity = copied + position, slot.nbytes
+        assert capacity <= 2 * 4 * max(position + 10 + BLOCK_TOKENS, 1.25 * (position + 10) + BLOCK_TOKENS)
+    assert capacity == 2 * 4 * 9000
+    assert copied <= 5 * 9000
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_fork_has_memory_of_its_own(window: int | None) -> None:
+    slot = KVSlot(window, context_tokens=4096)
+    for start in range(0, 1000, 200):
+        slot.update_and_fetch(_rows(start, 200), -_rows(start, 200))
+    mx.eval(slot.arrays)
+    copy = slot.fork(950)
+    mx.eval(copy.arrays)
+    keys, values = copy.update_and_fetch(_rows(5000, 3), -_rows(5000, 3))
+    slot.update_and_fetch(_rows(1000, 1), -_rows(1000, 1))
+    first = first_visible(950, window)
+    assert np.array_equal(np.array(keys).ravel(), [*range(first, 950), 5000, 5001, 5002])
+    assert np.array_equal(np.array(values).ravel(), [-position for position in (*range(first, 950), 5000, 5001, 5002)])
+    keys, _ = slot.update_and_fetch(_rows(1001, 1), -_rows(1001, 1))
+    assert np.array_equal(np.array(keys).ravel(), np.arange(first_visible(1001, window), 1002))
+    assert copy.can_truncate(953 - ROLLBACK_TOKENS)
+
+
+def test_a_short_fork_does_not_keep_the_memory_of_a_long_source() -> None:
+    rows = mx.zeros((1, 4, 4000, 64))
+    slot = KVSlot(None, context_tokens=8192)
+    slot.update_and_fetch(rows, rows)
+    mx.eval(slot.arrays)
+    copy = slot.fork(20)
+    mx.eval(copy.arrays)
+    held, source_bytes = mx.get_active_memory(), slot.nbytes
+    del slot
+    assert mx.get_active_memory() <= held - source_bytes
+    assert copy.nbytes <= 2 * 4 * 64 * 4 * BLOCK_TOKENS
 
 
 @given(
