@@ -7,9 +7,11 @@ import numpy as np
 from shard.sampling import sample
 from shard.stage import Batch, HiddenOutput, ShardBackend, StageInput, StageOutput, TokenOutput
 from transport.errors import BadMessage, DoesNotFit, PotluckError, StageFailed
-from transport.messages import DType, Entry, Op, Open, Release, Result, Sampling, SequenceId, Truncate
+from transport.messages import DType, Entry, Fork, Op, Open, Release, Result, Sampling, SequenceId, Truncate
 
 _WIRE_DTYPES: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+_REPLAY = "the sequence must be replayed from its ids"
 
 
 class _History:
@@ -21,13 +23,21 @@ class _History:
         self.sampling = sampling
         self._ids = np.array(prompt_ids, dtype=np.int64)
 
-    def write(self, start: int, token_ids: tuple[int, ...]) -> None:
+    def write(self, start: int, token_ids: tuple[int, ...] | np.ndarray) -> None:
         end = start + len(token_ids)
         if end > self._ids.size:
             grown = np.empty(max(end, 2 * self._ids.size), dtype=np.int64)
             grown[: self._ids.size] = self._ids
             self._ids = grown
         self._ids[start:end] = token_ids
+
+    def adopt(self, source: _History, length: int) -> bool:
+        """Take over the ids that `source` has before `length`; False if the prompt has others."""
+        known = min(self.num_prompt, length)
+        if not np.array_equal(self.before(known), source.before(known)):
+            return False
+        self.write(known, source.before(length)[known:])
+        return True
 
     def before(self, position: int) -> np.ndarray:
         return self._ids[:position]
@@ -53,7 +63,7 @@ class LocalStage:
         self._check(step)
         for entry in step.entries:
             if entry.start < self._backend.length(entry.sequence):
-                self._go_back(entry)
+                self._go_back(entry.sequence, entry.start)
         output = self._backend.forward(Batch(entries=step.entries, hidden=step.hidden))
         if self._spec.is_last:
             return TokenOutput(results=self._sample(step.entries, output))
@@ -81,10 +91,59 @@ class LocalStage:
                     failure = failure or self._unknown(sequence)
                 case Truncate(sequence=sequence, length=length):
                     self.truncate(sequence, length)
+                case Fork():
+                    try:
+                        self._fork(op)
+                    except PotluckError as error:
+                        failure = failure or error
                 case Release(sequence=sequence):
                     self.release(sequence)
         if failure is not None:
             raise failure
+
+    def _fork(self, fork: Fork) -> None:
+        """Raises BadMessage, StageFailed, DoesNotFit; nothing is copied then, and what moves is released all the same:
+        its sender knows it no more."""
+        try:
+            self._check_fork(fork)
+            if fork.moves:
+                self._move(fork)
+            elif not self._backend.fork(fork.source, fork.sequence, fork.length):
+                raise self._window_moved_on(fork.source, fork.length)
+        finally:
+            if fork.moves and fork.source != fork.sequence:
+                self.release(fork.source)
+
+    def _move(self, fork: Fork) -> None:
+        self._backend.move(fork.source, fork.sequence)
+        if self._backend.length(fork.sequence) > fork.length:
+            self._go_back(fork.sequence, fork.length)
+
+    def _check_fork(self, fork: Fork) -> None:
+        held = self._backend.length(fork.source)
+        if fork.sequence not in self._open:
+            raise self._unknown(fork.sequence)
+        if fork.length < 1 or fork.source == fork.sequence or self._backend.length(fork.sequence):
+            raise BadMessage(
+                f"{fork.length} positions of sequence {fork.source} can't be given to sequence {fork.sequence}, which "
+                f"holds {self._backend.length(fork.sequence)}"
+            )
+        if fork.source not in self._open:
+            raise self._unknown(fork.source)
+        if held < fork.length:
+            raise StageFailed(
+                f"sequence {fork.source} holds {held} tokens of KV here, {fork.length} were to be given to sequence "
+                f"{fork.sequence}",
+                hint=_REPLAY,
+            )
+        num_tokens = self._backend.num_kv_tokens() + (0 if fork.moves else fork.length)
+        if num_tokens > self._spec.kv_capacity_tokens:
+            raise self._too_many(num_tokens)
+        source, target = self._open[fork.source], self._open[fork.sequence]
+        if source is not None and target is not None and not target.adopt(source, fork.length):
+            raise BadMessage(
+                f"sequences {fork.source} and {fork.sequence} have other ids in their first {fork.length} positions"
+            )
 
     def _check(self, step: StageInput) -> None:
         seen: set[SequenceId] = set()
@@ -96,11 +155,7 @@ class LocalStage:
             self._check_entry(entry)
             num_tokens += entry.start + len(entry.token_ids) - self._backend.length(entry.sequence)
         if step.entries and num_tokens > self._spec.kv_capacity_tokens:
-            raise DoesNotFit(
-                f"this step would hold {num_tokens} tokens of KV; the stage has room for "
-                f"{self._spec.kv_capacity_tokens}",
-                hint="wait for a request to end, or run fewer at once",
-            )
+            raise self._too_many(num_tokens)
         self._check_hidden(step)
 
     def _check_entry(self, entry: Entry) -> None:
@@ -116,7 +171,7 @@ class LocalStage:
         if entry.start > held:
             raise StageFailed(
                 f"sequence {entry.sequence} holds {held} tokens of KV here, the step starts at {entry.start}",
-                hint="the sequence must be replayed from its ids",
+                hint=_REPLAY,
             )
         if entry.start + num_tokens > self._spec.context_tokens:
             raise BadMessage(
@@ -140,13 +195,9 @@ class LocalStage:
                 f"the step has {num_tokens} tokens and needs hidden states of {wanted} for them, got {got}"
             )
 
-    def _go_back(self, entry: Entry) -> None:
-        reached = self._backend.truncate(entry.sequence, entry.start)
-        if reached != entry.start:
-            raise StageFailed(
-                f"sequence {entry.sequence} can't go back to position {entry.start}: its sliding window has moved on",
-                hint="the sequence must be replayed from its ids",
-            )
+    def _go_back(self, sequence: SequenceId, length: int) -> None:
+        if self._backend.truncate(sequence, length) != length:
+            raise self._window_moved_on(sequence, length)
 
     def _sample(self, entries: tuple[Entry, ...], logits: np.ndarray) -> tuple[Result, ...]:
         """Results of the entries that wanted logits; row i of `logits` [Σ num_logits, vocab] belongs to the i-th."""
@@ -167,6 +218,17 @@ class LocalStage:
                 row += 1
             results.append(Result(entry.sequence, first, tuple(tokens)))
         return tuple(results)
+
+    def _window_moved_on(self, sequence: SequenceId, position: int) -> StageFailed:
+        return StageFailed(
+            f"sequence {sequence} can't go back to position {position}: its sliding window has moved on", hint=_REPLAY
+        )
+
+    def _too_many(self, num_tokens: int) -> DoesNotFit:
+        return DoesNotFit(
+            f"this step would hold {num_tokens} tokens of KV; the stage has room for {self._spec.kv_capacity_tokens}",
+            hint="wait for a request to end, or run fewer at once",
+        )
 
     def _unknown(self, sequence: SequenceId) -> StageFailed:
         return StageFailed(
