@@ -5,7 +5,7 @@ The engine is the same code in this process every time. Unsplit, its one stage i
 split, each stage is a real worker process behind ZeroMQ. All have one thread. Everything is loaded first and then run
 in turns, round after round, because the machine drifts; ratios are medians over rounds of ratios within a round.
 
-A hop's software cost is (a step's round trip - the stages' compute) / (stages + 1), each a median over decode steps.
+A hop's software cost is (a step's round trip - the stages' compute) / (stages + 1), the median over decode steps.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 
 from bench.hardware import facts
-from bench.rings import BenchRing, RunResult, split_ring, unsplit_ring
+from bench.rings import PROMPT, BenchRing, RunResult, split_ring, unsplit_ring
 from potluck.paths import home_dir
 from potluck.store import Store
 from transport.messages import DType
-
-_PROMPT = "Write a long story about a lighthouse keeper and a storm. " * 8
 
 
 def measure(model: Path, *, dtype: DType, num_tokens: int, rounds: int, max_stages: int) -> dict[str, object]:
@@ -35,11 +33,11 @@ def measure(model: Path, *, dtype: DType, num_tokens: int, rounds: int, max_stag
         rings: list[BenchRing] = [stack.enter_context(unsplit_ring(model, dtype))]
         rings += [stack.enter_context(split_ring(model, dtype, stages)) for stages in range(1, max_stages + 1)]
         for ring in rings:
-            ring.run(_PROMPT, num_tokens)  # warm
+            ring.run(PROMPT, num_tokens)  # warm
         results: list[list[RunResult]] = [[] for _ in rings]
         for _ in range(rounds):
             for ring, found in zip(rings, results, strict=True):
-                found.append(ring.run(_PROMPT, num_tokens))
+                found.append(ring.run(PROMPT, num_tokens))
     return {
         "model": model.name,
         "dtype": dtype,
