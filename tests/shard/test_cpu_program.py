@@ -1,8 +1,10 @@
-"""A decode step as one native call gives the very numbers of its layers called one by one."""
+"""Steps as native calls give the very numbers of their layers called one by one, whoever shares a step."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from shard.stage import Batch
 from shard.torch_backend.lean.cpu_program import MOST_ROWS, CpuPrograms
 from shard.torch_backend.lean.shard import LeanShard
+from shard.torch_backend.lean.step import PIECE_TOKENS
 from tests.shard.ring import load_stage, random_prompts, run_step, tiny_spec
 from tests.shard.tiny import NUM_LAYERS, MemoryCheckpoint, quantized_checkpoint, tiny_model
 from transport.messages import Entry, SequenceId
@@ -20,8 +23,8 @@ NATIVE = ("llama", "llama_tied", "mistral", "qwen3", "smollm3", "phi3", "gemma2"
 BY_LAYERS = ("qwen2", "granite", "olmo2", "mixtral")
 
 
-def stage(checkpoint: MemoryCheckpoint, dtype: str = "float32") -> LeanShard:
-    fields = {"compute_dtype": dtype, "wire_dtype": dtype, "next_dtype": dtype}
+def stage(checkpoint: MemoryCheckpoint, dtype: str = "float32", **changes: int) -> LeanShard:
+    fields: dict[str, Any] = {"compute_dtype": dtype, "wire_dtype": dtype, "next_dtype": dtype, **changes}
     made = load_stage(checkpoint, tiny_spec(0, NUM_LAYERS, **fields), "lean")
     assert isinstance(made, LeanShard)
     return made
@@ -52,7 +55,54 @@ def test_a_program_is_its_layers(family: str, dtype: str, tmp_path: Path) -> Non
     got, wanted = decode(shard, prompts, 12), decode(without_programs(stage(checkpoint, dtype)), prompts, 12)
     for step, (one, other) in enumerate(zip(got, wanted, strict=True)):
         assert np.array_equal(one, other), step
-    assert list(shard._programs._made) == [(3, torch.get_num_threads())]
+    threads = torch.get_num_threads()
+    assert list(shard._programs._made) == [("ChunkProgram", PIECE_TOKENS, threads), ("DecodeProgram", 3, threads)]
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_mixed_step_is_its_parts(family: str, tmp_path: Path) -> None:
+    """Decodes, an ending and a middle chunk, in any order, and the same without programs."""
+    checkpoint = quantized_checkpoint(tiny_model(family, 2), tmp_path)
+    prompts = random_prompts(4, [40, 33, 60, 50])
+    one, two, three, four = prompts
+    mixed, apart, plain = stage(checkpoint), stage(checkpoint), without_programs(stage(checkpoint))
+    for shard in (mixed, apart, plain):
+        run_step([shard], [Entry(s, 0, tuple(prompts[s][:20]), 1) for s in (one, two, three)])
+    for step in range(5):
+        at = 20 + step
+        entries = [
+            Entry(three, 20 + 7 * step, tuple(prompts[three][20 + 7 * step : 27 + 7 * step]), step),
+            Entry(one, at, (prompts[one][at],), 1),
+            Entry(four, 10 * step, tuple(prompts[four][10 * step : 10 * step + 10]), 1),
+            Entry(two, at, (prompts[two][at],), 1),
+        ]
+        got = run_step([mixed], entries)
+        assert np.array_equal(got, np.concatenate([run_step([apart], [entry]) for entry in entries]))
+        assert np.array_equal(got, run_step([plain], entries))
+    assert mixed._programs is not None
+    kinds = {kind for kind, _, _ in mixed._programs._made}
+    assert kinds == {"DecodeProgram", "ChunkProgram"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen2", "mixtral"])
+def test_a_prompt_does_not_depend_on_how_it_is_cut(family: str, dtype: str, tmp_path: Path) -> None:
+    """To the bit, with programs and (qwen2, mixtral) without: also where a chunk is longer than what is taken at once,
+    or than what a sliding window keeps free."""
+    checkpoint = quantized_checkpoint(tiny_model(family, 2), tmp_path)
+    checkpoint.config["max_position_embeddings"] = 1024
+    length = 2 * PIECE_TOKENS + 60
+    ids = random_prompts(6, [length])[SequenceId(1)]
+    found = []
+    for bounds in ((0, length), (0, 2, 9, 137, 139, length), (*range(0, length - 40, 40), length)):
+        shard = stage(checkpoint, dtype, context_tokens=1024)
+        rows = [
+            run_step([shard], [Entry(SequenceId(1), start, tuple(ids[start:end]), end - start)])
+            for start, end in pairwise(bounds)
+        ]
+        found.append(np.concatenate(rows))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 def test_a_step_s_hidden_states_stay_when_the_next_is_run(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
 def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = random_prompts(4, [SLACK + 100])[ONE]
+    ids = random_prompts(4, [2 * SLACK + 100])[ONE]
     shard = whole(tiny("mistral"))
     feed(shard, ids, 0, 40)
 

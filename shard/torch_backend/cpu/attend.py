@@ -7,22 +7,19 @@ everything but the number of positions is a constant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llvmlite import ir
 
 from shard.torch_backend.cpu.builder import F32, I32, I64, PTR, Kernel, Value, f32, filled, i64, vector
+from shard.torch_backend.cpu.heads import AttendShape, store_kv, turned, vectors_at
 from shard.torch_backend.cpu.mathematics import (
     WIDTH,
     exp,
     float_bytes,
     load_floats,
     softcapped,
-    store_floats,
     sum_of,
 )
 from shard.torch_backend.cpu.rowwise import read_fields
-from transport.messages import DType
 
 FIELDS = (
     "qkv", "out", "scratch", "table", "q_norm", "k_norm",
@@ -35,35 +32,6 @@ many positions are visible (the last is the token's own, not yet written), and i
 _FLOATS = vector(F32, WIDTH)
 _REGISTERS = 16
 """Vectors of sums kept at once while values are added up."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttendShape:
-    """`rotary` features of each head are turned, pairs (i, i + rotary / 2); 0 for none. `eps` is None without norms of
-    queries and keys. head_dim is a multiple of 8, rotary one of 16. `softcap` caps scores before the softmax."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary: int
-    kv_dtype: DType
-    scale: float
-    eps: float | None
-    softcap: float | None = None
-
-    @property
-    def queries(self) -> int:
-        """Query heads that share a KV head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def width(self) -> int:
-        """Floats of a head that are handled at once: halves of the turned features must be whole vectors."""
-        return WIDTH if self.head_dim % WIDTH == 0 and self.rotary % (2 * WIDTH) == 0 else WIDTH // 2
-
-    def is_supported(self) -> bool:
-        width = self.width
-        return self.head_dim % width == 0 and self.rotary % (2 * width) == 0 and self.heads % self.kv_heads == 0
 
 
 def scratch_bytes(shape: AttendShape, positions: int) -> int:
@@ -121,15 +89,16 @@ class _Task:
         key = kernel.at(qkv, builder.mul(builder.add(head, i64(shape.heads)), i64(head_bytes)))
         value = kernel.at(key, shape.kv_heads * head_bytes)
         first_query = builder.mul(head, i64(shape.queries))
-        own = builder.mul(builder.sub(positions, i64(1)), i64(self._kv_row_bytes))
+        own = builder.mul(builder.sub(positions, i64(1)), i64(shape.kv_row_bytes))
 
-        self._store_kv(self._turned(self._vectors_at(key), fields["k_norm"], cos, sin), kernel.at(keys, own))
-        self._store_kv(self._vectors_at(value), kernel.at(values, own))
+        key_parts = turned(kernel, shape, vectors_at(kernel, shape, key), fields["k_norm"], cos, sin)
+        store_kv(kernel, shape, key_parts, kernel.at(keys, own))
+        store_kv(kernel, shape, vectors_at(kernel, shape, value), kernel.at(values, own))
         queries = []
         for query in range(shape.queries):
             at = builder.mul(builder.add(first_query, i64(query)), i64(head_bytes))
-            turned = self._turned(self._vectors_at(kernel.at(qkv, at)), fields["q_norm"], cos, sin)
-            queries.append([builder.fmul(part, filled(F32, self._width, shape.scale)) for part in turned])
+            parts = turned(kernel, shape, vectors_at(kernel, shape, kernel.at(qkv, at)), fields["q_norm"], cos, sin)
+            queries.append([builder.fmul(part, filled(F32, self._width, shape.scale)) for part in parts])
 
         padded = builder.and_(builder.add(positions, i64(WIDTH - 1)), i64(-WIDTH))
         scratch = kernel.at(fields["scratch"], builder.mul(kernel["thread"], fields["scratch_thread_bytes"]))
@@ -146,41 +115,6 @@ class _Task:
             self._gather(rows[span], sums[span], values, positions, kernel.at(out, first * head_bytes))
         kernel.finish()
         return kernel.function
-
-    @property
-    def _kv_row_bytes(self) -> int:
-        return self._shape.head_dim * float_bytes(self._shape.kv_dtype)
-
-    def _vectors_at(self, pointer: Value) -> list[Value]:
-        kernel = self._kernel
-        return [kernel.load(kernel.at(pointer, 4 * self._width * i), self._floats, 4) for i in range(self._vectors)]
-
-    def _turned(self, parts: list[Value], norm: Value, cos: Value, sin: Value) -> list[Value]:
-        """A head, normed and turned by the token's angles."""
-        kernel, shape = self._kernel, self._shape
-        builder = kernel.builder
-        if shape.eps is not None:
-            squares = ir.Constant(self._floats, None)
-            for part in parts:
-                squares = kernel.fma(part, part, squares)
-            mean = builder.fdiv(sum_of(kernel, squares), f32(float(shape.head_dim)))
-            root = kernel.unary("sqrt", builder.fadd(mean, f32(shape.eps)))
-            factor = kernel.splat(builder.fdiv(f32(1.0), root), self._width)
-            weights = self._vectors_at(norm)
-            parts = [builder.fmul(builder.fmul(part, factor), w) for part, w in zip(parts, weights, strict=True)]
-        half = shape.rotary // 2 // self._width
-        turned = list(parts)
-        for i in range(half):
-            c, s = (kernel.load(kernel.at(table, 4 * self._width * i), self._floats, 4) for table in (cos, sin))
-            a, b = parts[i], parts[i + half]
-            turned[i] = builder.fsub(builder.fmul(a, c), builder.fmul(b, s))
-            turned[i + half] = builder.fadd(builder.fmul(b, c), builder.fmul(a, s))
-        return turned
-
-    def _store_kv(self, parts: list[Value], pointer: Value) -> None:
-        step = self._width * float_bytes(self._shape.kv_dtype)
-        for i, part in enumerate(parts):
-            store_floats(self._kernel, part, self._kernel.at(pointer, step * i), self._shape.kv_dtype)
 
     def _load_kv(self, pointer: Value) -> list[Value]:
         step = self._width * float_bytes(self._shape.kv_dtype)
@@ -200,7 +134,7 @@ class _Task:
         for maximum in maxima:
             builder.store(f32(float("-inf")), maximum)
         with kernel.loop(i64(0), positions) as position:
-            key = self._load_kv(kernel.at(keys, builder.mul(position, i64(self._kv_row_bytes))))
+            key = self._load_kv(kernel.at(keys, builder.mul(position, i64(self._shape.kv_row_bytes))))
             at = builder.mul(position, i64(4))
             for query, scores, maximum in zip(queries, rows, maxima, strict=True):
                 products = builder.fmul(query[0], key[0])
@@ -236,7 +170,7 @@ class _Task:
         for total in (total for head in totals for total in head):
             builder.store(ir.Constant(self._floats, None), total)
         with kernel.loop(i64(0), positions) as position:
-            value = self._load_kv(kernel.at(values, builder.mul(position, i64(self._kv_row_bytes))))
+            value = self._load_kv(kernel.at(values, builder.mul(position, i64(self._shape.kv_row_bytes))))
             at = builder.mul(position, i64(4))
             for scores, head in zip(rows, totals, strict=True):
                 weight = kernel.splat(kernel.load(kernel.at(scores, at), F32, 4), self._width)

@@ -12,8 +12,22 @@ from typing import Any
 
 from llvmlite import ir
 
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite is untyped
+    """bfloat16, which llvmlite has no type for. Only its name is needed."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, BF16 = ir.HalfType(), ir.FloatType(), _BFloat()
 PTR = ir.PointerType()
 VOID = ir.VoidType()
 
@@ -117,6 +131,9 @@ class Kernel:
 
     def minimum(self, a: Value, b: Value) -> Value:
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return self.builder.select(self.builder.icmp_signed(">", a, b), a, b)
 
     def finish(self) -> None:
         self.builder.ret_void()

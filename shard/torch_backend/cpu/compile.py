@@ -12,7 +12,13 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from shard.torch_backend.cpu.dot import InstructionSet, has_halves, instruction_sets
+from shard.torch_backend.cpu.dot import (
+    InstructionSet,
+    has_bfloat_dots,
+    has_halves,
+    has_wide_vectors,
+    instruction_sets,
+)
 
 _TEAM_SYMBOLS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -73,6 +79,16 @@ def host_instruction_sets() -> list[InstructionSet]:
 def host_has_halves() -> bool:
     """Whether this machine's processor converts float16."""
     return has_halves(*_host())
+
+
+def host_has_bfloat_dots() -> bool:
+    """Whether this machine's processor adds up products of bfloat16 pairs."""
+    return has_bfloat_dots(_host()[1])
+
+
+def host_has_wide_vectors() -> bool:
+    """Whether this machine's processor has 32 registers of 16 floats."""
+    return has_wide_vectors(_host()[1])
 
 
 def _host() -> tuple[str, dict[str, bool]]:

@@ -49,6 +49,16 @@ def has_halves(architecture: str, features: Mapping[str, bool]) -> bool:
     return architecture in ("aarch64", "arm64") or bool(features.get("f16c"))
 
 
+def has_wide_vectors(features: Mapping[str, bool]) -> bool:
+    """Whether there are 32 registers of 16 floats (AVX512)."""
+    return bool(features.get("avx512f"))
+
+
+def has_bfloat_dots(features: Mapping[str, bool]) -> bool:
+    """Whether the processor adds up products of bfloat16 pairs (AVX512-BF16)."""
+    return all(features.get(name) for name in ("avx512bf16", "avx512f", "avx512bw"))
+
+
 def _vnni(kernel: Kernel, lanes: int, sums: Value, weights: Value, activations: Value) -> Value:
     return kernel.call(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", vector(I32, lanes), [sums, weights, activations])
 

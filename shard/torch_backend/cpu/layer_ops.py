@@ -11,11 +11,9 @@ import torch
 from llvmlite import ir
 
 from shard.torch_backend.cpu.attend import FIELDS as ATTEND_FIELDS
-from shard.torch_backend.cpu.attend import ROW_FIELDS, AttendShape, scratch_bytes, write_attend
-from shard.torch_backend.cpu.attend_chunk import FIELDS as CHUNK_FIELDS
-from shard.torch_backend.cpu.attend_chunk import block_tokens, write_attend_chunk
-from shard.torch_backend.cpu.attend_chunk import scratch_bytes as chunk_scratch_bytes
-from shard.torch_backend.cpu.compile import Compiled, Fields, Run, TeamRun, empty_fields
+from shard.torch_backend.cpu.attend import ROW_FIELDS, scratch_bytes, write_attend
+from shard.torch_backend.cpu.compile import Compiled, Fields, empty_fields
+from shard.torch_backend.cpu.heads import AttendShape
 from shard.torch_backend.cpu.mathematics import WIDTH
 from shard.torch_backend.cpu.program import Program
 from shard.torch_backend.cpu.rowwise import GATED_FIELDS, NORM_FIELDS, write_gated, write_norm
@@ -43,14 +41,6 @@ def _attend(shape: AttendShape) -> Compiled:
     module = ir.Module("attend")
     write_attend(module, shape)
     return Compiled(module)
-
-
-@cache
-def _attend_chunk(shape: AttendShape) -> tuple[Run, TeamRun | None]:
-    module = ir.Module("attend_chunk")
-    name = write_attend_chunk(module, shape)
-    compiled = Compiled(module)
-    return compiled.run(name), compiled.team_run(f"{name}_team")
 
 
 def is_whole_vectors(width: int) -> bool:
@@ -91,6 +81,7 @@ class RowNorm:
         fields[3] = y.data_ptr()
         fields[4] = x.shape[0]
         program.keep(self)
+        program.counts_rows(fields, 4)
         program.call(_rowwise().address("norm"), (fields, address))
         return y
 
@@ -130,6 +121,7 @@ class Gate:
         fields, address = empty_fields(len(GATED_FIELDS))
         fields[:] = [gate_up.data_ptr(), y.data_ptr(), rows, both // 2, gate_up.stride(0) * 4]
         program.keep(self)
+        program.counts_rows(fields, 2)
         program.call(_rowwise().address(self._name), (fields, address))
         return y
 
@@ -221,47 +213,3 @@ class AttentionSeats:
             at += 6
         self._fields[2] = scratch
         self._fields[8] = scratch_thread_bytes
-
-
-class ChunkAttention:
-    """Attention of a prompt's chunk in layers of one shape."""
-
-    def __init__(self, shape: AttendShape) -> None:
-        self._shape = shape
-        self._alone, self._team = _attend_chunk(shape)
-        self._fields, self._address = empty_fields(len(CHUNK_FIELDS))
-
-    def __call__(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
-        window: int | None,
-        threads: int,
-    ) -> torch.Tensor:
-        """queries float32 [tokens, heads, head_dim], normed and turned, a token's heads side by side; keys and values
-        [kv_heads, positions, head_dim] in the KV's dtype, the last `tokens` of them the queries' own; `start`: the
-        position of the first query, counted from the first key → [tokens, heads · head_dim] float32."""
-        shape, fields = self._shape, self._fields
-        tokens = queries.shape[0]
-        task_bytes = chunk_scratch_bytes(shape, keys.shape[1])
-        tasks = -(-tokens // block_tokens(shape)) * shape.kv_heads
-        out = torch.empty((tokens, shape.heads * shape.head_dim), dtype=torch.float32)
-        fields[0] = queries.data_ptr()
-        fields[1] = out.data_ptr()
-        fields[2] = keys.data_ptr()
-        fields[3] = values.data_ptr()
-        fields[4] = _SCRATCH.reserve(task_bytes * threads)
-        fields[5] = queries.stride(0) * 4
-        fields[6] = keys.stride(0) * keys.element_size()
-        fields[7] = tokens
-        fields[8] = start
-        fields[9] = window or 0
-        fields[10] = tasks
-        fields[11] = task_bytes
-        if self._team is None or threads == 1:
-            self._alone(self._address)
-        else:
-            self._team(self._address, threads)
-        return out

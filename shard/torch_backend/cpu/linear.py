@@ -80,8 +80,10 @@ class PackedMatrix:
         threads = torch.get_num_threads() if work >= _TEAM_WORK else 1
         self._kernels.kernel(layout.bits, precision)(self._address, rows, threads)
 
-    def into(self, program: Program, x: torch.Tensor, y_address: int, y_row_bytes: int, threads: int) -> None:
-        """Put the product of a decode step's rows into a program: x float32 [rows, columns], contiguous."""
+    def into(
+        self, program: Program, x: torch.Tensor, y_address: int, y_row_bytes: int, threads: int, precision: Precision
+    ) -> None:
+        """Put the product of rows into a program: x float32 [rows, columns], contiguous."""
         layout = self.layout
         rows = x.shape[0]
         blocks = rows * layout.columns // BLOCK
@@ -99,8 +101,9 @@ class PackedMatrix:
         ):
             fields[_INDEX[name]] = value
         program.keep(self)
+        program.counts_rows(fields, _INDEX["rows"])
         threads = threads if rows * layout.rows * layout.columns >= _TEAM_WORK else 1
-        self._kernels.kernel(layout.bits, 16).into(program, (fields, address), threads)
+        self._kernels.kernel(layout.bits, precision).into(program, (fields, address), rows, threads)
 
 
 class CpuAffineLinear:
@@ -133,12 +136,13 @@ class CpuAffineLinear:
             self._multiply(x[num_decode:] if num_decode else x, y, num_decode, self._prefill)
         return y if self._width == self.out else y[:, : self.out]
 
-    def into(self, program: Program, kind: str, x: torch.Tensor, threads: int) -> torch.Tensor:
+    def into(self, program: Program, kind: str, x: torch.Tensor, threads: int, *, is_decode: bool) -> torch.Tensor:
         """Put x · Wᵀ into a program, for the rows [rows, columns] float32 that x will hold when it is run → where they
         will be, [rows, out] float32, in the buffer of that kind."""
+        precision = 16 if is_decode else self._prefill
         y = program.rows(kind, x.shape[0], self._width)
         for part, place in zip(self._parts, self._places, strict=True):
-            part.into(program, x, y.data_ptr() + 4 * place, 4 * self._width, threads)
+            part.into(program, x, y.data_ptr() + 4 * place, 4 * self._width, threads, precision)
         return y[:, : self.out]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import factorial, log
 
 from llvmlite import ir
 
@@ -12,7 +13,7 @@ from transport.messages import DType
 WIDTH = 16
 """Floats that a kernel handles at once; the code generator splits them where vectors are shorter."""
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 # ln 2 in two parts, the first exact in few bits, so that x − n · ln 2 keeps its digits (Cody and Waite 1980).
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
@@ -26,7 +27,7 @@ def exp(kernel: Kernel, x: Value) -> Value:
     builder, lanes = kernel.builder, x.type.count
     ints = vector(I32, lanes)
     x = _clamped(kernel, x)
-    n = kernel.unary("rint", builder.fmul(x, filled(F32, lanes, _LOG2_E)))
+    n = kernel.unary("rint", builder.fmul(x, filled(F32, lanes, LOG2_E)))
     r = kernel.fma(n, filled(F32, lanes, -_LN2_HIGH), x)
     r = kernel.fma(n, filled(F32, lanes, -_LN2_LOW), r)
     total = filled(F32, lanes, _SERIES[0])
@@ -34,6 +35,26 @@ def exp(kernel: Kernel, x: Value) -> Value:
         total = kernel.fma(total, r, filled(F32, lanes, coefficient))
     exponent = builder.shl(builder.add(builder.fptosi(n, ints), filled(I32, lanes, 127)), filled(I32, lanes, 23))
     return builder.fmul(total, builder.bitcast(exponent, x.type))
+
+
+def power_of_two(kernel: Kernel, x: Value, degree: int) -> Value:
+    """2^x of a float32 vector, x ≤ 126; 0 from −126 down; NaN stays NaN. Relative error 4e-5 at degree 4, 3e-7 at 6."""
+    builder, lanes = kernel.builder, x.type.count
+    ints = vector(I32, lanes)
+    n = kernel.unary("rint", x)
+    r = builder.fsub(x, n)
+    total = filled(F32, lanes, _power_coefficient(degree))
+    for power in reversed(range(degree)):
+        total = kernel.fma(total, r, filled(F32, lanes, _power_coefficient(power)))
+    exponent = builder.shl(builder.fptosi(n, ints), filled(I32, lanes, 23))
+    result = builder.bitcast(builder.add(builder.bitcast(total, ints), exponent), x.type)
+    is_some = builder.fcmp_unordered(">", x, filled(F32, lanes, -126.0))
+    return builder.select(is_some, result, ir.Constant(x.type, None))
+
+
+def _power_coefficient(power: int) -> float:
+    """ln(2)^k / k!, the series of 2^r on |r| ≤ 1/2."""
+    return log(2.0) ** power / factorial(power)
 
 
 def softcapped(kernel: Kernel, x: Value, cap: float) -> Value:

@@ -12,7 +12,7 @@ from shard.torch_backend.cpu.dot import InstructionSet
 from shard.torch_backend.cpu.matmul import Precision, name_of, write_linear
 from shard.torch_backend.cpu.program import Program
 
-_MANY_ROWS = 16
+MANY_ROWS = 16
 """From here on rows are quantized by all threads; a few are done before a barrier would be over."""
 
 
@@ -26,7 +26,7 @@ class MatrixKernel:
         """Run it over the fields at an address, which say `rows` too."""
         if threads == 1 or self._team is None or self._multiply is None:
             self._alone(fields)
-        elif rows < _MANY_ROWS:
+        elif rows < MANY_ROWS:
             self._quantize(fields)
             self._multiply(fields, threads)
         else:
@@ -37,11 +37,14 @@ class MatrixKernel:
         """Of the function for one thread."""
         return self._compiled.address(self._name)
 
-    def into(self, program: Program, fields: tuple[Fields, int], threads: int) -> None:
-        """Put a call for few rows into a program."""
+    def into(self, program: Program, fields: tuple[Fields, int], rows: int, threads: int) -> None:
+        """Put a call for up to so many rows into a program."""
         program.keep(self._compiled)
         if threads == 1 or not self._compiled.has_teams:
             program.call(self.address, fields)
+            return
+        if rows >= MANY_ROWS:
+            program.call(self._compiled.address(f"{self._name}_team"), fields, threads)
             return
         program.call(self._compiled.address(f"{self._name}_quantize"), fields)
         program.call(self._compiled.address(f"{self._name}_multiply_team"), fields, threads)

@@ -1,4 +1,4 @@
-"""A list of kernel calls that is run as one: what a decode step does, layer after layer, without Python in between."""
+"""A list of kernel calls that is run as one: what a step does, layer after layer, without Python in between."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ class Program:
         self._rows: dict[tuple[str, int, int], torch.Tensor] = {}
         self._scratch: dict[int, np.ndarray] = {}
         self._calls: list[tuple[int, int, int]] = []
+        self._counts: list[tuple[Fields, int]] = []
+        self._num_rows = 0
         self._kept: list[Any] = []  # Whatever it is, it is only held.
         self._table: Fields | None = None
         self._program, self._address = empty_fields(2)
@@ -89,6 +91,17 @@ class Program:
         if num_bytes not in self._scratch:
             self._scratch[num_bytes] = empty_aligned(num_bytes)
         return int(self._scratch[num_bytes].ctypes.data)
+
+    def counts_rows(self, fields: Fields, index: int) -> None:
+        """That field of a call is its number of rows: fewer than its buffers have, where `set_rows` says so."""
+        self._counts.append((fields, index))
+
+    def set_rows(self, count: int) -> None:
+        """For the runs from now on."""
+        if count != self._num_rows:
+            for fields, index in self._counts:
+                fields[index] = count
+            self._num_rows = count
 
     def call(self, function: int, fields: tuple[Fields, int], threads: int = 1) -> None:
         """Call the function at an address with these fields (and their address); by each of a team if `threads` > 1."""

@@ -8,7 +8,7 @@ import torch
 
 from shard.torch_backend.attention import Run, attend
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
-from shard.torch_backend.lean.native_attention import NativeDecode, NativePrefill, native_attention
+from shard.torch_backend.lean.native_attention import NativeChunk, NativeDecode, native_attention
 from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
@@ -51,10 +51,10 @@ class Attention:
         self._index = index
         self._kv_dtype = kv_dtype
         self.native_decode: NativeDecode | None = None
-        self._native_prefill: NativePrefill | None = None
+        self.native_chunk: NativeChunk | None = None
         if on_cpu:
             found = native_attention(config, facts, index, kv_dtype, weights.qk_norm)
-            self.native_decode, self._native_prefill = found
+            self.native_decode, self.native_chunk = found
 
     def __call__(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
         """x [tokens, hidden] → [tokens, hidden]; appends the tokens' keys and values to their sequences."""
@@ -83,11 +83,15 @@ class Attention:
         if self.native_decode is not None and num_decode:
             outputs.append(self.native_decode(qkv, step))
             done = num_decode
-        self._position(qkv[done:], step, done)
-        if self._softcap is None and done < num_decode:
-            outputs += self._decode(qkv[:num_decode], step)
-            done = num_decode
-        outputs += [self._prefill(qkv, run, step) for run in step.ragged.runs[done:]]
+        if self.native_chunk is not None:  # and then decode is native, too
+            for piece in step.pieces:
+                outputs.append(self.native_chunk(qkv[piece.first : piece.first + piece.num_rows], step, piece))
+        else:
+            self._position(qkv[done:], step, done)
+            if self._softcap is None and done < num_decode:
+                outputs += self._decode(qkv[:num_decode], step)
+                done = num_decode
+            outputs += [self._prefill(qkv, run, step) for run in step.ragged.runs[done:]]
         width = self._heads * self._head_dim
         flat = [output.reshape(-1, width) for output in outputs]
         if len(flat) == 1:
@@ -123,8 +127,6 @@ class Attention:
     def _prefill(self, qkv: torch.Tensor, run: Run, step: LeanStep) -> torch.Tensor:
         """A run's rows of qkv, turned → [tokens, heads · head_dim] or [tokens, heads, head_dim]."""
         rows = qkv[run.offset : run.offset + run.num_tokens].view(run.num_tokens, -1, self._head_dim)
-        if self._native_prefill is not None:
-            return self._native_prefill(rows, self._heads, run)
         rows = rows.to(self._kv_dtype)
         queries, keys, values = rows.transpose(0, 1).split_with_sizes((self._heads, self._kv_heads, self._kv_heads))
         window = self._facts.window

@@ -1,4 +1,5 @@
-"""A decode step's layers on the CPU as one native call: the same kernels in the same order, without Python in between.
+"""A step's layers on the CPU as native calls, one for its decode rows and one for each piece of prompts: the same
+kernels in the same order, without Python in between.
 
 For models whose layers are all of native parts: quantized projections without biases, norms, gates, attention. Every
 number is the one that the layers, called one by one, give.
@@ -6,24 +7,31 @@ number is the one that the layers, called one by one, give.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from shard.torch_backend.lean.layer import GatedMlp, Layer
 from shard.torch_backend.lean.ops import Norm
-from shard.torch_backend.lean.step import LeanStep
+from shard.torch_backend.lean.step import PIECE_TOKENS, LeanStep, Piece
 from shard.torch_backend.linear import Linear
 
 if TYPE_CHECKING:
+    from shard.torch_backend.cpu.chunk_attention import ChunkPlaces
     from shard.torch_backend.cpu.layer_ops import AttentionSeats, Gate, RowNorm
     from shard.torch_backend.cpu.linear import CpuAffineLinear
-    from shard.torch_backend.lean.native_attention import NativeDecode
+    from shard.torch_backend.cpu.program import Program
+    from shard.torch_backend.lean.native_attention import NativeChunk, NativeDecode
+
+_P = TypeVar("_P", "DecodeProgram", "ChunkProgram")
 
 MOST_ROWS = 16
-_KEPT = 8
+"""Of decode entries in a program."""
+_FEW_TOKENS = 15
+"""Of prompts: a team quantizes more together."""
+_KEPT = 10
 """Programs at once: each has buffers for its rows."""
 
 
@@ -33,7 +41,8 @@ class NativeLayer:
 
     before_attention: RowNorm
     qkv: CpuAffineLinear
-    attention: NativeDecode
+    decode: NativeDecode
+    chunk: NativeChunk
     output: CpuAffineLinear
     after_attention: RowNorm | None
     before_mlp: RowNorm
@@ -43,68 +52,129 @@ class NativeLayer:
     after_mlp: RowNorm | None
 
 
-class LayersProgram:
+class DecodeProgram:
     """Layers for decode steps of a fixed number of rows, on a fixed number of threads."""
 
     def __init__(self, layers: Sequence[NativeLayer], hidden_size: int, rows: int, threads: int) -> None:
-        from shard.torch_backend.cpu.program import Program
         from shard.torch_backend.cpu.scratch import Scratch
 
-        self._layers = layers
-        self._threads = threads
+        self._layers, self._threads = layers, threads
         self._scratch = Scratch()
-        self._program = Program()
-        self._x = self._program.rows("x", rows, hidden_size)
         self._seats: list[AttentionSeats] = []
-        self._added: torch.Tensor | None = None
-        for layer in layers:
-            self._put(layer)
+        self._calls = _Calls(layers, hidden_size, rows, threads, is_decode=True, attend=self._attend)
 
-    def run(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """x [rows, hidden] float32 → the residual stream after all layers, a tensor of its own. Appends the rows' keys
-        and values to their sequences."""
-        thread_bytes = self._seats[0].scratch_bytes(max(run.start for run in step.ragged.runs) + 1)
+    def run(self, x: torch.Tensor, step: LeanStep) -> None:
+        """The residual stream x [rows, hidden] float32, of the step's decode rows → after all layers, in its place.
+        Appends the rows' keys and values to their sequences."""
+        runs = step.ragged.runs[: step.num_decode]
+        thread_bytes = self._seats[0].scratch_bytes(max(run.start for run in runs) + 1)
         scratch = self._scratch.reserve(thread_bytes * self._threads)
         for layer, seats in zip(self._layers, self._seats, strict=True):
-            places, angles = layer.attention.places(step)
+            places, angles = layer.decode.places(step)
             seats.set(places, angles, scratch, thread_bytes)
-        self._x.copy_(x)
-        self._program.run()
-        assert self._added is not None
-        return self._x + self._added
+        self._calls.run(x)
 
-    def _put(self, layer: NativeLayer) -> None:
-        program, threads = self._program, self._threads
-        normed = layer.before_attention.into(program, "normed", self._x, self._added)
-        attended, seats = layer.attention.into(program, layer.qkv.into(program, "qkv", normed, threads), threads)
+    def _attend(self, layer: NativeLayer, program: Program, qkv: torch.Tensor) -> torch.Tensor:
+        attended, seats = layer.decode.into(program, qkv, self._threads)
         self._seats.append(seats)
-        added = layer.output.into(program, "added", attended, threads)
+        return attended
+
+
+class ChunkProgram:
+    """Layers for pieces of prompts, of up to a number of rows."""
+
+    def __init__(self, layers: Sequence[NativeLayer], hidden_size: int, rows: int, threads: int) -> None:
+        self._layers, self._threads = layers, threads
+        self._places: list[ChunkPlaces] = []
+        self._calls = _Calls(layers, hidden_size, rows, threads, is_decode=False, attend=self._attend)
+
+    def run(self, x: torch.Tensor, step: LeanStep, piece: Piece) -> None:
+        """As `DecodeProgram.run`, x [rows, hidden] being the piece's rows."""
+        for layer, places in zip(self._layers, self._places, strict=True):
+            places.set(*layer.chunk.places(step, piece))
+        self._calls.run(x)
+
+    def _attend(self, layer: NativeLayer, program: Program, qkv: torch.Tensor) -> torch.Tensor:
+        attended, places = layer.chunk.into(program, qkv, self._threads)
+        self._places.append(places)
+        return attended
+
+
+class _Calls:
+    """The calls of all layers, with buffers for so many rows. `attend` puts a layer's attention among them."""
+
+    def __init__(
+        self,
+        layers: Sequence[NativeLayer],
+        hidden_size: int,
+        rows: int,
+        threads: int,
+        *,
+        is_decode: bool,
+        attend: Callable[[NativeLayer, Program, torch.Tensor], torch.Tensor],
+    ) -> None:
+        from shard.torch_backend.cpu.program import Program
+
+        self._threads = threads
+        self._is_decode = is_decode
+        self._program = Program()
+        self._x = self._program.rows("x", rows, hidden_size)
+        self._added: torch.Tensor | None = None
+        for layer in layers:
+            self._put(layer, attend)
+
+    def run(self, x: torch.Tensor) -> None:
+        """x [rows, hidden] float32, no more rows than there are buffers for → after all layers, in its place."""
+        rows = x.shape[0]
+        assert self._added is not None and rows <= self._x.shape[0]
+        self._x[:rows].copy_(x)
+        self._program.set_rows(rows)
+        self._program.run()
+        torch.add(self._x[:rows], self._added[:rows], out=x)
+
+    def _put(self, layer: NativeLayer, attend: Callable[[NativeLayer, Program, torch.Tensor], torch.Tensor]) -> None:
+        program = self._program
+
+        def product(linear: CpuAffineLinear, kind: str, x: torch.Tensor) -> torch.Tensor:
+            return linear.into(program, kind, x, self._threads, is_decode=self._is_decode)
+
+        normed = layer.before_attention.into(program, "normed", self._x, self._added)
+        attended = attend(layer, program, product(layer.qkv, "qkv", normed))
+        added = product(layer.output, "added", attended)
         if layer.after_attention is not None:
             added = layer.after_attention.into(program, "added, normed", added)
         normed = layer.before_mlp.into(program, "normed", self._x, added)
-        gated = layer.gate.into(program, layer.gate_up.into(program, "gate_up", normed, threads))
-        self._added = layer.down.into(program, "added", gated, threads)
+        gated = layer.gate.into(program, product(layer.gate_up, "gate_up", normed))
+        self._added = product(layer.down, "added", gated)
         if layer.after_mlp is not None:
             self._added = layer.after_mlp.into(program, "added, normed", self._added)
 
 
 class CpuPrograms:
-    """The programs of a stage, made when a step first has so many rows."""
+    """The programs of a stage, made when a step first has such rows."""
 
     def __init__(self, layers: Sequence[NativeLayer], hidden_size: int) -> None:
         self._layers = layers
         self._hidden_size = hidden_size
-        self._made: dict[tuple[int, int], LayersProgram] = {}
+        self._made: dict[tuple[str, int, int], DecodeProgram | ChunkProgram] = {}
 
-    def of(self, rows: int) -> LayersProgram | None:
-        """None for more rows than programs are made for."""
-        if rows > MOST_ROWS:
-            return None
-        key = (rows, torch.get_num_threads())
-        found = self._made.pop(key, None) or LayersProgram(self._layers, self._hidden_size, *key)
+    def run(self, x: torch.Tensor, step: LeanStep) -> None:
+        """The residual stream x [rows, hidden] float32 → after all layers, in its place: decode rows, no more than
+        MOST_ROWS, by one program, the others piece by piece by another."""
+        if step.num_decode:
+            program = self._of(DecodeProgram, step.num_decode)
+            program.run(x[: step.num_decode], step)
+        for piece in step.pieces:
+            size = _FEW_TOKENS if piece.num_rows <= _FEW_TOKENS else PIECE_TOKENS
+            self._of(ChunkProgram, size).run(x[piece.first : piece.first + piece.num_rows], step, piece)
+
+    def _of(self, kind: type[_P], rows: int) -> _P:
+        key = (kind.__name__, rows, torch.get_num_threads())
+        found = self._made.pop(key, None) or kind(self._layers, self._hidden_size, *key[1:])
         self._made[key] = found  # The last used comes last.
         if len(self._made) > _KEPT:
             del self._made[next(iter(self._made))]
+        assert isinstance(found, kind)
         return found
 
 
@@ -120,11 +190,11 @@ def _native_layer(layer: Layer) -> NativeLayer | None:
         return None
     if any(b is not None for b in (weights.qkv_bias, weights.output_bias, mlp.gate_up_bias, mlp.down_bias)):
         return None
-    attention, gate = layer.attention.native_decode, mlp.gate.native
+    decode, chunk, gate = layer.attention.native_decode, layer.attention.native_chunk, mlp.gate.native
     before_attention, before_mlp = _native(norms.before_attention), _native(norms.before_mlp)
     after_attention, after_mlp = _native(norms.after_attention), _native(norms.after_mlp)
     qkv, output, gate_up, down = map(_affine, (weights.qkv, weights.output, mlp.gate_up, mlp.down))
-    if attention is None or gate is None or before_attention is None or before_mlp is None:
+    if decode is None or chunk is None or gate is None or before_attention is None or before_mlp is None:
         return None
     if (after_attention is None) != (norms.after_attention is None) or (after_mlp is None) != (norms.after_mlp is None):
         return None
@@ -133,7 +203,8 @@ def _native_layer(layer: Layer) -> NativeLayer | None:
     return NativeLayer(
         before_attention=before_attention,
         qkv=qkv,
-        attention=attention,
+        decode=decode,
+        chunk=chunk,
         output=output,
         after_attention=after_attention,
         before_mlp=before_mlp,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from shard.torch_backend.attention import Run
 from shard.torch_backend.dtypes import DTYPE_NAMES
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
 from shard.torch_backend.lean.ops import Norm
-from shard.torch_backend.lean.step import LeanStep
+from shard.torch_backend.lean.step import LeanStep, Piece
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import AttentionSeats, ChunkAttention, DecodeAttention, Seat
+    from shard.torch_backend.cpu.chunk_attention import ChunkAttention, ChunkPlaces, ChunkSeat
+    from shard.torch_backend.cpu.layer_ops import AttentionSeats, DecodeAttention, Seat
     from shard.torch_backend.cpu.program import Program
 
 
@@ -45,32 +44,43 @@ class NativeDecode:
         return self._attention.into(program, qkv, threads)
 
 
-class NativePrefill:
-    """One layer's attention for a run of tokens."""
+class NativeChunk:
+    """One layer's attention for rows of prompts."""
 
-    def __init__(self, attention: ChunkAttention, facts: LayerFacts, index: int, kv_dtype: torch.dtype) -> None:
+    def __init__(self, attention: ChunkAttention, facts: LayerFacts, index: int, like: torch.Tensor) -> None:
         self._attention = attention
         self._facts = facts
         self._index = index
-        self._kv_dtype = kv_dtype
+        self._like = like
 
-    def __call__(self, rows: torch.Tensor, heads: int, run: Run) -> torch.Tensor:
-        """rows [tokens, heads + 2 · kv_heads, head_dim] float32, normed and turned → [tokens, heads · head_dim]."""
-        window = self._facts.window
-        keys, values = rows[:, heads:].to(self._kv_dtype).transpose(0, 1).chunk(2)
-        held_keys, held_values, first = run.kv.layer(self._index, window).append(run.start, keys, values)
-        threads = torch.get_num_threads()
-        return self._attention(rows[:, :heads], held_keys, held_values, run.start - first, window, threads)
+    def __call__(self, qkv: torch.Tensor, step: LeanStep, piece: Piece) -> torch.Tensor:
+        """qkv [piece rows, (heads + 2 · kv_heads) · head_dim] float32, before norms of heads and rotary embedding →
+        [piece rows, heads · head_dim] float32."""
+        seats, angles = self.places(step, piece)
+        return self._attention(qkv, seats, angles, torch.get_num_threads())
+
+    def places(self, step: LeanStep, piece: Piece) -> tuple[Sequence[ChunkSeat], tuple[int, int]]:
+        """Of the piece's runs: room in their KV; and where the angles of its first row are."""
+        window, like, index = self._facts.window, self._like, self._index
+        seats: list[ChunkSeat] = []
+        for run in piece.runs:
+            seat = run.kv.layer(index, window).run_seat(run.start, run.num_tokens, like)
+            seats.append((run.offset - piece.first, run.num_tokens, *seat, run.start))
+        return seats, step.place_of_angles(self._facts.rope, piece.first)
+
+    def into(self, program: Program, qkv: torch.Tensor, threads: int) -> tuple[torch.Tensor, ChunkPlaces]:
+        """As `ChunkAttention.into`."""
+        return self._attention.into(program, qkv, threads)
 
 
 def native_attention(
     config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
-) -> tuple[NativeDecode | None, NativePrefill | None]:
+) -> tuple[NativeDecode | None, NativeChunk | None]:
     """None where the kernels have no such attention: heads of an odd size, float16 on an old processor."""
-    from shard.torch_backend.cpu.attend import AttendShape
-    from shard.torch_backend.cpu.attend_chunk import is_supported
+    from shard.torch_backend.cpu.chunk_attention import ChunkAttention, best_products
     from shard.torch_backend.cpu.compile import host_has_halves
-    from shard.torch_backend.cpu.layer_ops import ChunkAttention, DecodeAttention
+    from shard.torch_backend.cpu.heads import AttendShape
+    from shard.torch_backend.cpu.layer_ops import DecodeAttention
 
     rotary = 0 if facts.rope is None else 2 * config.ropes[facts.rope].inverse_frequencies.shape[0]
     shape = AttendShape(
@@ -90,7 +100,7 @@ def native_attention(
         norms = (qk_norm.weight[0].contiguous(), qk_norm.weight[config.num_heads].contiguous())
     like = torch.empty((config.num_kv_heads, 1, config.head_dim), dtype=kv_dtype)
     decode = NativeDecode(DecodeAttention(shape, *norms), facts, index, like)
-    # What turns and norms the heads is no part of a chunk's kernel: layers that differ in it share one.
-    plain = replace(shape, rotary=0, eps=None)
-    prefill = NativePrefill(ChunkAttention(plain), facts, index, kv_dtype) if is_supported(plain) else None
-    return decode, prefill
+    products = best_products(shape)
+    if products is None:
+        return decode, None
+    return decode, NativeChunk(ChunkAttention(shape, products, facts.window, *norms), facts, index, like)

@@ -36,6 +36,11 @@ class StepAngles:
     def addresses(self, num_rows: int) -> Sequence[tuple[int, int]]:
         """Where the cosines and sines of each of the first rows lie, [rotary_dim / 2] float32 each; valid as long as
         this object lives."""
-        row_bytes = self._cos.stride(0) * self._cos.element_size()
-        cos, sin = self._cos.data_ptr(), self._sin.data_ptr()
+        row_bytes = self._cos.shape[1] * self._cos.element_size()
+        cos, sin = self.address(0)
         return [(cos + row * row_bytes, sin + row * row_bytes) for row in range(num_rows)]
+
+    def address(self, row: int) -> tuple[int, int]:
+        """Of one row; those of the next rows follow."""
+        at = row * self._cos.shape[1] * self._cos.element_size()
+        return self._cos.data_ptr() + at, self._sin.data_ptr() + at

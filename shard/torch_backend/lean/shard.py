@@ -15,7 +15,7 @@ from shard.torch_backend.attention import RaggedStep, Run
 from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.lean.config import LeanConfig
-from shard.torch_backend.lean.cpu_program import cpu_programs
+from shard.torch_backend.lean.cpu_program import MOST_ROWS, cpu_programs
 from shard.torch_backend.lean.layer import Layer
 from shard.torch_backend.lean.ops import Norm, rms_norm, softcapped
 from shard.torch_backend.lean.packing import Packing, pack
@@ -95,7 +95,7 @@ class LeanShard:
     def _run(self, batch: Batch, packing: Packing, runs: Sequence[Run]) -> np.ndarray:
         x = self._incoming(batch, packing)
         step = self._step(packing, runs)
-        x = self._through_layers(x, step)
+        self._through_layers(x, step)
         if self.spec.is_last:
             return self._logits(x, packing)
         hidden = x.to(TORCH_DTYPES[self.spec.next_dtype])
@@ -113,16 +113,13 @@ class LeanShard:
             return hidden[torch.from_numpy(packing.source_rows).to(self._device)].to(self._dtype)
         return hidden.to(self._dtype, copy=True)
 
-    def _through_layers(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:
-        """x [tokens, hidden] → the same after all layers, perhaps in its place."""
-        program = None
-        if self._programs is not None and step.num_decode == x.shape[0]:
-            program = self._programs.of(x.shape[0])
-        if program is not None:
-            return program.run(x, step)
+    def _through_layers(self, x: torch.Tensor, step: LeanStep) -> None:
+        """x [tokens, hidden] → after all layers, in its place."""
+        if self._programs is not None and step.num_decode <= MOST_ROWS:
+            self._programs.run(x, step)
+            return
         for layer in self._model.layers:
             layer(x, step)
-        return x
 
     def _step(self, packing: Packing, runs: Sequence[Run]) -> LeanStep:
         return LeanStep(

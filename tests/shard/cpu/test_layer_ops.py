@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shard.torch_backend.cpu.attend import AttendShape
-from shard.torch_backend.cpu.layer_ops import Activation, ChunkAttention, DecodeAttention, Gate, RowNorm
+from shard.torch_backend.cpu.heads import AttendShape
+from shard.torch_backend.cpu.layer_ops import Activation, DecodeAttention, Gate, RowNorm
 from shard.torch_backend.dtypes import TORCH_DTYPES
 from transport.messages import DType
 
@@ -111,40 +111,3 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: f
         torch.testing.assert_close(my_values, values, rtol=tolerance, atol=tolerance)
     assert torch.equal(attention(qkv, seats, places, 2), alone)
     assert torch.equal(attention(qkv[3:4], seats[3:4], places[3:4], 1)[0], alone[3])
-
-
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("window", [None, 5, 40])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 256), (10, 2, 32)])
-def test_chunk_attention(heads: int, kv_heads: int, head_dim: int, window: int | None, kv_dtype: DType) -> None:
-    shape = AttendShape(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kv_dtype=kv_dtype, scale=0.11, eps=None,
-        softcap=1.5 if heads == 10 else None,
-    )  # fmt: skip
-    attention = ChunkAttention(shape)
-    tolerance = 2e-5  # The keys and values are what they are: only the arithmetic differs.
-    for start, tokens in ((0, 1), (0, 37), (3, 13), (50, 64), (17, 100)):
-        wide = normal(tokens, heads + 2 * kv_heads, head_dim, seed=tokens)
-        queries = wide[:, :heads]
-        held = [
-            normal(kv_heads, start + tokens + 9, head_dim, seed=s).to(TORCH_DTYPES[kv_dtype])[:, : start + tokens]
-            for s in (1, 2)
-        ]
-        positions, own = torch.arange(start + tokens), torch.arange(start, start + tokens)[:, None]
-        mask = positions <= own
-        if window is not None:
-            mask &= positions > own - window
-        grouped = queries.transpose(0, 1).reshape(kv_heads, -1, tokens, head_dim)
-        scores = torch.einsum("hgtd,hpd->hgtp", grouped, held[0].float()) * 0.11
-        if shape.softcap is not None:
-            scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        wanted = torch.einsum("hgtp,hpd->hgtd", weights, held[1].float()).reshape(heads, tokens, head_dim)
-        got = attention(queries, held[0], held[1], start, window, 1)
-        torch.testing.assert_close(
-            got.view(tokens, heads, head_dim), wanted.transpose(0, 1), rtol=tolerance, atol=tolerance
-        )
-        assert torch.equal(attention(queries, held[0], held[1], start, window, 2), got)
-        if tokens > 2:  # The last tokens as a chunk of their own.
-            rest = attention(queries[-2:], held[0], held[1], start + tokens - 2, window, 1)
-            assert torch.equal(rest, got[-2:])
