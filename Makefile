@@ -11,7 +11,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types imports bench-hops bench-memory bench-stage bench-quality bench-loading \
-	test-gemma clean
+	bench-scheduling bench-scheduling-lab test-gemma clean
 
 demo: $(READY)
 	@$(BIN)/potluck demo $(ARGS)
@@ -39,10 +39,10 @@ bench-memory: $(READY)
 	$(BIN)/python -m bench.memory $(ARGS)
 
 # One stage beside its peers; what quantized kernels cost in quality; loading a quantized model of 3 billion weights.
-bench-stage: $(READY) peers
+bench-stage: $(READY) llama-cpp
 	$(BIN)/python -m bench.stage_speed $(ARGS)
 
-bench-quality: $(READY) peers
+bench-quality: $(READY) llama-cpp
 	$(BIN)/python -m bench.quality $(ARGS)
 
 bench-loading: $(READY)
@@ -52,14 +52,47 @@ bench-loading: $(READY)
 test-gemma: $(READY)
 	POTLUCK_TEST_GEMMA="$(GEMMA)" $(BIN)/python -m pytest tests/shard/test_real_quantized.py -rs -s $(ARGS)
 
-# llama.cpp, built here (a few minutes, a C++ compiler): the benches do without it where that fails.
-.PHONY: peers
-peers:
+# Whether every device is kept busy, beside llama.cpp over two RPC servers; and over emulated hosts (root).
+bench-scheduling: $(READY) llama-rpc
+	$(BIN)/python -m bench.scheduling $(ARGS)
+
+bench-scheduling-lab: $(READY)
+	$(BIN)/python -m bench.lab_scheduling $(ARGS)
+
+# llama.cpp, built here (some minutes each, a C++ compiler): the benches do without it where that fails. Its Python package
+# is one stage's peer; its RPC and HTTP servers, built from the source that comes with the package, are a ring's.
+LLAMA := llama-cpp-python==0.3.36
+LLAMA_RPC := .venv-peers/llama-rpc
+LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_RPC=ON -DGGML_NATIVE=ON -DGGML_CCACHE=OFF \
+	-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+
+.PHONY: peers llama-cpp llama-rpc
+peers: llama-cpp llama-rpc
+
+llama-cpp:
 	@test -x $(PEERS)/python || \
 		{ echo "Building llama.cpp into .venv-peers (once; a few minutes) ..." >&2; \
 		$(PYTHON) -m venv .venv-peers && \
-		$(PEERS)/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 >&2; } || \
-		{ echo "llama.cpp could not be built: the bench leaves it out" >&2; rm -rf .venv-peers; }
+		$(PEERS)/python -m pip install --quiet --disable-pip-version-check $(LLAMA) >&2; } || \
+		{ echo "llama.cpp could not be built: the bench leaves it out" >&2; rm -rf $(PEERS); }
+
+# A virtual environment of its own for the build tools: .venv-peers itself says that llama-cpp is done.
+llama-rpc:
+	@test -x $(LLAMA_RPC)/bin/llama-server || \
+		{ echo "Building llama.cpp's servers into $(LLAMA_RPC) (once; some minutes) ..." >&2; \
+		build=$$(mktemp -d) && trap 'rm -rf "$$build"' EXIT && \
+		{ $(PYTHON) -m venv "$$build/tools" && \
+		"$$build/tools/bin/python" -m pip install --quiet --disable-pip-version-check cmake ninja && \
+		"$$build/tools/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps \
+			--no-binary llama-cpp-python --dest "$$build" $(LLAMA) && \
+		mkdir "$$build/source" && tar -xzf "$$build"/llama_cpp_python-*.tar.gz -C "$$build/source" --strip-components 1 && \
+		PATH="$$build/tools/bin:$$PATH" && \
+		cmake -S "$$build/source/vendor/llama.cpp" -B "$$build/build" -G Ninja $(LLAMA_OPTIONS) && \
+		cmake --build "$$build/build" --target llama-server ggml-rpc-server && \
+		mkdir -p $(LLAMA_RPC)/bin && \
+		cp "$$build/build/bin/ggml-rpc-server" "$$build/build/bin/llama-server" $(LLAMA_RPC)/bin/; } >"$$build/log" 2>&1 || \
+		{ tail -3 "$$build/log" >&2; false; }; } || \
+		{ echo "llama.cpp's servers could not be built: the bench leaves them out" >&2; rm -rf $(LLAMA_RPC); }
 
 # Installs once; again only when what is to be installed changes. What it says goes to stderr: stdout is the command's.
 $(READY): pyproject.toml constraints.txt

@@ -1,0 +1,82 @@
+"""Rings over a lab's hosts, measured from the host of the engine: `bench.lab_scheduling` starts this there.
+
+Says where it listens, waits for the hosts' workers, and says so again when its rings are ready; then it obeys commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from bench.child_loop import reply_pipe, serve
+from bench.scheduling_driven import driven_ring
+from bench.scheduling_engine import engine_ring
+from bench.scheduling_long import PREFILL_TOKENS, prefill
+from bench.scheduling_pool import pool_of_hosts
+from bench.scheduling_prompts import Prompts
+from bench.scheduling_report import filled_ring
+from bench.scheduling_streams import drive, hops_of, run_streams
+from potluck.config import Settings
+from potluck.engine.tokenizer import Tokenizer
+from potluck.lan import ThisHost
+from potluck.paths import home_dir
+from potluck.store import Store
+
+_OUTPUT = 64
+
+
+def main() -> int:
+    replies = reply_pipe()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True, help="this host's")
+    parser.add_argument("--address", required=True, help="this host's")
+    parser.add_argument("--stages", type=int, required=True)
+    parser.add_argument(
+        "--ports", type=int, nargs=2, required=True, help="of the engine's pool and of the driven one's"
+    )
+    parser.add_argument("--layers", default=None, help="as `potluck up` takes it; default: the planner's")
+    options = parser.parse_args()
+    here = ThisHost(name=options.name, address=options.address)
+    model = Store(home_dir()).resolve(options.model)
+    prompts = Prompts(Tokenizer(model.path), model.spec.vocab_size)
+    wanted = Settings(
+        context_tokens=4096, concurrency=4, use_all_devices=True, objective="throughput", layers=options.layers
+    )
+    with ExitStack() as stack:
+        pool, apart = (stack.enter_context(pool_of_hosts(here, port)) for port in options.ports)
+        os.write(replies, (json.dumps({"listening": options.ports}) + "\n").encode())
+        for each in (pool, apart):
+            each.wait_for(options.stages)
+        # Hosts that share a machine are measured in turn.
+        plan = pool.plan(model, wanted, in_turn=True)
+        ring = stack.enter_context(engine_ring("ring", pool, model, plan, prompts.eos_ids))
+        driven = stack.enter_context(driven_ring(apart, model, plan, max_step_tokens=PREFILL_TOKENS))
+
+        def alone() -> dict[str, Any]:
+            """One row that goes round alone: what stages take, what hops do, and so how many groups fill the ring."""
+            found = drive(driven, prompts, 1, 1)
+            hops_s = hops_of(found)
+            return {"stage_s": found.stage_s, "hops_s": hops_s, "groups": filled_ring(found.stage_s, hops_s)}
+
+        def filled(count: int) -> dict[str, Any]:
+            rate, steps = run_streams(ring, prompts, count, _OUTPUT)
+            return {"tokens_per_s": rate, "rows": steps[0].rows, "stage_s": [step.seconds for step in steps]}
+
+        def prefilled(number: int) -> dict[str, Any]:
+            return dict(prefill(ring, driven, prompts, number))
+
+        serve(
+            {"alone": alone, "filled": filled, "prefill": prefilled},
+            {"stages": [[stage.device, stage.num_layers] for stage in plan.stages]},
+            replies,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

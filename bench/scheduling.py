@@ -1,0 +1,186 @@
+"""Is every device kept busy? Schedules over two stages of one thread each, at the engine's door and over HTTP.
+
+python -m bench.scheduling [--model smollm2] [--rounds 5] [--only single streams filled prefill intrusion turns peer]
+                           [--layers 15,15] [--llama FOLDER] [--json FILE]
+
+single: one chat over two stages and over the engine unsplit. streams: 1 to 8 chats against what their steps allow.
+filled: 4·B* chats against the slowest stage. prefill: a prompt of 2,048 tokens in chunks and in one step. intrusion:
+one of 4,096 beside 4 chats. turns: a chat's second turn. peer: `potluck up` beside llama.cpp over two RPC servers.
+
+Everything is up first and then measured in turns, round after round, because machines drift; ratios are taken within a
+round, and the medians over rounds are judged. Engines have processes of their own, as in `potluck up`. Rings driven
+without an engine say what stages take, what hops cost, and what a prompt takes in one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.hardware import facts
+from bench.peer_llama import llama_rpc
+from bench.rings import unsplit_ring
+from bench.scheduling_driven import driven_ring
+from bench.scheduling_engine import engine_ring
+from bench.scheduling_long import PREFILL_TOKENS, intrusion, prefill, turns
+from bench.scheduling_peer import peer, servers
+from bench.scheduling_pool import pool_of_processes
+from bench.scheduling_prompts import Prompts
+from bench.scheduling_report import TARGETS, medians, rounded
+from bench.scheduling_streams import filled, single, streams
+from bench.stage_report import Round, judged
+from planner.plan import Plan
+from potluck.config import Settings
+from potluck.engine.tokenizer import Tokenizer
+from potluck.paths import home_dir
+from potluck.store import Store, StoredModel
+from transport.errors import PotluckError
+
+SECTIONS = ("single", "streams", "filled", "prefill", "intrusion", "turns", "peer")
+_NUM_STAGES = 2
+_CONTEXT_TOKENS = 8192
+_CONCURRENCY = 4
+
+Section = Callable[[int], Round]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What is measured: one section after another, each with the round's number."""
+
+    sections: dict[str, Section]
+    about: dict[str, Any]
+
+
+def set_up(
+    stack: ExitStack, model: StoredModel, wanted: Sequence[str], layers: Sequence[int], llama: Path | None
+) -> Bench:
+    """Start what the wanted sections need. Raises PotluckError, RuntimeError."""
+    prompts = Prompts(Tokenizer(model.path), model.spec.vocab_size)
+    pool = stack.enter_context(pool_of_processes(_NUM_STAGES))
+    plan = pool.plan(model, settings(_NUM_STAGES, by_hand(layers)))
+    split = [stage.num_layers for stage in plan.stages]
+    sections: dict[str, Section] = {}
+    if set(wanted) - {"peer"}:
+        ring = stack.enter_context(engine_ring("2 stages", pool, model, plan, prompts.eos_ids))
+    if set(wanted) & {"streams", "filled", "prefill"}:
+        apart = stack.enter_context(pool_of_processes(_NUM_STAGES))
+        # Its workers have the same names: the same plan will do.
+        driven = stack.enter_context(driven_ring(apart, model, plan, max_step_tokens=PREFILL_TOKENS))
+        sections["streams"] = lambda number: streams(ring, driven, prompts)
+        sections["filled"] = lambda number: filled(ring, driven, prompts)
+        sections["prefill"] = lambda number: prefill(ring, driven, prompts, number)
+    if "single" in wanted:
+        alone = stack.enter_context(pool_of_processes(1))
+        one = stack.enter_context(
+            engine_ring("1 stage", alone, model, alone.plan(model, settings(1, None)), prompts.eos_ids)
+        )
+        torch.set_num_threads(1)
+        unsplit = stack.enter_context(unsplit_ring(model.path, plan.stages[0].compute_dtype))
+        sections["single"] = lambda number: single(unsplit, one, ring, number)
+    sections["intrusion"] = lambda number: intrusion(ring, prompts)
+    sections["turns"] = lambda number: turns(ring, prompts)
+    if "peer" in wanted:
+        found = stack.enter_context(servers(model, llama, up_options(plan), prompts.eos_ids))
+        sections["peer"] = lambda number: peer(found, prompts, number)
+    return Bench(
+        sections={name: sections[name] for name in SECTIONS if name in wanted},
+        about={"model": model.name, "layers": split, "dtype": plan.stages[0].compute_dtype},
+    )
+
+
+def settings(num_stages: int, layers: str | None) -> Settings:
+    """Of a ring that uses all its devices, each a CPU worker, for chats of up to 8,192 tokens."""
+    return Settings(
+        devices=("torch:cpu",) * num_stages,
+        context_tokens=_CONTEXT_TOKENS,
+        concurrency=_CONCURRENCY,
+        use_all_devices=True,
+        objective="throughput",
+        layers=layers,
+    )
+
+
+def by_hand(layers: Sequence[int]) -> str | None:
+    """Layers for each CPU worker, as `--layers` takes them; None for none."""
+    if len(layers) == 1:
+        return f"cpu={layers[0]}"
+    return ",".join(f"cpu-{number}={count}" for number, count in enumerate(layers, start=1)) or None
+
+
+def up_options(plan: Plan) -> list[str]:
+    """What makes `potluck up` load the same stages."""
+    devices = [option for _ in plan.stages for option in ("--device", "torch:cpu")]
+    layers = by_hand([stage.num_layers for stage in plan.stages])
+    assert layers is not None
+    return [*devices, "--threads", str(len(plan.stages)), "--layers", layers]
+
+
+def run(bench: Bench, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """All sections, round after round. One that fails is noted and left out of its round."""
+    found: list[Round] = []
+    failed: list[str] = []
+    for number in range(rounds):
+        values: Round = {}
+        for name, section in bench.sections.items():
+            say(f"round {number + 1} of {rounds}: {name}")
+            try:
+                values |= section(number)
+            except (RuntimeError, ValueError) as error:
+                say(f"  failed: {error}")
+                failed.append(f"round {number + 1}, {name}: {error}")
+        found.append(values)
+    return {
+        **bench.about,
+        "rounds": rounds,
+        "targets": judged(found, TARGETS),
+        "failed": failed,
+        "medians": rounded(medians(found)),
+        "values": [rounded(values) for values in found],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="smollm2", help="a model of the store, from a GGUF for llama.cpp to read too"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--layers", default="", help='layers of the two stages, "15,15"; default: the planner\'s')
+    parser.add_argument("--llama", type=Path, default=None, help="folder of ggml-rpc-server and llama-server")
+    parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
+    options = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        llama = llama_rpc(options.llama)
+        if llama is None and "peer" in options.only:
+            say("llama.cpp is left out: build it with `make llama-rpc`, or say where it is with --llama")
+        layers = [int(count) for count in options.layers.split(",") if count]
+        with ExitStack() as stack:
+            model = Store(home_dir()).pull(options.model, lambda _: None)
+            bench = set_up(stack, model, options.only, layers, llama)
+            say(f"{model.name}: layers {bench.about['layers']}, {bench.about['dtype']}")
+            result = {**facts(), **run(bench, options.rounds, say)}
+    except (PotluckError, RuntimeError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    print(json.dumps(result, indent=2))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""A ring without an engine: steps sent straight to its stages, in the simplest order there is. It says what stages
+take at a batch, what hops cost, and what a prompt takes in chunks of a fixed size, or in one step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bench.scheduling_pool import BenchPool
+from planner.plan import Plan
+from potluck.pool import PoolWorker
+from potluck.store import StoredModel
+from transport.codec import EdgeLimits
+from transport.endpoints import tcp_endpoint
+from transport.messages import (
+    Connect,
+    Entry,
+    Failed,
+    Fence,
+    Load,
+    Op,
+    Open,
+    Release,
+    Sampled,
+    Sampling,
+    SequenceId,
+    Tokens,
+)
+from transport.zmq_link import ZmqReceiver, ZmqSender
+
+_STEP_WITHIN_S = 300.0
+_WARM_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driven:
+    """`groups` groups of `rows` sequences in flight. Means over steps: of each stage's compute, and of a group's round
+    trip."""
+
+    groups: int
+    rows: int
+    tokens_per_s: float
+    stage_s: tuple[float, ...]
+    round_trip_s: float
+
+
+class DrivenRing:
+    """Its stages have nothing to do but what is asked for here."""
+
+    def __init__(
+        self,
+        pool: BenchPool,
+        workers: list[PoolWorker],
+        fence: Fence,
+        sender: ZmqSender,
+        receiver: ZmqReceiver,
+    ) -> None:
+        self._pool = pool
+        self._workers = workers
+        self._fence = fence
+        self._sender = sender
+        self._receiver = receiver
+        self._num_steps = 0
+        self._num_sequences = 0
+
+    def prefill(self, ids: Sequence[int], chunk_tokens: int) -> float:
+        """Seconds to the first token of a prompt whose chunks follow each other without waiting."""
+        (sequence,) = self._new(1)
+        started_s = time.perf_counter()
+        for start in range(0, len(ids), chunk_tokens):
+            chunk = tuple(ids[start : start + chunk_tokens])
+            is_last = start + len(chunk) == len(ids)
+            ops = (_open(sequence, ids),) if start == 0 else ()
+            last = self._send(ops, (Entry(sequence, start, chunk, int(is_last)),))
+        self._wait_for(last)
+        seconds = time.perf_counter() - started_s
+        self._wait_for(self._send((Release(sequence),), ()))
+        return seconds
+
+    def decode(self, groups: int, rows: int, *, prompts: Sequence[Sequence[int]], steps: int) -> Driven:
+        """Every group goes round `steps` times; each has `rows` of the prompts, of which there are groups · rows."""
+        members = [self._new(rows) for _ in range(groups)]
+        prompt_of = dict(zip((one for group in members for one in group), prompts, strict=True))
+        length = {}
+        token = {}
+        for sequence, prompt in prompt_of.items():
+            step = self._send((_open(sequence, prompt),), (Entry(sequence, 0, tuple(prompt), 1),))
+            token[sequence] = self._wait_for(step).results[0].tokens[0].token_id
+            length[sequence] = len(prompt)
+
+        def send(group: int) -> int:
+            entries = tuple(Entry(one, length[one], (token[one],), 1) for one in members[group])
+            return self._send((), entries)
+
+        before = None
+        done = [0] * groups
+        waiting: deque[tuple[int, int, float]] = deque()
+        round_trips_s: list[float] = []
+        started_s = time.perf_counter()
+        for number in range(groups):
+            sent_s = time.perf_counter()
+            waiting.append((send(number), number, sent_s))
+        while waiting:
+            step, group, sent_s = waiting.popleft()
+            for result in self._wait_for(step).results:
+                token[result.sequence] = result.tokens[0].token_id
+                length[result.sequence] += 1
+            now_s = time.perf_counter()
+            done[group] += 1
+            if before is None and min(done) == _WARM_STEPS:
+                before, started_s, counted = self._pool.stats(self._workers), time.perf_counter(), sum(done)
+            elif before is not None:
+                round_trips_s.append(now_s - sent_s)
+            if done[group] < steps:
+                # Before it is sent: who is woken by it may take this core.
+                sent_s = time.perf_counter()
+                waiting.append((send(group), group, sent_s))
+        seconds = time.perf_counter() - started_s
+        after = self._pool.stats(self._workers)
+        assert before is not None
+        self._wait_for(self._send(tuple(Release(one) for one in prompt_of), ()))
+        return Driven(
+            groups=groups,
+            rows=rows,
+            tokens_per_s=(sum(done) - counted) * rows / seconds,
+            stage_s=tuple(
+                (new.decode_s - old.decode_s) / (new.decode_steps - old.decode_steps)
+                for old, new in zip(before, after, strict=True)
+            ),
+            round_trip_s=statistics.fmean(round_trips_s),
+        )
+
+    def _new(self, count: int) -> list[SequenceId]:
+        self._num_sequences += count
+        return [SequenceId(self._num_sequences - index) for index in range(count)]
+
+    def _send(self, ops: tuple[Op, ...], entries: tuple[Entry, ...]) -> int:
+        self._num_steps += 1
+        self._sender.send(Tokens(self._fence, self._num_steps, ops, entries))
+        return self._num_steps
+
+    def _wait_for(self, step: int) -> Sampled:
+        deadline_s = time.monotonic() + _STEP_WITHIN_S
+        while time.monotonic() < deadline_s:
+            received = self._receiver.receive(1.0)
+            match received.message if received is not None else None:
+                case Sampled(step=done) as sampled if done == step:
+                    return sampled
+                case Failed(message=message):
+                    raise RuntimeError(f"a stage failed: {message}")
+        raise RuntimeError(f"step {step} did not come back within {_STEP_WITHIN_S:.0f} s")
+
+
+def _open(sequence: SequenceId, ids: Sequence[int]) -> Open:
+    return Open(sequence, tuple(ids), Sampling(temperature=0.0))
+
+
+@contextmanager
+def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tokens: int) -> Iterator[DrivenRing]:
+    """The plan's stages, with steps of up to `max_step_tokens`. Raises PotluckError."""
+    fence = Fence("driven", 1, plan.id)
+    workers = pool.workers_of(plan)
+    limits = EdgeLimits(
+        fence=fence,
+        hidden_size=model.spec.hidden_size,
+        dtype=plan.wire_dtype,
+        vocab_size=model.spec.vocab_size,
+        context_tokens=plan.context_tokens,
+        max_step_tokens=max_step_tokens,
+    )
+    on_network = pool.here.address is not None
+    listen = tcp_endpoint(pool.here.address, 0) if pool.here.address else f"ipc://{pool.run_dir}/driver"
+    receiver = ZmqReceiver(pool.context, listen, limits)
+    loads = [
+        Load(
+            fence=fence,
+            stage=index,
+            first=stage.first,
+            last=stage.last,
+            num_layers=model.spec.num_layers,
+            model_path=str(model.path),
+            compute_dtype=stage.compute_dtype,
+            wire_dtype=plan.wire_dtype,
+            next_dtype=plan.wire_dtype,
+            context_tokens=plan.context_tokens,
+            kv_capacity_tokens=plan.kv_capacity_tokens,
+            max_step_tokens=max_step_tokens,
+            listen="network" if on_network else "local",
+            weights=plan.weights,
+        )
+        for index, stage in enumerate(plan.stages)
+    ]
+    endpoints = pool.pool.listen(list(zip(workers, loads, strict=True)))
+    following = [*endpoints[1:], receiver.endpoint]
+    pool.pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
+    pool.pool.wait_until_loaded(workers, tick=lambda _: None)
+    sender = ZmqSender(pool.context, endpoints[0], limits, name="the bench")
+    try:
+        yield DrivenRing(pool, workers, fence, sender, receiver)
+    finally:
+        sender.close()
+        receiver.close()
