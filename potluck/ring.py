@@ -22,7 +22,7 @@ from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
 from transport.messages import Connect, Fence, Load
 
 MAX_STEP_TOKENS = 2048
-"""More than a step has in use; each stage's reserve holds what so many tokens take while they are computed."""
+"""A bound for what stages accept, more than the scheduler sends: a chunk of a prompt (`EngineLimits`) and decodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
