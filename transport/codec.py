@@ -90,7 +90,8 @@ def check(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimit
     if len(buffers) != expected_buffers:
         raise BadMessage(f"{type(message).__name__} with {len(buffers)} buffers, not {expected_buffers}")
     if isinstance(message, Hidden):
-        _check_ops(message.ops, limits)
+        if message.ops:
+            _check_ops(message.ops, limits)
         _check_hidden(message, _check_entries(message.entries, limits), buffers[0], limits)
         _check_seconds(message.seconds)
     elif isinstance(message, Sampled):

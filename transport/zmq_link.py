@@ -14,7 +14,7 @@ from transport.codec import EdgeLimits, decode_data, encode
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage, NeighbourGone
 from transport.link import Received
-from transport.messages import PROTOCOL_VERSION, DataMessage, Fence, Hello
+from transport.messages import PROTOCOL_VERSION, DataMessage, Hello
 from transport.wake import Wake
 
 CONNECT_TIMEOUT_S = 30.0
@@ -222,37 +222,33 @@ class ZmqReceiver:
             frame = receive(_NO_WAIT, False)
             body.append(frame.buffer)
         try:
-            received = decode_data(self._whole(body), self._limits)
+            received = decode_data(body if len(body) <= 2 else self._whole(body), self._limits)
         except BadMessage as error:
             self.num_refused += 1
             if peer != self._peer:
                 return None
             raise BadMessage(f"from {self._peer_name}: {error.message}") from error
-        if isinstance(received.message, Hello):
-            self._greet(peer, received.message)
+        message = received.message
+        if isinstance(message, Hello):
+            self._greet(peer, message)
             return None
-        if peer != self._peer or not self._is_current(received.message.fence):
+        if peer != self._peer or message.fence != self._limits.fence:
             self.num_refused += 1
             return None
         return received
 
     def _whole(self, frames: list[memoryview]) -> Sequence[bytes | memoryview]:
-        """The header, and the one buffer that a message has at most, put together if it came in pieces."""
-        if len(frames) <= 2:
-            return frames
+        """The header, and the one buffer that a message has at most, put together: it came in pieces."""
         num_bytes = sum(len(frame) for frame in frames[1:])
         if num_bytes > self._limits.max_message_bytes:
             raise BadMessage(f"a buffer of {num_bytes} bytes; at most {self._limits.max_message_bytes} are allowed")
         return [frames[0], b"".join(frames[1:])]
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
-        if self._peer is not None or hello.version != PROTOCOL_VERSION or not self._is_current(hello.fence):
+        if self._peer is not None or hello.version != PROTOCOL_VERSION or hello.fence != self._limits.fence:
             self.num_refused += 1
             return
         self._peer, self._peer_name = peer, hello.sender
-
-    def _is_current(self, fence: Fence) -> bool:
-        return fence == self._limits.fence
 
     def _note_disconnect(self) -> None:
         parse_monitor_message(self._monitor.recv_multipart())

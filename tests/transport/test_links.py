@@ -210,3 +210,27 @@ def test_an_endpoint_that_can_not_be_bound_is_an_error_with_its_name(
 def test_nobody_at_an_address_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     with pytest.raises(RingDown):
         ZmqSender(context, "tcp://127.0.0.1:1", LIMITS, name="engine", connect_timeout_s=0.5)
+
+
+def test_keys_can_be_set_on_both_ends(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    public, secret = zmq.curve_keypair()
+
+    def serve(sock: zmq.Socket[bytes]) -> None:
+        sock.setsockopt(zmq.CURVE_SERVER, 1)
+        sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
+
+    def know(sock: zmq.Socket[bytes]) -> None:
+        own_public, own_secret = zmq.curve_keypair()
+        sock.setsockopt(zmq.CURVE_SERVERKEY, public)
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, own_public)
+        sock.setsockopt(zmq.CURVE_SECRETKEY, own_secret)
+
+    receiver = ZmqReceiver(context, "tcp://127.0.0.1:*", LIMITS, prepare=serve)
+    with pytest.raises(RingDown):
+        ZmqSender(context, receiver.endpoint, LIMITS, name="stranger", connect_timeout_s=0.5)
+    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 0", prepare=know)
+    message, buffer = hidden(1)
+    sender.send(message, (buffer,))
+    assert bytes(next_message(receiver).buffers[0]) == bytes(buffer)
+    sender.close()
+    receiver.close()
