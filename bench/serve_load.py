@@ -69,6 +69,7 @@ class Measured:
                     _say(f"round {turn + 1} of {plan.rounds}: {cell} at {endpoint.url}")
                     chats = Chats(plan.mix, plan.words_of, seed=plan.seed + number, salt=salt + number * _APART)
                     outcome = asyncio.run(self._spell(endpoint, chats, cell, plan.seed + number))
+                    _interrupt_on_signals()  # a loop that ends leaves them as the system had them
                     spell = spell_of(outcome, cell)
                     if spell is not None:
                         self._spells.setdefault((place, which), []).append(spell)
@@ -177,8 +178,7 @@ def measure(options: argparse.Namespace, up_options: Sequence[str], stack: ExitS
 
 
 def main(arguments: Sequence[str]) -> int:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # stop the head in any case
+    _interrupt_on_signals()
     try:
         options, up_options = options_of(arguments)
         with ExitStack() as stack:
@@ -205,6 +205,12 @@ def _show(result: dict[str, Any], options: argparse.Namespace) -> None:
         options.markdown.write_text(markdown(result))
     if options.plot is not None:
         plot(result, options.plot)
+
+
+def _interrupt_on_signals() -> None:
+    """Also those that would end this process without stopping the head."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _say(line: str) -> None:

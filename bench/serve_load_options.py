@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,6 +64,11 @@ def options_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("--shared-prefix must be shorter than every --prompt")
     if options.output < 2:
         parser.error("--output is too small: gaps need 2 tokens")
+    for file in (options.json, options.markdown, options.plot):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"there is no folder {file.parent}")
+    if options.plot is not None and find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib", hint="pip install 'potluck[plots]'")
     if options.clients is None and options.rate is None:
         options.clients = [1, 4]
     return options, up_options

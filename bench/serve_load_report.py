@@ -92,6 +92,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
                 tail = f", {cached:.0f} of {length} tokens cached" if cached is not None else ""
                 name = f"turn {part[kind]} ({length} tokens)" if kind == "turn" else f"prompts of {part[kind]} tokens"
                 notes.append(f"{where}: {name}: first token {_spread(part, 'ttft_s', 1.0)} s{tail}")
+        if not any(row[end] for end in ("done", "failed", "refused_429", "refused_503", "unfinished")):
+            notes.append(f"{where}: no request began after the warm-up: take a longer --duration, a shorter --warm-up")
         notes += [f"{where}: {count} × {reason}" for reason, count in row["reasons"].items()]
     if any(row["unfinished"] for row in result["rows"]):
         notes.append("≥: requests without an answer when the load ended count with the time they had waited")

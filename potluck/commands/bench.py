@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(context: typer.Context) -> None:
-    """Measure tokens/s, time to first token and gaps: of the running head, or of one with MODEL (--help says more)."""
+    """Measure tokens/s, time to first token and gaps: of the running head, of one with MODEL, or, with --serve, of any
+    endpoint under load (--help says more)."""
     # Not the context's: it has lost the "--" that stands before options for the head.
     at = sys.argv.index("bench") + 1 if "bench" in sys.argv else len(sys.argv)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "bench.serve", *(sys.argv[at:] or context.args)])
