@@ -214,6 +214,7 @@ class _Task:
         with kernel.loop(i64(0), builder.mul(groups, i64(SPAN))) as number:
             position = builder.add(begin, builder.mul(number, i64(WIDTH)))
             rows = [self._held(keys, builder.add(position, i64(lane))) for lane in range(WIDTH)]
+            self._fetch_ahead(rows)
             group, half = builder.sdiv(number, i64(SPAN)), builder.srem(number, i64(SPAN))
             at = builder.mul(group, i64(GROUP * layout.query_bytes))
             target = kernel.at(self._scratch, builder.add(at, builder.mul(half, i64(VECTOR_BYTES))))
@@ -227,7 +228,16 @@ class _Task:
         with kernel.loop(i64(0), builder.mul(groups, i64(GROUP // per_word))) as number:
             position = builder.add(begin, builder.mul(number, i64(per_word)))
             rows = [self._held(values, builder.add(position, i64(i))) for i in range(per_word)]
+            self._fetch_ahead(rows)
             target = kernel.at(laid, builder.mul(number, i64(shape.head_bytes)))
             for part in range(parts):
                 for i, words in enumerate(products.value_words(kernel, shape, rows, part)):
                     kernel.store(words, kernel.at(target, VECTOR_BYTES * (per_word * part + i)), 4)
+
+    def _fetch_ahead(self, rows: list[Value]) -> None:
+        """Ask for the next piece's keys or values, which come while this one is computed with."""
+        kernel, row_bytes = self._kernel, self._shape.kv_row_bytes
+        for row in rows:
+            for at in range(0, row_bytes, 64):
+                ahead = kernel.at(row, PIECE * row_bytes + at)
+                kernel.call("llvm.prefetch.p0", VOID, [ahead, *(ir.Constant(I32, i) for i in (0, 2, 1))])
