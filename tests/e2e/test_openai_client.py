@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,9 +22,22 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def stages(url: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{url}/potluck/status", timeout=10).json()["stages"]
+def status(url: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=10).json()
     return found
+
+
+def stages(url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = status(url)["stages"]
+    return found
+
+
+def is_at_rest(url: str) -> bool:
+    """Nothing runs, and every stage holds what the engine keeps for prompts to come, and no more."""
+    found = status(url)
+    engine = found["engine"]
+    held = {stage["kv_tokens"] for stage in found["stages"]}
+    return engine["running_requests"] == 0 and engine["kv_tokens"] == 0 and held == {engine["cached_kv_tokens"]}
 
 
 def test_the_ring_is_mixed(url: str) -> None:
@@ -119,10 +131,10 @@ def test_a_client_that_leaves_frees_kv_on_every_stage(client: openai.OpenAI, url
     )
     for _, _chunk in zip(range(5), stream, strict=False):
         pass
-    assert all(stage["sequences"] == 1 for stage in stages(url))
+    assert status(url)["engine"]["running_requests"] == 1
+    assert status(url)["engine"]["kv_tokens"] > 0
     stream.close()
-    wait_until(lambda: all(stage["sequences"] == 0 for stage in stages(url)), 5.0, lambda: stages(url))
-    assert all(stage["kv_tokens"] == 0 for stage in stages(url))
+    wait_until(lambda: is_at_rest(url), 5.0, lambda: status(url))
 
 
 def test_a_client_that_leaves_without_streaming_too(url: str) -> None:
@@ -133,10 +145,25 @@ def test_a_client_that_leaves_without_streaming_too(url: str) -> None:
 
     thread = threading.Thread(target=leave)
     thread.start()
-    time.sleep(1.0)
-    assert any(stage["sequences"] == 1 for stage in stages(url))
+    wait_until(lambda: status(url)["engine"]["running_requests"] == 1, 1.8, lambda: status(url))
     thread.join()
-    wait_until(lambda: all(stage["sequences"] == 0 for stage in stages(url)), 5.0, lambda: stages(url))
+    wait_until(lambda: is_at_rest(url), 5.0, lambda: status(url))
+
+
+def test_a_second_turn_reuses_the_first(client: openai.OpenAI) -> None:
+    first: Any = [{"role": "user", "content": "Here is a list of words: " + "apple pear plum " * 40}]
+    options: Any = {"model": "smollm2", "temperature": 0, "max_tokens": 8}
+    reply = client.chat.completions.create(messages=first, **options)
+    assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+    turn = [
+        *first,
+        {"role": "assistant", "content": reply.choices[0].message.content},
+        {"role": "user", "content": "Again."},
+    ]
+    again = client.chat.completions.create(messages=turn, **options)
+    assert again.usage is not None and again.usage.prompt_tokens_details is not None
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None and reply.usage.prompt_tokens <= cached + 8 < again.usage.prompt_tokens
 
 
 @pytest.mark.parametrize(
