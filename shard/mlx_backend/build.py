@@ -12,6 +12,7 @@ from shard.checkpoint import Checkpoint
 from shard.mlx_backend.arguments import final_softcap, model_arguments
 from shard.mlx_backend.cpu_linear import for_cpu
 from shard.mlx_backend.families import Family, family_of
+from shard.mlx_backend.kv import kv_group
 from shard.mlx_backend.library import model_module
 from shard.mlx_backend.modules import StageModules
 from shard.mlx_backend.parts import Part, quantized
@@ -30,6 +31,7 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
     DoesNotFit where memory runs out.
     """
     family = family_of(checkpoint.config)
+    group = kv_group(spec.kv, checkpoint.spec.head_dim)
     if spec.device.endswith(":cpu"):
         mx.set_default_device(mx.cpu)
     modules, parts = _modules(checkpoint, spec, family)
@@ -43,7 +45,7 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
     if mx.default_device() == mx.Device(mx.cpu):
         for layer in modules.layers:
             for_cpu(layer)
-    return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes)
+    return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes, kv_group=group)
 
 
 def _modules(checkpoint: Checkpoint, spec: ShardSpec, family: Family) -> tuple[StageModules, list[Part]]:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from transport.errors import UnsupportedModel
+from transport.messages import KVForm
+
 BLOCK_TOKENS = 256
 """Buffers grow by at least this many tokens, so that a decode step writes in place instead of copying."""
 
@@ -20,20 +23,18 @@ class KVSlot:
     """Keys and values of one sequence in one layer, [1, kv_heads, tokens, head_dim], grown in blocks.
 
     A layer with a window keeps the last window + ROLLBACK_TOKENS positions, at most two blocks more between two moves,
-    however long the chunks are.
+    however long the chunks are. With a `group`, they are held in 8 bits with a scale and a bias for each group of so
+    many numbers, and dequantized for each step: that saves memory, not time.
     """
 
-    def __init__(self, window: int | None, context_tokens: int) -> None:
+    def __init__(self, window: int | None, context_tokens: int, group: int | None = None) -> None:
         self.offset = 0
         self._window = window
         self._context_tokens = context_tokens
+        self._group = group
         self._base = 0  # the absolute position of the buffers' first token
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [a for a in (self._keys, self._values) if a is not None]
+        # Of keys and then of values: themselves, or their numbers, scales and biases.
+        self.arrays: list[mx.array] = []
 
     @property
     def nbytes(self) -> int:
@@ -42,17 +43,18 @@ class KVSlot:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [1, kv_heads, n, head_dim]; return all positions that the first of them may see, and themselves."""
         start, num_new = self.offset, keys.shape[2]
+        new = self._encoded(keys) + self._encoded(values)
         if self._window is not None and num_new > BLOCK_TOKENS:
-            return self._append_long(keys, values)
-        self._reserve(keys, values)
-        assert self._keys is not None and self._values is not None
+            return self._append_long(new)
+        self._reserve(new)
         first = first_visible(start, self._window) - self._base
         begin, end = start - self._base, start - self._base + num_new
-        # Assignment to a slice replaces the array object; MLX reuses its buffer, as nothing else refers to it.
-        self._keys[..., begin:end, :] = keys
-        self._values[..., begin:end, :] = values
+        for held, added in zip(self.arrays, new, strict=True):
+            # Assignment to a slice replaces what the array object holds; MLX reuses its buffer, as nothing else refers
+            # to it.
+            held[..., begin:end, :] = added
         self.offset = start + num_new
-        return self._keys[..., first:end, :], self._values[..., first:end, :]
+        return self._decoded([held[..., first:end, :] for held in self.arrays])
 
     def can_truncate(self, length: int) -> bool:
         """Whether all that position `length` would look back at is still held."""
@@ -65,33 +67,42 @@ class KVSlot:
     def fork(self, length: int) -> KVSlot:
         """A slot with a copy, not yet evaluated, of what position `length` looks back at and ROLLBACK_TOKENS more."""
         assert length <= self.offset and self.can_truncate(length)
-        assert self._keys is not None and self._values is not None
-        copy = KVSlot(self._window, self._context_tokens)
+        copy = KVSlot(self._window, self._context_tokens, self._group)
         kept = self._kept(length)
         copy._base, copy.offset = length - kept, length
         # A slice alone would share the source's buffer: keep all of it alive, and make the next write to it a copy.
         # Joined to at least one row, it gets a buffer of its own.
         room = max(self._room(kept, 1), kept + 1)
         begin, end = length - kept - self._base, length - self._base
-        copy._keys = _moved(self._keys, self._keys, begin, end, room)
-        copy._values = _moved(self._values, self._values, begin, end, room)
+        copy.arrays = [_moved(held, held, begin, end, room) for held in self.arrays]
         return copy
 
-    def _append_long(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def _append_long(self, new: list[mx.array]) -> tuple[mx.array, mx.array]:
         """A chunk that is longer than a block, under a window: it attends over arrays of its own, and only their end is
         kept."""
         first = first_visible(self.offset, self._window)
-        if self._keys is not None and self._values is not None and first < self.offset:
+        if self.arrays and first < self.offset:
             seen = slice(first - self._base, self.offset - self._base)
-            keys = mx.concatenate([self._keys[..., seen, :], keys], axis=2)
-            values = mx.concatenate([self._values[..., seen, :], values], axis=2)
-        count = keys.shape[2]
+            new = [
+                mx.concatenate([held[..., seen, :], added], axis=2)
+                for held, added in zip(self.arrays, new, strict=True)
+            ]
+        count = new[0].shape[2]
         self.offset = first + count
         kept = min(count, self._kept(self.offset))
         self._base = self.offset - kept
-        room = kept + BLOCK_TOKENS
-        self._keys = _moved(keys, keys, count - kept, count, room)
-        self._values = _moved(values, values, count - kept, count, room)
+        self.arrays = [_moved(added, added, count - kept, count, kept + BLOCK_TOKENS) for added in new]
+        return self._decoded(new)
+
+    def _encoded(self, x: mx.array) -> list[mx.array]:
+        """[1, kv_heads, n, head_dim] as it is held: arrays [1, kv_heads, n, …]."""
+        return [x] if self._group is None else list(mx.quantize(x, group_size=self._group, bits=8))
+
+    def _decoded(self, arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """Keys and values [1, kv_heads, n, head_dim]."""
+        if self._group is None:
+            return arrays[0], arrays[1]
+        keys, values = (mx.dequantize(*part, group_size=self._group, bits=8) for part in (arrays[:3], arrays[3:]))
         return keys, values
 
     def _kept(self, length: int) -> int:
@@ -110,16 +121,16 @@ class KVSlot:
         rounded = -(-(kept + growth) // BLOCK_TOKENS) * BLOCK_TOKENS
         return max(kept + num_new, min(rounded, self._context_tokens))
 
-    def _reserve(self, keys: mx.array, values: mx.array) -> None:
-        """Make room for `keys`, dropping positions that are out of a window's reach."""
-        num_new, held = keys.shape[2], self.offset - self._base
-        capacity = 0 if self._keys is None else self._keys.shape[2]
+    def _reserve(self, new: list[mx.array]) -> None:
+        """Make room for `new`, dropping positions that are out of a window's reach."""
+        num_new, held = new[0].shape[2], self.offset - self._base
+        capacity = self.arrays[0].shape[2] if self.arrays else 0
         if held + num_new <= capacity:
             return
         kept = self._kept(self.offset)
         room = self._room(kept, num_new)
-        self._keys = _moved(self._keys, keys, held - kept, held, room)
-        self._values = _moved(self._values, values, held - kept, held, room)
+        old: list[mx.array | None] = [*self.arrays] or [None] * len(new)
+        self.arrays = [_moved(one, like, held - kept, held, room) for one, like in zip(old, new, strict=True)]
         self._base += held - kept
 
 
@@ -137,6 +148,20 @@ class DecodeSlots:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         rows = [slot.update_and_fetch(keys[i : i + 1], values[i : i + 1]) for i, slot in enumerate(self._slots)]
         return _padded([k for k, _ in rows]), _padded([v for _, v in rows])
+
+
+def kv_group(form: KVForm, head_dim: int | None) -> int | None:
+    """How many numbers of a head share a scale where KV is held in that form; None for none. Raises UnsupportedModel
+    for heads that 8 bits are not made for."""
+    if form == "full":
+        return None
+    for group in (128, 64, 32):
+        if head_dim is not None and head_dim % group == 0:
+            return group
+    heads = "heads of an unknown size" if head_dim is None else f"heads of {head_dim} dimensions"
+    raise UnsupportedModel(
+        f"MLX can't hold KV in 8 bits for {heads}: it takes multiples of 32", hint="leave --kv-cache 8-bit out"
+    )
 
 
 def first_visible(position: int, window: int | None) -> int:

@@ -16,12 +16,16 @@ from transport.messages import Entry, SequenceId
 
 
 class MlxShard:
-    """See `ShardBackend`. Single tokens of several sequences run as one batch, each longer chunk alone."""
+    """See `ShardBackend`. Single tokens of several sequences run as one batch, each longer chunk alone. `kv_group`: how
+    many numbers of the KV share a scale, where it is held in 8 bits."""
 
-    def __init__(self, *, spec: ShardSpec, modules: StageModules, weights_bytes: int) -> None:
+    def __init__(
+        self, *, spec: ShardSpec, modules: StageModules, weights_bytes: int, kv_group: int | None = None
+    ) -> None:
         self.spec = spec
         self.weights_bytes = weights_bytes
         self._modules = modules
+        self._kv_group = kv_group
         self._sequences: dict[SequenceId, list[KVSlot]] = {}
 
     def forward(self, batch: Batch) -> np.ndarray:
@@ -151,7 +155,7 @@ class MlxShard:
     def _slots(self, sequence: SequenceId) -> list[KVSlot]:
         slots = self._sequences.get(sequence)
         if slots is None:
-            slots = [KVSlot(window, self.spec.context_tokens) for window in self._modules.windows]
+            slots = [KVSlot(window, self.spec.context_tokens, self._kv_group) for window in self._modules.windows]
             self._sequences[sequence] = slots
         return slots
 
