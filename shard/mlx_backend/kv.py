@@ -102,8 +102,11 @@ class KVSlot:
         """Keys and values [1, kv_heads, n, head_dim]."""
         if self._group is None:
             return arrays[0], arrays[1]
-        keys, values = (mx.dequantize(*part, group_size=self._group, bits=8) for part in (arrays[:3], arrays[3:]))
-        return keys, values
+        keys, key_scales, key_biases, values, value_scales, value_biases = arrays
+        return (
+            mx.dequantize(keys, key_scales, key_biases, group_size=self._group, bits=8),
+            mx.dequantize(values, value_scales, value_biases, group_size=self._group, bits=8),
+        )
 
     def _kept(self, length: int) -> int:
         """How many of the positions held before `length` to keep."""
