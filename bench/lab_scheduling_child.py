@@ -19,14 +19,16 @@ from bench.scheduling_long import PREFILL_TOKENS, prefill
 from bench.scheduling_pool import pool_of_hosts
 from bench.scheduling_prompts import Prompts
 from bench.scheduling_report import filled_ring
-from bench.scheduling_streams import drive, hops_of, run_streams
+from bench.scheduling_streams import drive, hops_of, run_steadily
 from potluck.config import Settings
 from potluck.engine.tokenizer import Tokenizer
 from potluck.lan import ThisHost
 from potluck.paths import home_dir
 from potluck.store import Store
 
-_OUTPUT = 64
+# KV for about 60 chats of them.
+_STEADY_S, _STEADY_TOKENS = 8.0, 400
+_CONTEXT_TOKENS, _CONCURRENCY = 4096, 8
 
 
 def main() -> int:
@@ -45,7 +47,11 @@ def main() -> int:
     model = Store(home_dir()).resolve(options.model)
     prompts = Prompts(Tokenizer(model.path), model.spec.vocab_size)
     wanted = Settings(
-        context_tokens=4096, concurrency=4, use_all_devices=True, objective="throughput", layers=options.layers
+        context_tokens=_CONTEXT_TOKENS,
+        concurrency=_CONCURRENCY,
+        use_all_devices=True,
+        objective="throughput",
+        layers=options.layers,
     )
     with ExitStack() as stack:
         pool, apart = (stack.enter_context(pool_of_hosts(here, port)) for port in options.ports)
@@ -64,7 +70,7 @@ def main() -> int:
             return {"stage_s": found.stage_s, "hops_s": hops_s, "groups": filled_ring(found.stage_s, hops_s)}
 
         def filled(count: int) -> dict[str, Any]:
-            rate, steps = run_streams(ring, prompts, count, _OUTPUT)
+            rate, steps = run_steadily(ring, prompts, count, seconds=_STEADY_S, most_tokens=_STEADY_TOKENS)
             return {"tokens_per_s": rate, "rows": steps[0].rows, "stage_s": [step.seconds for step in steps]}
 
         def prefilled(number: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from bench.rings import BenchRing
@@ -12,9 +13,10 @@ from bench.scheduling_report import STREAMS, DecodeSteps, bound_tokens_per_s, bu
 from bench.stage_report import Round
 
 _STORY = "Write a long story about a lighthouse keeper and a storm. " * 8
-_PROMPT, _OUTPUT = 64, 96
+_PROMPT, _OUTPUT = 64, 128
 _DRIVEN_STEPS = 24
 _GROUPS = (1, 2, 4)
+_STEADY_S, _STEADY_TOKENS = 6.0, 1500
 
 
 def single(unsplit: BenchRing, one: EngineRing, two: EngineRing, number: int) -> Round:
@@ -69,7 +71,7 @@ def filled(ring: EngineRing, driven: DrivenRing, prompts: Prompts) -> Round:
     """4·B* chats against 1 / max stage, by the stages' own clocks."""
     apart = drive(driven, prompts, 1, 1)
     count = 4 * filled_ring(apart.stage_s, hops_of(apart))
-    tokens_per_s, steps = run_streams(ring, prompts, count, _OUTPUT)
+    tokens_per_s, steps = run_steadily(ring, prompts, count)
     return {
         "filled": tokens_per_s,
         "filled bound": min(step.rows / step.seconds for step in steps),
@@ -87,6 +89,27 @@ def run_streams(ring: EngineRing, prompts: Prompts, count: int, num_tokens: int)
     rate = times_of(answers).decode_tokens_per_s
     if rate == 0:
         raise RuntimeError(f"{count} chats never decoded at the same time")
+    return rate, [busiest(old, new) for old, new in zip(before, after, strict=True)]
+
+
+def run_steadily(
+    ring: EngineRing, prompts: Prompts, count: int, *, seconds: float = _STEADY_S, most_tokens: int = _STEADY_TOKENS
+) -> tuple[float, list[DecodeSteps]]:
+    """The same for more chats than can all be read before the first is answered: for some seconds once all of them
+    decode, by the last stage's count. Raises RuntimeError if one is over before with its `most_tokens`."""
+    door = ring.door
+    chats = [door.start(ring.request(most_tokens, text=text)) for text in prompts.texts(count, _PROMPT)]
+    door.wait(lambda: all(chat.chunks_s for chat in chats))
+    before, begin_s = ring.stats(), time.perf_counter()
+    door.wait_for_s(seconds)
+    after, end_s = ring.stats(), time.perf_counter()
+    num_ended = sum(chat.is_over for chat in chats)
+    for chat in chats:
+        door.cancel(chat)
+    door.wait(lambda: all(chat.is_over for chat in chats))
+    if num_ended:
+        raise RuntimeError(f"{num_ended} of {count} chats ended while they were measured")
+    rate = (after[-1].decode_tokens - before[-1].decode_tokens) / (end_s - begin_s)
     return rate, [busiest(old, new) for old, new in zip(before, after, strict=True)]
 
 

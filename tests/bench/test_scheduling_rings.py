@@ -11,7 +11,7 @@ from bench.scheduling_engine import engine_ring
 from bench.scheduling_long import turns
 from bench.scheduling_pool import pool_of_processes
 from bench.scheduling_prompts import Prompts
-from bench.scheduling_streams import run_streams
+from bench.scheduling_streams import run_steadily, run_streams
 from potluck.config import Settings
 from potluck.engine.tokenizer import Tokenizer
 from potluck.store import Store
@@ -31,6 +31,10 @@ def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Pa
         with engine_ring("ring", pool, model, plan, prompts.eos_ids) as ring:
             rate, steps = run_streams(ring, prompts, 2, 16)
             assert rate > 0 and len(steps) == 2 and all(1 <= step.rows <= 2 and step.seconds > 0 for step in steps)
+            rate, steps = run_steadily(ring, prompts, 2, seconds=0.5)
+            assert rate > 0 and len(steps) == 2
+            with pytest.raises(RuntimeError, match="2 of 2 chats ended"):
+                run_steadily(ring, prompts, 2, seconds=2.0, most_tokens=4)
             asked = [ring.door.start(ring.request(1500, text=text)) for text in prompts.texts(2, 64)]
             ring.door.wait(lambda: all(one.chunks_s for one in asked))
             ring.door.cancel(asked[0])
