@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import sys
 from itertools import pairwise
@@ -140,7 +141,7 @@ def test_many_short_sequences_take_little_and_leave_nothing() -> None:
     assert cache.num_bytes() == 64 * 4 * committed(20)
     assert num_maps() - maps <= 64 + 4
     taken = resident_bytes() - before
-    assert cache.num_bytes() <= taken <= 1.5 * cache.num_bytes() + 2**20
+    assert 0.9 * cache.num_bytes() <= taken <= 1.5 * cache.num_bytes() + 2**20
     for number in range(64):
         cache.release(SequenceId(number))
     assert cache.num_bytes() == 0
@@ -148,6 +149,7 @@ def test_many_short_sequences_take_little_and_leave_nothing() -> None:
 
 
 def resident_bytes() -> int:
+    gc.collect()  # What other tests left must not go in between.
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
