@@ -23,7 +23,7 @@ from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
 from tests.engine.engine_process import slowly_forever
 from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, script
-from transport.errors import BadRequest, RingDown
+from transport.errors import BadRequest, Busy, RingDown
 from transport.messages import Sampling
 from transport.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
 
@@ -177,6 +177,33 @@ def test_a_cancel_is_not_lost_while_the_prompt_is_tokenized(door: Door) -> None:
 
     assert isinstance(asyncio.run(ask())[-1], Aborted)
     _eventually(door.is_empty)
+
+
+@pytest.mark.parametrize(("bound", "most"), [("_MAX_PREPARING", 1), ("_MAX_PREPARING_BYTES", 1000)])
+def test_more_prompts_than_can_wait_for_the_tokenizer_are_refused(
+    door: Door, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
+) -> None:
+    monkeypatch.setattr(f"potluck.engine.api_server.{bound}", most)
+    client, entered, go = door.client(), threading.Event(), threading.Event()
+    submit = door.engine.submit
+
+    def slow_submit(request: Submit) -> None:
+        entered.set()
+        go.wait()
+        submit(request)
+
+    door.engine.submit = slow_submit  # type: ignore[method-assign]
+
+    async def ask() -> tuple[list[EngineEvent], list[EngineEvent]]:
+        first = asyncio.create_task(_all(client.submit(_submit("first"))))
+        await asyncio.to_thread(entered.wait)
+        refused = await asyncio.wait_for(_all(client.submit(_submit("second", "hi" * 1000))), 5.0)
+        go.set()
+        return await asyncio.wait_for(first, 5.0), refused
+
+    answered, (refused,) = asyncio.run(ask())
+    assert isinstance(answered[-1], Finished)
+    assert isinstance(refused, RequestFailed) and refused.code == Busy.code
 
 
 def test_a_client_that_vanishes_takes_its_requests_along(door: Door) -> None:
