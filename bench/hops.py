@@ -1,6 +1,6 @@
 """What does one hop between neighbours cost? Potluck's links beside ZeroMQ alone, and the hop of a real ring.
 
-potluck bench --hops [--rounds 3] [--trips 100] [--pause-ms 3] [--model smollm2 | --no-ring] [--json FILE]
+potluck bench --hops [--rounds 6] [--trips 50] [--pause-ms 3] [--model smollm2 | --no-ring] [--json FILE]
 Two processes of this machine send one message back and forth. Before each, the sender keeps a core busy like a stage
 that reads its weights, while the other one sleeps: that is how messages come in a ring, and it is what costs. A hop is
 from a stage's result to the checked message in the other process. "ZeroMQ" sends the same bytes without making or
@@ -34,6 +34,7 @@ from transport.errors import PotluckError
 
 HIDDEN_SIZE = 576
 NUM_STAGES = 2
+_RING_TOKENS = 64
 CARRIERS: tuple[Carrier, ...] = ("ipc", "tcp", "curve")
 WAYS: tuple[Way, ...] = ("raw", "potluck")
 
@@ -124,15 +125,15 @@ def _exchange(
     return [came - sent for all_sent, all_came in pairs for sent, came in zip(all_sent, all_came, strict=True)]
 
 
-def measure_ring(model: str, *, rounds: int, num_tokens: int) -> dict[str, Any]:
+def measure_ring(model: str, *, rounds: int) -> dict[str, Any]:
     """The hop of a ring of two stages that serves one chat. Raises PotluckError."""
     from bench.rings import PROMPT, split_ring  # loads torch, which links alone do not need
 
     path = Store(home_dir()).pull(model, lambda _: None).path
     _say(f"a ring of {NUM_STAGES} stages with {model}")
     with split_ring(path, "bfloat16", NUM_STAGES) as ring:
-        ring.run(PROMPT, num_tokens)  # warm
-        found = [ring.run(PROMPT, num_tokens) for _ in range(rounds)]
+        ring.run(PROMPT, _RING_TOKENS)  # warm
+        found = [ring.run(PROMPT, _RING_TOKENS) for _ in range(rounds)]
     hops = Seconds.of([seconds for run in found for seconds in run.hops_s])
     return {"model": model, "stages": NUM_STAGES, **asdict(hops)}
 
@@ -145,8 +146,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="potluck bench --hops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trips", type=int, default=100, help="messages each way in a round")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--trips", type=int, default=50, help="messages each way in a round")
     parser.add_argument("--pause-ms", type=float, default=3.0, help="computing before each message")
     parser.add_argument("--model", default="smollm2", help="a model of the store, for the ring")
     parser.add_argument("--no-ring", action="store_true", help="links only")
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--rounds, --trips or --pause-ms is out of range")
     try:
         rows = measure_links(rounds=options.rounds, trips=options.trips, pause_s=options.pause_ms / 1e3)
-        ring = None if options.no_ring else measure_ring(options.model, rounds=options.rounds, num_tokens=options.trips)
+        ring = None if options.no_ring else measure_ring(options.model, rounds=options.rounds)
     except (PotluckError, RuntimeError) as error:
         _say(f"error: {error}")
         return 1

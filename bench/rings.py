@@ -110,6 +110,7 @@ class BenchRing:
                 kv_capacity_tokens=CONTEXT_TOKENS,
                 vocab_size=spec.vocab_size,
                 num_stages=num_stages,
+                prefix_cache=False,  # every run computes its whole prompt
             ),
             fence=fence,
             emit=lambda event: self._events.put((time.perf_counter(), event)),
