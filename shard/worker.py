@@ -98,10 +98,6 @@ class Worker:
 
     def _serve(self, load: Load) -> None:
         spec = self._shard_spec(load)
-        if spec.kv != "full":
-            raise ConfigError(
-                f"KV can't be held in {spec.kv} form on {self._register.backend} yet", hint="leave --kv-cache out"
-            )
         checkpoint = open_checkpoint(Path(load.model_path))
         limits = EdgeLimits(
             fence=load.fence,

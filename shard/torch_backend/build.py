@@ -36,7 +36,14 @@ def build(
     reason = lean_reason(checkpoint.config, stacked_experts=has_stacked_experts(checkpoint.tensors))
     if path == "lean" and reason is not None:
         raise UnsupportedModel(reason, hint="the library path may run it")
-    if path == "lean" or (path == "auto" and reason is None):
+    is_lean = path == "lean" or (path == "auto" and reason is None)
+    if spec.kv != "full" and (device.type != "cpu" or not is_lean):
+        raise UnsupportedModel(
+            f"KV can't be held in 8 bits on {spec.device}"
+            + ("" if is_lean else f", where transformers runs this model: {reason or 'it was asked to'}"),
+            hint="leave --kv-cache out",
+        )
+    if is_lean:
         return build_lean(checkpoint, spec, device, progress)
     return _build_library(checkpoint, spec, device, progress)
 

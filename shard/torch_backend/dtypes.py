@@ -12,7 +12,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-DTYPE_NAMES: dict[torch.dtype, DType] = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
 NUMPY_DTYPES: dict[DType, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,

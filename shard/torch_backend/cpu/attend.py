@@ -10,7 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from shard.torch_backend.cpu.builder import F32, I32, I64, PTR, Kernel, Value, f32, filled, i64, vector
-from shard.torch_backend.cpu.heads import AttendShape, store_kv, turned, vectors_at
+from shard.torch_backend.cpu.heads import AttendShape, scale_of, store_kv, turned, vectors_at
 from shard.torch_backend.cpu.mathematics import (
     WIDTH,
     exp,
@@ -125,7 +125,7 @@ class _Task:
         self, queries: list[list[Value]], keys: Value, positions: Value, padded: Value, rows: list[Value]
     ) -> list[Value]:
         """Scores of each query head at each position, −∞ in the padding; each head's largest."""
-        kernel, builder = self._kernel, self._kernel.builder
+        kernel, builder, shape = self._kernel, self._kernel.builder, self._shape
         lowest = filled(F32, WIDTH, float("-inf"))
         last = builder.mul(builder.sub(padded, i64(WIDTH)), i64(4))
         for scores in rows:
@@ -134,13 +134,17 @@ class _Task:
         for maximum in maxima:
             builder.store(f32(float("-inf")), maximum)
         with kernel.loop(i64(0), positions) as position:
-            key = self._load_kv(kernel.at(keys, builder.mul(position, i64(self._shape.kv_row_bytes))))
+            row = kernel.at(keys, builder.mul(position, i64(shape.kv_row_bytes)))
+            key = self._load_kv(row)
+            scale = scale_of(kernel, shape, row) if shape.has_scales else None
             at = builder.mul(position, i64(4))
             for query, scores, maximum in zip(queries, rows, maxima, strict=True):
                 products = builder.fmul(query[0], key[0])
                 for a, b in zip(query[1:], key[1:], strict=True):
                     products = kernel.fma(a, b, products)
                 score = sum_of(kernel, products)
+                if scale is not None:
+                    score = builder.fmul(score, scale)
                 kernel.store(score, kernel.at(scores, at), 4)
                 before = builder.load(maximum, typ=F32)
                 builder.store(builder.select(builder.fcmp_ordered(">", score, before), score, before), maximum)
@@ -165,15 +169,18 @@ class _Task:
 
     def _gather(self, rows: list[Value], sums: list[Value], values: Value, positions: Value, out: Value) -> None:
         """out = Σ weight · value / Σ weight, for a few query heads."""
-        kernel, builder = self._kernel, self._kernel.builder
+        kernel, builder, shape = self._kernel, self._kernel.builder, self._shape
         totals = [[kernel.variable(self._floats) for _ in range(self._vectors)] for _ in rows]
         for total in (total for head in totals for total in head):
             builder.store(ir.Constant(self._floats, None), total)
         with kernel.loop(i64(0), positions) as position:
-            value = self._load_kv(kernel.at(values, builder.mul(position, i64(self._shape.kv_row_bytes))))
+            row = kernel.at(values, builder.mul(position, i64(shape.kv_row_bytes)))
+            value = self._load_kv(row)
+            scale = scale_of(kernel, shape, row) if shape.has_scales else None
             at = builder.mul(position, i64(4))
             for scores, head in zip(rows, totals, strict=True):
-                weight = kernel.splat(kernel.load(kernel.at(scores, at), F32, 4), self._width)
+                one = kernel.load(kernel.at(scores, at), F32, 4)
+                weight = kernel.splat(one if scale is None else builder.fmul(one, scale), self._width)
                 for part, total in zip(value, head, strict=True):
                     builder.store(kernel.fma(weight, part, builder.load(total, typ=self._floats)), total)
         for number, (head, total_weight) in enumerate(zip(totals, sums, strict=True)):

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from shard.torch_backend.cpu.attend_tile import GROUP, PIECE, SPAN, VECTOR_BYTES, Layout, Tiles, groups_in
 from shard.torch_backend.cpu.builder import F32, I32, I64, PTR, VOID, Kernel, Value, f32, filled, i64, vector
-from shard.torch_backend.cpu.heads import AttendShape, store_kv, turned, vectors_at
+from shard.torch_backend.cpu.heads import AttendShape, scale_of, store_kv, turned, vectors_at
 from shard.torch_backend.cpu.mathematics import LOG2_E, WIDTH, sum_of, transposed
 from shard.torch_backend.cpu.products import Products
 from shard.torch_backend.cpu.rowwise import read_fields
@@ -223,6 +223,8 @@ class _Task:
                 place = kernel.at(target, builder.mul(part, i64(WIDTH * SPAN * VECTOR_BYTES)))
                 for i, column in enumerate(transposed(kernel, loaded)):
                     kernel.store(column, kernel.at(place, SPAN * VECTOR_BYTES * i), 4)
+            if shape.has_scales:
+                self._lay_out_scales(rows, number, WIDTH, layout.key_scales_at)
         laid = kernel.at(self._scratch, layout.values_at)
         per_word = products.per_word
         with kernel.loop(i64(0), builder.mul(groups, i64(GROUP // per_word))) as number:
@@ -233,6 +235,15 @@ class _Task:
             for part in range(parts):
                 for i, words in enumerate(products.value_words(kernel, shape, rows, part)):
                     kernel.store(words, kernel.at(target, VECTOR_BYTES * (per_word * part + i)), 4)
+            if shape.has_scales:
+                self._lay_out_scales(rows, number, per_word, layout.value_scales_at)
+
+    def _lay_out_scales(self, rows: list[Value], number: Value, count: int, at: int) -> None:
+        """Of `count` positions at a time, one after another."""
+        kernel = self._kernel
+        place = kernel.at(self._scratch, kernel.builder.add(kernel.builder.mul(number, i64(4 * count)), i64(at)))
+        for i, row in enumerate(rows):
+            kernel.store(scale_of(kernel, self._shape, row), kernel.at(place, 4 * i), 4)
 
     def _fetch_ahead(self, rows: list[Value]) -> None:
         """Ask for the next piece's keys or values, which come while this one is computed with."""

@@ -37,7 +37,10 @@ class Layout:
         self.values_at = PIECE * self.query_bytes
         self.scores_at = self.values_at + PIECE // products.per_word * shape.head_bytes
         self.scales_at = self.scores_at + 8 * self.score_bytes
-        self.rows_at = self.scales_at + 8 * VECTOR_BYTES
+        # Of keys and of values held in 8 bits: a float each.
+        self.key_scales_at = self.scales_at + 8 * VECTOR_BYTES
+        self.value_scales_at = self.key_scales_at + (4 * PIECE if shape.has_scales else 0)
+        self.rows_at = self.value_scales_at + (4 * PIECE if shape.has_scales else 0)
         self.row_bytes = self.query_bytes + shape.head_bytes + 2 * VECTOR_BYTES
         self.sums_of_values_at = self.query_bytes
         self.sum_at = self.sums_of_values_at + shape.head_bytes
@@ -112,6 +115,10 @@ class Tiles:
                 place = kernel.at(self._scores(i64(number)), builder.mul(group, i64(4 * GROUP)))
                 for i, total in enumerate(row):
                     score = builder.load(total, typ=_FLOATS)
+                    if shape.has_scales:
+                        scales = kernel.at(self._scratch, builder.mul(group, i64(4 * GROUP)))
+                        scale = kernel.load(kernel.at(scales, layout.key_scales_at + VECTOR_BYTES * i), _FLOATS, 4)
+                        score = builder.fmul(score, scale)
                     if shape.softcap is not None:
                         score = builder.fmul(softcapped(kernel, score, shape.softcap), filled(F32, WIDTH, LOG2_E))
                     kernel.store(score, kernel.at(place, VECTOR_BYTES * i), 4)
@@ -156,8 +163,11 @@ class Tiles:
         with kernel.loop(i64(0), score_bytes, i64(VECTOR_BYTES)) as at:
             score = kernel.load(kernel.at(scores, at), _FLOATS, 4)
             weight = power_of_two(kernel, builder.fsub(score, maxima), products.degree)
-            products.store(kernel, weight, kernel.at(scores, builder.sdiv(at, i64(products.per_word))))
             builder.store(builder.fadd(builder.load(total, typ=_FLOATS), weight), total)
+            if self._shape.has_scales:
+                place = kernel.at(self._scratch, builder.add(at, i64(layout.value_scales_at)))
+                weight = builder.fmul(weight, kernel.load(place, _FLOATS, 4))
+            products.store(kernel, weight, kernel.at(scores, builder.sdiv(at, i64(products.per_word))))
         kernel.store(builder.load(total, typ=_FLOATS), sum_place, 4)
 
     def _gather(self, first: Value, numbers: range, groups: Value) -> None:

@@ -29,10 +29,11 @@ ChunkSeat = tuple[int, int, int, int, int, int, int]
 """`RUN_FIELDS` of a run."""
 
 
-def best_products(shape: AttendShape) -> Products | None:
-    """Those of this machine for KV of that kind; None where heads are of an odd size."""
+def best_products(shape: AttendShape, *, exact: bool) -> Products | None:
+    """Those of this machine for KV of that kind; float32 where all is to be `exact`. None where heads are of an odd
+    size."""
     bfloats, floats = BFloatProducts(), FloatProducts()
-    if bfloats.takes(shape) and host_has_bfloat_dots():
+    if not exact and bfloats.takes(shape) and host_has_bfloat_dots():
         return bfloats
     return floats if floats.takes(shape) else None
 

@@ -7,21 +7,26 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from shard.torch_backend.cpu.builder import F32, Kernel, Type, Value, f32, vector
-from shard.torch_backend.cpu.mathematics import WIDTH, float_bytes, store_floats, sum_of
-from transport.messages import DType
+from shard.torch_backend.cpu.builder import F32, I8, I32, Kernel, Type, Value, f32, vector
+from shard.torch_backend.cpu.mathematics import WIDTH, Held, float_bytes, store_floats, sum_of
+
+SCALE_BYTES = 4
+_LARGEST = 127.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendShape:
     """`rotary` features of each head are turned, pairs (i, i + rotary / 2); 0 for none. `eps` is None without norms of
-    queries and keys. head_dim is a multiple of 8, rotary one of 16. `softcap` caps scores before the softmax."""
+    queries and keys. head_dim is a multiple of 8, rotary one of 16. `softcap` caps scores before the softmax.
+
+    KV is held in `kv_dtype`. A row of int8 is a head's integers and then their scale, float32: x = scale · i.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     rotary: int
-    kv_dtype: DType
+    kv_dtype: Held
     scale: float
     eps: float | None
     softcap: float | None = None
@@ -39,7 +44,11 @@ class AttendShape:
     @property
     def kv_row_bytes(self) -> int:
         """Of one position's key, or value, of one head."""
-        return self.head_dim * float_bytes(self.kv_dtype)
+        return self.head_dim * float_bytes(self.kv_dtype) + (SCALE_BYTES if self.has_scales else 0)
+
+    @property
+    def has_scales(self) -> bool:
+        return self.kv_dtype == "int8"
 
     @property
     def width(self) -> int:
@@ -84,6 +93,31 @@ def turned(kernel: Kernel, shape: AttendShape, parts: list[Value], norm: Value, 
 
 
 def store_kv(kernel: Kernel, shape: AttendShape, parts: list[Value], pointer: Value) -> None:
+    """Put a head down as a row of KV."""
+    if shape.kv_dtype == "int8":
+        _store_integers(kernel, shape, parts, pointer)
+        return
     step = shape.width * float_bytes(shape.kv_dtype)
     for i, part in enumerate(parts):
         store_floats(kernel, part, kernel.at(pointer, step * i), shape.kv_dtype)
+
+
+def scale_of(kernel: Kernel, shape: AttendShape, row: Value) -> Value:
+    """The scale of a row of int8."""
+    return kernel.load(kernel.at(row, shape.head_dim), F32, 4)
+
+
+def _store_integers(kernel: Kernel, shape: AttendShape, parts: list[Value], pointer: Value) -> None:
+    builder, width = kernel.builder, shape.width
+    sizes = [kernel.unary("fabs", part) for part in parts]
+    while len(sizes) > 1:
+        sizes = [kernel.call(f"llvm.maximum.v{width}f32", shape.floats, sizes[:2]), *sizes[2:]]
+    # Of a NaN this makes NaN, and so of the whole row: what is wrong shows.
+    largest = kernel.call(f"llvm.vector.reduce.fmaximum.v{width}f32", F32, sizes)
+    some = builder.fcmp_ordered(">", largest, f32(1e-30))
+    inverse = builder.select(some, builder.fdiv(f32(_LARGEST), largest), f32(0.0))
+    for i, part in enumerate(parts):
+        rounded = kernel.unary("rint", builder.fmul(part, kernel.splat(inverse, width)))
+        integers = builder.trunc(builder.fptosi(rounded, vector(I32, width)), vector(I8, width))
+        kernel.store(integers, kernel.at(pointer, width * i))
+    kernel.store(builder.fmul(largest, f32(1 / _LARGEST)), kernel.at(pointer, shape.head_dim), 4)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import factorial, log
+from typing import Literal
 
 from llvmlite import ir
 
-from shard.torch_backend.cpu.builder import F16, F32, I16, I32, Kernel, Type, Value, filled, vector
+from shard.torch_backend.cpu.builder import F16, F32, I8, I16, I32, Kernel, Type, Value, filled, vector
 from transport.messages import DType
+
+Held = DType | Literal["int8"]
+"""What numbers are kept as; 8 bits are integers, which a scale that is kept elsewhere goes with."""
 
 WIDTH = 16
 """Floats that a kernel handles at once; the code generator splits them where vectors are shorter."""
@@ -74,13 +78,15 @@ def _clamped(kernel: Kernel, x: Value) -> Value:
     return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
-def float_bytes(dtype: DType) -> int:
-    return 4 if dtype == "float32" else 2
+def float_bytes(held: Held) -> int:
+    return {"float32": 4, "int8": 1}.get(held, 2)
 
 
-def load_floats(kernel: Kernel, pointer: Value, dtype: DType, count: int) -> Value:
+def load_floats(kernel: Kernel, pointer: Value, dtype: Held, count: int) -> Value:
     """`count` numbers of `dtype` → float32 vector."""
     builder = kernel.builder
+    if dtype == "int8":
+        return builder.sitofp(kernel.load(pointer, vector(I8, count), 1), vector(F32, count))
     if dtype == "bfloat16":
         bits = builder.zext(kernel.load(pointer, vector(I16, count), 2), vector(I32, count))
         return builder.bitcast(builder.shl(bits, filled(I32, count, 16)), vector(F32, count))

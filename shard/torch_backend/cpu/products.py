@@ -69,14 +69,15 @@ class FloatProducts:
 
 
 class BFloatProducts:
-    """Implements Products, for KV in bfloat16: keys and values as they are, queries and weights rounded to it."""
+    """Implements Products, for KV in bfloat16, or in integers of 8 bits, which bfloat16 has too: keys and values as
+    they are, queries and weights rounded."""
 
     name = "bfloats"
     per_word = 2
     degree = 4
 
     def takes(self, shape: AttendShape) -> bool:
-        return shape.kv_dtype == "bfloat16" and shape.head_dim % (2 * WIDTH) == 0
+        return shape.kv_dtype in ("bfloat16", "int8") and shape.head_dim % (2 * WIDTH) == 0
 
     def multiply_add(self, kernel: Kernel, sums: Value, a: Value, b: Value) -> Value:
         pairs = [kernel.builder.bitcast(words, vector(BF16, 2 * WIDTH)) for words in (a, b)]
@@ -86,14 +87,23 @@ class BFloatProducts:
         kernel.store(kernel.builder.fptrunc(floats, vector(BF16, floats.type.count)), pointer, 2)
 
     def key_words(self, kernel: Kernel, shape: AttendShape, key: Value, part: Value) -> Value:
-        at = kernel.builder.mul(part, ir.Constant(part.type, 4 * WIDTH))
-        return kernel.load(kernel.at(key, at), _WORDS, 2)
+        at = kernel.builder.mul(part, ir.Constant(part.type, 2 * WIDTH * float_bytes(shape.kv_dtype)))
+        return kernel.builder.bitcast(self._bits(kernel, shape, kernel.at(key, at)), _WORDS)
 
     def value_words(self, kernel: Kernel, shape: AttendShape, values: list[Value], part: int) -> list[Value]:
-        one, other = (kernel.load(kernel.at(value, 4 * WIDTH * part), vector(I16, 2 * WIDTH), 2) for value in values)
+        step = 2 * WIDTH * float_bytes(shape.kv_dtype)
+        one, other = (self._bits(kernel, shape, kernel.at(value, step * part)) for value in values)
         found = []
         for half in range(2):
             mask = [place for i in range(WIDTH * half, WIDTH * (half + 1)) for place in (i, 2 * WIDTH + i)]
             pairs = kernel.builder.shuffle_vector(one, other, ir.Constant(vector(I32, 2 * WIDTH), mask))
             found.append(kernel.builder.bitcast(pairs, _WORDS))
         return found
+
+    def _bits(self, kernel: Kernel, shape: AttendShape, pointer: Value) -> Value:
+        """32 numbers as bfloat16, in integers of 16 bits."""
+        if shape.kv_dtype == "bfloat16":
+            return kernel.load(pointer, vector(I16, 2 * WIDTH), 2)
+        floats = load_floats(kernel, pointer, shape.kv_dtype, 2 * WIDTH)
+        rounded = kernel.builder.fptrunc(floats, vector(BF16, 2 * WIDTH))
+        return kernel.builder.bitcast(rounded, vector(I16, 2 * WIDTH))

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from shard.torch_backend.attention import Run, attend
+from shard.torch_backend.dtypes import TORCH_DTYPES
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
 from shard.torch_backend.lean.native_attention import NativeChunk, NativeDecode, native_attention
 from shard.torch_backend.lean.ops import Norm, decode_attention, rms_norm, rotate_
 from shard.torch_backend.lean.step import LeanStep
 from shard.torch_backend.linear import Linear
+from transport.messages import DType, KVForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,8 @@ class AttentionWeights:
 
 
 class Attention:
-    """One layer's attention. KV is held in `kv_dtype`; the rest is computed in the dtype of what comes in."""
+    """One layer's attention. KV is held in the compute dtype, or as `kv` says; the rest is computed in the dtype of
+    what comes in."""
 
     def __init__(
         self,
@@ -37,7 +40,8 @@ class Attention:
         config: LeanConfig,
         facts: LayerFacts,
         index: int,
-        kv_dtype: torch.dtype,
+        compute_dtype: DType,
+        kv: KVForm,
         *,
         on_cpu: bool,
     ) -> None:
@@ -49,11 +53,11 @@ class Attention:
         self._softcap = config.attention_softcap
         self._facts = facts
         self._index = index
-        self._kv_dtype = kv_dtype
+        self._kv_dtype = TORCH_DTYPES[compute_dtype]
         self.native_decode: NativeDecode | None = None
         self.native_chunk: NativeChunk | None = None
         if on_cpu:
-            found = native_attention(config, facts, index, kv_dtype, weights.qk_norm)
+            found = native_attention(config, facts, index, compute_dtype, kv, weights.qk_norm)
             self.native_decode, self.native_chunk = found
 
     def __call__(self, x: torch.Tensor, step: LeanStep) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 
 from shard.checkpoint import Checkpoint
 from shard.stage import ShardSpec
-from shard.torch_backend.dtypes import TORCH_DTYPES
 from shard.torch_backend.lean.attention import Attention, AttentionWeights
 from shard.torch_backend.lean.config import ExpertFacts, LeanConfig, resolve
 from shard.torch_backend.lean.experts import SparseMlp
@@ -56,7 +55,6 @@ class _Assembly:
     def _layer(self, index: int) -> Layer:
         config = self.config
         prefix = f"model.layers.{index}."
-        kv_dtype = TORCH_DTYPES[self.spec.compute_dtype]
         weights = self._attention(f"{prefix}self_attn.")
         return Layer(
             norms=LayerNorms(
@@ -66,7 +64,13 @@ class _Assembly:
                 after_mlp=self._layer_norm(prefix, config.norms.after_mlp),
             ),
             attention=Attention(
-                weights, config, config.layers[index], index, kv_dtype, on_cpu=self.device.type == "cpu"
+                weights,
+                config,
+                config.layers[index],
+                index,
+                self.spec.compute_dtype,
+                self.spec.kv,
+                on_cpu=self.device.type == "cpu",
             ),
             mlp=self._feed_forward(f"{prefix}mlp.", config.experts if config.layers[index].is_sparse else None),
             residual_multiplier=config.residual_multiplier,

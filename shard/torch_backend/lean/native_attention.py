@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shard.torch_backend.dtypes import DTYPE_NAMES
+from shard.torch_backend.dtypes import TORCH_DTYPES
 from shard.torch_backend.lean.config import LayerFacts, LeanConfig
 from shard.torch_backend.lean.ops import Norm
 from shard.torch_backend.lean.step import LeanStep, Piece
+from transport.errors import UnsupportedModel
+from transport.messages import DType, KVForm
 
 if TYPE_CHECKING:
     from shard.torch_backend.cpu.chunk_attention import ChunkAttention, ChunkPlaces, ChunkSeat
@@ -74,9 +76,10 @@ class NativeChunk:
 
 
 def native_attention(
-    config: LeanConfig, facts: LayerFacts, index: int, kv_dtype: torch.dtype, qk_norm: Norm | None
+    config: LeanConfig, facts: LayerFacts, index: int, compute_dtype: DType, kv: KVForm, qk_norm: Norm | None
 ) -> tuple[NativeDecode | None, NativeChunk | None]:
-    """None where the kernels have no such attention: heads of an odd size, float16 on an old processor."""
+    """None where the kernels have no such attention: heads of an odd size, float16 on an old processor. Raises
+    UnsupportedModel there if KV is to be held in 8 bits, which nothing else can."""
     from shard.torch_backend.cpu.chunk_attention import ChunkAttention, best_products
     from shard.torch_backend.cpu.compile import host_has_halves
     from shard.torch_backend.cpu.heads import AttendShape
@@ -88,19 +91,26 @@ def native_attention(
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         rotary=rotary,
-        kv_dtype=DTYPE_NAMES[kv_dtype],
+        kv_dtype=compute_dtype if kv == "full" else "int8",
         scale=config.attention_scale,
         eps=None if qk_norm is None else config.norm_eps,
         softcap=config.attention_softcap,
     )
-    if not shape.is_supported() or (kv_dtype == torch.float16 and not host_has_halves()):
+    products = best_products(shape, exact=compute_dtype == "float32")
+    if kv == "8-bit" and (products is None or not shape.is_supported()):
+        raise UnsupportedModel(
+            f"KV can't be held in 8 bits: the CPU has no such attention for heads of {config.head_dim} features",
+            hint="leave --kv-cache out",
+        )
+    if not shape.is_supported() or (shape.kv_dtype == "float16" and not host_has_halves()):
         return None, None
     norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if qk_norm is not None:
         norms = (qk_norm.weight[0].contiguous(), qk_norm.weight[config.num_heads].contiguous())
-    like = torch.empty((config.num_kv_heads, 1, config.head_dim), dtype=kv_dtype)
+    like = torch.empty((config.num_kv_heads, 1, config.head_dim), dtype=TORCH_DTYPES[compute_dtype])
+    if kv == "8-bit":
+        like = torch.empty((config.num_kv_heads, 1, shape.kv_row_bytes), dtype=torch.int8)
     decode = NativeDecode(DecodeAttention(shape, *norms), facts, index, like)
-    products = best_products(shape)
     if products is None:
         return decode, None
     return decode, NativeChunk(ChunkAttention(shape, products, facts.window, *norms), facts, index, like)

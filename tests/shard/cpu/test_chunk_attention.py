@@ -18,15 +18,19 @@ from shard.torch_backend.dtypes import TORCH_DTYPES
 from tests.shard.cpu.test_layer_ops import normal, turned
 from transport.messages import DType
 
-BFLOATS = pytest.param(
-    "bfloat16",
-    BFloatProducts(),
-    marks=pytest.mark.skipif(not host_has_bfloat_dots(), reason="this processor has no products of bfloat16"),
-    id="bfloats",
+BFLOATS, INT8_BFLOATS = (
+    pytest.param(
+        dtype,
+        BFloatProducts(),
+        marks=pytest.mark.skipif(not host_has_bfloat_dots(), reason="this processor has no products of bfloat16"),
+        id=f"{dtype}-pairs",
+    )
+    for dtype in ("bfloat16", "int8")
 )
 KINDS = [
-    *(pytest.param(dtype, FloatProducts(), id=dtype) for dtype in ("float32", "bfloat16", "float16")),
+    *(pytest.param(dtype, FloatProducts(), id=dtype) for dtype in ("float32", "bfloat16", "float16", "int8")),
     BFLOATS,
+    INT8_BFLOATS,
 ]
 SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 256), (10, 2, 96)]
 
@@ -37,6 +41,23 @@ def shape_of(heads: int, kv_heads: int, head_dim: int, dtype: DType, *, plain: b
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0 if plain else 32, kv_dtype=dtype, scale=0.11,
         eps=1e-5 if heads == 8 and not plain else None, softcap=1.5 if heads == 10 else None,
     )  # fmt: skip
+
+
+def nothing_held(shape: AttendShape, positions: int) -> torch.Tensor:
+    """KV [2, kv_heads, positions, row] of what is no number: of int8, by its scales."""
+    if shape.kv_dtype != "int8":
+        size = (2, shape.kv_heads, positions, shape.head_dim)
+        return torch.full(size, float("nan"), dtype=TORCH_DTYPES[shape.kv_dtype])
+    rows = torch.full((2, shape.kv_heads, positions, shape.kv_row_bytes), 77, dtype=torch.int8)
+    rows[..., shape.head_dim :] = torch.tensor([float("nan")]).view(torch.int8)
+    return rows
+
+
+def floats_of(shape: AttendShape, kv: torch.Tensor) -> torch.Tensor:
+    if shape.kv_dtype != "int8":
+        return kv.float()
+    scales = kv[..., shape.head_dim :].contiguous().view(torch.float32)
+    return kv[..., : shape.head_dim].float() * scales
 
 
 class Prompt:
@@ -51,8 +72,7 @@ class Prompt:
         self.norms = None
         if shape.eps is not None:
             self.norms = (normal(shape.head_dim, seed=seed + 2), normal(shape.head_dim, seed=seed + 3))
-        size = (2, shape.kv_heads, length - first + 40, shape.head_dim)
-        self.kv = torch.full(size, float("nan"), dtype=TORCH_DTYPES[shape.kv_dtype])
+        self.kv = nothing_held(shape, length - first + 40)
 
     def attention(self, products: Products, window: int | None) -> ChunkAttention:
         return ChunkAttention(self.shape, products, window, *(self.norms or (None, None)))
@@ -76,7 +96,7 @@ class Prompt:
         if self.norms is not None and shape.eps is not None:
             heads = functional.rms_norm(heads, (shape.head_dim,), self.norms[0], shape.eps)
         heads = torch.stack([turned(one, angle) for one, angle in zip(heads, self.angles, strict=True)])
-        keys, values = self.kv[:, :, 20 : 20 + length].float()
+        keys, values = floats_of(shape, self.kv[:, :, 20 : 20 + length])
         behind = torch.arange(length)[:, None] - torch.arange(length)
         mask = (behind >= 0) & (behind < (window or length))
         grouped = heads.transpose(0, 1).reshape(shape.kv_heads, -1, length, shape.head_dim)
@@ -104,10 +124,12 @@ def test_it_is_torch_s(
     held = prompt.kv[:, :, 20:320].clone()
     assert torch.equal(prompt.run(attention, 0, 300, threads=2), got)
     assert torch.equal(prompt.kv[:, :, 20:320], held)
-    assert prompt.kv[:, :, :20].isnan().all() and prompt.kv[:, :, 320:].isnan().all()
+    untouched = floats_of(prompt.shape, nothing_held(prompt.shape, 340))
+    for span in (slice(20), slice(320, None)):
+        assert torch.equal(floats_of(prompt.shape, prompt.kv[:, :, span]).isnan(), untouched[:, :, span].isnan())
 
 
-@pytest.mark.parametrize(("dtype", "products"), [pytest.param("float32", FloatProducts(), id="float32"), BFLOATS])
+@pytest.mark.parametrize(("dtype", "products"), [KINDS[0], BFLOATS, INT8_BFLOATS])
 @pytest.mark.parametrize("window", [None, 3, 40, 257])
 def test_a_token_does_not_know_its_chunk(window: int | None, dtype: DType, products: Products) -> None:
     prompt = Prompt(shape_of(9, 3, 64, dtype), 600)
@@ -153,8 +175,9 @@ def test_what_is_no_number_shows() -> None:
 
 def test_the_best_products_are_chosen_by_the_shape() -> None:
     bfloat = shape_of(9, 3, 64, "bfloat16")
-    found = best_products(bfloat)
+    found = best_products(bfloat, exact=False)
     assert found is not None and found.per_word == (2 if host_has_bfloat_dots() else 1)
-    assert isinstance(best_products(shape_of(9, 3, 64, "float32")), FloatProducts)
-    assert isinstance(best_products(shape_of(9, 3, 48, "bfloat16")), FloatProducts)
-    assert best_products(shape_of(9, 3, 40, "bfloat16")) is None
+    assert isinstance(best_products(shape_of(9, 3, 64, "float32"), exact=False), FloatProducts)
+    assert isinstance(best_products(shape_of(9, 3, 48, "bfloat16"), exact=False), FloatProducts)
+    assert isinstance(best_products(shape_of(9, 3, 64, "int8"), exact=True), FloatProducts)
+    assert best_products(shape_of(9, 3, 40, "bfloat16"), exact=False) is None

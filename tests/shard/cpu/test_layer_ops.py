@@ -111,3 +111,32 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: f
         torch.testing.assert_close(my_values, values, rtol=tolerance, atol=tolerance)
     assert torch.equal(attention(qkv, seats, places, 2), alone)
     assert torch.equal(attention(qkv[3:4], seats[3:4], places[3:4], 1)[0], alone[3])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 2, 16), (8, 1, 256)])
+def test_attention_over_kv_in_8_bits(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Keys and values are held to half a 127th of their largest feature, and what is held is what is seen."""
+    shape = AttendShape(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kv_dtype="int8", scale=0.11, eps=None,
+        softcap=2.0 if heads == 4 else None,
+    )  # fmt: skip
+    attention = DecodeAttention(shape, None, None)
+    count = 40
+    qkv = normal(count, (heads + 2 * kv_heads) * head_dim)
+    held = torch.zeros(2, kv_heads, count + 3, head_dim + 4, dtype=torch.int8)
+    qkv[5] = 0.0
+    outs = []
+    for row in range(count):
+        seat = (held[0].data_ptr(), held[1].data_ptr(), held.stride(1), row + 1)
+        outs.append(attention(qkv[row : row + 1], [seat], [(0, 0)], 1)[0])
+    floats = held[..., :head_dim].float() * held[..., head_dim:].contiguous().view(torch.float32)
+    wanted = qkv.view(count, -1, head_dim)[:, heads:].reshape(count, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
+    step = wanted.abs().amax(-1, keepdim=True) / 127
+    assert ((floats[:, :, :count] - wanted).abs() <= 0.501 * step).all()
+    assert not held[:, :, count:].any()
+    for row in (0, 5, 17, count - 1):
+        token = qkv[row].view(-1, head_dim)
+        keys, values = (half[:, : row + 1].clone() for half in floats)
+        mine = torch.cat((token[:heads], keys[:, -1], values[:, -1]))
+        none = torch.empty(0)
+        torch.testing.assert_close(outs[row], reference(shape, mine, keys, values, none, None), rtol=2e-5, atol=2e-5)
