@@ -114,20 +114,16 @@ class ZmqSender:
         left = len(frames)
         for frame in frames:
             left -= 1
-            flags = _NO_WAIT_MORE if left else _NO_WAIT
-            while not self._is_sent(frame, flags):
-                self._wait_until_it_takes_messages()
+            while True:
+                try:
+                    # Small frames are copied: to track a buffer until it has left takes longer.
+                    self._socket.send(frame, _NO_WAIT_MORE if left else _NO_WAIT, len(frame) < _ZERO_COPY_BYTES)
+                    break
+                except zmq.Again:
+                    self._wait_until_it_takes_messages()
         # Afterwards, since asking takes as long as sending and the neighbour need not wait for it.
         if zmq.zmq_poll(self._bad_news, 0):
             raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
-
-    def _is_sent(self, frame: bytes | memoryview, flags: int) -> bool:
-        try:
-            # Small frames are copied: to track a buffer until it has left takes longer.
-            self._socket.send(frame, flags=flags, copy=len(frame) < _ZERO_COPY_BYTES)
-        except zmq.Again:
-            return False
-        return True
 
     def _wait_until_it_takes_messages(self) -> None:
         """Raises NeighbourGone: at once if it has gone, since then there is nothing to wait for."""
