@@ -94,7 +94,7 @@ async def _whole(
 ) -> Response:
     completion = Completion(head, num_choices=chat.n, wants_logprobs=chat.logprobs)
     answer = asyncio.create_task(_gather(completion, events))
-    gone = asyncio.create_task(wait_for_disconnect(request.receive))
+    gone = asyncio.create_task(wait_for_disconnect(request))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
