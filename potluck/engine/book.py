@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from potluck.engine.kv_budget import KVBudget
 from potluck.engine.limits import EngineLimits
@@ -49,8 +50,7 @@ def failure(request: str, error: PotluckError) -> RequestFailed:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Committed:
+class _Committed(Struct, frozen=True):
     """A token whose text is still to be made; `reason` if it ended its choice."""
 
     request: Request
@@ -79,6 +79,7 @@ class RequestBook:
         self._prompts: list[TokenSequence] = []
         self._prompt_steps_in_flight = 0
         self._told: deque[_Committed] = deque()
+        self._timed: deque[StepDone] = deque()
         self._credit = PromptCredit()
         self._restarted_ids = itertools.count(_FIRST_RESTARTED_ID)
         self.kv = KVBudget(limits.kv_capacity_tokens, has_window=limits.has_window, keeps=limits.prefix_cache)
@@ -178,6 +179,7 @@ class RequestBook:
     def done(self, step: StepDone, now_s: float) -> None:
         """A step came back: commit its tokens. Their text follows with `tell`."""
         self._returned(step.plan)
+        self._timed.append(step)
         for result in step.results:
             # A sequence that ended while its step was in flight is not active any more.
             held = self._active.get(result.sequence)
@@ -203,7 +205,14 @@ class RequestBook:
         self._admit()
 
     def tell(self) -> bool:
-        """Turn committed tokens into text and tell the clients. Whether a stop string ended somebody."""
+        """Turn committed tokens into text and tell the clients, and learn from how long their steps took.
+
+        Whether a stop string ended somebody.
+        """
+        while self._timed:
+            step = self._timed.popleft()
+            sizes = [(len(entry.token_ids), entry.start) for entry in step.plan.entries]
+            self.pace.note(sizes, step.seconds, step.round_trip_s)
         was_stopped = False
         while self._told:
             committed = self._told.popleft()

@@ -13,7 +13,7 @@ from potluck.engine.book import RequestBook, failure
 from potluck.engine.limits import EngineLimits, StepDeadlines
 from potluck.engine.prepare import ChatTokenizer, Preparer
 from potluck.engine.request import Request
-from potluck.engine.ring import Ring, StepDone, StepFailed
+from potluck.engine.ring import Ring, StepDone
 from transport.errors import BadRequest, PotluckError, RingDown, error_from_code
 from transport.link import Receiver, Sender
 from transport.messages import Fence, Sampling
@@ -194,14 +194,13 @@ class Engine:
                 self._send()
             if self._commands:
                 return
-            match self._ring.receive(_IDLE_S):
-                case StepDone() as done:
-                    self._book.done(done, self._clock())
-                    sizes = [(len(entry.token_ids), entry.start) for entry in done.plan.entries]
-                    self._book.pace.note(sizes, done.seconds, done.round_trip_s)
-                case StepFailed(failed=failed) as step:
-                    log.error("stage %d failed at step %d: %s", failed.stage, failed.step, failed.message)
-                    self._book.step_failed(step, error_from_code(failed.code, failed.message, failed.hint))
+            step = self._ring.receive(_IDLE_S)
+            if isinstance(step, StepDone):
+                self._book.done(step, self._clock())
+            elif step is not None:
+                failed = step.failed
+                log.error("stage %d failed at step %d: %s", failed.stage, failed.step, failed.message)
+                self._book.step_failed(step, error_from_code(failed.code, failed.message, failed.hint))
         except PotluckError as error:
             self._go_down(error)
         if self._warm_up_error is not None:

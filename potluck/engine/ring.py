@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from potluck.engine.limits import StepDeadlines
 from potluck.engine.scheduler import StepPlan
 from transport.awake import Awake
 from transport.errors import BadMessage, DeadlineExceeded
 from transport.link import Receiver, Sender
-from transport.messages import Failed, Fence, Result, Sampled, SequenceId, Tokens
+from transport.messages import Failed, Fence, Result, Sampled, Tokens
 
 _RECENT_STEPS = 64
 _LOOK_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepDone:
+class StepDone(Struct, frozen=True):
     """`seconds` is what each stage computed; `round_trip_s` is None where the step was not alone in the ring."""
 
     plan: StepPlan
@@ -27,16 +27,14 @@ class StepDone:
     round_trip_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepFailed:
+class StepFailed(Struct, frozen=True):
     """A stage could not run the step; later steps go on."""
 
     plan: StepPlan
     failed: Failed
 
 
-@dataclass(slots=True)
-class _InFlight:
+class _InFlight(Struct):
     """`was_alone`: neither before nor behind it was another step in the ring."""
 
     step: int
@@ -93,7 +91,7 @@ class Ring:
             self._progress_s = now_s
         step = self._next_step
         self._next_step += 1
-        self._in_flight.append(_InFlight(step, plan, now_s, was_alone=not self._in_flight))
+        self._in_flight.append(_InFlight(step, plan, now_s, not self._in_flight))
         self._sender.send(Tokens(self._fence, step, plan.ops, plan.entries))
         return step
 
@@ -117,19 +115,19 @@ class Ring:
                     hint="a device may be asleep, swapping or overloaded: look at it, then start again",
                 )
             return None
-        match received.message:
-            case Sampled(fence=fence, step=step, results=results, seconds=seconds) if fence == self._fence:
-                taken = self._take(step)
-                if taken is None:
-                    return None
-                _check_results(step, taken.plan, results)
-                round_trip_s = self._progress_s - taken.sent_s if taken.was_alone else None
-                return StepDone(plan=taken.plan, results=results, seconds=seconds, round_trip_s=round_trip_s)
-            case Failed(fence=fence, step=step) as failed if fence == self._fence:
-                taken = self._take(step)
-                return None if taken is None else StepFailed(plan=taken.plan, failed=failed)
-            case _:
-                return None  # another life of the ring, or a greeting
+        # No patterns and few calls: caches are cold when a step comes back, and the next one waits for this.
+        message = received.message
+        if isinstance(message, Sampled):
+            taken = self._take(message.step) if message.fence == self._fence else None
+            if taken is None:
+                return None
+            _check_results(taken.plan, message)
+            round_trip_s = self._progress_s - taken.sent_s if taken.was_alone else None
+            return StepDone(taken.plan, message.results, message.seconds, round_trip_s)
+        if isinstance(message, Failed) and message.fence == self._fence:
+            taken = self._take(message.step)
+            return None if taken is None else StepFailed(taken.plan, message)
+        return None  # another life of the ring, or a greeting
 
     def _forgive_sleep(self, expected_s: float) -> None:
         """While this process was paused the stages probably were too: that time is not theirs."""
@@ -160,14 +158,19 @@ class Ring:
         return taken
 
 
-def _check_results(step: int, plan: StepPlan, results: tuple[Result, ...]) -> None:
-    asked = {
-        (entry.sequence, entry.start + len(entry.token_ids)): entry.num_logits
-        for entry in plan.entries
-        if entry.num_logits
-    }
-    got: dict[tuple[SequenceId, int], int] = {
-        (result.sequence, result.position): len(result.tokens) for result in results
-    }
-    if got != asked or len(results) != len(asked):
-        raise BadMessage(f"step {step} came back with other results than it asked for: {got} instead of {asked}")
+def _check_results(plan: StepPlan, sampled: Sampled) -> None:
+    """Results come in the order of the entries that asked for them."""
+    results, at = sampled.results, 0
+    for entry in plan.entries:
+        if entry.num_logits:
+            result = results[at] if at < len(results) else None
+            at += 1
+            if (
+                result is None
+                or result.sequence != entry.sequence
+                or result.position != entry.start + len(entry.token_ids) - entry.num_logits + 1
+                or len(result.tokens) != entry.num_logits
+            ):
+                raise BadMessage(f"step {sampled.step} came back with other results than it asked for: {results}")
+    if at != len(results):
+        raise BadMessage(f"step {sampled.step} came back with more results than it asked for: {results}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from potluck.engine.limits import EngineLimits
 from potluck.engine.pace import Grouping, RingPace
@@ -19,8 +20,7 @@ _MOST_CHUNK_S = 0.5
 """A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
+class StepPlan(Struct, frozen=True, kw_only=True):
     """A step that is not numbered yet. `share` is what it takes from others that decode, if it has part of a prompt;
     `earned_s` what its decodes earn for prompts."""
 
@@ -35,8 +35,7 @@ class StepPlan:
         return sum(len(entry.token_ids) for entry in self.entries)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RingState:
+class RingState(Struct, frozen=True, kw_only=True):
     """What the scheduler looks at. `decoding` and `prompts` are the admitted sequences, prompts those with ids left to
     compute, first due first. `ops` wait to be sent and go ahead of everything."""
 
