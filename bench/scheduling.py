@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from bench.hardware import facts
@@ -130,6 +132,7 @@ def run(bench: Bench, rounds: int, say: Callable[[str], None]) -> dict[str, Any]
     failed: list[str] = []
     for number in range(rounds):
         values: Round = {}
+        began_s, before = time.perf_counter(), cpu_seconds()
         for name, section in bench.sections.items():
             say(f"round {number + 1} of {rounds}: {name}")
             try:
@@ -137,6 +140,8 @@ def run(bench: Bench, rounds: int, say: Callable[[str], None]) -> dict[str, Any]
             except (RuntimeError, ValueError) as error:
                 say(f"  failed: {error}")
                 failed.append(f"round {number + 1}, {name}: {error}")
+        everyone, ours = (new - old for old, new in zip(before, cpu_seconds(), strict=True))
+        values["cores used by others"] = max(0.0, everyone - ours) / (time.perf_counter() - began_s)
         found.append(values)
     return {
         **bench.about,
@@ -146,6 +151,16 @@ def run(bench: Bench, rounds: int, say: Callable[[str], None]) -> dict[str, Any]
         "medians": rounded(medians(found)),
         "values": [rounded(values) for values in found],
     }
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Of CPU time so far: this machine's, and that of this process with its children. What others took in a round says
+    whether it can be trusted."""
+    times = psutil.cpu_times()
+    me = psutil.Process()
+    ours = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    everyone = times.user + times.nice + times.system
+    return everyone, sum(one.user + one.system for one in ours)
 
 
 def main() -> int:
