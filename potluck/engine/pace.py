@@ -20,9 +20,11 @@ _LEAST_S = 1e-6
 _FASTER, _SLOWER = 0.3, 0.1
 """How far an estimate follows a shorter and a longer time: long ones are more often somebody else's work."""
 _SPIKE = 2.0
+_FORGET = 0.01
 _HOPS_FOLLOW = 0.2
 _REFRESH_NOTES = 32
 _AS_GOOD = 1.01
+_FULL = 0.999
 
 Curve = Callable[[int, int], float]
 
@@ -55,6 +57,10 @@ class _Corrected:
         else:
             ratio = min(ratio, _SPIKE * held)
             self._ratios[bucket] = held + (_FASTER if ratio < held else _SLOWER) * (ratio - held)
+            # Sizes that do not come would keep what they were in a bad moment, and never be tried again.
+            for other, stale in self._ratios.items():
+                if other != bucket:
+                    self._ratios[other] = stale + _FORGET * (ratio - stale)
 
     def seconds(self, size: int, before: int) -> float:
         return self._ratio(size.bit_length()) * max(self._expected(size, before), _LEAST_S)
@@ -129,8 +135,8 @@ class RingPace:
     def grouping(self, num_decoding: int, most_groups: int) -> Grouping:
         """The number of groups that gives most tokens/s: n / max(Σ stages + hops, Σ groups of the slowest stage).
 
-        Of several as good, the most. With steps as fast for many sequences as for one that is as many as fill the ring,
-        (Σ stages + Σ hops) / slowest stage, or as many as there are sequences.
+        Of several as good, the fewest that fill the ring, or the most if none does. With steps as fast for many
+        sequences as for one that is (Σ stages + Σ hops) / slowest stage, or as many as there are sequences.
         """
         found = self._groupings.get(num_decoding)
         if found is None:
@@ -144,9 +150,9 @@ class RingPace:
             if size not in found:  # else fewer steps do for steps of that size
                 found[size] = self._grouping(count, groups, size)
         shortest_s = min(each.period_s for each in found.values())
-        return max(
-            (each for each in found.values() if each.period_s <= _AS_GOOD * shortest_s), key=lambda each: each.groups
-        )
+        good = [each for each in found.values() if each.period_s <= _AS_GOOD * shortest_s]
+        filling = [each for each in good if each.busy_s >= _FULL * each.period_s]
+        return filling[0] if filling else good[-1]
 
     def _grouping(self, count: int, groups: int, size: int) -> Grouping:
         per_stage = self.decode_s(size)
