@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Workload:
     """`concurrency` chats at once, each a prompt and an answer, KV memory for `context_tokens` of each.
 
-    A prompt goes in chunks of `chunk_tokens`, or of `busy_chunk_tokens` while others decode, as the engine sends it.
+    A prompt is taken to go in chunks of `chunk_tokens`, or of `busy_chunk_tokens` while others decode, and decodes in a
+    group for each stage. The engine chooses both by the times that it sees (decision 0011): about so, where hops are short.
     """
 
     prompt_tokens: int = 256
@@ -31,7 +32,7 @@ class Workload:
         return tuple((min(size, self.prompt_tokens - start), start) for start in starts)
 
     def group_size(self, num_stages: int) -> int:
-        """Sequences of one decode step: the engine keeps a step in flight for each stage (engine/scheduler.py)."""
+        """Sequences of one decode step, with a step in flight for each stage."""
         return -(-self.concurrency // num_stages)
 
     def num_groups(self, num_stages: int) -> int:
