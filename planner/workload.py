@@ -10,7 +10,8 @@ class Workload:
     """`concurrency` chats at once, each a prompt and an answer, KV memory for `context_tokens` of each.
 
     A prompt is taken to go in chunks of `chunk_tokens`, or of `busy_chunk_tokens` while others decode, and decodes in a
-    group for each stage. The engine chooses both by the times that it sees (decision 0011): about so, where hops are short.
+    group for each stage. The engine chooses both by the times that it sees (decision 0011): about so where hops are
+    short.
     """
 
     prompt_tokens: int = 256

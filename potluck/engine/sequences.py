@@ -11,6 +11,8 @@ from transport.requests import Priority
 KV_CLAIM_TOKENS = 32
 """KV memory is claimed for a sequence in so many positions at a time."""
 
+_LEAST_CHUNK = 8
+
 
 class Phase(Enum):
     WAITING = "waiting"
@@ -128,10 +130,12 @@ class Sequence:
         return (opened,) if reuse is None else (opened, Fork(self.id, reuse.source, reuse.length, reuse.moves))
 
     def prefill_entry(self, max_tokens: int) -> Entry:
-        """The next chunk of the known ids; only the last one asks for a token."""
+        """The next chunk of the known ids, and what is hardly worth another one; only the last one asks for a token."""
         length = self.length
         start = length - self.num_left
-        last = min(length, start + max_tokens)
+        last = start + max_tokens
+        if last + _LEAST_CHUNK > length:
+            last = length
         return Entry(self.id, start, self.ids(start, last), int(last == length))
 
     def sent(self, entry: Entry, step: int) -> None:
