@@ -28,6 +28,7 @@ from potluck.plan_watch import BetterPlan
 from potluck.status import StatusReport, better_report
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
 from transport.requests import EngineEvent, Pong, Submit
+from transport.threads import give_way
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
@@ -172,6 +173,8 @@ class Endpoint:
             self._thread.join(_STOP_TIMEOUT_S)
 
     def _serve(self, server: uvicorn.Server) -> None:
+        give_way()
+
         async def main() -> None:
             self._loop = asyncio.get_running_loop()
             await server.serve(sockets=[self._listener])

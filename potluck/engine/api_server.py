@@ -30,6 +30,7 @@ from transport.requests import (
     RequestFailed,
     Submit,
 )
+from transport.threads import give_way
 from transport.wake import Wake
 from transport.zmq_link import set_options
 
@@ -84,7 +85,7 @@ class EngineApi:
         self._behind: dict[bytes, _Client] = {}
         self._routes: dict[str, _Client] = {}
         # One thread: tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair.
-        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=give_way)
         self._preparing: dict[str, tuple[Future[None], int]] = {}
         self._num_probes = 0
         self._is_closing = False
@@ -115,6 +116,7 @@ class EngineApi:
         self._preparer.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, engine: EngineLike) -> None:
+        give_way()
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake.fileno()):
             poller.register(source, zmq.POLLIN)

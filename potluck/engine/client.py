@@ -34,6 +34,7 @@ from transport.requests import (
     RequestFailed,
     Submit,
 )
+from transport.threads import give_way
 from transport.wake import Wake
 from transport.zmq_link import set_options
 
@@ -167,6 +168,7 @@ class EngineClient:
         self._wake.set()
 
     def _run(self) -> None:
+        give_way()
         try:
             self._serve()
         except Exception as error:

@@ -24,6 +24,7 @@ from potluck.engine.settings import EngineSettings
 from potluck.engine.tokenizer import Tokenizer
 from transport.codec import EdgeLimits
 from transport.lifeline import hold_lifeline
+from transport.threads import giving_way
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 # The first stage listens before it loads, but its process may still be starting.
@@ -46,7 +47,9 @@ def serve(settings: EngineSettings) -> None:
     receiver = ZmqReceiver(context, settings.listen, edge, listener=settings.listener)
     tokenizer = Tokenizer(Path(settings.model_path))
     sender = ZmqSender(context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S)
-    api = EngineApi(context, settings.api)
+    with giving_way():
+        # A context of its own, whose thread for sockets gives way too.
+        api = EngineApi(zmq.Context(), settings.api)
     engine = Engine(
         model=settings.model,
         sender=sender,
