@@ -153,7 +153,8 @@ def does_not_fit(profile: ModelProfile, pool: PoolTimes, workload: Workload, lef
     if fitting is not None:
         hints.insert(0, f"--context {fitting} would fit")
     in_8_bits = replace(profile, kv="8-bit")
-    if profile.kv == "full" and profile.head_dim is not None and fits(in_8_bits, pool, workload):
+    can_hold_it = all(device.backend == "mlx" or device.kind == "cpu" for device in devices)
+    if profile.kv == "full" and profile.head_dim is not None and can_hold_it and fits(in_8_bits, pool, workload):
         hints.insert(0, "--kv-cache 8-bit would fit")
     found = next((form for form in smaller(profile) if fits(form, pool, workload)), None)
     if found is not None:

@@ -123,7 +123,7 @@ class StageServer:
         elif isinstance(message, Failed):
             self._last_step = max(self._last_step, message.step)
             # The step has failed already: what is wrong with its ops as well changes nothing for its requests.
-            with contextlib.suppress(PotluckError):
+            with contextlib.suppress(Exception):
                 self._stage.forward(StageInput(ops=message.ops, entries=(), hidden=None))
             self._sender.send(message)
 

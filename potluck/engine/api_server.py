@@ -229,9 +229,21 @@ class EngineApi:
             del self._behind[client.identity]
         elif len(client.backlog) > _MAX_BACKLOG:
             log.warning("a client is %d events behind: its requests are cancelled", len(client.backlog))
-            client.backlog = deque(event for event in client.backlog if not isinstance(event, Delta))
-            for request in client.requests:
-                self._cancel(engine, request)
+            self._drop_text(engine, client)
+
+    def _drop_text(self, engine: EngineLike, client: _Client) -> None:
+        """Free what a client does not take. An answer that lost text must not look as if it were whole."""
+        cut = {event.request for event in client.backlog if isinstance(event, Delta)}
+        slow = Busy("the answer was not read in time", hint="read faster, or ask for less")
+        kept: deque[EngineEvent] = deque()
+        for event in client.backlog:
+            if isinstance(event, Finished) and event.request in cut:
+                kept.append(failure(event.request, slow))
+            elif not isinstance(event, Delta):
+                kept.append(event)
+        client.backlog = kept
+        for request in client.requests:
+            self._cancel(engine, request)
 
     def _probe(self, engine: EngineLike) -> None:
         """Somebody went, and ROUTER does not say who. Asked some times: its list may change a moment later."""

@@ -14,7 +14,7 @@ from potluck.engine.pace import RingPace
 from potluck.engine.prompt_share import PromptCredit
 from potluck.engine.request import Choice, Request
 from potluck.engine.ring import StepDone, StepFailed
-from potluck.engine.scheduler import RingState, StepPlan, num_admissible, schedule
+from potluck.engine.scheduler import MOST_SHARING, RingState, StepPlan, num_admissible, schedule
 from potluck.engine.sequences import Phase
 from potluck.engine.sequences import Sequence as TokenSequence
 from transport.errors import Busy, PotluckError
@@ -144,8 +144,9 @@ class RequestBook:
         decoding, prompts = self._decoding, self._prompts
         if not decoding and not prompts and not self.kv.ops:
             return None
-        if prompts:
-            self._look_for_prefix(prompts[0])
+        for sequence in prompts[:MOST_SHARING]:
+            if not sequence.is_opened:
+                self.kv.look_for_prefix(sequence)
         if not decoding:
             self._credit.rest()
         state = RingState(
@@ -160,7 +161,7 @@ class RequestBook:
         return schedule(state, self.pace, self._limits)
 
     def sent(self, plan: StepPlan, step: int) -> None:
-        self.kv.sent(plan.ops)
+        self.kv.sent()
         for entry in plan.entries:
             sequence = self._active[entry.sequence][1].sequence
             is_new = not sequence.is_opened
@@ -311,7 +312,7 @@ class RequestBook:
             self.kv.leave(sequence, is_good=phase is not Phase.FAILED)
             choice.num_cached = min(sequence.num_cached, len(sequence.prompt_ids))
         else:
-            self.kv.withdraw(sequence)
+            self._waiting = [item for item in self._waiting if item[1] is not choice]
         sequence.to(phase)
 
     def _take_out(self, sequence: TokenSequence) -> None:
@@ -328,10 +329,6 @@ class RequestBook:
         self.kv.leave(sequence, is_good=False)
         sequence.restart(SequenceId(next(self._restarted_ids)))
         self._waiting.append((request, choice))
-
-    def _look_for_prefix(self, sequence: TokenSequence) -> None:
-        if not sequence.is_opened:
-            self.kv.look_for_prefix(sequence)
 
     def _admit(self) -> None:
         if not self._waiting:

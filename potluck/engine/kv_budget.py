@@ -20,7 +20,7 @@ class KVBudget:
         self._keeps = keeps
         self._claimed = 0
         self._prefixes = PrefixDirectory(has_window=has_window)
-        self._searched: tuple[SequenceId, int] | None = None
+        self._searched: dict[SequenceId, int] = {}
         self.ops: list[Op] = []
 
     @property
@@ -40,10 +40,11 @@ class KVBudget:
     def claim(self, sequence: TokenSequence) -> bool:
         """Memory for all that the sequence knows and the next token; False if there is not enough.
 
-        Kept sequences go for it, the least recently used ones first.
+        Kept sequences go for it, the least recently used ones first; but one whose KV it can continue is its own from
+        now on.
         """
         found = None
-        if self._keeps and not sequence.is_opened and sequence.reuse is None:
+        if self._may_reuse(sequence) and not sequence.is_opened and sequence.reuse is None:
             found = self._prefixes.find(sequence.ids(0, sequence.length))
         wanted = sequence.wanted_claim
         if found is not None and found.moves:
@@ -62,32 +63,33 @@ class KVBudget:
 
     def look_for_prefix(self, sequence: TokenSequence) -> None:
         """Before a sequence opens: whose KV it may copy, if it does not take one over already."""
-        if not self._keeps or (sequence.reuse is not None and sequence.reuse.moves):
+        if not self._may_reuse(sequence) or (sequence.reuse is not None and sequence.reuse.moves):
             return
-        search = sequence.id, self._prefixes.num_changes
-        if search == self._searched:
+        if self._searched.get(sequence.id) == self._prefixes.num_changes:
             return
         found = self._prefixes.find(sequence.ids(0, sequence.length))
         if found is not None and found.moves:
             self._claim(sequence, max(0, self._prefixes.kept_length(found.source) - sequence.claimed_tokens))
             self._prefixes.forget(found.source)
         sequence.reuse = found
-        self._searched = sequence.id, self._prefixes.num_changes
+        self._searched[sequence.id] = self._prefixes.num_changes
 
-    def sent(self, ops: Sequence[Op]) -> None:
+    def sent(self) -> None:
         """All ops that waited are on their way."""
         self.ops.clear()
 
     def opened(self, sequence: TokenSequence) -> None:
+        self._searched.pop(sequence.id, None)
         if self._keeps:
             self._prefixes.running(sequence)
 
     def leave(self, sequence: TokenSequence, *, is_good: bool) -> None:
         """A sequence that had claimed memory is over; what it computed may be kept, if it `is_good`."""
+        self._searched.pop(sequence.id, None)
         self._claimed -= sequence.claimed_tokens
         sequence.claimed_tokens = 0
         if not sequence.is_opened:
-            self.withdraw(sequence)
+            self._withdraw(sequence)
         elif self._keeps and is_good and sequence.num_sent >= LEAST_TOKENS:
             for evicted in self._prefixes.keep(sequence.id, sequence.ids(0, sequence.num_sent)):
                 self.ops.append(Release(evicted))
@@ -95,7 +97,7 @@ class KVBudget:
             self._prefixes.forget(sequence.id)
             self.ops.append(Release(sequence.id))
 
-    def withdraw(self, sequence: TokenSequence) -> None:
+    def _withdraw(self, sequence: TokenSequence) -> None:
         """A sequence that was never opened is over: what it would have taken over goes."""
         if sequence.reuse is not None and sequence.reuse.moves:
             self.ops.append(Release(sequence.reuse.source))
@@ -127,6 +129,10 @@ class KVBudget:
         """The ring is gone, with all that it held."""
         self._prefixes.clear()
         self.ops.clear()
+
+    def _may_reuse(self, sequence: TokenSequence) -> bool:
+        """Not after a failure, which may have been that some stage did not hold what it was to copy."""
+        return self._keeps and not sequence.num_retries
 
     def _claim(self, sequence: TokenSequence, more: int) -> None:
         self._claimed += more

@@ -190,7 +190,7 @@ class Engine:
         try:
             self._send()
             # While the stages work: text, events, and what follows from a stop string.
-            if self._book.tell():
+            if self._book.tell() or self._book.kv.ops:
                 self._send()
             if self._commands:
                 return

@@ -22,6 +22,7 @@ _FASTER, _SLOWER = 0.3, 0.1
 _SPIKE = 2.0
 _FORGET = 0.01
 _HOPS_FOLLOW = 0.2
+_HOPS_SPIKE = 4.0
 _REFRESH_NOTES = 32
 _AS_GOOD = 1.01
 _FULL = 0.999
@@ -79,6 +80,7 @@ class RingPace:
     def __init__(self, num_stages: int, expected: Sequence[StageTimes], hops_s: float) -> None:
         self.num_stages = num_stages
         self.hops_s = hops_s
+        self._has_hops = False
         times = list(expected) if len(expected) == num_stages else [None] * num_stages
         self._decode = [_Corrected(_decode_curve(each)) for each in times]
         self._chunk = [_Corrected(_chunk_curve(each)) for each in times]
@@ -93,10 +95,7 @@ class RingPace:
         if len(seconds) != self.num_stages or not sizes:
             return
         if round_trip_s is not None:
-            hops_s = max(0.0, round_trip_s - sum(seconds))
-            self.hops_s = (
-                hops_s if not self.hops_s else self.hops_s + 0.2 * (min(hops_s, 2 * self.hops_s) - self.hops_s)
-            )
+            self._note_hops(max(0.0, round_trip_s - sum(seconds)))
         if all(tokens == 1 for tokens, _ in sizes):
             for stage, each in zip(self._decode, seconds, strict=True):
                 stage.note(len(sizes), 0, each)
@@ -107,6 +106,12 @@ class RingPace:
         if self._num_notes % _REFRESH_NOTES == 0:
             self._groupings.clear()
             self.shares.clear()
+
+    def _note_hops(self, hops_s: float) -> None:
+        """The first one counts as it is: the plan's may be a guess."""
+        if self._has_hops:
+            hops_s = self.hops_s + _HOPS_FOLLOW * (min(hops_s, _HOPS_SPIKE * self.hops_s) - self.hops_s)
+        self.hops_s, self._has_hops = hops_s, True
 
     def decode_s(self, size: int) -> list[float]:
         """Of each stage."""

@@ -31,10 +31,11 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """`ids` whose KV a sequence holds, or will before anything that is sent from now on; `length` says how many."""
+    """`ids` that are known of a sequence, and how many positions of KV it holds, or will before anything that is sent
+    from now on: fewer, or, of one that runs and is known by its prompt, more."""
 
     ids: Ids
-    length: Callable[[], int]
+    held: Callable[[], int]
 
 
 class PrefixDirectory:
@@ -57,7 +58,7 @@ class PrefixDirectory:
         """A sequence is known to the stages from now on; others may copy from its prompt."""
         if len(sequence.prompt_ids) >= LEAST_TOKENS:
             prompt = np.array(sequence.prompt_ids, dtype=np.int64)
-            self._learn(sequence.id, _Known(prompt, lambda: min(sequence.num_sent, prompt.size)))
+            self._learn(sequence.id, _Known(prompt, lambda: sequence.num_sent))
 
     def keep(self, sequence: SequenceId, ids: Sequence[int]) -> list[SequenceId]:
         """A sequence is over, its KV of `ids` stays. The ones that must go for it, oldest first."""
@@ -119,8 +120,8 @@ class PrefixDirectory:
 
     def _usable(self, sequence: SequenceId, wanted: Ids) -> int:
         known = self._known[sequence]
-        held = known.length()
-        most = min(held, wanted.size - 1)
+        held = known.held()
+        most = min(held, known.ids.size, wanted.size - 1)
         differs = np.flatnonzero(known.ids[:most] != wanted[:most])
         length = int(differs[0]) if differs.size else most
         return 0 if self._has_window and held - length > ROLLBACK_TOKENS else length

@@ -42,10 +42,6 @@ class Request:
         return any(choice.sequence.phase is Phase.WAITING for choice in self.choices)
 
     @property
-    def is_over(self) -> bool:
-        return all(choice.sequence.is_over for choice in self.choices)
-
-    @property
     def ttft_s(self) -> float:
         return 0.0 if self.first_token_s is None else self.first_token_s - self.submitted_s
 

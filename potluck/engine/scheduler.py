@@ -10,11 +10,15 @@ from msgspec import Struct
 from potluck.engine.limits import EngineLimits
 from potluck.engine.pace import Grouping, RingPace
 from potluck.engine.prompt_share import PromptCredit, Share, earnings, share_of
+from potluck.engine.sequences import KV_CLAIM_TOKENS
 from potluck.engine.sequences import Sequence as TokenSequence
 from transport.messages import Entry, Op
 
 _LEAST_CHUNK = 32
-_HEADROOM_TOKENS = 16
+MOST_SHARING = 8
+"""Prompts that share a step."""
+
+_SAME_BEGINNING = 64
 _LEAST_LOST_S = 0.0003
 _MOST_CHUNK_S = 0.5
 """A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
@@ -59,7 +63,7 @@ def num_admissible(waiting: Iterable[TokenSequence], *, free_tokens: int, num_ac
     for sequence in waiting:
         free_tokens -= sequence.wanted_claim - sequence.claimed_tokens
         running = num_active + count
-        headroom = 0 if running == 0 else _HEADROOM_TOKENS * running
+        headroom = 0 if running == 0 else KV_CLAIM_TOKENS * (running + 1)
         if free_tokens < headroom or running >= limits.max_active_sequences:
             break
         count += 1
@@ -86,7 +90,7 @@ def schedule(state: RingState, pace: RingPace, limits: EngineLimits) -> StepPlan
     chunk: list[TokenSequence] = []
     entries: tuple[Entry, ...] = ()
     share: Share | None = None
-    if prompts and (not decodes or pace.num_stages == 1):
+    if prompts and (not decodes or (pace.num_stages == 1 and not prompts[0].num_retries)):
         if grouping is not None:
             share = _share(state, pace, grouping, limits, is_late=is_late)
             tokens = share.tokens if state.credit.allows(share) else 0
@@ -95,7 +99,8 @@ def schedule(state: RingState, pace: RingPace, limits: EngineLimits) -> StepPlan
         if tokens:
             chunk, entries = _prompt_entries(prompts, tokens)
     if not decodes and not chunk:
-        return StepPlan(ops=tuple(state.ops), entries=()) if state.ops else None
+        # Ops ride with a step; they need one of their own only where none is to come.
+        return StepPlan(ops=tuple(state.ops), entries=()) if state.ops and not state.steps_in_flight else None
     opening = tuple(op for sequence in chunk for op in sequence.opening())
     earned_s = 0.0
     if decodes and grouping is not None:
@@ -167,11 +172,20 @@ def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list
     chosen, entries = [first], [first.prefill_entry(tokens)]
     tokens -= len(entries[0].token_ids)
     if entries[0].num_logits:
-        for sequence in prompts[1:]:
-            # One that opens with another's KV may need what this very step computes: it waits for the next one.
-            if sequence.num_left > tokens or sequence.reuse is not None:
+        for sequence in prompts[1:MOST_SHARING]:
+            if sequence.num_left > tokens or not _may_share(first, sequence):
                 break
             chosen.append(sequence)
             entries.append(sequence.prefill_entry(tokens))
             tokens -= sequence.num_left
     return chosen, tuple(entries)
+
+
+def _may_share(first: TokenSequence, other: TokenSequence) -> bool:
+    """Not with one whose step has failed before, and might fail again; and one that begins like the first, at length,
+    waits until it can copy that."""
+    if first.num_retries or other.num_retries:
+        return False
+    beginning = first.prompt_ids[:_SAME_BEGINNING]
+    is_alike = len(beginning) == _SAME_BEGINNING and other.prompt_ids[:_SAME_BEGINNING] == beginning
+    return other.reuse is not None or not is_alike

@@ -11,7 +11,7 @@ from transport.requests import Priority
 KV_CLAIM_TOKENS = 32
 """KV memory is claimed for a sequence in so many positions at a time."""
 
-_LEAST_CHUNK = 8
+_CRUMB_TOKENS = 8
 
 
 class Phase(Enum):
@@ -25,7 +25,7 @@ class Phase(Enum):
 
 _ENDS = frozenset({Phase.FINISHED, Phase.ABORTED, Phase.FAILED})
 _AFTER = {
-    Phase.WAITING: frozenset({Phase.PREFILL, Phase.ABORTED, Phase.FAILED}),
+    Phase.WAITING: frozenset({Phase.PREFILL}) | _ENDS,  # one that was preempted may turn out to be finished
     Phase.PREFILL: frozenset({Phase.DECODE, Phase.WAITING}) | _ENDS,
     Phase.DECODE: frozenset({Phase.WAITING}) | _ENDS,
     Phase.FINISHED: frozenset(),
@@ -102,10 +102,6 @@ class Sequence:
         start = self.num_sent if self.is_opened or self.reuse is None else self.reuse.length
         return self.length - start
 
-    @property
-    def is_ready_to_decode(self) -> bool:
-        return self.phase is Phase.DECODE and self.num_in_flight == 0
-
     def ids(self, first: int, last: int) -> tuple[int, ...]:
         """Known ids at positions [first, last)."""
         num_prompt = len(self.prompt_ids)
@@ -134,7 +130,7 @@ class Sequence:
         length = self.length
         start = length - self.num_left
         last = start + max_tokens
-        if last + _LEAST_CHUNK > length:
+        if last + _CRUMB_TOKENS > length:
             last = length
         return Entry(self.id, start, self.ids(start, last), int(last == length))
 
@@ -157,6 +153,7 @@ class Sequence:
         assert self.num_sent == self.length
         if self.phase is Phase.PREFILL:
             self.to(Phase.DECODE)
+        self.num_retries = 0
         self.generated.append(token_id)
 
     def restart(self, sequence: SequenceId) -> None:

@@ -32,6 +32,7 @@ from transport.requests import (
 )
 
 MAX_BODY_BYTES = 8 * 2**20
+_BODY_WITHIN_S = 30.0
 _CLIENT_CLOSED_REQUEST = 499
 
 
@@ -57,7 +58,10 @@ class ChatCompletions:
 
     async def __call__(self, request: Request) -> Response:
         try:
-            chat = decode_chat_request(await _json_body(request))
+            async with asyncio.timeout(_BODY_WITHIN_S):
+                chat = decode_chat_request(await _json_body(request))
+        except TimeoutError:
+            raise ApiError(408, f"the request's body did not come within {_BODY_WITHIN_S:.0f} s") from None
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         if chat.model != self._model:

@@ -1,4 +1,4 @@
-"""A response that never ends by itself: server-sent events, for as long as the client reads them."""
+"""Server-sent events, for as long as there are any and the client reads them."""
 
 from __future__ import annotations
 

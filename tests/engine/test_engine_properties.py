@@ -32,7 +32,7 @@ from transport.requests import (
 
 _LIMITS = EngineLimits(
     context_tokens=40,
-    kv_capacity_tokens=90,
+    kv_capacity_tokens=60,
     vocab_size=VOCAB,
     max_steps_in_flight=3,
     num_stages=2,

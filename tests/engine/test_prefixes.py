@@ -23,7 +23,7 @@ def _opened(budget: KVBudget, number: int, prompt: Sequence[int]) -> TokenSequen
     assert budget.claim(sequence)
     sequence.to(Phase.PREFILL)
     budget.look_for_prefix(sequence)
-    budget.sent(budget.ops)
+    budget.sent()
     sequence.sent(sequence.prefill_entry(10**6), 1)
     budget.opened(sequence)
     return sequence
@@ -75,6 +75,30 @@ def test_where_layers_forget_only_the_end_can_be_used() -> None:
     directory.keep(SequenceId(1), [*_PREFIX, *range(65)])
     assert directory.find([*_PREFIX, 99]) is None
     assert directory.find([*_PREFIX, 0, 99]) == Reuse(SequenceId(1), 41, moves=False)
+
+
+def test_where_layers_forget_a_running_sequence_lends_only_while_it_is_near() -> None:
+    directory = PrefixDirectory(has_window=True)
+    sequence = _sequence(1, _PREFIX, max_tokens=200)
+    sequence.to(Phase.PREFILL)
+    directory.running(sequence)
+    sequence.sent(sequence.prefill_entry(100), 1)
+    for number in range(2, 70):
+        sequence.returned()
+        sequence.commit(7)
+        sequence.sent(sequence.decode_entry(), number)
+        is_near = sequence.num_sent - 39 <= 64
+        assert (directory.find(_PREFIX) is not None) == is_near
+
+
+def test_after_a_failure_nothing_is_reused() -> None:
+    budget = KVBudget(300, has_window=False, keeps=True)
+    _over(budget, 1, range(100))
+    again = _sequence(2, range(101))
+    again.num_retries = 1
+    assert budget.claim(again)
+    budget.look_for_prefix(again)
+    assert again.reuse is None and budget.kept_tokens == 100
 
 
 def test_the_least_recently_used_goes_first() -> None:

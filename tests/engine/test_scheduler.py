@@ -39,7 +39,8 @@ def _pace(
 
 
 def _sequence(number: int, prompt_tokens: int = 5, *, phase: Phase = Phase.PREFILL) -> TokenSequence:
-    sequence = TokenSequence(SequenceId(number), tuple(range(prompt_tokens)), Sampling(), max_tokens=10)
+    prompt = tuple(range(1000 * number, 1000 * number + prompt_tokens))
+    sequence = TokenSequence(SequenceId(number), prompt, Sampling(), max_tokens=10)
     sequence.due_s = 1e9
     if phase is not Phase.WAITING:
         sequence.to(Phase.PREFILL)
@@ -235,6 +236,16 @@ def test_short_prompts_share_a_step_and_a_long_one_travels_alone() -> None:
     assert [_ids(plan) for plan in _Ring(_pace(1), *active).send_all()] == [[4], [4, 5]]
 
 
+def test_prompts_that_begin_alike_wait_for_each_other_and_one_that_failed_goes_alone() -> None:
+    first, second, third = (_sequence(number, 100) for number in (1, 2, 3))
+    second.prompt_ids = first.prompt_ids
+    assert [_ids(plan) for plan in _Ring(_pace(1), first, second, third).send_all()] == [[1], [2, 3]]
+    chat, first, second = _sequence(7, phase=Phase.DECODE), _sequence(1, 100), _sequence(2, 100)
+    first.num_retries = 1
+    sent = [_ids(plan) for plan in _Ring(_pace(1), chat, first, second).send_all()]
+    assert {tuple(ids) for ids in sent} == {(7,), (1,), (2,)}
+
+
 def test_one_that_takes_over_kv_opens_with_it_and_computes_the_rest() -> None:
     sequence = _sequence(7, 100)
     sequence.reuse = Reuse(SequenceId(3), 90, moves=True)
@@ -341,6 +352,6 @@ def test_admission_is_first_come_first_served_and_asks_for_what_is_known() -> No
     assert admitted(96, 0) == 1  # 81 tokens in whole claims
     assert admitted(95, 0) == 0
     assert admitted(96 + 32, 0) == 1  # the second one must leave some for the first
-    assert admitted(96 + 32 + 16, 0) == 2
+    assert admitted(96 + 32 + 64, 0) == 2  # and for itself
     assert admitted(1000, 2) == 1
     assert admitted(1000, 3) == 0

@@ -31,7 +31,7 @@ MOST_ROWS = 16
 """Of decode entries in a program."""
 _FEW_TOKENS = 15
 """Of prompts: a team quantizes more together."""
-_KEPT = 10
+_KEPT = 18
 """Programs at once: each has buffers for its rows."""
 
 
