@@ -5,7 +5,9 @@ The scheduler asks it how many groups fill the ring, and how large a chunk of a 
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,8 +23,7 @@ _FASTER, _SLOWER = 0.3, 0.1
 """How far an estimate follows a shorter and a longer time: long ones are more often somebody else's work."""
 _SPIKE = 2.0
 _FORGET = 0.01
-_HOPS_FOLLOW = 0.2
-_HOPS_SPIKE = 4.0
+_LEAST_HOPS, _MOST_HOPS = 3, 9
 _REFRESH_NOTES = 32
 _AS_GOOD = 1.01
 _FULL = 0.999
@@ -80,7 +81,7 @@ class RingPace:
     def __init__(self, num_stages: int, expected: Sequence[StageTimes], hops_s: float) -> None:
         self.num_stages = num_stages
         self.hops_s = hops_s
-        self._has_hops = False
+        self._recent_hops_s: deque[float] = deque(maxlen=_MOST_HOPS)
         times = list(expected) if len(expected) == num_stages else [None] * num_stages
         self._decode = [_Corrected(_decode_curve(each)) for each in times]
         self._chunk = [_Corrected(_chunk_curve(each)) for each in times]
@@ -108,10 +109,10 @@ class RingPace:
             self.shares.clear()
 
     def _note_hops(self, hops_s: float) -> None:
-        """The first one counts as it is: the plan's may be a guess."""
-        if self._has_hops:
-            hops_s = self.hops_s + _HOPS_FOLLOW * (min(hops_s, _HOPS_SPIKE * self.hops_s) - self.hops_s)
-        self.hops_s, self._has_hops = hops_s, True
+        """The median of the last: first steps are slow, and so is one that somebody else's work held up."""
+        self._recent_hops_s.append(hops_s)
+        if len(self._recent_hops_s) >= _LEAST_HOPS:
+            self.hops_s = statistics.median(self._recent_hops_s)
 
     def decode_s(self, size: int) -> list[float]:
         """Of each stage."""

@@ -13,13 +13,13 @@ gaps."""
 LATE_SLOWDOWN = 2.0
 """The same, once a prompt waits for longer than it should."""
 
-_LEAST_SLICE_S = 0.15
+_LEAST_SLICE_S = 0.2
 MOST_SLICE_S = 0.3
-_GAPS_OF_A_SLICE = 24
+_GAPS_OF_A_SLICE = 40
 """A pause that comes once in so many tokens is not among 95 of 100 gaps."""
 
 _SLICE_CHUNKS = 4
-_EFFICIENT = 1.5
+_EFFICIENT = 1.25
 _TYPICAL_CHUNK = 64
 _LEAST_CHUNK = 8
 

@@ -19,6 +19,7 @@ MOST_SHARING = 8
 """Prompts that share a step."""
 
 _SAME_BEGINNING = 64
+_SMALL_CHUNK, _TYPICAL_CHUNK = 8, 128
 _LEAST_LOST_S = 0.0003
 _MOST_CHUNK_S = 0.5
 """A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
@@ -156,12 +157,13 @@ def _pipelined_chunk(pace: RingPace, left: int, before: int, most_tokens: int) -
         return most
     most_s = _MOST_CHUNK_S
     if pace.num_stages > 1:
-        typical = min(128, most)
-        half = max(1, typical // 2)
-        whole_s, half_s = pace.chunk_s(typical, before), pace.chunk_s(half, before)
-        lost_s = min(max(2 * half_s - whole_s, _LEAST_LOST_S), whole_s) + pace.hops_s / (pace.num_stages + 1)
+        # What a chunk takes is a line between small and large ones; what it takes besides its tokens is lost.
+        typical_s, half_s = (pace.chunk_s(size, before) for size in (_TYPICAL_CHUNK, _TYPICAL_CHUNK // 2))
+        slope_s = (typical_s - half_s) / (_TYPICAL_CHUNK // 2)
+        lost_s = max(pace.chunk_s(_SMALL_CHUNK, before) - _SMALL_CHUNK * slope_s, _LEAST_LOST_S)
+        lost_s += pace.hops_s / (pace.num_stages + 1)
         middle = before + left // 2
-        work_s = pace.chunk_s(typical, middle) * left / typical
+        work_s = pace.chunk_s(_TYPICAL_CHUNK, middle) * left / _TYPICAL_CHUNK
         most_s = min(most_s, math.sqrt(work_s * lost_s / (pace.num_stages - 1)))
     return max(min(_LEAST_CHUNK, most), pace.largest_chunk(most_s, before, most))
 
