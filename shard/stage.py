@@ -19,7 +19,8 @@ class ShardSpec:
     """Which layers of which model run where, and in what precision.
 
     `kv_capacity_tokens` bounds the tokens of KV that all sequences together may hold; `context_tokens` those of one.
-    Hidden states come in as `wire_dtype` and go out as `next_dtype`.
+    Hidden states come in as `wire_dtype` and go out as `next_dtype`. `weights` and `kv` are the forms in which
+    matrices and KV are held; a backend that can't hold KV in 8 bits refuses it when it loads (UnsupportedModel).
     """
 
     first: int
