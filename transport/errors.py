@@ -16,6 +16,10 @@ PotluckError
 ├── RingDown              a stage is gone; requests can't be served (503)
 ├── StageFailed           a stage could not load or could not run a step
 ├── BadMessage            a message that breaks the protocol or a limit
+├── NotAllowed            who asks is not paired, was revoked, or has no key (403)
+├── PairingFailed         a wrong, used or expired code or invite, or a pairing that was refused
+├── VersionMismatch       two hosts whose versions of Potluck do not understand each other
+├── WrongBytes            what came is not what its hash says
 └── DeadlineExceeded      something waited for did not come in time
 """
 
@@ -114,6 +118,23 @@ class StageFailed(PotluckError):
 
 class BadMessage(PotluckError):
     code = "bad_message"
+
+
+class NotAllowed(PotluckError):
+    code = "not_allowed"
+    status = 403
+
+
+class PairingFailed(PotluckError):
+    code = "pairing_failed"
+
+
+class VersionMismatch(PotluckError):
+    code = "version_mismatch"
+
+
+class WrongBytes(PotluckError):
+    code = "wrong_bytes"
 
 
 class DeadlineExceeded(PotluckError):

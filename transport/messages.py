@@ -1,7 +1,7 @@
 """Every message between processes, as a frozen tagged struct.
 
 Data edges (ring): `Hello`, `Tokens` (engine → stage 0), `Hidden` (stage → stage), `Sampled` and `Failed` (→ engine).
-Control (head ↔ worker): `Register` … `Stop`. Client edge (HTTP ↔ engine): see `transport.requests`.
+Control (head ↔ worker): `Register` … `Stop`; head ↔ a host's node: `Arrive` … `Members`. Client edge (HTTP ↔ engine): see `transport.requests`.
 A message that carries a tensor is followed by one raw buffer; its size must equal what the header announces.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal, NewType
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]
@@ -179,6 +179,61 @@ class Failed(Struct, frozen=True, tag="failed", array_like=True):
 DataMessage = Hello | Tokens | Hidden | Sampled | Failed
 
 
+# Control: head ↔ a host's node. Keys are public CURVE keys in Z85, 40 characters.
+
+
+class Arrive(Struct, frozen=True, tag="arrive", kw_only=True):
+    """A host says that it is there, before its workers register. `potluck` is the version of the package, `platform`
+    that of the system; `pieces` is where it gives pieces of models to members of the pool."""
+
+    version: int
+    potluck: str
+    platform: str
+    address: str
+    pieces: str
+
+
+class Welcome(Struct, frozen=True, tag="welcome", kw_only=True):
+    """`name` is what the roster calls the host; `members` may take pieces from it."""
+
+    name: str
+    pool: str
+    members: tuple[str, ...]
+
+
+class Members(Struct, frozen=True, tag="members"):
+    """The pool's members have changed."""
+
+    members: tuple[str, ...]
+
+
+class PiecePeer(Struct, frozen=True, array_like=True):
+    """A host that gives pieces of models at `endpoint` and has the key `key`."""
+
+    name: str
+    endpoint: str
+    key: str
+
+
+class PieceHint(Struct, frozen=True, array_like=True):
+    """Pieces [first, last) of the model's list are best had from the host with the key `peer`: it is getting them from
+    the head now."""
+
+    peer: str
+    first: int
+    last: int
+
+
+class SharedModel(Struct, frozen=True, kw_only=True):
+    """A model that lies on other hosts. `digest` is the SHA-256 of its piece list; `peers` are asked for what is
+    missing, the head last."""
+
+    name: str
+    digest: str
+    peers: tuple[PiecePeer, ...]
+    hints: tuple[PieceHint, ...] = ()
+
+
 # Control: head ↔ worker.
 
 
@@ -206,9 +261,10 @@ class Register(Struct, frozen=True, tag="register", kw_only=True):
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
     """Listen, answer `Listening`, load layers [first, last) of the model in folder `model_path` with its matrices in
-    the form `weights`, wait for `Connect`.
+    the form `weights`, wait for `Connect`. On another host than the head's, `shared` says where the model is to be had.
 
-    `listen` says from where the stage before connects: from this host ("local") or another one ("network")."""
+    `listen` says from where the stage before connects: from this host ("local") or another one ("network"), and then
+    only whoever has the key `upstream`."""
 
     fence: Fence
     stage: int
@@ -225,6 +281,8 @@ class Load(Struct, frozen=True, tag="load", kw_only=True):
     listen: Literal["local", "network"]
     weights: WeightsForm = "stored"
     kv: KVForm = "full"
+    upstream: str = ""
+    shared: SharedModel | None = None
 
 
 class Listening(Struct, frozen=True, tag="listening"):
@@ -235,25 +293,39 @@ class Listening(Struct, frozen=True, tag="listening"):
 
 
 class Connect(Struct, frozen=True, tag="connect"):
-    """Send what the stage gives to `next`: where the stage after it, or the engine, listens."""
+    """Send what the stage gives to `next`: where the stage after it, or the engine, listens. `key` is its key if that
+    is on another host."""
 
     fence: Fence
     next: str
+    key: str = ""
+
+
+class Unload(Struct, frozen=True, tag="unload"):
+    """Close the stage's sockets and free its weights and KV; stay for the next `Load`."""
+
+    fence: Fence
 
 
 class Loading(Struct, frozen=True, tag="loading"):
+    """Bytes received from other hosts ("fetch"), then read from the disk ("read")."""
+
     fence: Fence
     read_bytes: int
     total_bytes: int
+    phase: Literal["fetch", "read"] = "read"
 
 
 class Loaded(Struct, frozen=True, tag="loaded"):
-    """The stage is loaded and connected."""
+    """The stage is loaded and connected. `fetched` is how many bytes came from which host, by name, and `fetch_s` how
+    long that took."""
 
     fence: Fence
     weights_bytes: int
     kv_bytes: int
     load_s: float
+    fetch_s: float = 0.0
+    fetched: dict[str, int] = {}
 
 
 class WorkerFault(Struct, frozen=True, tag="worker_fault"):
@@ -310,6 +382,7 @@ class Profile(Struct, frozen=True, tag="profile", kw_only=True):
     budget_s: float
     memory_bytes: int
     weights: WeightsForm = "stored"
+    shared: SharedModel | None = None
 
 
 class Doing(Struct, frozen=True, tag="doing"):
@@ -352,11 +425,13 @@ class LinkShape(Struct, frozen=True, kw_only=True):
 
 
 class LinkListen(Struct, frozen=True, tag="link_listen", kw_only=True):
-    """Be one end of a link that is measured; answered by `LinkListening`."""
+    """Be one end of a link that is measured; answered by `LinkListening`. From the network only whoever has the key
+    `upstream` comes in."""
 
     token: int = 0
     listen: Literal["local", "network"]
     shape: LinkShape
+    upstream: str = ""
 
 
 class LinkListening(Struct, frozen=True, tag="link_listening"):
@@ -370,6 +445,7 @@ class LinkProbe(Struct, frozen=True, tag="link_probe", kw_only=True):
     token: int = 0
     next: str
     leads: bool
+    key: str = ""
 
 
 class LinkProbed(Struct, frozen=True, tag="link_probed", kw_only=True):
@@ -404,10 +480,14 @@ MeasureQuestion = Profile | Steady | LinkListen | LinkProbe
 MeasureAnswer = Profiled | SteadyTime | LinkListening | LinkProbed | MeasureFault
 
 ControlMessage = (
-    Register
+    Arrive
+    | Welcome
+    | Members
+    | Register
     | Load
     | Listening
     | Connect
+    | Unload
     | Loading
     | Loaded
     | WorkerFault

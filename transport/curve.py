@@ -1,0 +1,129 @@
+"""CURVE for every socket that leaves the host: key pairs, and who may connect to which socket.
+
+CurveZMQ: https://rfc.zeromq.org/spec/26/; the handler that decides: https://rfc.zeromq.org/spec/27/ (ZAP). A CURVE server
+without such a handler lets any key in, so each socket has a domain of its own, enforced: no handler, no connection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from transport.errors import BadMessage
+
+Prepare = Callable[["zmq.Socket[bytes]"], None]
+"""Sets more options on a socket before it binds or connects."""
+
+Admits = Callable[[str], bool]
+"""Whether the public key may connect, and whether what comes from it still counts. Called from several threads."""
+
+KEY_CHARACTERS = 40
+_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyPair:
+    """A CURVE key pair in Z85, 40 characters each."""
+
+    public: str
+    secret: str = field(repr=False)
+
+
+def new_key_pair() -> KeyPair:
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public=public.decode(), secret=secret.decode())
+
+
+def is_key(text: str) -> bool:
+    """Whether it can be a public key."""
+    return _KEY.fullmatch(text) is not None
+
+
+def only(key: str) -> Admits:
+    """Admits that key alone. Raises BadMessage for something that is no key: it came from the head."""
+    if not is_key(key):
+        raise BadMessage(f"{key!r} is not a public key")
+    return lambda candidate: candidate == key
+
+
+def user_id(frame: zmq.Frame) -> str:
+    """The public key whose connection the frame came by. Empty for a connection without CURVE."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """How a socket that others connect to is kept: `prepare` before it binds, `admits` for every message's key."""
+
+    prepare: Prepare
+    admits: Admits
+
+
+class Curve:
+    """The CURVE keys of this process, and the ZAP handler of one context. Close it before the context."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> None:
+        self.keys = keys
+        self._context = context
+        self._authenticator: ThreadAuthenticator | None = None
+        self._lock = threading.Lock()
+
+    def guard(self, admits: Admits) -> Guard:
+        """For a socket that only keys which `admits` accepts can connect to."""
+        domain = f"potluck-{next(_numbers)}"
+        self._handler().configure_curve_callback(domain, _Asked(admits))
+
+        def prepare(sock: zmq.Socket[bytes]) -> None:
+            sock.setsockopt(zmq.CURVE_SERVER, 1)
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, self.keys.public.encode())
+            sock.setsockopt(zmq.CURVE_SECRETKEY, self.keys.secret.encode())
+            sock.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
+            sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+        return Guard(prepare=prepare, admits=admits)
+
+    def towards(self, server_key: str) -> Prepare:
+        """For a socket that connects to whoever has `server_key`, and to nobody else. Raises BadMessage."""
+        if not is_key(server_key):
+            raise BadMessage(f"{server_key!r} is not a public key")
+
+        def prepare(sock: zmq.Socket[bytes]) -> None:
+            sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, self.keys.public.encode())
+            sock.setsockopt(zmq.CURVE_SECRETKEY, self.keys.secret.encode())
+
+        return prepare
+
+    def close(self) -> None:
+        with self._lock:
+            handler, self._authenticator = self._authenticator, None
+        if handler is not None:
+            handler.stop()
+
+    def _handler(self) -> ThreadAuthenticator:
+        """Started with the first guard: a context may have only one, and most never need it."""
+        with self._lock:
+            if self._authenticator is None:
+                self._authenticator = ThreadAuthenticator(self._context)
+                self._authenticator.start()
+            return self._authenticator
+
+
+class _Asked:
+    """What pyzmq's handler asks about a key that wants to connect."""
+
+    def __init__(self, admits: Admits) -> None:
+        self._admits = admits
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return self._admits(key.decode("ascii", "replace"))
