@@ -1,7 +1,8 @@
 """CURVE for every socket that leaves the host: key pairs, and who may connect to which socket.
 
-CurveZMQ: https://rfc.zeromq.org/spec/26/; the handler that decides: https://rfc.zeromq.org/spec/27/ (ZAP). A CURVE server
-without such a handler lets any key in, so each socket has a domain of its own, enforced: no handler, no connection.
+CurveZMQ: https://rfc.zeromq.org/spec/26/; the handler that decides, ZAP: https://rfc.zeromq.org/spec/27/. A CURVE
+server without such a handler lets any key in, so each socket has a domain of its own, enforced: no handler, no
+connection.
 """
 
 from __future__ import annotations

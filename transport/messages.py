@@ -1,7 +1,8 @@
 """Every message between processes, as a frozen tagged struct.
 
 Data edges (ring): `Hello`, `Tokens` (engine → stage 0), `Hidden` (stage → stage), `Sampled` and `Failed` (→ engine).
-Control (head ↔ worker): `Register` … `Stop`; head ↔ a host's node: `Arrive` … `Members`. Client edge (HTTP ↔ engine): see `transport.requests`.
+Control (head ↔ worker): `Register` … `Stop`; head ↔ a host's node: `Arrive` … `Members`.
+Client edge (HTTP ↔ engine): see `transport.requests`.
 A message that carries a tensor is followed by one raw buffer; its size must equal what the header announces.
 """
 

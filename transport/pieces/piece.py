@@ -1,6 +1,6 @@
 """What a model's files consist of, for hosts that get them from each other.
 
-A piece lies within one tensor (or is a file's header, or a whole small file), so that a stage's pieces are its tensors'.
+A piece lies within one tensor (or is a file's header, or a whole small file): a stage's pieces are its tensors'.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Piece(Struct, frozen=True, array_like=True):
 
 
 class PlacedPiece(Struct, frozen=True, array_like=True):
-    """Bytes [offset, offset + num_bytes) of a file. `tensor` is the name that its format stores it under; empty for what
-    every stage needs: headers and small files."""
+    """Bytes [offset, offset + num_bytes) of a file. `tensor` is the name that its format stores it under; empty for
+    what every stage needs: headers and small files."""
 
     offset: int
     num_bytes: int
@@ -41,8 +41,8 @@ class ListedFile(Struct, frozen=True, kw_only=True):
 
 
 class PieceList(Struct, frozen=True, kw_only=True):
-    """All of a model that a stage may need, but for the tokenizer. Its SHA-256 as JSON is the model's digest. Pieces are
-    counted through all files, in order."""
+    """All of a model that a stage may need, but for the tokenizer. Its SHA-256 as JSON is the model's digest. Pieces
+    are counted through all files, in order."""
 
     version: int
     model: str
