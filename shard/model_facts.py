@@ -58,7 +58,7 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
 
     Raises UnsupportedModel for what can't be split or sized, BadCheckpoint where config and tensors disagree.
     """
-    family = _check_supported(config)
+    family = check_supported(config)
     num_layers = _whole(config, "num_hidden_layers", at_most=_MAX_LAYERS)
     hidden = _whole(config, "hidden_size")
     heads = _whole(config, "num_attention_heads")
@@ -108,7 +108,8 @@ def part_of(name: str, spec: ModelSpec) -> str | None:
     return {EMBEDDING: "embed", NORM: "norm", HEAD: "head"}.get(name)
 
 
-def _check_supported(config: dict[str, Any]) -> str:
+def check_supported(config: dict[str, Any]) -> str:
+    """The model's family, as far as config.json alone can tell. Raises UnsupportedModel, BadCheckpoint."""
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise BadCheckpoint(

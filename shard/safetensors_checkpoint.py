@@ -35,11 +35,12 @@ class SafetensorsCheckpoint:
     scales that do not fit their weights. Raises BadCheckpoint, UnsupportedModel for a quantization that is not known.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """`sizes`: see SafetensorsFiles."""
         config = read_config(folder)
         quantization = quantization_of(config)
         self._config = without_quantization(config)
-        self._files = SafetensorsFiles(folder)
+        self._files = SafetensorsFiles(folder, sizes)
         try:
             self._logical: dict[str, LogicalTensor] = (
                 packed_tensors(self._files, quantization, config)

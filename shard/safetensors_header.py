@@ -15,6 +15,7 @@ import msgspec
 
 from transport.errors import BadCheckpoint
 
+LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100 << 20  # The format's own limit.
 MAX_DIMENSIONS = 8
 ELEMENT_BYTES = {
@@ -41,21 +42,38 @@ class _Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
-def read_header(path: Path) -> tuple[PlacedTensor, ...]:
-    """The tensors of one file. Raises BadCheckpoint for a file whose header and size do not agree."""
+def read_header(path: Path, size: int | None = None) -> tuple[PlacedTensor, ...]:
+    """The tensors of one file. `size` is the whole file's, where only its beginning lies at `path`.
+
+    Raises BadCheckpoint for a file whose header and size do not agree.
+    """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise _bad(path, f"its header would take {length:,} bytes of a file of {size:,}")
-            header = file.read(length)
+            size = path.stat().st_size if size is None else size
+            start = file.read(LENGTH_BYTES)
+            return parse_header(path, start + file.read(header_bytes(path, start, size) - LENGTH_BYTES), size)
     except OSError as error:
         raise BadCheckpoint(
             f"can't read {path}: {error.strerror}", hint="put the file back or pull the model again"
         ) from error
-    data_start = 8 + length
-    tensors = [_placed(path, name, raw, data_start, size) for name, raw in _entries(path, header)]
+
+
+def header_bytes(path: Path, start: bytes, size: int) -> int:
+    """How long the header of a file of `size` bytes is that begins with `start`, its length's bytes included."""
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) < LENGTH_BYTES or length > min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
+        raise _bad(path, f"its header would take {length:,} bytes of a file of {size:,}")
+    return LENGTH_BYTES + length
+
+
+def parse_header(path: Path, start: bytes, size: int) -> tuple[PlacedTensor, ...]:
+    """The tensors of a file of `size` bytes at `path` that begins with `start`: its whole header or more. Never touches
+    the file. Raises BadCheckpoint."""
+    data_start = header_bytes(path, start, size)
+    if len(start) < data_start:
+        raise _bad(path, f"its header takes {data_start:,} bytes, of which {len(start):,} are there")
+    entries = _entries(path, start[LENGTH_BYTES:data_start])
+    tensors = [_placed(path, name, raw, data_start, size) for name, raw in entries]
     ordered = sorted((tensor for tensor in tensors if tensor.file_bytes), key=lambda tensor: tensor.offset)
     for before, after in pairwise(ordered):
         if before.offset + before.file_bytes > after.offset:
