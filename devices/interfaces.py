@@ -1,0 +1,122 @@
+"""The networks that this host shares with the others at home, and its address there."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# An address of the range for documentation: a route towards it is the default route. Nothing is sent there.
+_ANYWHERE = "198.51.100.1"
+_TOOL_TIMEOUT_S = 5.0
+_LINUX_NETWORK = Path("/sys/class/net")
+
+# Networks inside this host (containers, virtual machines) and tunnels: nobody at home can reach it there.
+_NOT_LAN = re.compile(
+    r"lo\d*$|docker|br-|virbr|lxc|lxd|veth|cni|cali|flannel|cilium|podman|kube|vnet|vmnet|vboxnet|bridge\d{3}|"
+    r"tun|tap|utun|wg|ppp|ipsec|gif|stf|tailscale|zt|nordlynx|proton|awdl|llw|anpi|dummy|"
+    r"loopback|vethernet|.*(virtualbox|vmware|hyper-v|wsl|tailscale|zerotier|wireguard|openvpn|wintun|bluetooth)",
+    re.IGNORECASE,
+)
+_WIFI_NAME = re.compile(r"wl|wi-?fi|wlan|.*wireless", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanInterface:
+    """An IPv4 address of this host in a network of `prefix` bits."""
+
+    name: str
+    address: str
+    prefix: int
+    is_wifi: bool
+
+
+def lan_interfaces() -> tuple[LanInterface, ...]:
+    """Those that are up and lead to other devices; loopback, containers, virtual machines and VPNs are left out.
+
+    Cables come first. The order is stable.
+    """
+    states = psutil.net_if_stats()
+    wifi_names = _wifi_names()
+    found = []
+    for name, addresses in psutil.net_if_addrs().items():
+        if is_internal(name) or name not in states or not states[name].isup:
+            continue
+        for entry in addresses:
+            if entry.family == socket.AF_INET and _is_usable(entry.address):
+                prefix = _prefix(entry.netmask)
+                is_wifi = name in wifi_names
+                found.append(LanInterface(name=name, address=entry.address, prefix=prefix, is_wifi=is_wifi))
+    return tuple(sorted(found, key=lambda interface: (interface.is_wifi, interface.name, interface.address)))
+
+
+def is_internal(name: str) -> bool:
+    """Whether an interface of that name leads into this host, or into a tunnel."""
+    return _NOT_LAN.match(name) is not None
+
+
+def lan_address(towards: str | None = None) -> str | None:
+    """This host's address for the others: the one that it would use towards `towards`; else that of the default
+    route, or a LAN's if the default route is a tunnel or missing. None without a network. Sends nothing."""
+    if towards is not None:
+        chosen = _source_address(towards)
+        if chosen is not None:
+            return chosen
+    return preferred(_source_address(_ANYWHERE), [interface.address for interface in lan_interfaces()])
+
+
+def preferred(default_route: str | None, lan: Iterable[str]) -> str | None:
+    """Which of a host's addresses others are told."""
+    addresses = tuple(lan)
+    if default_route in addresses or not addresses:
+        return default_route
+    return addresses[0]
+
+
+def _source_address(target: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError:
+            return None
+        address = str(probe.getsockname()[0])
+    return None if ipaddress.IPv4Address(address).is_unspecified else address
+
+
+def _is_usable(address: str) -> bool:
+    parsed = ipaddress.IPv4Address(address)
+    return not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified or parsed.is_multicast)
+
+
+def _prefix(netmask: str | None) -> int:
+    try:
+        return ipaddress.IPv4Network(f"0.0.0.0/{netmask}").prefixlen
+    except ValueError:
+        return 32
+
+
+def _wifi_names() -> frozenset[str]:
+    if sys.platform == "linux":
+        return frozenset(path.parent.name for path in _LINUX_NETWORK.glob("*/wireless"))
+    if sys.platform == "darwin":
+        return wifi_in_hardware_ports(_output("networksetup", "-listallhardwareports"))
+    return frozenset(name for name in psutil.net_if_addrs() if _WIFI_NAME.match(name))
+
+
+def wifi_in_hardware_ports(text: str) -> frozenset[str]:
+    """The devices that macOS's `networksetup -listallhardwareports` calls Wi-Fi: "en0"."""
+    return frozenset(re.findall(r"Hardware Port: (?:Wi-Fi|AirPort)\s*\nDevice: (\S+)", text))
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from devices.identity import fingerprint, load_keys
+from transport.curve import new_key_pair
+from transport.errors import ConfigError
+from transport.key_file import KEY_FILE
+
+
+def test_keys_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "identity"
+    keys = load_keys(folder)
+    assert load_keys(folder) == keys
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
+    assert keys.secret not in repr(keys)
+
+
+def test_processes_that_start_together_have_the_same_keys(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert len({keys.public for keys in pool.map(load_keys, [tmp_path / "identity"] * 8)}) == 1
+
+
+def test_what_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    keys = load_keys(tmp_path)
+    tmp_path.chmod(0o755)
+    (tmp_path / KEY_FILE).chmod(0o644)
+    assert load_keys(tmp_path) == keys
+    assert (tmp_path / KEY_FILE).stat().st_mode & 0o077 == 0
+    assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give a file to someone else")
+def test_a_file_of_someone_else_is_refused(tmp_path: Path) -> None:
+    load_keys(tmp_path)
+    os.chown(tmp_path / KEY_FILE, 12345, 12345)
+    with pytest.raises(ConfigError, match="another user"):
+        load_keys(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"public": "short", "secret": "short"}'])
+def test_a_broken_file_is_named_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / KEY_FILE).write_bytes(content)
+    with pytest.raises(ConfigError, match=KEY_FILE) as raised:
+        load_keys(tmp_path)
+    assert raised.value.hint
+    assert (tmp_path / KEY_FILE).read_bytes() == content
+
+
+def test_two_halves_of_different_pairs_are_refused(tmp_path: Path) -> None:
+    mixed = {"public": new_key_pair().public, "secret": new_key_pair().secret}
+    (tmp_path / KEY_FILE).write_bytes(msgspec.json.encode(mixed))
+    with pytest.raises(ConfigError, match="do not belong together"):
+        load_keys(tmp_path)
+
+
+def test_a_fingerprint_is_short_and_of_one_key() -> None:
+    one, other = new_key_pair().public, new_key_pair().public
+    assert fingerprint(one) == fingerprint(one) != fingerprint(other)
+    assert len(fingerprint(one)) == 19
+    assert set(fingerprint(one)) <= set("0123456789abcdef-")
