@@ -1,0 +1,327 @@
+"""One peer of a fetch: its connection, which comes and goes, what is outstanding there, and what it has answered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from transport.curve import Curve
+from transport.errors import BadMessage, WrongBytes
+from transport.messages import PiecePeer
+from transport.pieces.fetch_plan import FetchPlan
+from transport.pieces.messages import Ask, Held, Holdings, Missing, Part, Refused
+from transport.pieces.peer_line import PeerLine, Received
+from transport.pieces.piece import Piece
+from transport.pieces.window import Window
+
+SILENT_AFTER_S = 5.0
+HOLDINGS_AGAIN_S = 1.0
+_MOST_ASKS = 32
+_FIRST_RETRY_S = 0.1
+_LAST_RETRY_S = 5.0
+
+
+class PartialPiece(Protocol):
+    """A piece of which the first `num_bytes` are on the disk. Closed, it stays as it is."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def write(self, data: memoryview) -> None:
+        """What follows. Raises NoSpace."""
+        ...
+
+    def commit(self) -> None:
+        """It is whole: into the store with it. Raises WrongBytes, with what was there removed."""
+        ...
+
+    def restart(self) -> None:
+        """Forget what is there."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PieceStore(Protocol):
+    """What a fetch needs of a store."""
+
+    def has(self, digest: str) -> bool: ...
+
+    def partial_bytes(self, piece: Piece) -> int:
+        """How many of its bytes an earlier fetch has left."""
+        ...
+
+    def open_partial(self, piece: Piece) -> PartialPiece | None:
+        """None if another process of this host is getting the piece now."""
+        ...
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raises NoSpace unless the disk has room for so much more."""
+        ...
+
+
+@dataclass(slots=True)
+class _Active:
+    """A piece that is being asked for: up to `asked`."""
+
+    piece: Piece
+    partial: PartialPiece
+    asked: int
+    is_its_own: bool
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    active: _Active
+    offset: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the peers of a fetch share. `doubtful` pieces had wrong bytes of more than one origin: from now on each
+    comes from one peer alone, so that it is clear whose they are. `elsewhere` are those another process is getting.
+    `count` is told of bytes that came, or that were thrown away."""
+
+    context: zmq.Context[zmq.Socket[bytes]]
+    curve: Curve
+    store: PieceStore
+    plan: FetchPlan
+    model: str
+    doubtful: set[str]
+    elsewhere: list[Piece]
+    count: Callable[[int], None]
+
+
+class FetchPeer:
+    def __init__(self, peer: PiecePeer, shared: Shared, now_s: float) -> None:
+        self.peer = peer
+        self.line: PeerLine | None = None
+        self.num_bytes = 0
+        self.reason = "it was not reached"
+        self.is_refused = False
+        self._shared = shared
+        self._window = Window()
+        self._tokens = itertools.count(1)
+        self._asked: dict[int, _Asked] = {}
+        self._asked_bytes = 0
+        self._asking: _Active | None = None
+        self._retry_s = _FIRST_RETRY_S
+        self._next_try_s = now_s
+        self._heard_s = now_s
+        self._idle_since_s = now_s
+        self._knows_holdings = False
+        self._holdings_due_s = now_s
+
+    @property
+    def is_usable(self) -> bool:
+        """Connected, and it has said what it holds."""
+        return self._knows_holdings
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._asked
+
+    def forgive(self, slept_s: float) -> None:
+        """This process itself did not run for so long."""
+        self._heard_s += slept_s
+
+    def drive(self, now_s: float, usable: Collection[str]) -> None:
+        """Connect, and ask for what there is to ask for."""
+        if self.is_refused:
+            return
+        if self.line is None:
+            if now_s < self._next_try_s:
+                return
+            self._connect(now_s)
+        line = self.line
+        if line is None:
+            return
+        line.look()
+        if line.lost:
+            self.receive(now_s)  # What it sent before.
+            if self.line is line:
+                self.leave(line.lost, now_s)
+            return
+        if not line.is_open:
+            if now_s - self._heard_s > SILENT_AFTER_S:
+                self.leave(f"nobody answers at {self.peer.endpoint}", now_s)
+            return
+        if now_s - self._heard_s > SILENT_AFTER_S and (self._asked or not self._knows_holdings):
+            self._window.note_silence()
+            self.leave(f"it was silent for {SILENT_AFTER_S:.0f} s", now_s)
+            return
+        self._ask_for_holdings(line, now_s)
+        if self._knows_holdings:
+            self._fill(line, now_s, usable)
+
+    def receive(self, now_s: float) -> int:
+        """Take what has come; how many bytes of pieces that were. A peer that breaks the rules is refused."""
+        line = self.line
+        before = self.num_bytes
+        if line is not None:
+            try:
+                for received in line.received():
+                    self._heard_s = now_s
+                    self._take(received, now_s)
+                    if self.line is not line:
+                        break
+            except BadMessage as error:
+                self.refuse(error.message, now_s)
+        return self.num_bytes - before
+
+    def leave(self, reason: str, now_s: float) -> None:
+        """Give back what is outstanding, and try again later."""
+        self.reason = reason
+        self.close()
+        self._next_try_s = now_s + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+
+    def refuse(self, reason: str, now_s: float) -> None:
+        """For good."""
+        self.leave(reason, now_s)
+        self.is_refused = True
+        self._shared.plan.note_refused(self.peer.key)
+
+    def close(self) -> None:
+        """Partial pieces stay."""
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+        self._knows_holdings = False
+        active = {id(asked.active): asked.active for asked in self._asked.values()}
+        if self._asking is not None:
+            active[id(self._asking)] = self._asking
+        for each in active.values():
+            self._drop(each)
+        self._asked.clear()
+        self._asked_bytes = 0
+        self._asking = None
+
+    def _connect(self, now_s: float) -> None:
+        try:
+            self.line = PeerLine(self._shared.context, self.peer, self._shared.curve)
+        except BadMessage as error:
+            self.refuse(error.message, now_s)
+        self._heard_s = self._idle_since_s = self._holdings_due_s = now_s
+
+    def _ask_for_holdings(self, line: PeerLine, now_s: float) -> None:
+        plan = self._shared.plan
+        if now_s < self._holdings_due_s:
+            return
+        self._holdings_due_s = now_s + HOLDINGS_AGAIN_S
+        if (not self._knows_holdings or plan.is_wanted_of(self.peer.key)) and line.send(
+            Holdings(next(self._tokens), self._shared.model)
+        ):
+            if not self._asked:
+                self._heard_s = now_s
+        elif not self._knows_holdings:
+            self._holdings_due_s = now_s  # Not sent: it takes nothing yet.
+
+    def _fill(self, line: PeerLine, now_s: float, usable: Collection[str]) -> None:
+        while self._asked_bytes < self._window.num_bytes and len(self._asked) < _MOST_ASKS:
+            active = self._asking or self._begin(now_s, usable)
+            if active is None:
+                return
+            count = min(self._window.part_bytes, active.piece.num_bytes - active.asked)
+            token = next(self._tokens)
+            if not line.send(Ask(token, active.piece.digest, active.asked, count)):
+                return
+            if not self._asked:
+                self._heard_s = now_s
+            self._asked[token] = _Asked(active, active.asked, count)
+            self._asked_bytes += count
+            active.asked += count
+            self._asking = active if active.asked < active.piece.num_bytes else None
+        self._window.note_full()
+
+    def _begin(self, now_s: float, usable: Collection[str]) -> _Active | None:
+        """The next piece of which something is missing."""
+        shared = self._shared
+        while True:
+            idle_s = 0.0 if self._asked else now_s - self._idle_since_s
+            piece = shared.plan.take(self.peer.key, now_s, usable=usable, idle_s=idle_s)
+            if piece is None:
+                return None
+            partial = shared.store.open_partial(piece)
+            if partial is None:
+                shared.elsewhere.append(piece)
+                continue
+            if piece.digest in shared.doubtful and partial.num_bytes:
+                shared.count(-partial.num_bytes)
+                partial.restart()
+            active = _Active(piece, partial, asked=partial.num_bytes, is_its_own=not partial.num_bytes)
+            if active.asked < piece.num_bytes:
+                self._asking = active
+                return active
+            self._finish(active, now_s)
+
+    def _take(self, received: Received, now_s: float) -> None:
+        match received.answer:
+            case Held(bitmap=bitmap):
+                self._knows_holdings = True
+                self._shared.plan.note_held(self.peer.key, bitmap, now_s)
+            case Refused(reason=reason):
+                self.leave(f"it refused: {reason!r}", now_s)
+            case Missing(token=token):
+                asked = self._answered(token, now_s)
+                self._shared.plan.note_missing(self.peer.key, asked.active.piece.digest)
+                self._drop(asked.active)
+            case Part(token=token, digest=digest, offset=offset):
+                asked = self._answered(token, now_s)
+                if digest != asked.active.piece.digest or offset != asked.offset:
+                    raise BadMessage("it sent another part than was asked for")
+                if len(received.buffer) != asked.num_bytes:
+                    raise BadMessage(f"it sent {len(received.buffer)} bytes where {asked.num_bytes} were asked for")
+                self._write(asked.active, received.buffer, now_s)
+
+    def _answered(self, token: int, now_s: float) -> _Asked:
+        asked = self._asked.pop(token, None)
+        if asked is None:
+            raise BadMessage("it sent what was not asked for")
+        self._asked_bytes -= asked.num_bytes
+        if not self._asked:
+            self._idle_since_s = now_s
+            self._window.note_idle()
+        return asked
+
+    def _write(self, active: _Active, buffer: memoryview, now_s: float) -> None:
+        self._window.note_received(len(buffer), now_s)
+        if active.is_over:
+            return
+        active.partial.write(buffer)
+        self.num_bytes += len(buffer)
+        self._retry_s = _FIRST_RETRY_S
+        self._shared.count(len(buffer))
+        self._shared.plan.note_useful(self.peer.key, now_s)
+        if active.partial.num_bytes == active.piece.num_bytes:
+            self._finish(active, now_s)
+
+    def _finish(self, active: _Active, now_s: float) -> None:
+        shared, digest = self._shared, active.piece.digest
+        active.is_over = True
+        try:
+            active.partial.commit()
+        except WrongBytes:
+            shared.count(-active.piece.num_bytes)
+            shared.plan.give_back(digest)
+            if active.is_its_own:
+                self.refuse(f"it sent wrong bytes for piece {digest[:12]}", now_s)
+            else:
+                shared.doubtful.add(digest)
+            return
+        shared.plan.note_done(digest)
+
+    def _drop(self, active: _Active) -> None:
+        """Not from this peer, or not now."""
+        if not active.is_over:
+            active.is_over = True
+            active.partial.close()
+            self._shared.plan.give_back(active.piece.digest)
+        if self._asking is active:
+            self._asking = None

@@ -1,0 +1,177 @@
+"""Which piece to ask of whom next. Pure: time is passed in.
+
+A piece that a hint gives to another host is waited for there: that host gets it from the head at the same time. The
+head comes last for what others have too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from transport.messages import PieceHint
+from transport.pieces.messages import is_held
+from transport.pieces.piece import Piece
+
+HINT_PATIENCE_S = 10.0
+"""A hinted host that has got nothing new for so long, and gave nothing, is not waited for. At a third of 100 Mbit/s a
+piece takes it 4 s."""
+
+AWAY_PATIENCE_S = 3.0
+"""The same for one that there is no connection to."""
+
+IDLE_S = 2.0
+"""The head, idle for so long, takes what a slower host has too."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    bitmap: bytes = b""
+    lacks: set[str] = field(default_factory=set)
+    useful_at_s: float = 0.0
+    is_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    piece: Piece
+    indexes: tuple[int, ...]
+    hinted: str
+
+
+class FetchPlan:
+    """Keys are those of peers. `pieces` are by their number in the model's list; one that is there twice is wanted
+    once. A piece is pending, taken or done."""
+
+    def __init__(
+        self, pieces: Mapping[int, Piece], keys: Sequence[str], hints: Sequence[PieceHint], now_s: float
+    ) -> None:
+        """`keys`: the head's is the last."""
+        self._head = keys[-1] if keys else ""
+        self._peers = {key: _Peer(useful_at_s=now_s) for key in keys}
+        self._wanted = _wanted(pieces, {hint for hint in hints if hint.peer in self._peers})
+        self._pending = dict.fromkeys(self._wanted)
+        self._num_done = 0
+        self._version = 0
+        self._nothing: dict[str, tuple[int, float]] = {}
+
+    @property
+    def is_done(self) -> bool:
+        return self._num_done == len(self._wanted)
+
+    def take(self, key: str, now_s: float, *, usable: Collection[str], idle_s: float) -> Piece | None:
+        """The next piece to ask `key` for, which has had nothing to do for `idle_s`. `usable` peers are connected."""
+        known = self._nothing.get(key)
+        # Looking costs as much as there are pieces: not again before anything has changed, or time has passed.
+        if known is not None and known[0] == self._version and now_s < known[1]:
+            return None
+        found = self._find(key, now_s, usable, idle_s)
+        if found is None:
+            self._nothing[key] = (self._version, now_s + 0.2)
+            return None
+        del self._pending[found]
+        return self._wanted[found].piece
+
+    def give_back(self, digest: str) -> None:
+        """A taken piece is pending again, before all others."""
+        self._pending = {digest: None, **self._pending}
+        self._version += 1
+
+    def note_done(self, digest: str) -> None:
+        self._num_done += 1
+
+    def note_useful(self, key: str, now_s: float) -> None:
+        """It gave something."""
+        self._peers[key].useful_at_s = now_s
+
+    def note_held(self, key: str, bitmap: bytes, now_s: float) -> None:
+        """It says which pieces of the model it has."""
+        peer = self._peers[key]
+        if bitmap != peer.bitmap:
+            peer.bitmap, peer.useful_at_s = bitmap, now_s
+            peer.lacks.clear()
+            self._version += 1
+
+    def note_missing(self, key: str, digest: str) -> None:
+        self._peers[key].lacks.add(digest)
+        self._version += 1
+
+    def note_refused(self, key: str) -> None:
+        self._peers[key].is_refused = True
+        self._version += 1
+
+    def is_wanted_of(self, key: str) -> bool:
+        """Whether there are pending pieces that it is not known to have."""
+        return any(not self._has(key, self._wanted[digest]) for digest in self._pending)
+
+    def nowhere(self, usable: Collection[str]) -> Piece | None:
+        """A pending piece that every peer is known to lack, if all that are not refused are usable."""
+        asked = [key for key, peer in self._peers.items() if not peer.is_refused]
+        if not set(asked) <= set(usable):
+            return None
+        for digest in self._pending:
+            if not any(self._may_have(key, self._wanted[digest]) for key in asked):
+                return self._wanted[digest].piece
+        return None
+
+    def first_pending(self) -> Piece | None:
+        return next((self._wanted[digest].piece for digest in self._pending), None)
+
+    def _find(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> str | None:
+        if self._peers[key].is_refused:
+            return None
+        second: str | None = None
+        for digest in self._pending:
+            wanted = self._wanted[digest]
+            if digest in self._peers[key].lacks:
+                continue
+            has_it = self._has(key, wanted)
+            if not has_it and self._others(key, wanted, usable):
+                continue  # Perhaps it has it all the same: asked for only if nobody says so.
+            if key != self._head:
+                if has_it:
+                    return digest
+                continue
+            if not self._is_left_to_others(wanted, now_s, usable):
+                return digest
+            if second is None and idle_s >= IDLE_S and self._others(key, wanted, usable):
+                second = digest
+        return second
+
+    def _is_left_to_others(self, wanted: _Wanted, now_s: float, usable: Collection[str]) -> bool:
+        """By the head."""
+        hinted = self._peers.get(wanted.hinted)
+        if hinted is not None and wanted.hinted != self._head and not hinted.is_refused:
+            is_missing = wanted.piece.digest in hinted.lacks
+            patience_s = HINT_PATIENCE_S if wanted.hinted in usable else AWAY_PATIENCE_S
+            if not is_missing and now_s - hinted.useful_at_s < patience_s:
+                return True
+        return self._others(self._head, wanted, usable)
+
+    def _others(self, key: str, wanted: _Wanted, usable: Collection[str]) -> bool:
+        return any(other != key and self._has(other, wanted) for other in usable)
+
+    def _may_have(self, key: str, wanted: _Wanted) -> bool:
+        """The head is asked even for what it does not claim to have."""
+        if key == self._head:
+            return wanted.piece.digest not in self._peers[key].lacks
+        return self._has(key, wanted)
+
+    def _has(self, key: str, wanted: _Wanted) -> bool:
+        peer = self._peers[key]
+        if peer.is_refused or wanted.piece.digest in peer.lacks:
+            return False
+        return any(is_held(peer.bitmap, index) for index in wanted.indexes)
+
+
+def _wanted(pieces: Mapping[int, Piece], hints: Collection[PieceHint]) -> dict[str, _Wanted]:
+    most = max(pieces, default=-1) + 1
+    hinted = {index: hint.peer for hint in hints for index in range(max(0, hint.first), min(hint.last, most))}
+    found: dict[str, _Wanted] = {}
+    for index in sorted(pieces):
+        piece = pieces[index]
+        known = found.get(piece.digest)
+        indexes = (index,) if known is None else (*known.indexes, index)
+        to_whom = hinted.get(index, "") if known is None else known.hinted or hinted.get(index, "")
+        found[piece.digest] = _Wanted(piece, indexes, to_whom)
+    return found

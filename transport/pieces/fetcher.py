@@ -1,0 +1,202 @@
+"""Gets the pieces that a host lacks from the hosts that have them: each checked by its hash, from where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from transport.awake import Awake
+from transport.curve import Curve
+from transport.errors import DownloadFailed
+from transport.messages import PieceHint, PiecePeer
+from transport.pieces.fetch_peer import FetchPeer, PieceStore, Shared
+from transport.pieces.fetch_plan import FetchPlan
+from transport.pieces.piece import Piece
+
+log = logging.getLogger("potluck.pieces")
+
+PATIENCE_S = 30.0
+_NOWHERE_S = 5.0
+_TICK_S = 0.05
+_ELSEWHERE_AGAIN_S = 0.5
+_HINT = "is the head running, and reachable from here? potluck doctor says; what came so far is kept"
+
+ReportProgress = Callable[[int, int], None]
+"""Bytes that are there of those that were missing, what an earlier fetch had left included; and how many were missing.
+Called from the thread that fetches, at most every 50 ms or so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchReport:
+    """`bytes_by_peer` is by name, and so is `refused_peers`, with the reasons. Not `is_complete`: it was stopped."""
+
+    is_complete: bool
+    seconds: float
+    bytes_by_peer: dict[str, int] = field(default_factory=dict)
+    refused_peers: dict[str, str] = field(default_factory=dict)
+
+
+def fetch(
+    pieces: Mapping[int, Piece],
+    store: PieceStore,
+    peers: Sequence[PiecePeer],
+    *,
+    curve: Curve,
+    context: zmq.Context[zmq.Socket[bytes]],
+    model: str,
+    what: str,
+    hints: Sequence[PieceHint] = (),
+    progress: ReportProgress = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+    patience_s: float = PATIENCE_S,
+) -> FetchReport:
+    """Puts into the store what it lacks of `pieces`, which are by their number in the list of the model with the digest
+    `model`; `what` names it to users. Peers are asked in turn, the head is the last of them.
+
+    Raises NoSpace before the first byte is asked for, or when the disk fills up all the same; DownloadFailed when a
+    piece is nowhere to be had, or nothing has come for `patience_s`. What came is kept, also when `stop` says so.
+    """
+    began_s = time.monotonic()
+    missing = {index: piece for index, piece in pieces.items() if not store.has(piece.digest)}
+    if not missing:
+        return FetchReport(is_complete=True, seconds=time.monotonic() - began_s)
+    if not peers:
+        raise DownloadFailed(f"{what} is not on this host, and no other host offers it", hint=_HINT)
+    once = {piece.digest: piece for piece in missing.values()}.values()
+    left_bytes = {piece.digest: store.partial_bytes(piece) for piece in once}
+    store.require_space(sum(piece.num_bytes - left_bytes[piece.digest] for piece in once))
+    plan = FetchPlan(missing, [peer.key for peer in peers], hints, began_s)
+    done = _Done(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
+    shared = Shared(context, curve, store, plan, model, set(), [], done.add)
+    running = _Fetch(shared, [FetchPeer(peer, shared, began_s) for peer in peers], done, what, patience_s)
+    try:
+        is_complete = running.run(stop)
+    finally:
+        running.close()
+    return FetchReport(
+        is_complete=is_complete,
+        seconds=time.monotonic() - began_s,
+        bytes_by_peer={each.peer.name: each.num_bytes for each in running.peers if each.num_bytes},
+        refused_peers={each.peer.name: each.reason for each in running.peers if each.is_refused},
+    )
+
+
+class _Done:
+    """Counts what is there, for whoever watches, and knows when there was last something new."""
+
+    def __init__(self, done_bytes: int, total_bytes: int, progress: ReportProgress, now_s: float) -> None:
+        self.last_s = now_s
+        self._done_bytes = done_bytes
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._told: int | None = None
+
+    def add(self, num_bytes: int) -> None:
+        self._done_bytes += num_bytes
+        if num_bytes > 0:
+            self.last_s = time.monotonic()
+
+    def tell(self) -> None:
+        if self._told != self._done_bytes:
+            self._told = self._done_bytes
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+class _Fetch:
+    def __init__(self, shared: Shared, peers: list[FetchPeer], done: _Done, what: str, patience_s: float) -> None:
+        self.peers = peers
+        self._shared = shared
+        self._done = done
+        self._what = what
+        self._patience_s = patience_s
+        self._nowhere_since_s: float | None = None
+        self._elsewhere_due_s = 0.0
+        self._elsewhere_bytes = 0
+        self._logged: set[str] = set()
+        self._tell_at_s = 0.0
+
+    def run(self, stop: Callable[[], bool]) -> bool:
+        """Whether it is complete. Raises DownloadFailed."""
+        awake = Awake()
+        while not self._shared.plan.is_done:
+            now_s = time.monotonic()
+            if stop():
+                return False
+            usable = {peer.peer.key for peer in self.peers if peer.is_usable}
+            for peer in self.peers:
+                peer.drive(now_s, usable)
+            self._look_elsewhere(now_s)
+            zmq.zmq_poll(self._news(), int(_TICK_S * 1000))
+            slept_s = awake.slept_s(_TICK_S)
+            now_s = time.monotonic()
+            for peer in self.peers:
+                peer.forgive(slept_s)
+                peer.receive(now_s)
+            self._done.last_s += slept_s
+            self._check(now_s)
+            if now_s >= self._tell_at_s:
+                self._tell_at_s = now_s + _TICK_S
+                self._done.tell()
+        self._done.tell()
+        return True
+
+    def close(self) -> None:
+        for peer in self.peers:
+            peer.close()
+
+    def _news(self) -> list[tuple[Any, int]]:
+        lines = [peer.line for peer in self.peers if peer.line is not None]
+        return [(source, zmq.POLLIN) for line in lines for source in (line.socket, line.monitor)]
+
+    def _look_elsewhere(self, now_s: float) -> None:
+        """Pieces that another process of this host was getting: it may have them by now, or have ended."""
+        shared = self._shared
+        if not shared.elsewhere or now_s < self._elsewhere_due_s:
+            return
+        self._elsewhere_due_s = now_s + _ELSEWHERE_AGAIN_S
+        pieces, shared.elsewhere[:] = list(shared.elsewhere), []
+        there = [piece for piece in pieces if shared.store.has(piece.digest)]
+        for piece in there:
+            shared.plan.note_done(piece.digest)
+            shared.count(piece.num_bytes)
+        others = [piece for piece in pieces if piece not in there]
+        for piece in others:
+            shared.plan.give_back(piece.digest)
+        came_bytes = sum(shared.store.partial_bytes(piece) for piece in others)
+        if came_bytes != self._elsewhere_bytes:
+            self._elsewhere_bytes = came_bytes
+            self._done.last_s = now_s
+
+    def _check(self, now_s: float) -> None:
+        """Say which peers were refused; give up when there is nothing to hope for. Raises DownloadFailed."""
+        for peer in self.peers:
+            if peer.is_refused and peer.peer.key not in self._logged:
+                self._logged.add(peer.peer.key)
+                log.warning("nothing more is taken from %s: %s", peer.peer.name, peer.reason)
+        if all(peer.is_refused for peer in self.peers) and not self._shared.plan.is_done:
+            raise self._failed("no host is left to get it from")
+        usable = {peer.peer.key for peer in self.peers if peer.is_usable}
+        nowhere = self._shared.plan.nowhere(usable)
+        if nowhere is None or not all(peer.is_idle for peer in self.peers):
+            self._nowhere_since_s = None
+        elif self._nowhere_since_s is None:
+            self._nowhere_since_s = now_s
+        elif now_s - self._nowhere_since_s > min(_NOWHERE_S, self._patience_s):
+            raise self._failed(f"no host has piece {nowhere.digest[:12]}")
+        if now_s - self._done.last_s > self._patience_s:
+            raise self._failed(f"nothing came for {self._patience_s:.0f} s")
+
+    def _failed(self, why: str) -> DownloadFailed:
+        tried = "; ".join(f"{peer.peer.name}: {_state(peer)}" for peer in self.peers)
+        return DownloadFailed(f"{self._what} can't be got from the pool: {why} ({tried})", hint=_HINT)
+
+
+def _state(peer: FetchPeer) -> str:
+    if peer.is_refused:
+        return f"refused, {peer.reason}"
+    return "it does not have what is missing" if peer.is_usable else peer.reason

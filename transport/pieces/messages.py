@@ -1,0 +1,177 @@
+"""What hosts say to each other about pieces: who wants some asks a piece server, which answers.
+
+A `Part` is followed by one raw buffer; everything else is one frame. Pieces are asked for by what is in them, never by
+a path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from transport.errors import BadMessage
+from transport.pieces.piece import MAX_PIECE_BYTES
+
+PART_BYTES = 256 * 2**10
+MAX_REQUEST_BYTES = 1024
+MAX_HEADER_BYTES = 128 * 2**10
+MAX_SPEED_TEST_BYTES = 64 * 2**20
+MAX_REASON_CHARACTERS = 200
+_MAX_TOKEN = 2**63 - 1
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_BITMAP_BYTES = 64 * 2**10
+
+# What CURVE puts around a frame counts too.
+_ENVELOPE_BYTES = 1024
+MAX_REQUEST_FRAME_BYTES = MAX_REQUEST_BYTES + _ENVELOPE_BYTES
+MAX_ANSWER_FRAME_BYTES = max(PART_BYTES, MAX_HEADER_BYTES) + _ENVELOPE_BYTES
+
+
+class Ask(Struct, frozen=True, tag="ask", array_like=True, forbid_unknown_fields=True):
+    """Bytes [offset, offset + num_bytes) of the piece, or as many of them as it has."""
+
+    token: int
+    digest: str
+    offset: int
+    num_bytes: int
+
+
+class Holdings(Struct, frozen=True, tag="holdings", array_like=True, forbid_unknown_fields=True):
+    """Which pieces of the model with this digest are there? Answered by `Held`."""
+
+    token: int
+    digest: str
+
+
+class SpeedTest(Struct, frozen=True, tag="speed_test", array_like=True, forbid_unknown_fields=True):
+    """Send so many bytes that mean nothing, as parts without a digest."""
+
+    token: int
+    num_bytes: int
+
+
+class Part(Struct, frozen=True, tag="part", array_like=True, forbid_unknown_fields=True):
+    """The buffer that follows is what the piece has from `offset` on: less than was asked for only at its end."""
+
+    token: int
+    digest: str
+    offset: int
+
+
+class Missing(Struct, frozen=True, tag="missing", array_like=True, forbid_unknown_fields=True):
+    """The piece is not there, or its file has changed."""
+
+    token: int
+    digest: str
+
+
+class Held(Struct, frozen=True, tag="held", array_like=True, forbid_unknown_fields=True):
+    """Bit i % 8 (1 is the lowest) of byte i // 8 says whether piece i of the model's list is there; none follow the
+    last byte. Empty for a model that is not known."""
+
+    token: int
+    bitmap: bytes
+
+
+class Refused(Struct, frozen=True, tag="refused", array_like=True, forbid_unknown_fields=True):
+    """Nothing more will come on this connection."""
+
+    reason: str
+
+
+Request = Ask | Holdings | SpeedTest
+Answer = Part | Missing | Held | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_answers = msgspec.msgpack.Decoder(Answer)
+
+_T = TypeVar("_T")
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def encode(message: Request | Answer) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_request(frames: Sequence[bytes | memoryview]) -> Request:
+    """Raises BadMessage."""
+    if len(frames) != 1:
+        raise BadMessage(f"a request of {len(frames)} frames")
+    request: Request = _decode(_requests, frames[0], MAX_REQUEST_BYTES)
+    _check_token(request.token)
+    if isinstance(request, SpeedTest):
+        if not 1 <= request.num_bytes <= MAX_SPEED_TEST_BYTES:
+            raise BadMessage(f"a speed test of {request.num_bytes} bytes; at most {MAX_SPEED_TEST_BYTES} are allowed")
+        return request
+    _check_digest(request.digest)
+    if isinstance(request, Ask):
+        if not 0 <= request.offset <= MAX_PIECE_BYTES:
+            raise BadMessage(f"offset {request.offset} in a piece of at most {MAX_PIECE_BYTES} bytes")
+        if not 1 <= request.num_bytes <= PART_BYTES:
+            raise BadMessage(f"{request.num_bytes} bytes asked for at once; at most {PART_BYTES} are allowed")
+    return request
+
+
+def decode_answer(frames: Sequence[bytes | memoryview]) -> Answer:
+    """The answer without a part's buffer, which is `frames[1]`. Raises BadMessage."""
+    if not frames:
+        raise BadMessage("a message without frames")
+    answer: Answer = _decode(_answers, frames[0], MAX_HEADER_BYTES)
+    if len(frames) != (2 if isinstance(answer, Part) else 1):
+        raise BadMessage(f"{type(answer).__name__} of {len(frames)} frames")
+    if isinstance(answer, Refused):
+        if len(answer.reason) > MAX_REASON_CHARACTERS:
+            raise BadMessage(f"a reason of {len(answer.reason)} characters")
+        return answer
+    _check_token(answer.token)
+    if isinstance(answer, Held):
+        if len(answer.bitmap) > _BITMAP_BYTES:
+            raise BadMessage(f"a bitmap of {len(answer.bitmap)} bytes; at most {_BITMAP_BYTES} are allowed")
+    elif answer.digest or isinstance(answer, Missing):  # a speed test's parts have no digest
+        _check_digest(answer.digest)
+    if isinstance(answer, Part):
+        if len(frames[1]) > PART_BYTES:
+            raise BadMessage(f"a part of {len(frames[1])} bytes; at most {PART_BYTES} are allowed")
+        if not 0 <= answer.offset <= max(MAX_PIECE_BYTES, MAX_SPEED_TEST_BYTES):
+            raise BadMessage(f"a part at offset {answer.offset}")
+    return answer
+
+
+def bitmap_of(held: Sequence[bool]) -> bytes:
+    """As `Held` has it."""
+    found = bytearray((len(held) + 7) // 8)
+    for index, is_held in enumerate(held):
+        if is_held:
+            found[index >> 3] |= 1 << (index & 7)
+    return bytes(found)
+
+
+def is_held(bitmap: bytes, index: int) -> bool:
+    return index >> 3 < len(bitmap) and bool(bitmap[index >> 3] >> (index & 7) & 1)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, limit_bytes: int) -> _T:
+    if len(frame) > limit_bytes:
+        raise BadMessage(f"a header of {len(frame)} bytes; at most {limit_bytes} are allowed")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadMessage(f"a header that can't be decoded: {error}") from error
+
+
+def _check_token(token: int) -> None:
+    if not 0 <= token <= _MAX_TOKEN:
+        raise BadMessage(f"token {token}")
+
+
+def _check_digest(digest: str) -> None:
+    if not is_digest(digest):
+        raise BadMessage(f"{digest[:80]!r} is not the name of a piece")

@@ -1,0 +1,175 @@
+"""Where a piece server finds the bytes: this host's store of pieces, and models' files where they lie.
+
+Only files that one of this host's own piece lists names are ever opened: who asks names what is in a piece, not where.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from transport.pieces.messages import bitmap_of
+from transport.pieces.piece import MAX_LIST_BYTES, PieceList
+
+MAX_OPEN_FILES = 32
+_MAX_KNOWN_LISTS = 8
+_lists = msgspec.json.Decoder(PieceList)
+
+
+class Located(NamedTuple):
+    path: Path
+    offset: int
+    num_bytes: int
+
+
+class Stamp(NamedTuple):
+    """What a file's size and time of change were when its pieces were hashed."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
+class PieceSource(Protocol):
+    """Called by the server's thread for every request: both must be quick. May raise OSError."""
+
+    def locate(self, digest: str) -> Located | None:
+        """Where the piece lies; None if it is not here, or not any more."""
+        ...
+
+    def held(self, model: str) -> bytes:
+        """Which pieces of the model with this digest are here, as `Held` has it; empty for an unknown model."""
+        ...
+
+
+class KeptPieces(Protocol):
+    """What `StoreSource` needs of a store."""
+
+    def has(self, digest: str) -> bool: ...
+
+    def path(self, digest: str) -> Path: ...
+
+
+class StoreSource:
+    """Pieces of a content-addressed store, piece lists included."""
+
+    def __init__(self, store: KeptPieces) -> None:
+        self._store = store
+        self._known: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+
+    def locate(self, digest: str) -> Located | None:
+        if not self._store.has(digest):
+            return None
+        path = self._store.path(digest)
+        return Located(path, 0, path.stat().st_size)
+
+    def held(self, model: str) -> bytes:
+        return bitmap_of([self._store.has(digest) for digest in self._pieces_of(model)])
+
+    def _pieces_of(self, model: str) -> tuple[str, ...]:
+        """In the list's order. Empty if its list is not in the store."""
+        known = self._known.get(model)
+        if known is None:
+            located = self.locate(model)
+            if located is None or located.num_bytes > MAX_LIST_BYTES:
+                return ()
+            try:
+                pieces = _lists.decode(located.path.read_bytes())
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return ()  # A piece like others, not a list.
+            known = tuple(piece.digest for file in pieces.files for piece in file.pieces)
+            self._known[model] = known
+            while len(self._known) > _MAX_KNOWN_LISTS:
+                self._known.popitem(last=False)
+        return known
+
+
+class FolderSource:
+    """A model's files in `folder`, as its piece list has them; what has changed since then is not given away.
+
+    `stamps` are by file name; a file without one is left out. `list_file` is the list itself, if others may have it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pieces: PieceList,
+        *,
+        model: str,
+        stamps: Mapping[str, Stamp],
+        list_file: Path | None = None,
+    ) -> None:
+        self._folder = folder
+        self._pieces = pieces
+        self._model = model
+        self._stamps = dict(stamps)
+        self._list_file = list_file
+        self._places = {
+            piece.digest: (file.name, piece.offset, piece.num_bytes) for file in pieces.files for piece in file.pieces
+        }
+
+    def locate(self, digest: str) -> Located | None:
+        if digest == self._model and self._list_file is not None:
+            return Located(self._list_file, 0, self._list_file.stat().st_size)
+        place = self._places.get(digest)
+        if place is None or not self._is_unchanged(place[0]):
+            return None
+        name, offset, num_bytes = place
+        return Located(self._folder / name, offset, num_bytes)
+
+    def held(self, model: str) -> bytes:
+        if model != self._model:
+            return b""
+        held: list[bool] = []
+        for file in self._pieces.files:
+            held += [self._is_unchanged(file.name)] * len(file.pieces)
+        return bitmap_of(held)
+
+    def _is_unchanged(self, name: str) -> bool:
+        stamp = self._stamps.get(name)
+        if stamp is None:
+            return False
+        try:
+            found = (self._folder / name).stat()
+        except OSError:
+            return False
+        return Stamp(found.st_size, found.st_mtime_ns) == stamp
+
+
+class OpenFiles:
+    """Reads ranges of files; keeps the last ones open. One owner thread."""
+
+    def __init__(self, most: int = MAX_OPEN_FILES) -> None:
+        self._most = most
+        self._open: OrderedDict[Path, tuple[int, tuple[int, int, int]]] = OrderedDict()
+
+    def read(self, path: Path, offset: int, num_bytes: int) -> bytes:
+        """Fewer bytes only where the file ends. Raises OSError."""
+        descriptor = self._descriptor(path)
+        if not hasattr(os, "pread"):  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.read(descriptor, num_bytes)
+        return os.pread(descriptor, num_bytes, offset)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def _descriptor(self, path: Path) -> int:
+        found = path.stat()
+        # A file that was replaced has the same path.
+        identity = (found.st_ino, found.st_size, found.st_mtime_ns)
+        known = self._open.pop(path, None)
+        if known is not None and known[1] != identity:
+            os.close(known[0])
+            known = None
+        if known is None:
+            known = (os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), identity)
+        self._open[path] = known
+        while len(self._open) > self._most:
+            os.close(self._open.popitem(last=False)[1][0])
+        return known[0]

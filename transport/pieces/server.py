@@ -1,0 +1,272 @@
+"""Gives pieces of models to members of the pool: one ROUTER, owned by one thread.
+
+A member that asks for much and takes nothing costs a few parts' memory: ZeroMQ queues at most `_QUEUED_PARTS` for a
+connection, further requests wait here, and members are answered in turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from transport.connection_cap import MONITORED, ConnectionCap
+from transport.curve import Guard, user_id
+from transport.endpoints import bind
+from transport.errors import BadMessage
+from transport.pieces.bulk_options import set_bulk_options
+from transport.pieces.connection import connection_of
+from transport.pieces.messages import (
+    MAX_REASON_CHARACTERS,
+    MAX_REQUEST_FRAME_BYTES,
+    PART_BYTES,
+    Answer,
+    Ask,
+    Held,
+    Holdings,
+    Missing,
+    Part,
+    Refused,
+    Request,
+    SpeedTest,
+    decode_request,
+    encode,
+)
+from transport.pieces.piece_source import OpenFiles, PieceSource
+from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, Peer, Peers
+from transport.wake import Wake
+
+log = logging.getLogger("potluck.pieces")
+
+MAX_CONNECTIONS = 64
+MAX_CONNECTIONS_PER_ADDRESS = 24
+_QUEUED_PARTS = 4
+_QUEUED_REQUESTS = 64
+_MAX_REQUESTS_AT_ONCE = 64
+_ROUNDS_AT_ONCE = 4
+_TAKES_NOTHING_S = 30.0
+_LOOK_S = 0.25
+
+_MORE = int(zmq.SNDMORE)
+_NO_WAIT = int(zmq.DONTWAIT)
+
+
+class PieceServer:
+    """Listens at `endpoint` until it is closed. `sources` may be replaced by others at any time, as a whole."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        guard: Guard,
+        sources: Sequence[PieceSource],
+    ) -> None:
+        """`endpoint` without a port takes any that is free: see `self.endpoint`. Raises ConfigError."""
+        self.sources = tuple(sources)
+        self.num_refused = 0
+        self.sent_bytes = 0
+        self.sent_by_key: Counter[str] = Counter()
+        self._admits = guard.admits
+        self._peers = Peers()
+        self._files = OpenFiles()
+        self._noise = os.urandom(PART_BYTES)
+        self._cap = ConnectionCap(most=MAX_CONNECTIONS, most_per_address=MAX_CONNECTIONS_PER_ADDRESS)
+        self._closing = threading.Event()
+        self._next_look_s = 0.0
+        self._socket = context.socket(zmq.ROUTER)
+        set_bulk_options(self._socket, max_message_bytes=MAX_REQUEST_FRAME_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUED_PARTS)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUED_REQUESTS)
+        guard.prepare(self._socket)
+        self._monitor = self._socket.get_monitor_socket(MONITORED)
+        self.endpoint = bind(self._socket, endpoint)
+        self._wake = Wake()
+        sources_of_news = (self._socket, self._monitor, self._wake.fileno())
+        self._news: list[tuple[Any, int]] = [(source, zmq.POLLIN) for source in sources_of_news]
+        self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Waits at most 2 s. Members notice that the connection ends."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._turn()
+        except Exception:
+            log.exception("this host gives no pieces any more")
+        finally:
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close(0)
+            self._files.close()
+            self._wake.close()
+
+    def _turn(self) -> None:
+        wait_ms = int(self._peers.wait_s(time.monotonic(), _LOOK_S) * 1000 + 0.999)
+        news: list[tuple[Any, int]] = [
+            (self._socket, zmq.POLLIN),
+            (self._monitor, zmq.POLLIN),
+            (self._wake.fileno(), zmq.POLLIN),
+        ]
+        ready = dict(zmq.zmq_poll(news, wait_ms))
+        now_s = time.monotonic()
+        if self._monitor in ready:
+            self._cap.note(parse_monitor_message(self._monitor.recv_multipart()))
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + _LOOK_S
+            self._look(now_s)
+        if self._socket in ready:
+            for _ in range(_MAX_REQUESTS_AT_ONCE):
+                if not self._take():
+                    break
+        for _ in range(_ROUNDS_AT_ONCE):
+            for peer in self._peers.round(time.monotonic()):
+                self._answer(peer, peer.waiting[0].request)
+
+    def _look(self, now_s: float) -> None:
+        """Forget connections that have ended; end those of keys that are not admitted now, or that take nothing."""
+        for peer in self._peers.all():
+            if not peer.connection.is_there():
+                self._peers.remove(peer)
+            elif not self._admits(peer.key):
+                self._end(peer, "it is not a member any more")
+            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > _TAKES_NOTHING_S:
+                self._end(peer, f"it has taken nothing for {_TAKES_NOTHING_S:.0f} s")
+
+    def _take(self) -> bool:
+        """One message; whether there was one."""
+        try:
+            routing_id = self._socket.recv(_NO_WAIT)
+        except zmq.Again:
+            return False
+        frames = [self._socket.recv(_NO_WAIT, copy=False)]
+        num_frames = 1
+        while frames[-1].more:  # more than one frame is refused: only the last is kept
+            frames[-1] = self._socket.recv(_NO_WAIT, copy=False)
+            num_frames += 1
+        peer = self._known(routing_id, frames[0])
+        if peer is None or peer.is_refused:
+            self.num_refused += 1
+            return True
+        try:
+            if num_frames != 1:
+                raise BadMessage(f"a request of {num_frames} frames")
+            request = decode_request([frames[0].buffer])
+        except BadMessage as error:
+            self._refuse(peer, error.message)
+            return True
+        if not self._peers.ask(peer, request):
+            self._refuse(peer, "more requests at once than are allowed")
+        return True
+
+    def _known(self, routing_id: bytes, frame: zmq.Frame) -> Peer | None:
+        """The peer whose message it is. A routing id that another key had is another peer's."""
+        key = user_id(frame)
+        if not key or not self._admits(key):
+            return None
+        peer = self._peers.get(routing_id)
+        if peer is not None and peer.key == key:
+            return peer
+        connection = connection_of(frame)
+        if connection is None:
+            return None  # It has ended already.
+        peer = Peer(routing_id, key, connection)
+        self._peers.add(peer)
+        if self._peers.num_of_key(key) > MAX_CONNECTIONS_PER_KEY:
+            self._end(peer, f"it has {MAX_CONNECTIONS_PER_KEY} other connections")
+            return None
+        return peer
+
+    def _answer(self, peer: Peer, request: Request) -> None:
+        """The first request that waits, if the peer takes messages now; of a speed test one part."""
+        if not self._admits(peer.key):
+            self._end(peer, "it is not a member any more")
+            return
+        try:
+            # Before anything is read for it: a queue that is full says so at the first frame.
+            self._socket.send(peer.routing_id, _NO_WAIT | _MORE)
+        except zmq.Again:
+            peer.note_blocked(time.monotonic())
+            return
+        except zmq.ZMQError:
+            self._peers.remove(peer)  # It is gone.
+            return
+        peer.note_sent()
+        answer, buffer = self._found(request, peer)
+        self._socket.send(encode(answer), _NO_WAIT | (_MORE if isinstance(answer, Part) else 0))
+        if isinstance(answer, Part):
+            self._socket.send(buffer, _NO_WAIT)
+            self.sent_bytes += len(buffer)
+            self.sent_by_key[peer.key] += len(buffer)
+
+    def _found(self, request: Request, peer: Peer) -> tuple[Answer, bytes]:
+        if isinstance(request, SpeedTest):
+            waiting = peer.waiting[0]
+            offset = waiting.done_bytes
+            buffer = self._noise[: request.num_bytes - offset]
+            waiting.done_bytes += len(buffer)
+            if waiting.done_bytes == request.num_bytes:
+                peer.waiting.popleft()
+            return Part(request.token, "", offset), buffer
+        peer.waiting.popleft()
+        if isinstance(request, Holdings):
+            return Held(request.token, self._held(request.digest)), b""
+        found = self._read(request)
+        if found is None:
+            return Missing(request.token, request.digest), b""
+        return Part(request.token, request.digest, request.offset), found
+
+    def _read(self, ask: Ask) -> bytes | None:
+        for source in self.sources:
+            try:
+                located = source.locate(ask.digest)
+                if located is None:
+                    continue
+                wanted = max(0, min(ask.num_bytes, located.num_bytes - ask.offset))
+                found = self._files.read(located.path, located.offset + ask.offset, wanted) if wanted else b""
+            except OSError as error:
+                log.warning("a piece can't be read: %s", error)
+                continue
+            if len(found) == wanted:
+                return found
+        return None
+
+    def _held(self, model: str) -> bytes:
+        found = 0
+        num_bytes = 0
+        for source in self.sources:
+            try:
+                bitmap = source.held(model)
+            except OSError as error:
+                log.warning("the pieces of a model can't be counted: %s", error)
+                continue
+            found |= int.from_bytes(bitmap, "little")
+            num_bytes = max(num_bytes, len(bitmap))
+        return found.to_bytes(num_bytes, "little")
+
+    def _refuse(self, peer: Peer, reason: str) -> None:
+        self.num_refused += 1
+        log.warning("pieces: the connection of %s is refused: %s", peer.key, reason)
+        peer.waiting.clear()
+        peer.is_refused = True
+        try:
+            self._socket.send(peer.routing_id, _NO_WAIT | _MORE)
+            self._socket.send(encode(Refused(reason[:MAX_REASON_CHARACTERS])), _NO_WAIT)
+        except zmq.ZMQError:
+            return  # It takes nothing, or is gone.
+
+    def _end(self, peer: Peer, reason: str) -> None:
+        log.warning("pieces: the connection of %s is ended: %s", peer.key, reason)
+        self._peers.remove(peer)
+        peer.connection.end()
