@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from potluck.api_key import head_headers
+
 CLI = (sys.executable, "-P", "-m", "potluck.cli")
 _STOP_WITHIN_S = 15.0
 
@@ -90,7 +92,7 @@ class CommandProcess:
 
 def status_of(url: str) -> dict[str, Any]:
     """The head's report. Raises httpx.HTTPError."""
-    response = httpx.get(f"{url}/potluck/status", timeout=30.0, trust_env=False)
+    response = httpx.get(f"{url}/potluck/status", headers=head_headers(), timeout=30.0, trust_env=False)
     response.raise_for_status()
     found: dict[str, Any] = response.json()
     return found

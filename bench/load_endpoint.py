@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from bench.load_answer import Answer, answer_of, error_text
 from bench.load_http import Exchange, Peer, exchange
+from potluck.api_key import key_at
 from transport.errors import ConfigError, NotRunning, PotluckError
 
 _FACTS_WITHIN_S = 15.0
@@ -60,9 +61,9 @@ class Endpoint:
 
 
 async def find_endpoint(url: str, *, model: str | None, key: str) -> Endpoint:
-    """The endpoint at `url` (with or without /v1) that serves `model`, or the first of its models. Raises ConfigError
-    or NotRunning."""
-    endpoint = _addressed(url, key)
+    """The endpoint at `url` (with or without /v1) that serves `model`, or the first of its models. This user's own head
+    needs no `key`. Raises ConfigError or NotRunning."""
+    endpoint = _addressed(url, key or key_at(url))
     found = await _get(endpoint, "/v1/models")
     status = found.reader.status
     if status is None:

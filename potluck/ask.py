@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from potluck.api_key import head_headers
 from transport.errors import DeadlineExceeded, NotRunning, PotluckError, RingDown, error_from_code
 
 # Between two events of a stream: a long prompt on slow devices may take minutes, and keepalives come meanwhile.
@@ -35,7 +36,7 @@ def ask(
     on_text: Callable[[str], None],
     options: dict[str, Any] | None = None,
 ) -> Answer:
-    """Stream an answer. Raises what the endpoint reports, NotRunning if nobody answers, RingDown mid-stream."""
+    """Stream an answer of this user's head. Raises what it says, NotRunning if nobody answers, RingDown mid-stream."""
     body = {
         "model": model,
         "messages": list(messages),
@@ -49,7 +50,7 @@ def ask(
     try:
         with (
             httpx.Client(timeout=httpx.Timeout(_SILENCE_S, connect=5.0), trust_env=False) as client,
-            client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+            client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=head_headers()) as response,
         ):
             if response.status_code != 200:
                 raise _error(json.loads(response.read()))

@@ -8,6 +8,7 @@ import httpx
 import msgspec
 import typer
 
+from potluck.api_key import head_headers
 from potluck.commands.status import show_better
 from potluck.head_file import running_head
 from potluck.options import JsonOption
@@ -28,7 +29,9 @@ def replan(json_output: JsonOption = False) -> None:
     """Apply the better plan, if there is one, as soon as nobody waits for an answer."""
     head = running_head()
     try:
-        response = httpx.post(f"{head.url}/potluck/replan", json={}, timeout=10.0, trust_env=False)
+        response = httpx.post(
+            f"{head.url}/potluck/replan", json={}, headers=head_headers(), timeout=10.0, trust_env=False
+        )
         answer = msgspec.json.decode(response.content, type=ReplanAnswer)
     except (httpx.HTTPError, msgspec.DecodeError) as error:
         raise NotRunning(

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from potluck.api_key import head_headers
 from potluck.head_file import running_head
 from potluck.options import JsonOption
 from potluck.status import BetterPlanReport, EngineReport, StatusReport
@@ -24,7 +25,7 @@ def status(json_output: JsonOption = False) -> None:
     """Show the running head: its model, stages, memory, and times."""
     head = running_head()
     try:
-        response = httpx.get(f"{head.url}/potluck/status", timeout=10.0, trust_env=False)
+        response = httpx.get(f"{head.url}/potluck/status", headers=head_headers(), timeout=10.0, trust_env=False)
         report = msgspec.json.decode(response.content, type=StatusReport)
     except (httpx.HTTPError, msgspec.DecodeError) as error:
         raise NotRunning(

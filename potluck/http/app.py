@@ -12,13 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 
 from potluck.http.bounded import Bounded
 from potluck.http.chat import ChatCompletions, EngineLike
-from potluck.http.errors import ApiError
-from transport.errors import ModelNotFound
+from potluck.http.errors import ApiError, no_such_model
+from potluck.http.gate import HAS_KEY
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
@@ -40,20 +39,30 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
     async def show_model(request: Request) -> Response:
         asked = request.path_params["model"]
         if asked != model:
-            raise ApiError(
-                404, f"the model {asked!r} is not served here; {model!r} is", code=ModelNotFound.code, param="model"
-            )
+            raise no_such_model(asked, model)
         return _json(card)
 
     async def health(request: Request) -> Response:
         state = engine.state
-        body = {"status": state, "model": model}
-        if state != "ready":
-            body["reason"] = engine.reason
+        body: dict[str, str] = {"status": state}
+        # What is wrong may name paths and devices: not for everyone.
+        if request.scope.get(HAS_KEY, True):
+            body["model"] = model
+            if state != "ready":
+                body["reason"] = engine.reason
         return _json(body, status=200 if state == "ready" else 503)
 
     async def page(request: Request) -> Response:
         return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    # A name is looked up, never made a path.
+    files = {path.name: path for path in _PAGE.iterdir()}
+
+    async def page_file(request: Request) -> Response:
+        path = files.get(request.path_params["name"])
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path, headers=_PAGE_HEADERS)
 
     return Starlette(
         routes=[
@@ -62,18 +71,11 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
             Route("/v1/models/{model:path}", show_model),
             Route("/health", health),
             Route("/", page),
-            Mount("/page", _PageFiles(directory=_PAGE)),
+            Route("/page/{name}", page_file),
         ],
         middleware=[Middleware(Bounded)],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
-
-
-class _PageFiles(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(_PAGE_HEADERS)
-        return response
 
 
 def _json(body: Any, *, status: int = 200) -> Response:

@@ -17,9 +17,10 @@ from starlette.responses import Response
 from potluck.http.chat_chunks import DONE, ChunkEncoder, error_event
 from potluck.http.chat_request import ChatRequest, decode_chat_request
 from potluck.http.chat_response import Completion, CompletionHead
-from potluck.http.errors import ApiError
+from potluck.http.errors import ApiError, no_such_model
 from potluck.http.event_stream import EventStream, wait_for_disconnect
-from transport.errors import ModelNotFound, RingDown
+from potluck.http.json_body import Bodies
+from transport.errors import RingDown
 from transport.requests import (
     Aborted,
     Accepted,
@@ -31,7 +32,6 @@ from transport.requests import (
     Submit,
 )
 
-MAX_BODY_BYTES = 8 * 2**20
 _BODY_WITHIN_S = 30.0
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -55,22 +55,18 @@ class ChatCompletions:
     def __init__(self, engine: EngineLike, model: str) -> None:
         self._engine = engine
         self._model = model
+        self._bodies = Bodies()
 
     async def __call__(self, request: Request) -> Response:
         try:
             async with asyncio.timeout(_BODY_WITHIN_S):
-                chat = decode_chat_request(await _json_body(request))
+                chat = decode_chat_request(await self._bodies.read(request))
         except TimeoutError:
             raise ApiError(408, f"the request's body did not come within {_BODY_WITHIN_S:.0f} s") from None
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         if chat.model != self._model:
-            raise ApiError(
-                404,
-                f"the model {chat.model!r} is not served here; {self._model!r} is",
-                code=ModelNotFound.code,
-                param="model",
-            )
+            raise no_such_model(chat.model, self._model)
         if self._engine.state != "ready":
             raise ApiError(503, f"{self._model} can't answer now: {self._engine.reason}", code=RingDown.code)
         name = f"chatcmpl-{secrets.token_hex(12)}"
@@ -148,20 +144,3 @@ async def _gather(completion: Completion, events: AsyncGenerator[EngineEvent]) -
                 case Accepted():
                     pass
     raise ApiError(500, "the engine's answer has no end", code="internal_error")
-
-
-async def _json_body(request: Request) -> bytes:
-    """Raises ApiError 415 or 413: other content types would let any web page post here without asking."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(415, f"content type {content_type or 'none'}; send application/json")
-    too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from potluck.http.errors import ApiError
+from potluck.http.json_body import decode_object
 from transport.messages import Sampling
 from transport.requests import Submit
 
@@ -55,6 +56,16 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 # What travels to the engine is in 64 bits; the engine knows the tighter limits (context, vocabulary, choices).
 _MOST = 2**31 - 1
+# Far more than a model's context has room for.
+_MAX_NAME_CHARS = 256
+_MAX_MESSAGES = 4096
+_MAX_PARTS = 1024
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 1024
+_MAX_BIASES = 1024
+
+
+_Stop = Annotated[str, Meta(max_length=_MAX_STOP_CHARS)]
 
 
 class TextPart(Struct, frozen=True):
@@ -64,7 +75,7 @@ class TextPart(Struct, frozen=True):
 
 class ChatMessage(Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Meta(max_length=_MAX_PARTS)]
 
     @property
     def text(self) -> str:
@@ -80,14 +91,14 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     """Supported fields with their ranges. `top_k`, `min_p` and `repetition_penalty` are extensions. `service_tier` flex
     yields to the others."""
 
-    model: str
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    model: Annotated[str, Meta(max_length=_MAX_NAME_CHARS)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=_MAX_MESSAGES)]
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
     n: Annotated[int, Meta(ge=1, le=_MOST)] = 1
-    stop: str | list[str] = []
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOPS)] = []
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -96,7 +107,10 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[int, Meta(ge=0, le=_MOST)], Annotated[float, Meta(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[
+        dict[Annotated[int, Meta(ge=0, le=_MOST)], Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(max_length=_MAX_BIASES),
+    ] = {}
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
@@ -136,13 +150,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
 def decode_chat_request(body: bytes) -> ChatRequest:
     """Raises ApiError (400) that names the field."""
     try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    try:
-        request = msgspec.convert(_cleaned(fields), ChatRequest, str_keys=True)
+        request = msgspec.convert(_cleaned(decode_object(body)), ChatRequest, str_keys=True)
     except msgspec.ValidationError as error:
         message, param = _explain(error)
         raise ApiError(400, message, param=param) from error

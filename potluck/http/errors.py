@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from transport.errors import Busy, PotluckError, RingDown, error_from_code
+from transport.errors import Busy, ModelNotFound, PotluckError, RingDown, error_from_code
 from transport.requests import RequestFailed
 
 _RETRY_AFTER_S = {Busy.code: 2, RingDown.code: 10}
+# Messages and names repeat what was sent, which may be megabytes.
+_MAX_CHARS = 1000
 
 
 class ApiError(Exception):
@@ -34,10 +36,11 @@ class ApiError(Exception):
         return cls.of(error_from_code(failed.code, failed.message, failed.hint), param=failed.param)
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self._type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _cut(self.param)
+        return {"error": {"message": _cut(self.message), "type": self._type, "param": param, "code": self.code}}
 
     def response(self) -> Response:
-        headers = {}
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.code in _RETRY_AFTER_S:
             headers["Retry-After"] = str(_RETRY_AFTER_S[self.code])
         return Response(msgspec.json.encode(self.body()), self.status, media_type="application/json", headers=headers)
@@ -47,3 +50,13 @@ class ApiError(Exception):
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if 400 <= self.status < 500 else "server_error"
+
+
+def no_such_model(asked: str, served: str) -> ApiError:
+    return ApiError(
+        404, f"the model {_cut(asked)!r} is not served here; {served!r} is", code=ModelNotFound.code, param="model"
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…"

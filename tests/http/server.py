@@ -6,12 +6,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import openai
-import uvicorn
+from starlette.types import ASGIApp
 
 from potluck.endpoint import bind_endpoint
+from potluck.http.access import Access
 from potluck.http.app import create_app
+from potluck.http.serving import server_for
 from tests.http.scripted import ScriptedEngine
 
 MODEL = "tiny"
@@ -20,14 +23,14 @@ MODEL = "tiny"
 class Server:
     """uvicorn in a thread, over a scripted engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: ASGIApp | None = None, **access: Any) -> None:
+        """`access` are more fields of `Access`."""
         self.engine = ScriptedEngine()
         self.socket = bind_endpoint("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(
-            create_app(self.engine, model=MODEL), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        self._server = server_for(
+            create_app(self.engine, model=MODEL) if app is None else app, Access(port=self.port, **access)
         )
-        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve(sockets=[self.socket])), daemon=True
         )
@@ -38,8 +41,8 @@ class Server:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=10.0)
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=10.0)
 
     def close(self) -> None:
         self._server.should_exit = True

@@ -1,0 +1,125 @@
+"""Connections that cost nothing for long: deadlines for those that do not get on, a cap, and the idle ones go first.
+
+uvicorn has a deadline only between two requests of a connection. Without one for a request's head, whoever opens many
+connections and sends a byte now and then keeps everybody else out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+MAX_CONNECTIONS = 1024
+"""Twice as many as answers that can be open; each is a file to the system."""
+HEAD_WITHIN_S = 10.0
+TAKEN_WITHIN_S = 60.0
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n"
+    b'\r\n{"error": {"message": "too many connections are open; try again soon", "type": "server_error", '
+    b'"param": null, "code": "busy"}}'
+)
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when a request's head takes longer than HEAD_WITHIN_S, also if bytes trickle in, or
+    when it takes nothing of what it is sent for TAKEN_WITHIN_S.
+
+    Beyond `max_connections` the one that has waited longest without a request under way makes room, then the one that
+    has not read for longest; if all are being answered, the new one gets a 503.
+    """
+
+    max_connections = MAX_CONNECTIONS
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._head_deadline: asyncio.TimerHandle | None = None
+        self._read_deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """A request's head is here, and its answer is not yet complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        others = [one for one in self.connections if isinstance(one, Connection)]
+        if len(others) >= self.max_connections:
+            # A set has no order, but deadlines do.
+            leaving = _longest([(one._head_deadline, one) for one in others])
+            leaving = leaving or _longest([(one._read_deadline, one) for one in others])
+            if leaving is None:
+                transport.write(_FULL)
+                transport.close()
+                # Whatever it sends is nobody's.
+                self.transport = transport
+                return
+            leaving.leave()
+        super().connection_made(transport)
+        self._head_deadline = self.loop.call_later(HEAD_WITHIN_S, self.leave)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head_deadline()
+        self._end_read_deadline()
+        if self.flow is not None:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.flow is None:
+            return
+        super().data_received(data)
+        if self.is_under_way:
+            self._end_head_deadline()
+        elif self._head_deadline is None:
+            self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.is_under_way and self._head_deadline is None:
+            self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._read_deadline is None:
+            self._read_deadline = self.loop.call_later(TAKEN_WITHIN_S, self.leave)
+
+    def resume_writing(self) -> None:
+        self._end_read_deadline()
+        super().resume_writing()
+
+    def leave(self) -> None:
+        """Hang up, at once."""
+        self.connections.discard(self)
+        self._end_head_deadline()
+        self._end_read_deadline()
+        if not self.transport.is_closing():
+            self.transport.abort()
+
+    def _end_head_deadline(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+    def _end_read_deadline(self) -> None:
+        if self._read_deadline is not None:
+            self._read_deadline.cancel()
+            self._read_deadline = None
+
+    def _wait_for_head(self) -> None:
+        if not self.transport.is_closing():
+            self._head_deadline = self.loop.call_later(HEAD_WITHIN_S, self.leave)
+
+
+def _longest(connections: list[tuple[asyncio.TimerHandle | None, Connection]]) -> Connection | None:
+    """The one whose deadline comes first; None if none has one."""
+    waiting = [(deadline.when(), one) for deadline, one in connections if deadline is not None]
+    return min(waiting, key=lambda item: item[0])[1] if waiting else None

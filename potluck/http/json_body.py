@@ -1,0 +1,103 @@
+"""A request's body: read within bounds, and decoded without ever allocating much more than it has bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from potluck.http.errors import ApiError
+from transport.errors import Busy
+
+MAX_BODY_BYTES = 8 * 2**20
+MAX_HELD_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+# An empty list takes 3 bytes as text and 64 in memory.
+MAX_CONTAINERS = 20_000
+MAX_ITEMS = 200_000
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class Bodies:
+    """Reads bodies; those that are being read hold at most MAX_HELD_BYTES together."""
+
+    def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+
+    async def read(self, request: Request) -> bytes:
+        """Raises ApiError: 415 for what is not JSON, 413, and 429 while others hold what there is."""
+        require_json(request.headers.get("content-type", ""))
+        too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB", code="body_too_large")
+        length = request.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
+            raise too_large
+        body = bytearray()
+        try:
+            async for piece in request.stream():
+                body += piece
+                self._held_bytes += len(piece)
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+                if self._held_bytes > self._limit_bytes:
+                    raise ApiError.of(Busy("too many long requests are coming in", hint="try again soon"))
+        finally:
+            self._held_bytes -= len(body)
+        return bytes(body)
+
+
+def require_json(content_type: str) -> None:
+    """Raises ApiError 415: other content types would let any web page post here without asking."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"content type {kind[:100] or 'none'}; send application/json")
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """A JSON object, its values plain. Raises ApiError (400), also for a name that stands twice in an object, and for
+    NaN, which is no JSON."""
+    _check_shape(body)
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    # Parsers differ in which of two they take, and msgspec does not say that there were two.
+    json.loads(body, object_pairs_hook=_without_doubles, parse_int=_unread, parse_float=_unread)
+    return fields
+
+
+def _check_shape(body: bytes) -> None:
+    """Raises ApiError (400) for more depth or more values than any request needs, before they are made."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH and body.count(b",") <= MAX_ITEMS:
+        return
+    bare = _STRINGS.sub(b"", body)
+    brackets = bare.translate(None, _NOT_BRACKETS)
+    if len(brackets) > 2 * MAX_CONTAINERS or bare.count(b",") > MAX_ITEMS:
+        raise ApiError(
+            400, f"the body has more than {MAX_CONTAINERS} lists and objects, or {MAX_ITEMS} values", code="too_complex"
+        )
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="too_complex")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ApiError(400, f"the field {name[:100]} stands twice in one object", param=name)
+        seen.add(name)
+
+
+def _unread(text: str) -> None:
+    # Python refuses to read numbers of some thousand digits; msgspec has read these already.
+    return None
