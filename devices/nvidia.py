@@ -21,7 +21,9 @@ def gpus() -> list[Gpu]:
     """The GPUs that nvidia-smi lists; none where it is missing, fails or hangs."""
     command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_DEADLINE_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return parse_gpus(done.stdout)

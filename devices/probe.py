@@ -15,11 +15,13 @@ from dataclasses import asdict
 
 from devices.measure import Bench, Measured, measure
 from transport.errors import PotluckError
-from transport.lifeline import EXIT_ORPHANED
+from transport.lifeline import EXIT_ORPHANED, read_pipe
 from transport.threads import thread_environment
 
 READY = "ready"
 _STDIN = 0
+_LOOK_EVERY_S = 0.02
+"""Probes of a host are to start within a moment."""
 
 
 def main() -> int:
@@ -48,7 +50,7 @@ def _go_of_parent() -> threading.Event:
     go = threading.Event()
 
     def watch() -> None:
-        while os.read(_STDIN, 64):
+        while read_pipe(_STDIN, 64, look_every_s=_LOOK_EVERY_S):
             go.set()
         os._exit(EXIT_ORPHANED)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from devices.device import DeviceRequest
 from devices.measure import Measured
 from devices.probe import READY
+from transport.child_process import apart, python_command, python_environment
 
 READY_S = 60.0
 """For a probe to load its library and touch its memory: importing torch from a cold disk takes most of it."""
@@ -44,10 +45,17 @@ def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> l
 
 class _Probe:
     def __init__(self, request: DeviceRequest) -> None:
-        command = [sys.executable, "-P", "-m", "devices.probe", "--json", "--wait"]
+        command = [*python_command(), "devices.probe", "--json", "--wait"]
         command += ["--backend", request.backend, "--device", request.kind, "--threads", str(request.threads)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | python_environment(),
+            **apart(),
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors: list[str] = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transport.child_process import apart, python_command, python_environment
 from transport.threads import thread_environment
 
 _TERMINATE_S = 1.5
@@ -19,29 +19,31 @@ _KILL_S = 1.0
 class Child:
     """A Python module run as a process, with a lifeline on its standard input (see `transport.lifeline`).
 
-    Its own session, so that a Ctrl-C in the terminal reaches only the parent, which then stops it in order.
+    A Ctrl-C in the terminal reaches only the parent, which then stops it in order. To be terminated ends it at once on
+    every system: it holds nothing that must be put away, sockets' files apart, and those are its parent's.
     """
 
     def __init__(
         self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1, inherit: Sequence[int] = ()
     ) -> None:
-        """`inherit` are descriptors that the child gets under the same numbers."""
+        """`inherit` are descriptors that the child gets under the same numbers; Windows has no such thing."""
         self.log = log
         environment = {
             **os.environ,
             **thread_environment(threads, os.environ),
+            **python_environment(),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *arguments],
+                [*python_command(), module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 env=environment,
-                start_new_session=True,
                 pass_fds=tuple(inherit),
+                **apart(),
             )
 
     @property
@@ -49,13 +51,13 @@ class Child:
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        """None while it runs; negative for the signal that ended it."""
+        """None while it runs; negative for the signal that ended it (on Windows, 1 if it was terminated)."""
         return self._process.poll()
 
     def last_words(self) -> str:
         """The last line of its log, for an error message."""
         with contextlib.suppress(OSError):
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines:
                 return lines[-1]
         return ""
@@ -84,7 +86,8 @@ def stop_all(children: Iterable[Child]) -> None:
     children = list(children)
     for action, patience_s in ((Child.terminate, _TERMINATE_S), (Child.kill, _KILL_S)):
         for child in children:
-            action(child)
+            with contextlib.suppress(OSError):  # Whatever the system says of one, the others end too.
+                action(child)
         deadline = time.monotonic() + patience_s
         for child in children:
             child.wait(deadline - time.monotonic())

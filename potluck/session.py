@@ -18,7 +18,8 @@ from potluck.store import Store, StoredModel
 from potluck.terminal import head_progress
 from transport.errors import ConfigError
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# SIGHUP is a closed terminal; on Windows that is SIGBREAK, as is Ctrl-Break. Neither system has the other's.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 def model_of(settings: Settings, console: Console) -> StoredModel:
@@ -30,8 +31,13 @@ def model_of(settings: Settings, console: Console) -> StoredModel:
 
 @contextmanager
 def ending_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise one KeyboardInterrupt; what follows it is not interrupted again."""
-    previous = {number: signal.signal(number, _interrupt) for number in _ENDING}
+    """SIGINT, SIGTERM and SIGHUP raise one KeyboardInterrupt; what follows it is not interrupted again.
+
+    A SIGHUP that is ignored stays so: that is what `nohup` is for.
+    """
+    previous = {number: signal.getsignal(number) for number in _ENDING if not _is_kept_off(number)}
+    for number in previous:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
@@ -62,11 +68,16 @@ def _log_to_file() -> None:
     logging.basicConfig(
         filename=logs_dir() / "head.log",
         filemode="w",
+        encoding="utf-8",
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         force=True,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _is_kept_off(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -19,10 +19,13 @@ import msgspec
 
 from shard.profile.settings import BUDGET_S
 from transport.errors import PotluckError, StageFailed
+from transport.lifeline import EXIT_ORPHANED, lines_from_parent
 from transport.messages import WeightsForm
 from transport.threads import thread_environment
 
-_EXIT_ORPHANED = 75
+_STDIN = 0
+_LOOK_EVERY_S = 0.02
+"""Devices that are to work at the same time start within a moment."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,9 +73,9 @@ def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
 
 
 def _read_commands(commands: queue.SimpleQueue[str]) -> None:
-    for line in sys.stdin:
+    for line in lines_from_parent(_STDIN, look_every_s=_LOOK_EVERY_S):
         commands.put(line)
-    os._exit(_EXIT_ORPHANED)  # The parent is gone, or wants no more.
+    os._exit(EXIT_ORPHANED)  # The parent is gone, or wants no more.
 
 
 def _say(**fact: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from typing import Any
 
 from shard.profile.report import ProfileReport, decode_report
 from shard.profile.settings import ProfileSettings
+from transport.child_process import apart, python_command, python_environment
 from transport.errors import DeadlineExceeded, StageFailed, error_from_code
 
 SILENCE_S = 90.0
@@ -27,7 +28,7 @@ class ProfileProcess:
     def __init__(self, model: Path, settings: ProfileSettings, *, threads: int, silence_s: float = SILENCE_S) -> None:
         self._silence_s = silence_s
         self._closed = False
-        command = [sys.executable, "-P", "-m", "shard.profile", "--serve", "--model", str(model)]
+        command = [*python_command(), "shard.profile", "--serve", "--model", str(model)]
         command += ["--backend", settings.backend, "--device", settings.device, "--dtype", settings.dtype]
         command += ["--threads", str(threads), "--budget", str(settings.budget_s), "--weights", settings.weights]
         if settings.memory_bytes is not None:
@@ -37,8 +38,10 @@ class ProfileProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # A Ctrl-C in the terminal is the parent's to handle.
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | python_environment(),
+            **apart(),
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors: list[str] = []

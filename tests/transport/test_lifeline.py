@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import select
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from transport.lifeline import EXIT_ORPHANED
+import pytest
+
+from transport.lifeline import EXIT_ORPHANED, lines_from_parent, read_pipe
 
 _CHILD = """
 import sys, time
@@ -42,3 +51,57 @@ def test_a_child_that_lost_its_parent_removes_the_folder_and_ends(tmp_path: Path
     assert child.wait(10.0) == EXIT_ORPHANED
     assert time.monotonic() - started < 2.0
     assert not (tmp_path / "run").exists()
+
+
+class _FakeWindows:
+    """What `_winapi` and `msvcrt` would say of a pipe of this system. A read that would wait is a failure: on Windows
+    every other thread that looks at the pipe would wait with it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looked = 0
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.setitem(sys.modules, "_winapi", SimpleNamespace(PeekNamedPipe=self.peek))
+        monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(get_osfhandle=lambda descriptor: descriptor))
+        read = os.read
+
+        def read_at_once(descriptor: int, most: int) -> bytes:
+            assert select.select([descriptor], [], [], 0)[0], "this read would have waited"
+            return read(descriptor, most)
+
+        monkeypatch.setattr(os, "read", read_at_once)
+
+    def peek(self, handle: int, size: int) -> tuple[int, int]:
+        self.looked += 1
+        if not select.select([handle], [], [], 0)[0]:
+            return 0, 0
+        waiting = struct.unpack("i", fcntl.ioctl(handle, termios.FIONREAD, b"\0" * 4))[0]
+        if waiting == 0:
+            raise BrokenPipeError(109, "the pipe has been ended")
+        return waiting, 0
+
+
+def test_on_windows_a_pipe_is_read_only_when_something_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = _FakeWindows(monkeypatch)
+    out, into = os.pipe()
+    late = threading.Timer(0.1, os.write, (into, b"go"))
+    late.start()
+    assert read_pipe(out, 64, look_every_s=0.01) == b"go"
+    assert windows.looked > 1
+    os.close(into)
+    assert read_pipe(out, 64, look_every_s=0.01) == b""
+    os.close(out)
+
+
+@pytest.mark.parametrize("is_windows", [False, True])
+def test_lines_come_whole_however_they_were_sent(is_windows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_windows:
+        _FakeWindows(monkeypatch)
+    out, into = os.pipe()
+    lines = lines_from_parent(out, look_every_s=0.01)
+    os.write(into, b"steady 1.0\r\nste")
+    assert next(lines) == "steady 1.0"
+    os.write(into, "ady é\n\nno end".encode())
+    assert [next(lines), next(lines)] == ["steady é", ""]
+    os.close(into)
+    assert list(lines) == []
+    os.close(out)
