@@ -40,6 +40,8 @@ def shown_progress(console: Console) -> Iterator[PullCallback]:
     tasks: dict[Stage, TaskID] = {}
 
     def show(event: PullProgress) -> None:
+        if event.says:
+            console.print(event.says, markup=False, soft_wrap=True)
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(_LABELS[event.stage], total=event.total, amount="")
         bars.update(tasks[event.stage], completed=event.done, total=event.total, amount=_amount(event))
@@ -55,7 +57,7 @@ def json_progress(out: IO[str]) -> PullCallback:
     def write(event: PullProgress) -> None:
         nonlocal last
         now = time.monotonic()
-        if event.stage == last[0] and event.done != event.total and now - last[1] < _JSON_EVERY_S:
+        if not event.says and event.stage == last[0] and event.done != event.total and now - last[1] < _JSON_EVERY_S:
             return
         last = (event.stage, now)
         out.write(json.dumps(asdict(event)) + "\n")

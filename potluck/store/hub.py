@@ -1,48 +1,47 @@
-"""A repository of a Hugging Face hub, downloaded by its own client into its own cache and used there.
+"""A repository of a Hugging Face hub: judged by its list of files and their headers, then fetched into the hub's cache.
 
-HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count, as everywhere. The client resumes and locks by itself.
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count, as everywhere. Offline, the cache is all there is.
 """
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from potluck.store.disk import require_space, translated_write_errors
+from potluck.store.disk import require_space
+from potluck.store.fetch import Fetcher
+from potluck.store.hub_cache import CachedRepository
+from potluck.store.hub_files import Hub, HubFile, Listing
 from potluck.store.progress import Progress, PullProgress
+from potluck.store.range_client import RangeClient
+from potluck.store.remote_model import CONFIG_FILE, INDEX_FILE, RemoteModel
 from potluck.store.sources import HubSource
-from transport.errors import DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
+from potluck.store.supply import Supply
+from shard.safetensors_files import weight_files
+from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
 
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# Copies of the weights in other forms, which some repositories keep beside the ones that are read.
-_IGNORED = ["*/*", "consolidated*"]
+_SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
 
-def fetch_snapshot(source: HubSource, progress: Progress) -> Path:
-    """The folder of the repository's files, or the path of its one .gguf. Raises PotluckError."""
-    # Its import takes half a second, which `potluck list` should not pay.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # The base of all that its client raises.
-
-    wanted: dict[str, Any] = {
-        "repo_id": source.repository,
-        "revision": source.revision,
-        "allow_patterns": _PATTERNS if source.file is None else [source.file],
-        "ignore_patterns": _IGNORED if source.file is None else None,
-    }
+def fetch_snapshot(source: HubSource, downloads: Path, supply: Supply, progress: Progress) -> Path:
+    """The folder of the repository's files, or the path of its one .gguf. `downloads` is for what a pull that is cut
+    off goes on from. Raises PotluckError."""
     progress(PullProgress(stage="download", done=0, total=None))
-    cache = Path(constants.HF_HUB_CACHE)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            total = None
-        else:
-            total = _space_checked(snapshot_download(**wanted, dry_run=True, tqdm_class=_bar(None)), cache, source)
-        with translated_write_errors(cache, source.text):
-            folder = Path(snapshot_download(**wanted, tqdm_class=_bar(_Counter(progress, total))))
-    except (HTTPError, OSError) as error:
-        raise _translated(source, error, cache) from error
-    return _checked(source, folder)
+    hub = Hub.of_environment()
+    if supply.is_offline:
+        return _from_cache(source, hub)
+    listing = hub.listing(source)
+    place = CachedRepository(cache=hub.cache, repository=listing.repository, commit=listing.commit)
+    with (
+        RangeClient(listing.repository, hub.headers()) as client,
+        Fetcher(
+            place, client, supply, lambda name: hub.url(listing.repository, listing.commit, name), progress
+        ) as fetcher,
+    ):
+        pull = _Pull(source=source, hub=hub, listing=listing, place=place, fetcher=fetcher, progress=progress)
+        path = pull.whole_folder(downloads / listing.commit) if source.file is None else pull.one_file(source.file)
+    place.note_revision(source.revision)
+    return path
 
 
 def delete_snapshot(path: Path) -> None:
@@ -53,81 +52,118 @@ def delete_snapshot(path: Path) -> None:
     parts = path.parts
     if "snapshots" not in parts[:-1]:
         return
-    revision = parts[parts.index("snapshots") + 1]
+    snapshots = parts.index("snapshots")
     try:
-        scan_cache_dir().delete_revisions(revision).execute()
+        scan_cache_dir(Path(*parts[: snapshots - 1])).delete_revisions(parts[snapshots + 1]).execute()
     except CacheNotFound:
         return
 
 
-def _translated(source: HubSource, error: Exception, cache: Path) -> PotluckError:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pull:
+    source: HubSource
+    hub: Hub
+    listing: Listing
+    place: CachedRepository
+    fetcher: Fetcher
+    progress: Progress
 
-    cause = error.__cause__ or error  # The client wraps what the hub said in what it could not do about it.
-    if isinstance(cause, GatedRepoError):
-        return DownloadFailed(
-            f"{source.repository} is gated", hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login"
+    def one_file(self, name: str) -> Path:
+        if name not in self.listing.names:
+            raise ModelNotFound(f"{self.source.repository} has no file {name}", hint=_ggufs(self.listing))
+        file = self._file(name)
+        self._say_and_check_room([file])
+        return self.fetcher.fetch(file)
+
+    def whole_folder(self, aside: Path) -> Path:
+        """Small files and headers first: a model that can't be used is refused before its weights come."""
+        if CONFIG_FILE not in self.listing.names:
+            raise UnsupportedModel(f"{self.source.repository} has no config.json", hint=_ggufs(self.listing))
+        model = RemoteModel(aside, self.source.repository)
+        model.add(self.fetcher.fetch(self._file(CONFIG_FILE)))
+        model.check_config()
+        _refuse_without_safetensors(self.source, self.listing)
+        top = [name for name in self.listing.names if "/" not in name and name.endswith(_SMALL_SUFFIXES)]
+        for path in self.fetcher.each(self.fetcher.fetch, [self._file(name) for name in top]):
+            if path.name == INDEX_FILE:
+                model.add(path)
+        weights = [self._file(name) for name in model.choose(self.listing.names)]
+        self.fetcher.each(lambda file: self._header(model, file), weights)
+        model.check({file.name: file.num_bytes for file in weights})
+        self._say_and_check_room(weights)
+        for file in weights:
+            self.fetcher.fetch(file, model.start(file.name))
+        return self.place.snapshot
+
+    def _file(self, name: str) -> HubFile:
+        return self.hub.file(self.source, self.listing, name)
+
+    def _header(self, model: RemoteModel, file: HubFile) -> bytes:
+        here = self.place.find(file)
+        if here is None:
+            return model.read_header(file.name, file.num_bytes, lambda count: self.fetcher.start_of(file, count))
+
+        def from_disk(count: int) -> bytes:
+            with here.open("rb") as stream:
+                return stream.read(count)
+
+        return model.read_header(file.name, file.num_bytes, from_disk)
+
+    def _say_and_check_room(self, files: list[HubFile]) -> None:
+        """Before the large files come: how much of them is lacking, and whether the disk has room for it."""
+        lacking = [file for file in files if self.place.find(file) is None]
+        to_come = sum(file.num_bytes - self.fetcher.here_bytes(file) for file in lacking)
+        total = sum(file.num_bytes for file in files)
+        require_space(self.place.folder, to_come, self.source.text, setting="HF_HOME")
+        says = f"{self.source.text}: {len(files)} file{'s' * (len(files) != 1)} of weights, {_mb(total)}; " + (
+            f"{_mb(to_come)} to fetch" if to_come else "all here already"
         )
-    if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError):
-        return ModelNotFound(
-            f"the hub has no {source.text.removeprefix('hf:')}", hint="check the name; a private one needs HF_TOKEN"
-        )
+        self.fetcher.expect(sum(file.num_bytes for file in lacking))
+        self.progress(PullProgress(stage="download", done=0, total=self.fetcher.total_bytes, says=says))
+
+
+def _from_cache(source: HubSource, hub: Hub) -> Path:
+    """The newest snapshot of that revision in the cache, if it is whole. Raises DownloadFailed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    first = source.file or CONFIG_FILE
+    found = try_to_load_from_cache(source.repository, first, cache_dir=hub.cache, revision=source.revision)
+    if not isinstance(found, str):
+        raise _not_offline(source, f"its {first} is not in the hub's cache in {hub.cache}")
+    path = Path(found)
+    if source.file is not None:
+        return path
+    try:
+        weight_files(path.parent)
+    except (BadCheckpoint, UnsupportedModel) as error:
+        raise _not_offline(source, f"the hub's cache has only a part of it: {error.message}") from error
+    return path.parent
+
+
+def _not_offline(source: HubSource, why: str) -> PotluckError:
     return DownloadFailed(
-        f"{source.text} can't be had from the hub, nor from its cache in {cache}: {cause}",
-        hint="HF_HUB_OFFLINE is set: unset it" if constants.HF_HUB_OFFLINE else "check the network and HF_ENDPOINT",
+        f"{source.text} can't be had offline: {why}",
+        hint="pull it once with a network: without --offline, and with HF_HUB_OFFLINE not set",
     )
 
 
-def _checked(source: HubSource, folder: Path) -> Path:
-    if source.file is not None:
-        path = folder / source.file
-        if not path.is_file():
-            raise ModelNotFound(f"{source.repository} has no file {source.file}", hint="look at its list of files")
-        return path
-    if not any(folder.glob("*.safetensors")):
+def _refuse_without_safetensors(source: HubSource, listing: Listing) -> None:
+    if any(name.endswith(".safetensors") and "/" not in name for name in listing.names):
+        return
+    if any(name.endswith((".bin", ".pth", ".pt")) for name in listing.names):
         raise UnsupportedModel(
-            f"{source.repository} has no safetensors weights",
-            hint=f"if it has a GGUF, name it: hf:{source.repository}/FILE.gguf",
+            f"{source.repository} has no safetensors weights, only pickled ones (.bin, .pth), which can run code",
+            hint=_ggufs(listing),
         )
-    return folder
+    raise UnsupportedModel(f"{source.repository} has no safetensors weights", hint=_ggufs(listing))
 
 
-def _space_checked(files: list[Any], cache: Path, source: HubSource) -> int:
-    """Bytes that are yet to come."""
-    cache.mkdir(parents=True, exist_ok=True)
-    missing = sum(file.file_size or 0 for file in files if file.will_download)
-    require_space(cache, missing, source.text)
-    return missing
+def _ggufs(listing: Listing) -> str:
+    ggufs = [name for name in listing.names if name.endswith(".gguf")]
+    if ggufs:
+        return f"name one of its GGUF files: hf:{listing.repository}/{ggufs[0]}"
+    return "it has no GGUF file either: take another repository of the model"
 
 
-class _Counter:
-    """Adds up the bytes that the client's threads report."""
-
-    def __init__(self, progress: Progress, total: int | None) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: float | None) -> None:
-        with self._lock:
-            self._done += int(count or 0)
-            self._progress(PullProgress(stage="download", done=self._done, total=self._total))
-
-
-def _bar(counter: _Counter | None) -> type[Any]:
-    """A progress bar for the hub's client that draws nothing and tells `counter` the bytes written."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self._counts = counter is not None and "econstruct" in str(options.get("desc"))
-            super().__init__(*args, **(options | {"disable": True}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if self._counts and counter is not None:
-                counter.add(n)
-            return None
-
-    return Bar
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 10e6 else f"{count / 1e6:,.0f} MB"

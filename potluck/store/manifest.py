@@ -56,6 +56,12 @@ class StoredModel:
             path.stat().st_size == file.num_bytes for path, file in zip(self._paths(), self.files, strict=True)
         )
 
+    def paths_of(self, sha256: str) -> list[Path]:
+        """Where files of that checksum lie, as far as they are there."""
+        if not any(file.sha256 == sha256 for file in self.files) or not self.is_present:
+            return []
+        return [path for path, file in zip(self._paths(), self.files, strict=True) if file.sha256 == sha256]
+
     def _paths(self) -> list[Path]:
         """Where `files` lie. Raises BadCheckpoint."""
         if (self.path / INDEX_FILE).is_file():

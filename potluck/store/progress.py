@@ -11,11 +11,13 @@ Stage = Literal["waiting", "download", "verify", "unpack", "ingest"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullProgress:
-    """`done` of `total` bytes (steps, for "ingest"); `total` None when nobody knows. "waiting": for another process."""
+    """`done` of `total` bytes (steps, for "ingest"); `total` None when nobody knows. "waiting": for another process.
+    `says` is a line for people, once: what is about to come."""
 
     stage: Stage
     done: int
     total: int | None
+    says: str = ""
 
 
 Progress = Callable[[PullProgress], None]

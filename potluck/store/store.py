@@ -9,6 +9,7 @@ A model is built in a folder aside and put in place by one rename, so that a kil
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import shutil
@@ -25,6 +26,7 @@ from potluck.store.locking import locked
 from potluck.store.manifest import StoredModel, read_manifest, write_manifest
 from potluck.store.progress import Progress, ignore_progress
 from potluck.store.sources import ALIASES, HubSource, LocalSource, Source, check_name, looks_like_path, parse_source
+from potluck.store.supply import PeerFiles, Supply, offline_by_environment
 from shard.gguf_index import INDEX_FILE, read_index
 from shard.open import open_checkpoint
 from transport.errors import BadCheckpoint, ModelNotFound, PotluckError
@@ -33,12 +35,18 @@ _log = logging.getLogger(__name__)
 
 
 class Store:
-    """The models below `root`, this host's data folder by default. Nothing is written before the first pull."""
+    """The models below `root`, this host's data folder by default. Nothing is written before the first pull.
 
-    def __init__(self, root: Path | None = None) -> None:
+    `offline`: pulls take what is on this host, and ask neither a hub nor a package index; HF_HUB_OFFLINE says it too.
+    `peers`: where pulls look for files before they ask a hub.
+    """
+
+    def __init__(self, root: Path | None = None, *, offline: bool = False, peers: PeerFiles | None = None) -> None:
         self.root = root or home_dir()
+        self._offline = offline
+        self._peers = peers
 
-    def list(self) -> list[StoredModel]:
+    def list(self) -> builtins.list[StoredModel]:
         """Every model, by name. One whose record can't be read is logged and left out."""
         models = []
         for folder in sorted(self._models().glob("[!.]*")):
@@ -95,7 +103,13 @@ class Store:
             existing = self._read(name)
             if existing is not None and _is_current(existing, parsed):
                 return self._up_to_date(existing)
-            place = Workplace(folder=self._models() / f".building-{_slug(name)}", downloads=self._downloads(name))
+            place = Workplace(
+                folder=self._models() / f".building-{_slug(name)}",
+                downloads=self._downloads(name),
+                supply=Supply(
+                    is_offline=self._offline or offline_by_environment(), peers=self._peers, copies=self._copies
+                ),
+            )
             self._build(parsed, name, place, progress)
         model = self._read(name)
         if model is None:
@@ -169,6 +183,11 @@ class Store:
             return read_manifest(self._folder(name))
         except BadCheckpoint:
             return None  # To be pulled again.
+
+    def _copies(self, sha256: str) -> builtins.list[Path]:
+        """Downloaded files of that checksum. (What the user keeps elsewhere may change at any time.)"""
+        models = [model for model in self.list() if not model.source.startswith("file:")]
+        return [path for model in models for path in model.paths_of(sha256)]
 
     def _models(self) -> Path:
         return self.root / "models"

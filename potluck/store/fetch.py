@@ -1,0 +1,298 @@
+"""Fetching a revision's files: from this host, from peers, from the hub; only what is lacking; each file checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from potluck.store.disk import translated_write_errors
+from potluck.store.hub_cache import CachedRepository
+from potluck.store.hub_files import HubFile
+from potluck.store.locking import locked
+from potluck.store.progress import Progress, PullProgress
+from potluck.store.range_client import CONNECTIONS, Interrupted, NoRanges, RangeClient
+from potluck.store.segments import SEGMENT_BYTES, PartialFile, Segment, discard_partial, here_bytes, journal_of
+from potluck.store.supply import Supply
+from transport.errors import DownloadFailed, PotluckError
+
+_BLOCK_BYTES = 1 << 20
+_T = TypeVar("_T")
+# Waits before the next try; the count starts again whenever something new has come.
+WAITS_S = (0.2, 1.0, 3.0)
+
+
+class Stopped(Exception):
+    """Another thread of the same pull failed, or the user ended it."""
+
+
+class Fetcher:
+    """Puts files into the cached repository. One pull's; its threads end with it."""
+
+    def __init__(
+        self,
+        place: CachedRepository,
+        client: RangeClient,
+        supply: Supply,
+        url: Callable[[str], str],
+        progress: Progress,
+    ) -> None:
+        self._place = place
+        self._client = client
+        self._supply = supply
+        self._url = url
+        self._progress = progress
+        # Two pools: a file waits for its segments.
+        self._files = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull-file")
+        self._segments = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull-segment")
+        self._stopping = threading.Event()
+        self._counting = threading.Lock()
+        self._has_ranges = True
+        self._segment_bytes = SEGMENT_BYTES
+        self._done_bytes = 0
+        self.total_bytes: int | None = None
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._files.shutdown(wait=True, cancel_futures=True)
+        self._segments.shutdown(wait=True, cancel_futures=True)
+
+    def expect(self, num_bytes: int) -> None:
+        """The files that are fetched from now on have so many bytes together, for progress."""
+        with self._counting:
+            self._done_bytes, self.total_bytes = 0, num_bytes
+
+    def here_bytes(self, file: HubFile) -> int:
+        """What an earlier pull has left of a file that is not whole."""
+        return here_bytes(self._place.partial(file), file.num_bytes, self._segment_bytes)
+
+    def fetch(self, file: HubFile, start: bytes = b"") -> Path:
+        """The file's path in the snapshot. `start`: what is known of its beginning. Raises PotluckError."""
+        what = f"{self._place.repository}: {file.name}"
+        with (
+            translated_write_errors(self._place.cache, what, setting="HF_HOME"),
+            locked(self._place.lock(file), self._progress),
+        ):
+            found = self._place.find(file)
+            if found is not None:
+                return found
+            found = self._copied(file)
+            if found is not None:
+                self._count(file.num_bytes)
+                return found
+            path = self._place.partial(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._from_peers(file, path):
+                with PartialFile(path, file.num_bytes, self._segment_bytes) as partial:
+                    partial.seed(start)
+                    self._count(partial.here_bytes)
+                    self._from_hub(file, partial)
+                if not self._is_right(path, file):
+                    discard_partial(path)
+                    raise _wrong(what, file)
+            journal_of(path).unlink(missing_ok=True)
+            return self._place.adopt(file, path)
+
+    def each(self, act: Callable[[HubFile], _T], files: Sequence[HubFile]) -> list[_T]:
+        """What `act` makes of each file, several at once. Raises what the first of them that fails raises."""
+        futures = [self._files.submit(act, file) for file in files]
+        try:
+            _raise_first(futures)
+            return [future.result() for future in futures]
+        except BaseException:
+            self._stopping.set()
+            raise
+
+    def start_of(self, file: HubFile, count: int) -> bytes:
+        """The file's first `count` bytes, from the hub. Raises PotluckError."""
+        for wait_s in (*WAITS_S, None):
+            try:
+                start = self._client.read_start(self._url(file.name), count, file.num_bytes)
+                if len(start) == min(count, file.num_bytes):
+                    return start
+                interrupted = Interrupted("the connection closed early")
+            except Interrupted as error:
+                interrupted = error
+            if wait_s is not None:
+                self._wait(max(wait_s, interrupted.wait_s))
+        raise DownloadFailed(
+            f"the header of {file.name} can't be read: {interrupted}", hint="check the network and HF_ENDPOINT"
+        )
+
+    def _copied(self, file: HubFile) -> Path | None:
+        """From another repository of the cache or another model of the store: linked if that can be, and checked."""
+        if file.sha256 is None:
+            return None
+        path = self._place.partial(file).with_suffix(".copy.incomplete")
+        for candidate in (*self._place.find_elsewhere(file), *self._supply.copies(file.sha256)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                _link_or_copy(candidate.resolve(), path)
+                if path.stat().st_size == file.num_bytes and self._is_right(path, file):
+                    discard_partial(self._place.partial(file))
+                    return self._place.adopt(file, path)
+        path.unlink(missing_ok=True)
+        return None
+
+    def _from_peers(self, file: HubFile, path: Path) -> bool:
+        """Whether they gave what lacked, and all is right. What they gave stays if they stop; what is wrong goes."""
+        peers, sha256 = self._supply.peers, file.sha256
+        if peers is None or sha256 is None or not peers.holds(sha256):
+            return False
+
+        def take(segment: Segment) -> None:
+            for offset in range(segment.first, segment.end, _BLOCK_BYTES):
+                self._check_going_on(partial)
+                block = memoryview(bytearray(min(_BLOCK_BYTES, segment.end - offset)))
+                peers.read(sha256, offset, block)
+                partial.write(segment.index, block)
+                self._count(len(block))
+
+        with PartialFile(path, file.num_bytes, self._segment_bytes) as partial:
+            before = partial.here_bytes
+            self._count(before)
+            try:
+                self._each_segment(take, partial)
+            except PotluckError:
+                self._count(-partial.here_bytes)
+                return False
+        if self._is_right(path, file):
+            return True
+        discard_partial(path)
+        self._count(-file.num_bytes)
+        return False
+
+    def _from_hub(self, file: HubFile, partial: PartialFile) -> None:
+        url = self._url(file.name)
+        if self._has_ranges:
+            try:
+                self._each_segment(lambda segment: self._segment(url, file, partial, segment), partial)
+                return
+            except NoRanges:
+                self._has_ranges = False
+        self._from_the_beginning(url, file, partial)
+
+    def _each_segment(self, act: Callable[[Segment], None], partial: PartialFile) -> None:
+        """Several at once. When one fails, the others end before its error is raised."""
+        missing = partial.missing()
+        if len(missing) == 1:
+            act(missing[0])
+            return
+        futures = [self._segments.submit(act, segment) for segment in missing]
+        try:
+            _raise_first(futures)
+        finally:
+            partial.is_halted = True
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            partial.is_halted = False
+
+    def _segment(self, url: str, file: HubFile, partial: PartialFile, segment: Segment) -> None:
+        first = segment.first
+
+        def go_on() -> bool:
+            nonlocal first
+            with self._client.stream(url, first, segment.end, file.num_bytes) as blocks:
+                for block in blocks:
+                    self._check_going_on(partial)
+                    partial.write(segment.index, block[: segment.end - first])
+                    first += len(block)
+                    self._count(len(block))
+                    if first >= segment.end:
+                        break
+            return first >= segment.end
+
+        self._persist(file, go_on, lambda: first)
+
+    def _from_the_beginning(self, url: str, file: HubFile, partial: PartialFile) -> None:
+        """From a server without ranges: what is here already comes again, and is passed over."""
+
+        def go_on() -> bool:
+            offset = 0
+            with self._client.stream(url, 0, file.num_bytes, file.num_bytes) as blocks:
+                for block in blocks:
+                    self._check_going_on(partial)
+                    self._count(partial.write_at(offset, block))
+                    offset += len(block)
+            return not partial.missing()
+
+        self._persist(file, go_on, lambda: partial.here_bytes)
+
+    def _persist(self, file: HubFile, go_on: Callable[[], bool], position: Callable[[], int]) -> None:
+        """Until `go_on` says that all is here; not for ever where nothing new comes."""
+        tries = 0
+        while True:
+            before, wait_s = position(), 0.0
+            try:
+                if go_on():
+                    return
+                why = "the connection closed early"
+            except Interrupted as error:
+                why, wait_s = str(error), error.wait_s
+            tries = 0 if position() > before else tries + 1
+            if tries > len(WAITS_S):
+                raise DownloadFailed(
+                    f"downloading {file.name} failed: {why}; what came is kept",
+                    hint="check the connection and pull again: it continues where it stopped",
+                )
+            self._wait(max(wait_s, WAITS_S[max(tries - 1, 0)]))
+
+    def _wait(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise Stopped
+
+    def _check_going_on(self, partial: PartialFile) -> None:
+        if self._stopping.is_set() or partial.is_halted:
+            raise Stopped
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self._done_bytes += num_bytes
+            self._progress(PullProgress(stage="download", done=self._done_bytes, total=self.total_bytes))
+
+    def _is_right(self, path: Path, file: HubFile) -> bool:
+        digest = hashlib.sha256() if file.sha256 is not None else hashlib.sha1(b"blob %d\0" % file.num_bytes)
+        done = 0
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+                done += len(block)
+                if file.num_bytes > _BLOCK_BYTES:
+                    self._progress(PullProgress(stage="verify", done=done, total=file.num_bytes))
+        return digest.hexdigest() == file.checksum
+
+
+def _raise_first(futures: Sequence[Future[_T]]) -> None:
+    """Wait for all, or raise what the first one raises that fails."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        if (error := future.exception()) is not None:
+            raise error
+
+
+def _wrong(what: str, file: HubFile) -> DownloadFailed:
+    return DownloadFailed(
+        f"{what} has the wrong checksum: expected {file.checksum}; what was downloaded of it is removed",
+        hint="pull again; if it happens twice, the file was changed at its source",
+    )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
