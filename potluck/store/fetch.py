@@ -117,19 +117,15 @@ class Fetcher:
 
     def start_of(self, file: HubFile, count: int) -> bytes:
         """The file's first `count` bytes, from the hub. Raises PotluckError."""
-        for wait_s in (*WAITS_S, None):
-            try:
-                start = self._client.read_start(self._url(file.name), count, file.num_bytes)
-                if len(start) == min(count, file.num_bytes):
-                    return start
-                interrupted = Interrupted("the connection closed early")
-            except Interrupted as error:
-                interrupted = error
-            if wait_s is not None:
-                self._wait(max(wait_s, interrupted.wait_s))
-        raise DownloadFailed(
-            f"the header of {file.name} can't be read: {interrupted}", hint="check the network and HF_ENDPOINT"
-        )
+        start = b""
+
+        def go_on() -> bool:
+            nonlocal start
+            start = self._client.read_on(self._url(file.name), start, count, file.num_bytes)
+            return len(start) == count
+
+        self._persist(file, go_on, lambda: len(start))
+        return start
 
     def _copied(self, file: HubFile) -> Path | None:
         """From another repository of the cache or another model of the store: linked if that can be, and checked."""

@@ -5,7 +5,7 @@ HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count, as everywhere. Offline,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from potluck.store.disk import require_space
@@ -53,10 +53,14 @@ def delete_snapshot(path: Path) -> None:
     if "snapshots" not in parts[:-1]:
         return
     snapshots = parts.index("snapshots")
+    repository = Path(*parts[:snapshots]).resolve()
     try:
-        scan_cache_dir(Path(*parts[: snapshots - 1])).delete_revisions(parts[snapshots + 1]).execute()
+        scanned = scan_cache_dir(repository.parent)
     except CacheNotFound:
         return
+    # Of this repository alone: a copy of it elsewhere may have the same commit.
+    scanned = replace(scanned, repos=frozenset(repo for repo in scanned.repos if repo.repo_path == repository))
+    scanned.delete_revisions(parts[snapshots + 1]).execute()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,16 +68,15 @@ class RangeClient:
         except httpx.HTTPError as error:
             raise Interrupted(str(error) or type(error).__name__) from error
 
-    def read_start(self, url: str, count: int, num_bytes: int) -> bytes:
-        """The first `count` bytes, or fewer: whatever came before the connection ended. Works without ranges too."""
-        start = bytearray()
+    def read_on(self, url: str, start: bytes, count: int, num_bytes: int) -> bytes:
+        """The file's first `count` bytes, of which `start` is known: all, or those that came before the connection
+        ended. Works without ranges too."""
         try:
-            with self.stream(url, 0, min(count, num_bytes), num_bytes) as blocks:
-                _take(blocks, count, start)
+            with self.stream(url, len(start), count, num_bytes) as blocks:
+                return _taken(start, blocks, count)
         except NoRanges:
             with self.stream(url, 0, num_bytes, num_bytes) as blocks:
-                _take(blocks, count, start)
-        return bytes(start)
+                return _taken(b"", blocks, count)
 
     def _check(self, response: httpx.Response, url: str) -> None:
         """By the hub's own words where it says them: https://huggingface.co/docs/hub/api (X-Error-Code)."""
@@ -124,11 +123,17 @@ def _check_length(response: httpx.Response, said: str | None, num_bytes: int) ->
         )
 
 
-def _take(blocks: Iterator[bytes], count: int, into: bytearray) -> None:
-    for block in blocks:
-        into += block[: count - len(into)]
-        if len(into) >= count:
-            return
+def _taken(start: bytes, blocks: Iterator[bytes], count: int) -> bytes:
+    taken = bytearray(start)
+    try:
+        for block in blocks:
+            taken += block[: count - len(taken)]
+            if len(taken) >= count:
+                break
+    except httpx.HTTPError:
+        if len(taken) == len(start):
+            raise
+    return bytes(taken)
 
 
 def _wait_s(response: httpx.Response) -> float:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 SEGMENT_BYTES = 32 << 20
-_NOTED_BYTES = 1 << 20
+_NOTED_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
