@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import socket
-import sys
 import unicodedata
 from collections.abc import Iterator
 
@@ -112,20 +110,14 @@ def checked_name(text: str) -> str:
 
 
 def clean_words(text: str) -> str:
-    """Words of another host, such as its platform, without what would command a terminal."""
-    shown = "".join(char for char in text if char.isprintable())
+    """Words of another host, such as its platform, without what would command a terminal or be taken for markup."""
+    shown = "".join(char for char in text if char.isprintable() and char not in "[]\\")
     return " ".join(shown.split())[:MAX_NAME_CHARACTERS]
 
 
 def own_name() -> str:
     """What the system calls this host, without the network's suffix."""
     return clean_name(socket.gethostname().removesuffix(".local").removesuffix(".lan"))
-
-
-def own_platform() -> str:
-    """What this host runs on: "Linux", "macOS arm64", "Windows"."""
-    system = {"Darwin": "macOS", "": sys.platform}.get(platform.system(), platform.system())
-    return f"{system} {platform.machine()}".strip()
 
 
 def _unique(name: str, taken: set[str]) -> str:

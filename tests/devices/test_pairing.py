@@ -1,0 +1,158 @@
+"""The exchange as values, with and without someone in between."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from devices.lines import decoded
+from devices.pairing import (
+    Answer,
+    Begin,
+    Confirm,
+    Confirmed,
+    DoorFacts,
+    HeadMessage,
+    HeadSide,
+    JoinerMessage,
+    JoinerSide,
+    Knock,
+    Outcome,
+)
+from transport.curve import new_key_pair
+from transport.errors import BadMessage
+
+HEAD, JOINER, MALLORY = (new_key_pair().public for _ in range(3))
+FACTS = DoorFacts(pool="ab" * 16, name="den", key=HEAD, protocol=5, potluck="0.1.0", control_port=11502)
+CODE = "7K3M-9XQ2"
+
+
+def joiner(secret: str = CODE, facts: DoorFacts = FACTS) -> JoinerSide:
+    return JoinerSide(secret, facts, kind="code", key=JOINER, name="mac", platform="macOS arm64")
+
+
+def agree(joining: JoinerSide, facts: DoorFacts = FACTS, *, begin: Begin | None = None) -> tuple[HeadSide, bool, bool]:
+    """The head's side, and whether head and joiner find the other's proof right."""
+    head = HeadSide(CODE, facts, begin or joining.begin)
+    confirm = joining.confirm(head.answer)
+    return head, head.is_right(confirm), joining.is_right(head.confirmed())
+
+
+def test_who_knows_the_secret_is_let_in_and_knows_that_it_was_the_head() -> None:
+    joining = joiner()
+    head, head_is_sure, joiner_is_sure = agree(joining)
+    assert head_is_sure
+    assert joiner_is_sure
+    outcome = Outcome(decision="allowed", name="mac-2")
+    assert joining.outcome(head.result(outcome)) == outcome
+
+
+def test_another_secret_convinces_nobody() -> None:
+    assert agree(joiner("7K3M-9XQ3"))[1:] == (False, False)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        replace(FACTS, key=MALLORY),
+        replace(FACTS, name="attic"),
+        replace(FACTS, pool="cd" * 16),
+        replace(FACTS, control_port=6666),
+        replace(FACTS, protocol=4),
+    ],
+)
+def test_someone_between_who_changes_what_the_head_says_is_noticed_by_both(seen: DoorFacts) -> None:
+    assert agree(joiner(facts=seen))[1:] == (False, False)
+
+
+@pytest.mark.parametrize("change", [{"key": MALLORY}, {"name": "pc"}, {"platform": "Linux"}, {"kind": "invite"}])
+def test_someone_between_who_changes_what_the_joiner_says_is_noticed_by_both(change: dict[str, str]) -> None:
+    joining = joiner()
+    assert agree(joining, begin=replace(joining.begin, **change))[1:] == (False, False)
+
+
+def test_someone_between_can_not_change_the_result() -> None:
+    joining = joiner()
+    head, *_ = agree(joining)
+    result = head.result(Outcome(decision="refused"))
+    forged = msgspec.json.encode(Outcome(decision="allowed", name="mac"))
+    with pytest.raises(BadMessage, match="does not come from the head"):
+        joining.outcome(replace(result, body=forged))
+
+
+def test_proofs_of_one_exchange_are_worth_nothing_in_another() -> None:
+    old = joiner()
+    old_head = HeadSide(CODE, FACTS, old.begin)
+    old_confirm = old.confirm(old_head.answer)
+    assert not HeadSide(CODE, FACTS, old.begin).is_right(old_confirm)
+    assert not HeadSide(CODE, FACTS, joiner().begin).is_right(old_confirm)
+
+
+def test_the_heads_own_proof_sent_back_proves_nothing() -> None:
+    head = HeadSide(CODE, FACTS, joiner().begin)
+    assert not head.is_right(Confirm(proof=head.confirmed().proof))
+
+
+@given(st.binary(min_size=33, max_size=33))
+@example(bytes(33))
+@example(b"A" + bytes(32))
+@example(b"A\x01" + bytes(31))  # the neutral element
+@example(b"A" + b"\xff" * 32)
+@example(b"B" + bytes(32))
+@settings(max_examples=30, deadline=None)
+def test_a_point_that_is_none_is_refused(spake: bytes) -> None:
+    joining = joiner()
+    with contextlib.suppress(BadMessage):
+        assert not HeadSide(CODE, FACTS, replace(joining.begin, spake=spake)).is_right(Confirm(proof=bytes(32)))
+    with contextlib.suppress(BadMessage):
+        joining.confirm(Answer(spake=spake))
+    assert not joining.is_right(HeadSide(CODE, FACTS, joining.begin).confirmed())
+
+
+def test_a_proof_by_no_session_key_convinces_nobody() -> None:
+    empty = hmac.new(b"", b"head\0", hashlib.sha256).digest()
+    assert not joiner().is_right(Confirmed(proof=empty))
+
+
+LINES = st.one_of(
+    st.binary(max_size=300),
+    st.text(max_size=300).map(str.encode),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["type", "key", "name", "kind", "platform", "spake", "proof", "protocol", "potluck", "x"]
+                ),
+                inner | st.sampled_from(["hello", "begin", "confirm", "door", "answer", "result", "A" * 40, "A" * 44]),
+            )
+        ),
+        max_leaves=12,
+    ).map(msgspec.json.encode),
+)
+
+
+@given(LINES)
+@example(b"[" * 4096)
+@example(b'{"a":' * 800)
+@example(b'{"type":"hello","protocol":1,"potluck":"","x":' + b"[" * 4000)
+@example(b'{"type":"hello","protocol":1e400,"potluck":""}')
+@example(b'{"type":"hello","protocol":' + b"9" * 4000 + b"}")
+@example(b'{"type":"hello","protocol":1,"potluck":"\\ud800"}')
+@settings(max_examples=300, deadline=None)
+def test_whatever_comes_in_is_a_message_or_is_refused(line: bytes) -> None:
+    for kind in (Knock, Begin, Confirm, JoinerMessage, HeadMessage, Outcome):
+        try:
+            message = decoded(line, kind)  # type: ignore[arg-type]
+        except BadMessage:
+            continue
+        assert isinstance(message, msgspec.Struct)
+        assert len(msgspec.json.encode(message)) <= 4096
