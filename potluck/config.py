@@ -25,6 +25,7 @@ class Settings:
     """What `potluck up` needs to know. `devices` empty means: what this host has.
 
     `memory_bytes` caps what each device of this host gives; None leaves it to what is free. `threads` are those that
+    `offline`: models come from this host and the pool, never from a hub or a package index.
     the workers on its CPU have together; None is its physical cores.
     `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
@@ -48,6 +49,7 @@ class Settings:
     quantize: str = "stored"
     kv_cache: str = "full"
     prefix_cache: bool = True
+    offline: bool = False
     use_all_devices: bool = False
     objective: str = "auto"
     layers: str | None = None

@@ -101,6 +101,13 @@ def settings_with(
     port: int | None = None,
     wait_for: int | None = None,
     quantize: str | None = None,
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Take models from this host and the pool; ask no hub and no package index. HF_HUB_OFFLINE=1 says it too.",
+    ),
+]
     kv_cache: str | None = None,
     no_prefix_cache: bool = False,
     use_all_devices: bool | None = None,
@@ -108,6 +115,7 @@ def settings_with(
     layers: str | None = None,
     fresh: bool | None = None,
     estimate: bool | None = None,
+    offline: bool = False,
     measure_in_turn: bool | None = None,
     host_name: str | None = None,
     lan_host: str | None = None,
@@ -139,6 +147,7 @@ def settings_with(
         "lan_port": lan_port,
         "insecure_lan": insecure_lan,
     }
+        "offline": offline or None,
     return checked(replace(base, **{key: value for key, value in said.items() if value is not None}))  # type: ignore[arg-type]
 
 

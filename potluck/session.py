@@ -26,7 +26,7 @@ def model_of(settings: Settings, console: Console) -> StoredModel:
     """The settings' model, pulled first if it is not in the store. Raises ConfigError if none is named."""
     if settings.model is None:
         raise ConfigError("no model is named", hint="say which: potluck up smollm2, or model = in the config file")
-    return pull_with_progress(Store(home_dir()), settings.model, console)
+    return pull_with_progress(Store(home_dir(), offline=settings.offline), settings.model, console)
 
 
 @contextmanager

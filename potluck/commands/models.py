@@ -12,7 +12,7 @@ from rich.table import Table
 
 from potluck.head_file import running_head
 from potluck.model_view import SHOWN_DTYPE, details_of, format_table, rows_of, summary_of
-from potluck.options import JsonOption
+from potluck.options import JsonOption, OfflineOption
 from potluck.pull_display import json_progress, shown_progress
 from potluck.store import Store, StoredModel
 from potluck.store.formats import format_rows
@@ -52,9 +52,9 @@ def pull_with_progress(store: Store, name: str, console: Console) -> StoredModel
                 raise missing from None
 
 
-def pull(source: SourceArgument, json_output: JsonOption = False) -> None:
+def pull(source: SourceArgument, offline: OfflineOption = False, json_output: JsonOption = False) -> None:
     """Download a model, or go on with a download that was cut off. With --json, one line per event."""
-    store = Store()
+    store = Store(offline=offline)
     if json_output:
         model = store.pull(source, json_progress(data.file))
         data.file.write(json.dumps(summary_of(model)) + "\n")

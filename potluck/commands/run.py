@@ -20,6 +20,7 @@ from potluck.options import (
     KVCacheOption,
     MemoryOption,
     NoPrefixCacheOption,
+    OfflineOption,
     QuantizeOption,
     TemperatureOption,
     ThreadsOption,
@@ -39,6 +40,7 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, chat.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer, in tokens.")] = None,
     temperature: TemperatureOption = DEFAULT_TEMPERATURE,
+    offline: OfflineOption = False,
     device: DeviceOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
@@ -53,6 +55,7 @@ def run(
     settings = settings_with(
         config,
         model=model,
+        offline=offline,
         devices=device,
         memory=memory,
         threads=threads,

@@ -28,6 +28,7 @@ from potluck.options import (
     QuantizeOption,
     ThreadsOption,
     settings_with,
+    OfflineOption,
 )
 from potluck.session import running_head_of
 from potluck.terminal import data, errors, stage_table
@@ -44,6 +45,7 @@ def up(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
+    offline: OfflineOption = False,
     quantize: QuantizeOption = None,
     kv_cache: KVCacheOption = None,
     no_prefix_cache: NoPrefixCacheOption = False,
@@ -88,6 +90,7 @@ def up(
         objective=objective,
         layers=layers,
         fresh=fresh or None,
+        offline=offline,
         estimate=estimate or None,
         measure_in_turn=measure_in_turn or None,
         host_name=host_name,
