@@ -108,7 +108,7 @@ def claims(ways: dict[str, dict[str, float]], errors: Sequence[dict[str, Any]]) 
 
 def text_ids(model: Path) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before every text, and the bench's text in its ids."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     return list(tokenizer("")["input_ids"]), list(tokenizer.encode(TEXT.read_text(), add_special_tokens=False))
 
 

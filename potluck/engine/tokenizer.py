@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from potluck.engine.templates import TemplateRenderer
 from potluck.engine.token_bytes import piece_decoder
 from transport.errors import BadCheckpoint, BadRequest
 
@@ -58,10 +60,14 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._size = len(self._tokenizer)
         self.eos_ids = self._find_eos_ids(folder)
+        self._renderer = TemplateRenderer(template) if (template := self._find_template(path)) else None
+        special = self._tokenizer.special_tokens_map
+        self._template_variables = {"add_generation_prompt": True, "tools": None, "documents": None, **special}
+        self._control: re.Pattern[str] | None = None
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self._renderer is not None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """Raises BadRequest where the model's template refuses the messages.
@@ -70,19 +76,16 @@ class Tokenizer:
         """
         if not messages:
             raise BadRequest("messages is empty", hint="send at least one message", param="messages")
-        if not self.has_chat_template:
+        if self._renderer is None:
             return Prompt(ids=self.encode_text(_as_script(messages)), stop=(_FALLBACK_STOP,))
+        marked = mark_control_tokens([dict(message) for message in messages], self._control_tokens(self._renderer))
+        rendered = self._renderer.render(marked, self._template_variables)
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            ids = encode_marked_chat(self._tokenizer, rendered)
+        except ValueError as error:
             raise BadRequest(
-                f"the model's chat template refuses these messages: {error}",
-                hint="check the roles and their order: system first, then user and assistant in turn",
+                f"the chat can't be told from the marks around it: {error}",
+                hint="leave the model's control tokens out of the messages",
                 param="messages",
             ) from error
         return Prompt(ids=tuple(ids))
@@ -112,6 +115,30 @@ class Tokenizer:
         # What it adds after another token; the same token twice, so that a rule for the first one doesn't count.
         once, twice = (str(self._tokenizer.decode([token_id] * count)) for count in (1, 2))
         return twice[len(once) :].encode()
+
+    def _find_template(self, path: Path) -> str | None:
+        """The model's template for chats; None if it has none. Raises BadCheckpoint for several without a default."""
+        if not self._tokenizer.chat_template:
+            return None
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError as error:
+            raise BadCheckpoint(f"{path.parent} has no default chat template: {error}", hint="pull another") from error
+
+    def _control_tokens(self, renderer: TemplateRenderer) -> re.Pattern[str]:
+        """Matches what only the template may write: special tokens, and others that it writes as they are, but for
+        whitespace, which is ordinary text. The same rule as transformers'."""
+        if self._control is None:
+            written = renderer.literals
+            names = {
+                token.content
+                for token in self._tokenizer.added_tokens_decoder.values()
+                if token.special or (token.content in written and not token.content.isspace())
+            }
+            # Longer ones first: one may begin with another.
+            ordered = sorted(filter(None, names), key=lambda name: (-len(name), name))
+            self._control = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+        return self._control
 
     def _find_eos_ids(self, folder: Path) -> frozenset[int]:
         found: set[int] = set()

@@ -142,3 +142,31 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 _BYTE_LEVEL_TOKENIZER: Tokenizer
+
+
+def test_a_chat_has_the_ids_that_transformers_gives_it(tokenizer: Tokenizer) -> None:
+    chat = [{"role": "user", "content": "hi<|end|> the <|turn|>"}, {"role": "assistant", "content": ""}]
+    library = tokenizer._tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    assert tokenizer.encode_chat(chat).ids == tuple(library)
+
+
+def test_code_that_a_folder_brings_does_not_run(tmp_path: Path) -> None:
+    folder = _save(tmp_path / "model", _byte_level())
+    made = tmp_path / "made"
+    for name in ("tokenization_evil", "configuration_evil", "modeling_evil", "tokenizer", "setup", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(made)!r}, 'w').close()\nclass Evil: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]},
+        "trust_remote_code": True,
+        "custom_code": "tokenization_evil.py",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    auto = {"auto_map": {"AutoConfig": "configuration_evil.Evil", "AutoModel": "modeling_evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(auto | {"model_type": "evil", "trust_remote_code": True}))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]).ids
+    assert not made.exists()

@@ -1,0 +1,199 @@
+"""A model's chat template, rendered in a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import msgspec
+import psutil
+
+from potluck.engine.template_messages import Answer, Read, Render, read_frame, write_frame
+from transport.errors import BadCheckpoint, BadRequest
+
+RENDER_WITHIN_S = 5.0
+START_WITHIN_S = 30.0
+_MAX_RESIDENT_BYTES = 2**30
+_LOOK_EVERY_S = 0.1
+_KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "TZ")
+_PREFIX = "POTLUCK_"
+_HINT = "send a shorter chat, or use a model with another chat template"
+
+
+class TemplateRenderer:
+    """Thread-safe. Starts its process at once, so that it is there for the first chat, and again after it was killed.
+
+    Renderings that come together take turns; none takes longer than `within_s`.
+    """
+
+    def __init__(self, source: str, *, within_s: float = RENDER_WITHIN_S) -> None:
+        self._source = source
+        self._within_s = within_s
+        self._lock = threading.Lock()
+        self._literals: str | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._process = _Process(source, within_s)
+        weakref.finalize(self, _stop, self._process)
+
+    @property
+    def literals(self) -> str:
+        """The text that the template itself writes. Raises BadCheckpoint."""
+        with self._lock:
+            return self._ready()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        """Raises BadRequest where the template refuses the messages, or takes too long or too much memory for them, and
+        BadCheckpoint where it can't be read."""
+        request = Render({**variables, "messages": messages}, self._within_s)
+        frame = self._encoder.encode(request)
+        with self._lock:
+            self._ready()
+            answer = self._process.ask(frame, self._within_s)
+        if answer is None:
+            raise BadRequest(
+                f"the model's chat template took longer than {self._within_s:.0f} s, or more memory than it may",
+                hint=_HINT,
+                param="messages",
+            )
+        if answer.failure == "too large":
+            raise BadRequest(
+                f"the model's chat template makes too much of these messages: {answer.text}",
+                hint=_HINT,
+                param="messages",
+            )
+        if answer.failure:
+            raise BadRequest(
+                f"the model's chat template refuses these messages: {answer.text}",
+                hint="check the roles and their order: system first, then user and assistant in turn",
+                param="messages",
+            )
+        return answer.text
+
+    def close(self) -> None:
+        _stop(self._process)
+
+    def _ready(self) -> str:
+        if not self._process.is_alive:
+            self._process.start()
+        answer = self._process.read_answer()
+        if answer is None:
+            raise BadCheckpoint(
+                f"the model's chat template took longer than {self._within_s:.0f} s to read, or too much memory",
+                hint="use a model with another chat template",
+            )
+        if answer.failure:
+            raise BadCheckpoint(
+                f"the model's chat template can't be read: {answer.text}", hint="use a model with another chat template"
+            )
+        return answer.text
+
+
+class _Process:
+    """The child, and the thread that reads its answers: one that waits for a pipe can't be given a deadline."""
+
+    def __init__(self, source: str, within_s: float) -> None:
+        self._read = msgspec.msgpack.encode(Read(source, within_s))
+        self._within_s = within_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._first: Answer | None = None
+        self._is_first_due = False
+        self.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    def start(self) -> None:
+        self.kill()
+        environment = {
+            name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES or name.startswith(_PREFIX)
+        }
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "potluck.engine.template_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # A traceback may show what was rendered.
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        self._answers = queue.SimpleQueue()
+        assert self._child.stdout is not None
+        threading.Thread(
+            target=_read_answers, args=(self._child.stdout, self._answers), name="template", daemon=True
+        ).start()
+        self._first, self._is_first_due = None, True
+        self._write(self._read)
+
+    def read_answer(self) -> Answer | None:
+        """What reading the template gave; None if it did not end in time."""
+        if self._is_first_due:
+            # Python itself has to start, maybe on a busy machine.
+            self._first, self._is_first_due = self._wait(START_WITHIN_S + self._within_s), False
+        return self._first
+
+    def ask(self, frame: bytes, within_s: float) -> Answer | None:
+        """None, and the process is gone, if there is no answer in time."""
+        self._write(frame)
+        return self._wait(within_s)
+
+    def kill(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            assert child.stdin is not None
+            # What was still to be written has no reader.
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+
+    def _write(self, frame: bytes) -> None:
+        assert self._child is not None and self._child.stdin is not None
+        # If it is gone, the reader says so.
+        with contextlib.suppress(OSError):
+            write_frame(self._child.stdin, frame)
+
+    def _wait(self, seconds: float) -> Answer | None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                answer = self._answers.get(timeout=min(left, _LOOK_EVERY_S))
+            except queue.Empty:
+                if self._resident_bytes() > _MAX_RESIDENT_BYTES:
+                    break
+                continue
+            if answer is None:
+                break
+            return answer
+        self.kill()
+        return None
+
+    def _resident_bytes(self) -> int:
+        assert self._child is not None
+        try:
+            return int(psutil.Process(self._child.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+
+def _read_answers(stream: IO[bytes], answers: queue.SimpleQueue[Answer | None]) -> None:
+    decoder = msgspec.msgpack.Decoder(Answer)
+    with stream:
+        while (frame := read_frame(stream)) is not None:
+            try:
+                answers.put(decoder.decode(frame))
+            except msgspec.DecodeError:
+                break
+    answers.put(None)
+
+
+def _stop(process: _Process) -> None:
+    process.kill()
