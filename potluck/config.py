@@ -24,8 +24,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 class Settings:
     """What `potluck up` needs to know. `devices` empty means: what this host has.
 
-    `memory_bytes` caps what each device of this host gives; None leaves it to what is free. `threads` are those that
     `offline`: models come from this host and the pool, never from a hub or a package index.
+    `memory_bytes` caps what each device of this host gives; None leaves it to what is free. `threads` are those that
     the workers on its CPU have together; None is its physical cores.
     `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
     a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
@@ -41,6 +41,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     model: str | None = None
+    offline: bool = False
     devices: tuple[str, ...] = ()
     memory_bytes: int | None = None
     threads: int | None = None
@@ -49,7 +50,6 @@ class Settings:
     quantize: str = "stored"
     kv_cache: str = "full"
     prefix_cache: bool = True
-    offline: bool = False
     use_all_devices: bool = False
     objective: str = "auto"
     layers: str | None = None

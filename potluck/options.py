@@ -86,6 +86,13 @@ HostNameOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Settings file (TOML).")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Take models from this host and the pool; ask no hub and no package index. HF_HUB_OFFLINE=1 says it too.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print facts as JSON on stdout.")]
 
 
@@ -93,6 +100,7 @@ def settings_with(
     config: Path | None = None,
     *,
     model: str | None = None,
+    offline: bool = False,
     devices: list[str] | None = None,
     memory: str | None = None,
     threads: int | None = None,
@@ -101,13 +109,6 @@ def settings_with(
     port: int | None = None,
     wait_for: int | None = None,
     quantize: str | None = None,
-OfflineOption = Annotated[
-    bool,
-    typer.Option(
-        "--offline",
-        help="Take models from this host and the pool; ask no hub and no package index. HF_HUB_OFFLINE=1 says it too.",
-    ),
-]
     kv_cache: str | None = None,
     no_prefix_cache: bool = False,
     use_all_devices: bool | None = None,
@@ -115,7 +116,6 @@ OfflineOption = Annotated[
     layers: str | None = None,
     fresh: bool | None = None,
     estimate: bool | None = None,
-    offline: bool = False,
     measure_in_turn: bool | None = None,
     host_name: str | None = None,
     lan_host: str | None = None,
@@ -126,6 +126,7 @@ OfflineOption = Annotated[
     base = load_settings(config_file() if config is None else _existing(config))
     said = {
         "model": model,
+        "offline": offline or None,
         "devices": tuple(devices) if devices else None,
         "memory_bytes": parse_bytes(memory) if memory is not None else None,
         "threads": threads,
@@ -147,7 +148,6 @@ OfflineOption = Annotated[
         "lan_port": lan_port,
         "insecure_lan": insecure_lan,
     }
-        "offline": offline or None,
     return checked(replace(base, **{key: value for key, value in said.items() if value is not None}))  # type: ignore[arg-type]
 
 

@@ -24,11 +24,11 @@ from potluck.options import (
     MemoryOption,
     NoPrefixCacheOption,
     ObjectiveOption,
+    OfflineOption,
     PortOption,
     QuantizeOption,
     ThreadsOption,
     settings_with,
-    OfflineOption,
 )
 from potluck.session import running_head_of
 from potluck.terminal import data, errors, stage_table
@@ -40,12 +40,12 @@ def register(app: typer.Typer) -> None:
 
 def up(
     model: Annotated[str | None, typer.Argument(help="A model of the store, or a source to pull.")] = None,
+    offline: OfflineOption = False,
     device: DeviceOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
     context: ContextOption = None,
     concurrency: ConcurrencyOption = None,
-    offline: OfflineOption = False,
     quantize: QuantizeOption = None,
     kv_cache: KVCacheOption = None,
     no_prefix_cache: NoPrefixCacheOption = False,
@@ -76,6 +76,7 @@ def up(
     settings = settings_with(
         config,
         model=model,
+        offline=offline,
         devices=device,
         memory=memory,
         threads=threads,
@@ -90,7 +91,6 @@ def up(
         objective=objective,
         layers=layers,
         fresh=fresh or None,
-        offline=offline,
         estimate=estimate or None,
         measure_in_turn=measure_in_turn or None,
         host_name=host_name,
