@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import zmq
 
 from transport.curve import Curve
 from transport.errors import BadMessage, WrongBytes
 from transport.messages import PiecePeer
+from transport.pieces.disk_thread import DiskThread
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.messages import Ask, Held, Holdings, Missing, Part, Refused
+from transport.pieces.partial import PartialPiece
 from transport.pieces.peer_line import PeerLine, Received
 from transport.pieces.piece import Piece
+from transport.pieces.store import PieceStore
 from transport.pieces.window import Window
 
 SILENT_AFTER_S = 5.0
@@ -25,52 +28,15 @@ _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 
 
-class PartialPiece(Protocol):
-    """A piece of which the first `num_bytes` are on the disk. Closed, it stays as it is."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def write(self, data: memoryview) -> None:
-        """What follows. Raises NoSpace."""
-        ...
-
-    def commit(self) -> None:
-        """It is whole: into the store with it. Raises WrongBytes, with what was there removed."""
-        ...
-
-    def restart(self) -> None:
-        """Forget what is there."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class PieceStore(Protocol):
-    """What a fetch needs of a store."""
-
-    def has(self, digest: str) -> bool: ...
-
-    def partial_bytes(self, piece: Piece) -> int:
-        """How many of its bytes an earlier fetch has left."""
-        ...
-
-    def open_partial(self, piece: Piece) -> PartialPiece | None:
-        """None if another process of this host is getting the piece now."""
-        ...
-
-    def require_space(self, num_bytes: int) -> None:
-        """Raises NoSpace unless the disk has room for so much more."""
-        ...
-
-
 @dataclass(slots=True)
 class _Active:
-    """A piece that is being asked for: up to `asked`."""
+    """A piece that is being asked for, up to `asked`, and has come up to `received`. `is_its_own`: all of it is from
+    this peer, by this connection."""
 
     piece: Piece
     partial: PartialPiece
     asked: int
+    received: int
     is_its_own: bool
     is_over: bool = False
 
@@ -91,6 +57,7 @@ class Shared:
     context: zmq.Context[zmq.Socket[bytes]]
     curve: Curve
     store: PieceStore
+    disk: DiskThread
     plan: FetchPlan
     model: str
     doubtful: set[str]
@@ -225,6 +192,8 @@ class FetchPeer:
 
     def _fill(self, line: PeerLine, now_s: float, usable: Collection[str]) -> None:
         while self._asked_bytes < self._window.num_bytes and len(self._asked) < _MOST_ASKS:
+            if self._shared.disk.is_full:
+                return
             active = self._asking or self._begin(now_s, usable)
             if active is None:
                 return
@@ -255,11 +224,12 @@ class FetchPeer:
             if piece.digest in shared.doubtful and partial.num_bytes:
                 shared.count(-partial.num_bytes)
                 partial.restart()
-            active = _Active(piece, partial, asked=partial.num_bytes, is_its_own=not partial.num_bytes)
-            if active.asked < piece.num_bytes:
+            had_bytes = partial.num_bytes
+            active = _Active(piece, partial, asked=had_bytes, received=had_bytes, is_its_own=not had_bytes)
+            if had_bytes < piece.num_bytes:
                 self._asking = active
                 return active
-            self._finish(active, now_s)
+            self._finish(active)
 
     def _take(self, received: Received, now_s: float) -> None:
         match received.answer:
@@ -294,34 +264,52 @@ class FetchPeer:
         self._window.note_received(len(buffer), now_s)
         if active.is_over:
             return
-        active.partial.write(buffer)
-        self.num_bytes += len(buffer)
-        self._retry_s = _FIRST_RETRY_S
-        self._shared.count(len(buffer))
-        self._shared.plan.note_useful(self.peer.key, now_s)
-        if active.partial.num_bytes == active.piece.num_bytes:
-            self._finish(active, now_s)
+        shared, num_bytes = self._shared, len(buffer)
 
-    def _finish(self, active: _Active, now_s: float) -> None:
+        def written(error: BaseException | None) -> None:
+            if error is not None:
+                raise error
+            shared.count(num_bytes)
+
+        shared.disk.submit(lambda: active.partial.write(buffer), written, num_bytes)
+        active.received += num_bytes
+        self.num_bytes += num_bytes
+        self._retry_s = _FIRST_RETRY_S
+        shared.plan.note_useful(self.peer.key, now_s)
+        if active.received == active.piece.num_bytes:
+            self._finish(active)
+
+    def _finish(self, active: _Active) -> None:
+        """All of it has come."""
         shared, digest = self._shared, active.piece.digest
         active.is_over = True
-        try:
-            active.partial.commit()
-        except WrongBytes:
-            shared.count(-active.piece.num_bytes)
-            shared.plan.give_back(digest)
-            if active.is_its_own:
-                self.refuse(f"it sent wrong bytes for piece {digest[:12]}", now_s)
+
+        def committed(error: BaseException | None) -> None:
+            if error is None:
+                shared.plan.note_done(digest)
+            elif not isinstance(error, WrongBytes):
+                raise error
             else:
-                shared.doubtful.add(digest)
-            return
-        shared.plan.note_done(digest)
+                shared.count(-active.piece.num_bytes)
+                shared.plan.give_back(digest)
+                if active.is_its_own:
+                    self.refuse(f"it sent wrong bytes for piece {digest[:12]}", time.monotonic())
+                else:
+                    shared.doubtful.add(digest)
+
+        shared.disk.submit(active.partial.commit, committed)
 
     def _drop(self, active: _Active) -> None:
-        """Not from this peer, or not now."""
-        if not active.is_over:
-            active.is_over = True
-            active.partial.close()
-            self._shared.plan.give_back(active.piece.digest)
+        """Not from this peer, or not now. Pending again as soon as it is closed: another peer may open it then."""
         if self._asking is active:
             self._asking = None
+        if active.is_over:
+            return
+        active.is_over = True
+
+        def closed(error: BaseException | None) -> None:
+            if error is not None:
+                raise error
+            self._shared.plan.give_back(active.piece.digest)
+
+        self._shared.disk.submit(active.partial.close, closed)

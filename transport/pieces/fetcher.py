@@ -14,9 +14,11 @@ from transport.awake import Awake
 from transport.curve import Curve
 from transport.errors import DownloadFailed
 from transport.messages import PieceHint, PiecePeer
-from transport.pieces.fetch_peer import FetchPeer, PieceStore, Shared
+from transport.pieces.disk_thread import DiskThread
+from transport.pieces.fetch_peer import FetchPeer, Shared
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.piece import Piece
+from transport.pieces.store import PieceStore
 
 log = logging.getLogger("potluck.pieces")
 
@@ -56,7 +58,7 @@ def fetch(
     patience_s: float = PATIENCE_S,
 ) -> FetchReport:
     """Puts into the store what it lacks of `pieces`, which are by their number in the list of the model with the digest
-    `model`; `what` names it to users. Peers are asked in turn, the head is the last of them.
+    `model`; `what` names it to users. The head is the last of the peers. Who will read the pieces has a lease of them.
 
     Raises NoSpace before the first byte is asked for, or when the disk fills up all the same; DownloadFailed when a
     piece is nowhere to be had, or nothing has come for `patience_s`. What came is kept, also when `stop` says so.
@@ -72,7 +74,8 @@ def fetch(
     store.require_space(sum(piece.num_bytes - left_bytes[piece.digest] for piece in once))
     plan = FetchPlan(missing, [peer.key for peer in peers], hints, began_s)
     done = _Done(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
-    shared = Shared(context, curve, store, plan, model, set(), [], done.add)
+    disk = DiskThread()
+    shared = Shared(context, curve, store, disk, plan, model, set(), [], done.add)
     running = _Fetch(shared, [FetchPeer(peer, shared, began_s) for peer in peers], done, what, patience_s)
     try:
         is_complete = running.run(stop)
@@ -137,6 +140,7 @@ class _Fetch:
             for peer in self.peers:
                 peer.forgive(slept_s)
                 peer.receive(now_s)
+            self._shared.disk.settle()
             self._done.last_s += slept_s
             self._check(now_s)
             if now_s >= self._tell_at_s:
@@ -148,10 +152,12 @@ class _Fetch:
     def close(self) -> None:
         for peer in self.peers:
             peer.close()
+        self._shared.disk.close()
 
     def _news(self) -> list[tuple[Any, int]]:
         lines = [peer.line for peer in self.peers if peer.line is not None]
-        return [(source, zmq.POLLIN) for line in lines for source in (line.socket, line.monitor)]
+        sources = [self._shared.disk.fileno(), *(source for line in lines for source in (line.socket, line.monitor))]
+        return [(source, zmq.POLLIN) for source in sources]
 
     def _look_elsewhere(self, now_s: float) -> None:
         """Pieces that another process of this host was getting: it may have them by now, or have ended."""
@@ -178,11 +184,12 @@ class _Fetch:
             if peer.is_refused and peer.peer.key not in self._logged:
                 self._logged.add(peer.peer.key)
                 log.warning("nothing more is taken from %s: %s", peer.peer.name, peer.reason)
-        if all(peer.is_refused for peer in self.peers) and not self._shared.plan.is_done:
+        if all(peer.is_refused for peer in self.peers) and self._shared.disk.is_idle and not self._shared.plan.is_done:
             raise self._failed("no host is left to get it from")
-        usable = {peer.peer.key for peer in self.peers if peer.is_usable}
-        nowhere = self._shared.plan.nowhere(usable)
-        if nowhere is None or not all(peer.is_idle for peer in self.peers):
+        nowhere: Piece | None = None
+        if all(peer.is_idle for peer in self.peers):
+            nowhere = self._shared.plan.nowhere({peer.peer.key for peer in self.peers if peer.is_usable})
+        if nowhere is None:
             self._nowhere_since_s = None
         elif self._nowhere_since_s is None:
             self._nowhere_since_s = now_s
