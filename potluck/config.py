@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,11 +25,15 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 class Settings:
     """What `potluck up` needs to know. `devices` empty means: what this host has.
 
+    The endpoint listens on `host`; unless that is a loopback address it needs an API key, which `require_key` also asks
+    for. `allowed_hosts` are more names it answers to, `allowed_origins` pages elsewhere that may ask it.
     `offline`: models come from this host and the pool, never from a hub or a package index.
     `memory_bytes` caps what each device of this host gives; None leaves it to what is free. `threads` are those that
     the workers on its CPU have together; None is its physical cores.
-    `lan_host` is where other hosts reach this one and `lan_port` the head's control port there, 0 for any; unless it is
-    a loopback address, that takes `insecure_lan`. `host_name` None is the system's.
+    Unless `lan` is off, other hosts can pair and join: `lan_host` is where they reach this one (None: found out),
+    `lan_port` where they knock at the head's door (None: 11501, or any if that is taken; 0: any), `discovery` whether
+    they find it by themselves, `approve_all` whether those that know the code need no further approval. `host_name`
+    None is the system's.
     `context_tokens` None is 4,096 or the model's context if that is less.
     `quantize` is how stages hold matrices: as "stored", "dense", what is dense quantized to "8" or "4" bits, or "auto".
     `kv_cache` is how they hold KV: "full", in what they compute in, or "8-bit". `prefix_cache` keeps the KV of what is
@@ -40,6 +45,9 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    require_key: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     model: str | None = None
     offline: bool = False
     devices: tuple[str, ...] = ()
@@ -59,8 +67,10 @@ class Settings:
     wait_for_devices: int = 0
     host_name: str | None = None
     lan_host: str | None = None
-    lan_port: int = 0
-    insecure_lan: bool = False
+    lan_port: int | None = None
+    lan: bool = True
+    discovery: bool = True
+    approve_all: bool = False
 
 
 def load_settings(path: Path) -> Settings:
@@ -83,23 +93,24 @@ def settings_from(data: dict[str, Any], *, where: str) -> Settings:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}", hint=f"the keys are: {keys}")
     if isinstance(renamed.get("memory_bytes"), str):
         renamed["memory_bytes"] = parse_bytes(renamed["memory_bytes"])
-    if isinstance(renamed.get("devices"), list):
-        renamed["devices"] = tuple(renamed["devices"])
+    for key in ("devices", "allowed_hosts", "allowed_origins"):
+        if isinstance(renamed.get(key), list):
+            renamed[key] = tuple(renamed[key])
     _check_types(renamed, where)
     return checked(replace(Settings(), **renamed))
 
 
 def checked(settings: Settings) -> Settings:
     """The same settings. Raises ConfigError for a value that can't work."""
-    for port in (settings.port, settings.lan_port):
+    for port in (settings.port, settings.lan_port or 0):
         if not 0 <= port <= 65535:
             raise ConfigError(f"port {port} does not exist", hint="choose one from 1 to 65535, or 0 for any")
     if settings.host_name is not None and (not settings.host_name.strip() or "/" in settings.host_name):
         raise ConfigError(f"{settings.host_name!r} is no name for a host", hint="choose one without a slash")
-    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if settings.host != "localhost" and not _is_address(settings.host):
         raise ConfigError(
-            f"the endpoint can't listen on {settings.host}: only this host may use it so far",
-            hint="use 127.0.0.1, ::1 or localhost",
+            f"the endpoint can't listen on {settings.host!r}: that is no address",
+            hint="use 127.0.0.1, an address of this host, or 0.0.0.0 for all of them",
         )
     if settings.objective not in STRATEGIES:
         raise ConfigError(f"objective {settings.objective!r} is unknown", hint=f"it is one of: {', '.join(STRATEGIES)}")
@@ -118,6 +129,14 @@ def checked(settings: Settings) -> Settings:
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1", hint=f"leave {name} out for the default")
     return settings
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text
 
 
 def parse_bytes(text: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import zmq
 
@@ -22,7 +22,8 @@ from planner.plan import Plan
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
-from potluck.lan import INSECURE_WARNING, this_host
+from potluck.http_access import OpenedAccess, open_access
+from potluck.lan import this_host
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
@@ -34,8 +35,12 @@ from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
-from transport.errors import NeighbourGone, PotluckError, RingDown
+from transport.endpoints import port_of
+from transport.errors import NeighbourGone, NotAllowed, PotluckError, RingDown
 from transport.messages import WeightsForm
+
+if TYPE_CHECKING:
+    from potluck.network import Network
 
 _REGISTER_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 3600.0
@@ -58,14 +63,17 @@ class Head:
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
         self._reporting = threading.Lock()
         self._here = this_host(settings)
+        self.network: Network | None = None
         self.model = model
         self.state: State = "starting"
         self.ring: Ring | None = None
         self.watch: PlanWatch | None = None
         self._wants_replan = False
+        self._wants_reload = False
         self._weights: WeightsForm = "stored"
         self._next_look_s = 0.0
         self.endpoint: Endpoint
+        self.opened: OpenedAccess
         self.plan: Plan
         self._pool: Pool
         self._node: Node
@@ -91,8 +99,8 @@ class Head:
 
     @property
     def lan(self) -> str | None:
-        """ "ADDRESS:PORT" where other hosts join, if they may."""
-        return self._pool.lan
+        """ "ADDRESS:PORT" where other hosts knock, if they may."""
+        return self.network.door if self.network is not None else None
 
     def report(self) -> StatusReport:
         """Facts for `potluck status`, the stages' counters fresh. Thread-safe."""
@@ -110,9 +118,10 @@ class Head:
                     self.state = "down"
                     self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
+                    self._wants_reload = isinstance(error, NotAllowed)
                 case PoolWorker() as worker:
                     self._joined.append(worker)
-            if (self._joined or self._wants_replan) and self.endpoint.is_idle():
+            if (self._joined or self._wants_replan or self._wants_reload) and self.endpoint.is_idle():
                 self._load_anew()
             elif time.monotonic() >= self._next_look_s:
                 self._next_look_s = time.monotonic() + _WATCH_INTERVAL_S
@@ -128,6 +137,7 @@ class Head:
         head_file = self._stack.enter_context(HeadFile())
         listener = bind_endpoint(self._settings.host, self._settings.port)
         self._stack.callback(listener.close)
+        self.opened = open_access(self._settings, listener.getsockname()[1])
         # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
         self._progress.say("Measuring this host's devices")
         devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name, is_head=True)
@@ -138,31 +148,37 @@ class Head:
         # Not its context manager: that would wait for ever for a socket somebody forgot.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
+        if self._here.address is not None:
+            from potluck.network import Network
+
+            self.network = Network(self._here, self._settings, say=self._progress.say)
         self._pool = Pool(
             context,
             self._run_dir,
             on_fault=self._on_fault,
             on_joined=self._on_joined,
             here=self._here,
-            lan_port=self._settings.lan_port,
+            roster=self.network.roster if self.network is not None else None,
+            control=self.network.control if self.network is not None else None,
+            pool=self.network.pool if self.network is not None else "",
         )
         self._stack.callback(self._pool.close)
-        if self._pool.lan is not None:
-            self._say_lan(self._pool.lan)
         self._node = Node(
             control=self._pool.endpoint,
             logs=logs_dir(),
             run_dir=self._run_dir,
             on_exit=self._pool.report_exit,
             address=self._here.address,
+            keys_file=self._here.keys_file,
         )
         self._stack.callback(self._node.stop)
         # Workers first hear that it is over: they would take an engine that stops before them for a fault.
         self._stack.callback(self._take_down_ring)
         self._stack.callback(self._pool.stop_workers, "the head has stopped")
-        self.endpoint = Endpoint(context, listener, model=self.model.name)
+        self.endpoint = Endpoint(context, listener, model=self.model.name, access=self.opened.access)
         self._stack.callback(self.endpoint.stop)
         self.endpoint.start(self.report, self.request_replan)
+        self._open_door()
         head_file.publish(self._facts())
         self._gather(devices)
         self._bring_up()
@@ -175,15 +191,17 @@ class Head:
             control=self._pool.endpoint,
             host=self._here.name,
             address=self._here.address,
-            lan=self._pool.lan,
+            lan=self.lan,
         )
 
-    def _say_lan(self, lan: str) -> None:
-        insecure = ""
-        if self._here.is_exposed:
-            insecure = " --insecure-lan"
-            self._progress.say(INSECURE_WARNING)
-        self._progress.say(f"Other hosts join with: potluck join --head {lan}{insecure}")
+    def _open_door(self) -> None:
+        """Other hosts may come in from now on."""
+        network, control = self.network, self._pool.control
+        if network is None or control is None:
+            return
+        self._stack.callback(network.close)
+        network.open(port_of(control))
+        self._progress.invite(*network.invite())
 
     def _gather(self, devices: list[Device]) -> None:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
@@ -218,7 +236,7 @@ class Head:
         self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
         self.ring.bring_up(self._progress.tick)
         self._progress.say("Warming up")
-        client = self.endpoint.connect(self.ring.api_endpoint)
+        client = self.endpoint.connect(self.ring.api_endpoint, self._pool.towards(self.ring.api_endpoint))
         try:
             client.wait_ready(_READY_TIMEOUT_S)
         except PotluckError as error:
@@ -291,8 +309,9 @@ class Head:
                 remember_deviation(self.model, self._pool, device, ratio, self._weights)
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
-        self._wants_replan = False
-        self._progress.say(f"{names} joined: loading the ring anew" if names else "Loading the ring by the better plan")
+        why = "Loading the ring without it" if self._wants_reload else "Loading the ring by the better plan"
+        self._wants_replan = self._wants_reload = False
+        self._progress.say(f"{names} joined: loading the ring anew" if names else why)
         self.endpoint.disconnect()
         if self.ring is not None:
             self.ring.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
@@ -318,6 +337,8 @@ class Head:
 
     def _ring_lost(self, ring: Ring, error: PotluckError) -> None:
         if ring.mark_down(error):
+            # Nobody sends to a stage of it any more, or hears from one, whatever went wrong.
+            ring.unload()
             self._events.put(error)
 
     def _on_joined(self, worker: PoolWorker) -> None:

@@ -1,87 +1,94 @@
-"""How other hosts reach this one, until encryption comes: not at all, unless the user says so."""
+"""This host in its pool: its name, its keys, and where other hosts reach it."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
+import zmq
+
+from devices.identity import load_keys
+from devices.members import own_name
 from potluck.config import Settings
-from transport.errors import ConfigError, NotRunning
+from potluck.paths import identity_dir
+from transport.curve import KeyPair
+from transport.edges import Edges
+from transport.endpoints import has_ipc
+from transport.errors import ConfigError
+from transport.key_file import KEY_FILE
 
-INSECURE_WARNING = (
-    "[bold yellow]Not encrypted:[/bold yellow] anyone on this network can read prompts and answers, change them, "
-    "and join the pool. Use --insecure-lan only where you trust everyone."
-)
-_REACH_TIMEOUT_S = 5.0
+DOOR_PORT = 11501
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThisHost:
-    """This host in the pool. `address` is where other hosts reach it; None: they don't."""
+    """This host in the pool. `address` is where other hosts reach it; None: they don't. `keys` are None where no socket
+    needs any."""
 
     name: str
     address: str | None = None
+    keys: KeyPair | None = None
 
     @property
-    def is_exposed(self) -> bool:
-        """Whether what it says crosses a network that others use."""
-        return self.address is not None and not _is_loopback(self.address)
+    def keys_file(self) -> Path | None:
+        return None if self.keys is None else identity_dir() / KEY_FILE
+
+    def edges(self, context: zmq.Context[zmq.Socket[bytes]], run_dir: Path) -> Edges:
+        return Edges(context, run_dir, keys=self.keys, address=self.address)
+
+
+def lan_address(towards: str | None) -> str | None:
+    from devices.interfaces import lan_address as find
+
+    return find(towards)
+
+
+def keys_file(*, exposed: bool) -> Path | None:
+    """The file with the keys that processes of this host need, if they need any: `exposed` to other hosts, or without
+    ipc."""
+    return identity_dir() / KEY_FILE if exposed or not has_ipc() else None
+
+
+def alone(name: str) -> ThisHost:
+    """A host that no other one reaches."""
+    return ThisHost(name=name, keys=None if has_ipc() else load_keys(identity_dir()))
 
 
 def this_host(settings: Settings, *, towards: str | None = None) -> ThisHost:
     """By the settings; `towards` is the address of a head on another host. Raises ConfigError."""
-    name = settings.host_name or socket.gethostname()
+    name = settings.host_name or own_name()
+    if not settings.lan and towards is None:
+        return alone(name)
     address = settings.lan_host
-    if address is None and (settings.insecure_lan or towards is not None):
-        address = _address_towards(towards)
+    if address is not None:
+        _check_own(address)
+    else:
+        address = lan_address(towards)
     if address is None:
-        return ThisHost(name=name)
-    _check_own(address)
-    if not settings.insecure_lan and not _is_loopback(address):
-        raise ConfigError(
-            f"the ring would leave this host unencrypted, over {address}",
-            hint="add --insecure-lan if everyone on that network may read the prompts",
-        )
-    return ThisHost(name=name, address=address)
+        if towards is not None:
+            raise ConfigError("this host has no network", hint="say its address with --lan-host")
+        return alone(name)
+    return ThisHost(name=name, address=address, keys=load_keys(identity_dir()))
 
 
-def parse_head(text: str, settings: Settings) -> tuple[str, int]:
-    """ "HOST:PORT" of a head's control socket as an IPv4 address and a port. Raises ConfigError, NotRunning."""
-    host, _, port = text.rpartition(":")
+def parse_door(text: str) -> tuple[str, int]:
+    """ "HOST", "HOST:PORT" or "ADDRESS:PORT" of a head as an IPv4 address and a port. Raises ConfigError."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        host, port = text, str(DOOR_PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{text!r} is not a head's address", hint="write HOST:PORT, as potluck up prints it")
     try:
         address = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ConfigError(f"no host {host} is known: {error.strerror}", hint="write its IPv4 address") from error
-    if not settings.insecure_lan and not _is_loopback(address):
-        raise ConfigError(
-            f"the head at {text} can only be reached unencrypted",
-            hint="add --insecure-lan if everyone on that network may read the prompts",
-        )
-    try:
-        socket.create_connection((address, int(port)), _REACH_TIMEOUT_S).close()
-    except OSError as error:
-        raise NotRunning(
-            f"nobody answers at {text}: {error.strerror or error}",
-            hint="is the head up with --insecure-lan, and no firewall between?",
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"no host {host} is known: {error}", hint="write its IPv4 address") from error
     return address, int(port)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
-
-
-def _address_towards(target: str | None) -> str:
-    """The address that this host would use towards `target`, or towards anywhere. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((target or "192.0.2.1", 9))
-        except OSError as error:
-            raise ConfigError("this host has no network", hint="say its address with --lan-host") from error
-        return str(probe.getsockname()[0])
 
 
 def _check_own(address: str) -> None:

@@ -7,15 +7,13 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import zmq
 
-from potluck.lan import ThisHost
 from potluck.pool import Pool, PoolWorker
-from transport.endpoints import tcp_endpoint
-from transport.errors import ConfigError, PotluckError, StageFailed
+from transport.edges import Edges, Where
+from transport.errors import PotluckError, StageFailed
 from transport.link_probe import LinkEnd, LinkFigures, figures
 from transport.messages import (
     Fence,
@@ -28,7 +26,6 @@ from transport.messages import (
     MeasureQuestion,
 )
 
-Where = Literal["local", "network"]
 _SILENCE_S = 60.0
 _LARGE_LOCAL = 17
 _LARGE_NETWORK = 5
@@ -36,13 +33,14 @@ _numbers = itertools.count(1)
 
 
 class End(Protocol):
-    """A process that can be one end of a link."""
+    """A process that can be one end of a link. `key` is its host's."""
 
     host: str
+    key: str
 
-    def listen(self, where: Where, shape: LinkShape) -> str: ...
+    def listen(self, where: Where, shape: LinkShape, upstream: str) -> str: ...
 
-    def probe(self, next: str, *, leads: bool) -> LinkProbed: ...
+    def probe(self, next: str, key: str, *, leads: bool) -> LinkProbed: ...
 
     def close(self) -> None: ...
 
@@ -50,28 +48,23 @@ class End(Protocol):
 class OwnEnd:
     """This process."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], here: ThisHost, run_dir: Path) -> None:
-        self.host = here.name
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, edges: Edges) -> None:
+        self.host = host
+        self.key = edges.key
         self._context = context
-        self._address = here.address
-        self._run_dir = run_dir
+        self._edges = edges
         self._end: LinkEnd | None = None
 
-    def listen(self, where: Where, shape: LinkShape) -> str:
+    def listen(self, where: Where, shape: LinkShape, upstream: str) -> str:
         self.close()
-        if where == "local":
-            endpoint = f"ipc://{self._run_dir}/probe-{next(_numbers)}"
-        elif self._address is not None:
-            endpoint = tcp_endpoint(self._address)
-        else:
-            raise ConfigError("this host has no address for others", hint="start it with --insecure-lan")
-        self._end = LinkEnd(self._context, endpoint, shape)
+        endpoint = self._edges.listen_at(where, f"probe-{next(_numbers)}")
+        self._end = LinkEnd(self._context, endpoint, shape, guard=self._edges.guard(endpoint, upstream))
         return self._end.endpoint
 
-    def probe(self, next: str, *, leads: bool) -> LinkProbed:
+    def probe(self, next: str, key: str, *, leads: bool) -> LinkProbed:
         assert self._end is not None, "an end listens first"
         try:
-            return self._end.run(next, leads=leads)
+            return self._end.run(next, leads=leads, prepare=self._edges.towards(next, key))
         finally:
             self.close()
 
@@ -86,17 +79,18 @@ class WorkerEnd:
 
     def __init__(self, pool: Pool, worker: PoolWorker) -> None:
         self.host = worker.register.host
+        self.key = pool.key_of(worker)
         self._pool = pool
         self._worker = worker
 
-    def listen(self, where: Where, shape: LinkShape) -> str:
-        answer = self._ask(LinkListen(listen=where, shape=shape))
+    def listen(self, where: Where, shape: LinkShape, upstream: str) -> str:
+        answer = self._ask(LinkListen(listen=where, shape=shape, upstream=upstream))
         if not isinstance(answer, LinkListening):
             raise StageFailed(f"{self._worker.register.device} answered with {type(answer).__name__}")
         return answer.endpoint
 
-    def probe(self, next: str, *, leads: bool) -> LinkProbed:
-        answer = self._ask(LinkProbe(next=next, leads=leads))
+    def probe(self, next: str, key: str, *, leads: bool) -> LinkProbed:
+        answer = self._ask(LinkProbe(next=next, leads=leads, key=key))
         if not isinstance(answer, LinkProbed):
             raise StageFailed(f"{self._worker.register.device} answered with {type(answer).__name__}")
         return answer
@@ -145,10 +139,12 @@ def measure(pair: Pair, hidden_size: int) -> tuple[LinkFigures, LinkFigures]:
     )
     ends = (pair.leader, pair.follower)
     try:
-        at_leader, at_follower = (end.listen(pair.where, shape) for end in ends)
+        at_leader, at_follower = (
+            end.listen(pair.where, shape, other.key) for end, other in zip(ends, reversed(ends), strict=True)
+        )
         with ThreadPoolExecutor(max_workers=2) as threads:
-            leading = threads.submit(pair.leader.probe, at_follower, leads=True)
-            following = threads.submit(pair.follower.probe, at_leader, leads=False)
+            leading = threads.submit(pair.leader.probe, at_follower, pair.follower.key, leads=True)
+            following = threads.submit(pair.follower.probe, at_leader, pair.leader.key, leads=False)
             return figures(*_results((leading.result, following.result)))
     finally:
         for end in ends:

@@ -35,13 +35,17 @@ class Node:
         run_dir: Path,
         on_exit: Callable[[int, PotluckError], None],
         address: str | None = None,
+        keys_file: Path | None = None,
+        head_key: str = "",
     ) -> None:
         """Workers put their sockets in `run_dir` and delete it should this process crash; `address` is where they
-        listen for other hosts."""
+        listen for other hosts, `keys_file` has this host's keys, and `head_key` is that of a head on another host."""
         self._control = control
         self._logs = logs
         self._run_dir = run_dir
         self._address = address
+        self._keys_file = keys_file
+        self._head_key = head_key
         self._on_exit = on_exit
         self._stopping = threading.Event()
         self.workers: list[NodeWorker] = []
@@ -51,6 +55,10 @@ class Node:
         for device in devices:
             register = msgspec.json.encode(register_of(device, address=self._address)).decode()
             arguments = ["--control", self._control, "--register", register, "--run-dir", str(self._run_dir)]
+            if self._keys_file is not None:
+                arguments += ["--keys", str(self._keys_file)]
+            if self._head_key:
+                arguments.append(f"--head-key={self._head_key}")  # A key may begin with a dash.
             log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
             log.unlink(missing_ok=True)
             child = Child("shard.worker", arguments, log=log, threads=device.threads)

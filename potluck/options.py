@@ -71,12 +71,27 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure devices and 
 EstimateOption = Annotated[
     bool, typer.Option("--estimate", help="Plan from bandwidths, without measuring layers and links.")
 ]
-PortOption = Annotated[int | None, typer.Option("--port", help="The endpoint's port; 0 for any free one.")]
-InsecureLanOption = Annotated[
-    bool,
+HostOption = Annotated[
+    str | None,
     typer.Option(
-        "--insecure-lan", help="Let the ring cross the network unencrypted: everyone on it can read the prompts."
+        "--host",
+        help="The endpoint's address: 127.0.0.1 by default; 0.0.0.0 serves this host's network, with an API key.",
     ),
+]
+RequireKeyOption = Annotated[
+    bool, typer.Option("--require-key", help="Ask programs of this host for the API key too; see: potluck key.")
+]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option("--allow-host", help="Another name that the endpoint answers to; repeat it.")
+]
+AllowOriginOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-origin", help="Let pages of another origin ask, such as http://localhost:3000; repeat it."),
+]
+PortOption = Annotated[int | None, typer.Option("--port", help="The endpoint's port; 0 for any free one.")]
+NoLanOption = Annotated[bool, typer.Option("--no-lan", help="Keep other hosts out: nothing listens on the network.")]
+NoDiscoveryOption = Annotated[
+    bool, typer.Option("--no-discovery", help="Neither tell the network that a pool is here nor look for one.")
 ]
 LanHostOption = Annotated[
     str | None, typer.Option("--lan-host", help="This host's IPv4 address for the others. Default: found out.")
@@ -106,7 +121,11 @@ def settings_with(
     threads: int | None = None,
     context: int | None = None,
     concurrency: int | None = None,
+    host: str | None = None,
     port: int | None = None,
+    require_key: bool = False,
+    allow_hosts: list[str] | None = None,
+    allow_origins: list[str] | None = None,
     wait_for: int | None = None,
     quantize: str | None = None,
     kv_cache: str | None = None,
@@ -120,7 +139,9 @@ def settings_with(
     host_name: str | None = None,
     lan_host: str | None = None,
     lan_port: int | None = None,
-    insecure_lan: bool | None = None,
+    no_lan: bool = False,
+    no_discovery: bool = False,
+    approve_all: bool | None = None,
 ) -> Settings:
     """The config file's settings with what the command line says on top. Raises ConfigError."""
     base = load_settings(config_file() if config is None else _existing(config))
@@ -132,7 +153,11 @@ def settings_with(
         "threads": threads,
         "context_tokens": context,
         "concurrency": concurrency,
+        "host": host,
         "port": port,
+        "require_key": require_key or None,
+        "allowed_hosts": (*base.allowed_hosts, *allow_hosts) if allow_hosts else None,
+        "allowed_origins": (*base.allowed_origins, *allow_origins) if allow_origins else None,
         "wait_for_devices": wait_for,
         "quantize": quantize,
         "kv_cache": kv_cache,
@@ -146,7 +171,9 @@ def settings_with(
         "host_name": host_name,
         "lan_host": lan_host,
         "lan_port": lan_port,
-        "insecure_lan": insecure_lan,
+        "lan": False if no_lan else None,
+        "discovery": False if no_discovery else None,
+        "approve_all": approve_all,
     }
     return checked(replace(base, **{key: value for key, value in said.items() if value is not None}))  # type: ignore[arg-type]
 

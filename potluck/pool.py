@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import zmq
 
 from potluck.lan import ThisHost
 from potluck.questions import Questions
 from transport.control import ControlServer, Peer
-from transport.endpoints import tcp_endpoint
-from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
+from transport.curve import Guard, Prepare
+from transport.endpoints import local_endpoint
+from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, error_from_code
 from transport.messages import (
+    Arrive,
     Connect,
     ControlMessage,
     Fence,
@@ -23,12 +26,38 @@ from transport.messages import (
     Load,
     Loaded,
     Loading,
+    Members,
     Register,
     Stats,
     StatsRequest,
     Stop,
+    Welcome,
     WorkerFault,
 )
+
+
+class Roster(Protocol):
+    """Who may be in the pool, by public key; a name is a host's alone."""
+
+    def admits(self, key: str) -> bool: ...
+
+    def name_of(self, key: str) -> str | None:
+        """None for a key that it does not admit."""
+
+    def keys(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolHost:
+    """Another host that has arrived. Its workers register by themselves."""
+
+    peer: Peer
+    name: str
+    arrive: Arrive
+
+    @property
+    def key(self) -> str:
+        return self.peer.key
 
 
 @dataclass(slots=True)
@@ -51,6 +80,11 @@ class PoolWorker:
     def register(self) -> Register:
         return self.peer.register
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is on another host, where the head's files are not."""
+        return bool(self.peer.key)
+
 
 class Pool:
     """Owns the control socket. `on_fault(worker, error)` is called once for a worker of a running ring that fails."""
@@ -63,18 +97,27 @@ class Pool:
         on_fault: Callable[[PoolWorker, PotluckError], None],
         on_joined: Callable[[PoolWorker], None],
         here: ThisHost,
-        lan_port: int = 0,
+        roster: Roster | None = None,
+        control: str | None = None,
+        pool: str = "",
     ) -> None:
-        """`here` is the head's host; if it has an address, workers of other hosts may register there."""
+        """`here` is the head's host. Hosts of the `roster` may come in at `control`, a TCP endpoint; `pool` is the id
+        that they are told."""
         self._here = here
+        self._pool = pool
+        self._roster = roster
+        self._hosts: dict[bytes, PoolHost] = {}
+        self._edges = here.edges(context, run_dir)
+        self.own_key = self._edges.key
         self._on_fault = on_fault
         self._on_joined = on_joined
         self._workers: dict[bytes, PoolWorker] = {}
         self._changed = threading.Condition()
         self._stats_token = 0
-        endpoints = [f"ipc://{run_dir}/control"]
-        if here.address is not None:
-            endpoints.append(tcp_endpoint(here.address, lan_port))
+        local = local_endpoint(run_dir, "control")
+        endpoints: list[tuple[str, Guard | None]] = [(local, self._edges.guard(local, ""))]
+        if roster is not None and control is not None:
+            endpoints.append((control, self._edges.curve.guard(roster.admits)))
         self._exit: PotluckError | None = None
         self.questions = Questions(
             lambda peer, message: self._server.send(peer, message),
@@ -88,9 +131,22 @@ class Pool:
         return self._server.endpoints[0]
 
     @property
-    def lan(self) -> str | None:
-        """ "ADDRESS:PORT" where workers of other hosts register, if they may."""
-        return self._server.endpoints[1].removeprefix("tcp://") if len(self._server.endpoints) > 1 else None
+    def control(self) -> str | None:
+        """Where other hosts come in, if they may."""
+        return self._server.endpoints[1] if len(self._server.endpoints) > 1 else None
+
+    def towards(self, endpoint: str) -> Prepare | None:
+        """For a socket of this context that connects to a process of this host."""
+        return self._edges.towards(endpoint, "")
+
+    def key_of(self, worker: PoolWorker) -> str:
+        """Its host's."""
+        return worker.peer.key or self.own_key
+
+    def hosts(self) -> list[PoolHost]:
+        """The other hosts that are there, by name."""
+        with self._changed:
+            return sorted(self._hosts.values(), key=lambda host: host.name)
 
     def workers(self) -> list[PoolWorker]:
         """In order of registration names, so that plans do not depend on who was first."""
@@ -211,6 +267,7 @@ class Pool:
 
     def close(self) -> None:
         self._server.close()
+        self._edges.close()
 
     def _on_message(self, peer: Peer, message: ControlMessage) -> None:
         with self._changed:
@@ -218,6 +275,8 @@ class Pool:
         match message:
             case Register():
                 self._add(PoolWorker(peer=peer))
+            case Arrive():
+                self._welcome(peer, message)
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
@@ -240,8 +299,26 @@ class Pool:
             case _ if worker is not None:
                 self.questions.hear(message)
 
+    def _welcome(self, peer: Peer, arrive: Arrive) -> None:
+        name = self._roster.name_of(peer.key) if self._roster is not None else None
+        if self._roster is None or name is None:
+            return
+        with self._changed:
+            self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive)
+            self._changed.notify_all()
+        members = (self.own_key, *self._roster.keys())
+        self._server.send(peer, Welcome(name=name, pool=self._pool, members=members))
+        self._tell_members()
+
+    def _tell_members(self) -> None:
+        """Who may take pieces of models from whom."""
+        if self._roster is not None:
+            members = Members((self.own_key, *self._roster.keys()))
+            for host in self.hosts():
+                self._server.send(host.peer, members)
+
     def _add(self, worker: PoolWorker) -> None:
-        reason = self._why_not(worker.register)
+        reason = self._why_not(worker)
         if reason is not None:
             self._server.send(worker.peer, Stop(reason))
             return
@@ -250,22 +327,34 @@ class Pool:
             self._changed.notify_all()
         self._on_joined(worker)
 
-    def _why_not(self, register: Register) -> str | None:
-        """Names tell devices and hosts apart: a second one of the same name can't come in."""
-        others = [other.register for other in self._workers.values()]
-        if register.device in {other.device for other in others}:
+    def _why_not(self, worker: PoolWorker) -> str | None:
+        """Names tell devices and hosts apart: a second one of the same name can't come in, and a host has the name that
+        the roster gave it."""
+        register = worker.register
+        if register.device in {other.register.device for other in self._workers.values()}:
             return f"a device called {register.device} is in the pool already: choose another --name"
-        addresses = {self._here.name: self._here.address, **{other.host: other.address for other in others}}
-        if addresses.get(register.host, register.address) != register.address:
-            return f"another host called {register.host} is in the pool already: choose another --host-name"
+        name = self._here.name
+        if worker.is_remote and self._roster is not None:
+            name = self._roster.name_of(worker.peer.key) or ""
+        if register.host != name:
+            return f"this host is called {name} in the pool, not {register.host}: join again"
         return None
 
     def _on_lost(self, peer: Peer) -> None:
         with self._changed:
             worker = self._workers.pop(peer.identity, None)
-        if worker is not None:
-            what = f"{worker.register.device} left or went silent"
-            self._fail(worker, RingDown(what, hint="wake it up, let it join again, or start this head without it"))
+            host = self._hosts.pop(peer.identity, None)
+            self._changed.notify_all()
+        if host is not None:
+            self._tell_members()
+        if worker is None:
+            return
+        if peer.key and self._roster is not None and self._roster.name_of(peer.key) is None:
+            what = f"{worker.register.device} was revoked"
+            self._fail(worker, NotAllowed(what, hint="its host can pair again with a new code"))
+            return
+        what = f"{worker.register.device} left or went silent"
+        self._fail(worker, RingDown(what, hint="wake it up, let it join again, or start this head without it"))
 
     def _fail(self, worker: PoolWorker, error: PotluckError) -> None:
         with self._changed:

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from devices.device import Device, LeftOut
 from planner.measured import LinkTimes, PoolTimes
 from potluck.calibration import learn
 from potluck.device_probes import ChildProbes, DeviceProbes, Doing, WorkerProbes
-from potluck.lan import ThisHost
+from potluck.lan import ThisHost, alone
 from potluck.link_probes import End, OwnEnd, Pair, WorkerEnd, measure, pairs
 from potluck.paths import profiles_dir
 from potluck.planning import device_of
@@ -55,8 +56,8 @@ def pool_times_for(
     measuring = _Measuring(
         model, ProfileCache(profiles_dir()), probes or WorkerProbes(pool), say, doing, fresh, weights
     )
-    with zmq.Context() as context:
-        own = OwnEnd(context, here, run_dir)
+    with zmq.Context() as context, closing(here.edges(context, run_dir)) as edges:
+        own = OwnEnd(context, here.name, edges)
         ends = [WorkerEnd(pool, worker) for worker in pool.workers()]
         return measuring.run(devices, own, ends, in_turn=in_turn)
 
@@ -73,9 +74,13 @@ def local_times_for(
 ) -> Found:
     """Devices of this host, without a pool: children of this process measure them. See `pool_times_for`."""
     measuring = _Measuring(model, ProfileCache(profiles_dir()), probes or ChildProbes(), say, doing, fresh, weights)
-    here = ThisHost(name=devices[0].host if devices else socket.gethostname())
-    with zmq.Context() as context, tempfile.TemporaryDirectory(prefix="pl-") as folder:
-        own, other = (OwnEnd(context, here, Path(folder)) for _ in range(2))
+    here = alone(devices[0].host if devices else socket.gethostname())
+    with (
+        zmq.Context() as context,
+        tempfile.TemporaryDirectory(prefix="pl-") as folder,
+        closing(here.edges(context, Path(folder))) as edges,
+    ):
+        own, other = (OwnEnd(context, here.name, edges) for _ in range(2))
         return measuring.run(devices, own, [other], in_turn=False)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from potluck.pool import PoolWorker
+
+if TYPE_CHECKING:
+    from devices.pairing import Code, Invite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProgress:
     """`say` a line (rich markup); `doing(device, what)` what a device is being measured for; `tick` draws the loading
-    of the stages, some times a second."""
+    of the stages, some times a second; `invite` shows how other hosts come in."""
 
     say: Callable[[str], None]
     doing: Callable[[str, str], None]
     tick: Callable[[Sequence[PoolWorker]], None]
+    invite: Callable[[Invite, Code], None] = lambda invite, code: None

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -17,9 +16,10 @@ from potluck.lan import ThisHost
 from potluck.pool import Pool, PoolWorker
 from potluck.processes import Child, stop_all
 from potluck.store import StoredModel
-from transport.endpoints import tcp_endpoint
+from transport.edges import Where
+from transport.endpoints import free_port, has_ipc, is_tcp, known_local_endpoint, tcp_endpoint
 from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
-from transport.messages import Connect, Fence, Load
+from transport.messages import Connect, Fence, Load, SharedModel, Unload
 
 MAX_STEP_TOKENS = 2048
 """A bound for what stages accept, more than the scheduler sends: a chunk of a prompt (`EngineLimits`) and decodes."""
@@ -38,7 +38,7 @@ class RingStage:
 class Ring:
     """One loaded model over the pool's workers. `take_down` is safe at any time.
 
-    Neighbours on one host talk over ipc, others over TCP.
+    Neighbours on one host talk over ipc, others over TCP, where each lets in the key of its neighbour's host alone.
     """
 
     def __init__(
@@ -52,14 +52,17 @@ class Ring:
         logs: Path,
         epoch: int,
         prefix_cache: bool = True,
+        shared: Callable[[RingStage], SharedModel | None] = lambda stage: None,
     ) -> None:
-        """`here` is the host of the engine. Raises ConfigError if two neighbours can't reach each other."""
+        """`here` is the host of the engine; `shared` says where a stage's host gets the model from, if it does not lie
+        there. Raises ConfigError if two neighbours can't reach each other."""
         self._pool = pool
         self._here = here
         self._model = model
         self._run_dir = run_dir
         self._epoch = epoch
         self._prefix_cache = prefix_cache
+        self._shared = shared
         self._engine_log = logs / "engine.log"
         self._engine: Child | None = None
         self.plan = plan
@@ -67,11 +70,8 @@ class Ring:
         self.stages: tuple[RingStage, ...] = self._assign()
         self.error: PotluckError | None = None
         self._check_reachable()
-
-    @property
-    def api_endpoint(self) -> str:
+        self.api_endpoint = known_local_endpoint(run_dir, f"api-{epoch}")
         """Where the engine answers the HTTP side."""
-        return self._endpoint("api")
 
     @property
     def engine_pid(self) -> int | None:
@@ -83,7 +83,10 @@ class Ring:
         following = [*endpoints[1:], self._start_engine(first_stage=endpoints[0])]
         workers = [stage.worker for stage in self.stages]
         self._pool.connect(
-            [(worker, Connect(self.fence, next)) for worker, next in zip(workers, following, strict=True)]
+            [
+                (stage.worker, Connect(self.fence, next, self._key_after(stage.index)))
+                for stage, next in zip(self.stages, following, strict=True)
+            ]
         )
 
         def watched(workers: Sequence[PoolWorker]) -> None:
@@ -114,6 +117,11 @@ class Ring:
         if self._engine is not None:
             stop_all([self._engine])
 
+    def unload(self) -> None:
+        """Have every stage close its sockets and free what it holds; does not wait."""
+        for stage in self.stages:
+            self._pool.tell(stage.worker, Unload(self.fence))
+
     def _assign(self) -> tuple[RingStage, ...]:
         by_name = {worker.register.device: worker for worker in self._pool.workers()}
         gone = [stage.device for stage in self.plan.stages if stage.device not in by_name]
@@ -124,15 +132,28 @@ class Ring:
             for index, stage in enumerate(self.plan.stages)
         )
 
-    def _endpoint(self, name: str) -> str:
-        return f"ipc://{self._run_dir}/{name}-{self._epoch}"
-
     def _host_before(self, index: int) -> str:
         """Of who sends to stage `index`; the engine is before the first and, as `len(stages)`, after the last."""
         return self.stages[index - 1].worker.register.host if index else self._here.name
 
-    def _reached_from(self, index: int, host: str) -> Literal["local", "network"]:
+    def _reached_from(self, index: int, host: str) -> Where:
         return "local" if self._host_before(index) == host else "network"
+
+    def _key_before(self, index: int) -> str:
+        """The key of the host before stage `index` (or, as `len(stages)`, before the engine), empty for its own."""
+        host = self._here.name if index == len(self.stages) else self.stages[index].worker.register.host
+        if self._host_before(index) == host:
+            return ""
+        return self._pool.key_of(self.stages[index - 1].worker) if index else self._pool.own_key
+
+    def _key_after(self, index: int) -> str:
+        """The same of the host after stage `index`; -1 is the engine."""
+        after = index + 1
+        host = self._here.name if index < 0 else self.stages[index].worker.register.host
+        if after == len(self.stages):
+            return "" if host == self._here.name else self._pool.own_key
+        worker = self.stages[after].worker
+        return "" if worker.register.host == host else self._pool.key_of(worker)
 
     def _check_reachable(self) -> None:
         ends = [(stage.worker.register.host, stage.worker.register.address) for stage in self.stages]
@@ -140,7 +161,7 @@ class Ring:
             if address is None and self._reached_from(index, host) == "network":
                 raise ConfigError(
                     f"{host} can't be reached from {self._host_before(index)}",
-                    hint="start both with --insecure-lan, or one with other devices",
+                    hint="start both without --no-lan, or one with other devices",
                 )
 
     def _load(self, stage: RingStage) -> Load:
@@ -161,13 +182,19 @@ class Ring:
             listen=self._reached_from(stage.index, stage.worker.register.host),
             weights=plan.weights,
             kv=plan.kv,
+            upstream=self._key_before(stage.index),
+            shared=self._shared(stage),
         )
 
     def _start_engine(self, *, first_stage: str) -> str:
         """Returns where it listens for the last stage."""
         address = self._here.address
         if address is None or self._reached_from(len(self.stages), self._here.name) == "local":
-            listen = self._endpoint("engine")
+            listen = known_local_endpoint(self._run_dir, f"engine-{self._epoch}")
+            self._engine = self._engine_child(self._engine_arguments(first_stage, listen, None), ())
+            return listen
+        if not has_ipc():  # Nor can a listening socket be handed on there.
+            listen = tcp_endpoint(address, free_port(address))
             self._engine = self._engine_child(self._engine_arguments(first_stage, listen, None), ())
             return listen
         # Bound here, so that its port is known before the engine is.
@@ -176,6 +203,10 @@ class Ring:
             arguments = self._engine_arguments(first_stage, listen, listener.fileno())
             self._engine = self._engine_child(arguments, (listener.fileno(),))
         return listen
+
+    def _keys_for(self, *endpoints: str) -> str | None:
+        keys_file = self._here.keys_file
+        return str(keys_file) if keys_file is not None and any(map(is_tcp, (*endpoints, self.api_endpoint))) else None
 
     def _engine_child(self, arguments: list[str], inherit: tuple[int, ...]) -> Child:
         return Child("potluck.engine.process", arguments, log=self._engine_log, threads=1, inherit=inherit)
@@ -201,5 +232,8 @@ class Ring:
             hops_s=sum(self.plan.prediction.hops_s),
             has_window=any(window is not None and window < self.plan.context_tokens for window in spec.windows),
             prefix_cache=self._prefix_cache,
+            keys=self._keys_for(first_stage, listen),
+            first_stage_key=self._key_after(-1),
+            upstream=self._key_before(len(self.stages)),
         )
         return ["--settings", msgspec.json.encode(settings).decode(), "--remove", str(self._run_dir)]

@@ -6,13 +6,13 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import zmq
 
 from shard.profile.process import ProfileProcess
 from shard.profile.settings import ProfileSettings
+from transport.edges import Edges
 from transport.errors import PotluckError, StageFailed
 from transport.link_probe import LinkEnd
 from transport.messages import (
@@ -33,22 +33,19 @@ from transport.messages import (
 
 
 class Measuring:
-    """Answers questions in order, in a thread of its own; `ask` and `end` never block.
-
-    `endpoint(where, name)` is where a socket for others on this host, or on the network, is bound.
-    """
+    """Answers questions in order, in a thread of its own; `ask` and `end` never block."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         register: Register,
         *,
-        endpoint: Callable[[Literal["local", "network"], str], str],
+        edges: Edges,
         send: Callable[[ControlMessage], None],
     ) -> None:
         self._context = context
         self._register = register
-        self._endpoint = endpoint
+        self._edges = edges
         self._send = send
         self._questions: queue.SimpleQueue[MeasureQuestion] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -86,15 +83,18 @@ class Measuring:
                 if self._profile is None:
                     raise StageFailed("nothing is profiled now")
                 return SteadyTime(token, self._profile.steady(seconds))
-            case LinkListen(token=token, listen=listen, shape=shape):
+            case LinkListen(token=token, listen=listen, shape=shape, upstream=upstream):
                 self._close_link()
-                self._link = LinkEnd(self._context, self._endpoint(listen, f"probe-{token}"), shape)
+                endpoint = self._edges.listen_at(listen, f"probe-{token}")
+                guard = self._edges.guard(endpoint, upstream)
+                self._link = LinkEnd(self._context, endpoint, shape, guard=guard)
                 return LinkListening(token, self._link.endpoint)
-            case LinkProbe(token=token, next=next, leads=leads):
+            case LinkProbe(token=token, next=next, leads=leads, key=key):
                 if self._link is None:
                     raise StageFailed("no link is measured now")
                 try:
-                    return msgspec.structs.replace(self._link.run(next, leads=leads), token=token)
+                    probed = self._link.run(next, leads=leads, prepare=self._edges.towards(next, key))
+                    return msgspec.structs.replace(probed, token=token)
                 finally:
                     self._close_link()
 

@@ -1,6 +1,7 @@
 """A worker process: one device. Registers with the head, loads what it is told to, and serves it.
 
-Started as `python -P -m shard.worker --control ENDPOINT --register JSON` with a lifeline on standard input.
+Started as `python -P -m shard.worker --control ENDPOINT --register JSON` with a lifeline on standard input; with the
+head's key and this host's own keys where the head is on another host.
 The main thread loads and runs the stage; the control thread only passes commands and answers for statistics.
 """
 
@@ -15,7 +16,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import psutil
@@ -30,8 +30,10 @@ from shard.serve import StageServer
 from shard.stage import ShardBackend, ShardSpec
 from transport.codec import EdgeLimits
 from transport.control import ControlClient
-from transport.endpoints import tcp_endpoint
-from transport.errors import ConfigError, DeadlineExceeded, PotluckError, StageFailed
+from transport.curve import KeyPair
+from transport.edges import Edges
+from transport.errors import DeadlineExceeded, PotluckError, StageFailed
+from transport.key_file import read_keys
 from transport.lifeline import hold_lifeline
 from transport.messages import (
     Connect,
@@ -50,6 +52,7 @@ from transport.messages import (
     StatsRequest,
     Steady,
     Stop,
+    Unload,
     WorkerFault,
 )
 from transport.zmq_link import ZmqReceiver, ZmqSender
@@ -62,19 +65,26 @@ log = logging.getLogger("potluck.worker")
 class Worker:
     """One device's process between `run` and its return."""
 
-    def __init__(self, control_endpoint: str, register: Register, run_dir: Path) -> None:
+    def __init__(
+        self, control_endpoint: str, register: Register, run_dir: Path, *, keys: KeyPair | None, head_key: str
+    ) -> None:
         self._register = register
-        self._run_dir = run_dir
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._commands: queue.SimpleQueue[Load | Connect | Stop] = queue.SimpleQueue()
-        self._put_off: Load | Stop | None = None
+        self._edges = Edges(self._context, run_dir, keys=keys, address=register.address)
+        self._commands: queue.SimpleQueue[Load | Connect | Unload | Stop] = queue.SimpleQueue()
+        self._put_off: Load | Unload | Stop | None = None
         self._receiver: ZmqReceiver | None = None
         self._backend: ShardBackend | None = None
         self._server: StageServer | None = None
         self._control = ControlClient(
-            self._context, control_endpoint, register, on_message=self._on_control, on_lost=self._on_head_lost
+            self._context,
+            control_endpoint,
+            register,
+            on_message=self._on_control,
+            on_lost=self._on_head_lost,
+            prepare=self._edges.towards(control_endpoint, head_key),
         )
-        self._measuring = Measuring(self._context, register, endpoint=self._endpoint, send=self._control.send)
+        self._measuring = Measuring(self._context, register, edges=self._edges, send=self._control.send)
 
     def run(self) -> None:
         """Obey the head until it says stop or is gone."""
@@ -107,9 +117,9 @@ class Worker:
             context_tokens=load.context_tokens,
             max_step_tokens=load.max_step_tokens,
         )
-        self._receiver = receiver = ZmqReceiver(
-            self._context, self._endpoint(load.listen, str(load.fence.epoch)), limits
-        )
+        endpoint = self._edges.listen_at(load.listen, str(load.fence.epoch))
+        guard = self._edges.guard(endpoint, load.upstream)
+        self._receiver = receiver = ZmqReceiver(self._context, endpoint, limits, guard=guard)
         try:
             self._control.send(Listening(load.fence, receiver.endpoint))
             started = time.monotonic()
@@ -122,7 +132,13 @@ class Worker:
             if following is None:
                 return
             next_limits = replace(limits, dtype=load.next_dtype)
-            sender = ZmqSender(self._context, following.next, next_limits, name=f"stage {load.stage}")
+            sender = ZmqSender(
+                self._context,
+                following.next,
+                next_limits,
+                name=f"stage {load.stage}",
+                prepare=self._edges.towards(following.next, following.key),
+            )
             try:
                 server = StageServer(LocalStage(backend), spec, receiver, sender, fence=load.fence, index=load.stage)
                 self._backend, self._server = backend, server
@@ -136,9 +152,9 @@ class Worker:
             receiver.close()
 
     def _next_command(self) -> Load | Stop:
-        command: Load | Connect | Stop | None = self._put_off
+        command: Load | Connect | Unload | Stop | None = self._put_off
         self._put_off = None
-        while command is None or isinstance(command, Connect):  # one that comes after its load has failed
+        while command is None or isinstance(command, Connect | Unload):  # of a load that has failed
             command = self._commands.get()
         return command
 
@@ -157,13 +173,6 @@ class Worker:
                 return None
             if command.fence == fence:
                 return command
-
-    def _endpoint(self, listen: Literal["local", "network"], name: str) -> str:
-        if listen == "local":
-            return f"ipc://{self._run_dir}/{os.getpid()}-{name}"
-        if self._register.address is None:
-            raise ConfigError("this worker has no address for other hosts", hint="start it with --insecure-lan")
-        return tcp_endpoint(self._register.address)
 
     def _shard_spec(self, load: Load) -> ShardSpec:
         return ShardSpec(
@@ -184,7 +193,7 @@ class Worker:
         match message:
             case StatsRequest(token=token):
                 self._control.send(self._stats(token))
-            case Load() | Connect() | Stop():
+            case Load() | Connect() | Unload() | Stop():
                 self._interrupted_by(message)
             case Profile() | Steady() | LinkListen() | LinkProbe():
                 self._measuring.ask(message)
@@ -196,7 +205,7 @@ class Worker:
     def _on_head_lost(self) -> None:
         self._interrupted_by(Stop("the head is gone"))
 
-    def _interrupted_by(self, command: Load | Connect | Stop) -> None:
+    def _interrupted_by(self, command: Load | Connect | Unload | Stop) -> None:
         self._commands.put(command)
         receiver = self._receiver
         if receiver is not None:
@@ -248,6 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--control", required=True, help="the head's control endpoint")
     parser.add_argument("--register", required=True, help="the device, as a Register message in JSON")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder for sockets; deleted if the parent crashes")
+    parser.add_argument("--keys", type=Path, default=None, help="file with this host's keys")
+    parser.add_argument("--head-key", default="", help="the head's public key, if it is on another host")
     options = parser.parse_args(arguments)
     # The parent decides when to stop: a Ctrl-C in its terminal must not cut a step in half here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -255,7 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     register = msgspec.json.decode(options.register, type=Register)
     register = msgspec.structs.replace(register, pid=os.getpid(), machine=machine_facts(register.backend))
-    Worker(options.control, register, options.run_dir).run()
+    keys = read_keys(options.keys) if options.keys is not None else None
+    Worker(options.control, register, options.run_dir, keys=keys, head_key=options.head_key).run()
     return 0
 
 

@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
+from transport.connection_cap import MONITORED, ConnectionCap
+from transport.curve import Guard, Prepare, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
-from transport.messages import PROTOCOL_VERSION, Alive, ControlMessage, Register, Stop
+from transport.messages import PROTOCOL_VERSION, Alive, Arrive, ControlMessage, Register, Stop
 from transport.wake import Wake
 from transport.zmq_link import set_options
 
@@ -23,29 +26,41 @@ SILENT_AFTER_S = 6.0
 REACH_WITHIN_S = 20.0
 _RETRY_S = 0.02
 _MOST_AT_ONCE = 1000
+# Who is revoked is out within this time, and what waits is sent.
+_LOOK_EVERY_S = 0.25
+# From the network: a stranger can make the head keep as much before it has proved who it is.
+_NETWORK_BYTES = 2**18
+_MOST_CONNECTIONS = 128
+_MOST_PER_ADDRESS = 32
+
+Introduction = Register | Arrive
+"""The first message on a control connection: a worker's, or a host's node's."""
 
 
-def _set_options(sock: zmq.Socket[bytes], *, on_network: bool) -> None:
+def _set_options(sock: zmq.Socket[bytes], *, on_network: bool, max_bytes: int = MAX_CONTROL_BYTES) -> None:
     # Patient: a worker that a busy host or network holds up for a moment has weights loaded that would be lost.
     silent_after_ms = int(SILENT_AFTER_S * 1000)
-    set_options(sock, max_message_bytes=MAX_CONTROL_BYTES, on_network=on_network, silent_after_ms=silent_after_ms)
+    set_options(sock, max_message_bytes=max_bytes, on_network=on_network, silent_after_ms=silent_after_ms)
 
 
 class ControlClient:
-    """A worker's end. Registers at once; one thread owns the socket.
+    """A worker's or a node's end. Introduces itself at once; one thread owns the socket.
 
-    `on_message` and `on_lost` (the head is gone, or was never reached) are called from that thread and must not block.
+    Over TCP `prepare` sets CURVE's keys, the head's among them: nobody else is obeyed. `on_message` and `on_lost` (the
+    head is gone, or was never reached) are called from that thread and must not block.
     """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
-        register: Register,
+        introduction: Introduction,
         *,
         on_message: Callable[[ControlMessage], None],
         on_lost: Callable[[], None],
+        prepare: Prepare | None = None,
     ) -> None:
+        assert prepare is not None or not is_tcp(endpoint), "nothing goes over TCP without CURVE"
         self._on_message = on_message
         self._on_lost = on_lost
         self._outbox: deque[ControlMessage] = deque()
@@ -53,9 +68,11 @@ class ControlClient:
         self._closing = threading.Event()
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket, on_network=is_tcp(endpoint))
+        if prepare is not None:
+            prepare(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
-        self.send(register)
+        self.send(introduction)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
@@ -108,23 +125,32 @@ class ControlClient:
 
 @dataclass(slots=True)
 class Peer:
-    """A worker as the head knows it. `identity` is the socket's index, and the worker's routing id there."""
+    """A worker or a host's node as the head knows it. `identity` is the socket's index, and the peer's routing id
+    there; `key` is its host's, empty for processes of this host that came by ipc."""
 
     identity: bytes
-    register: Register
+    introduction: Introduction
+    key: str = ""
     last_heard_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def register(self) -> Register:
+        """Of a worker."""
+        assert isinstance(self.introduction, Register)
+        return self.introduction
 
 
 class ControlServer:
     """The head's end. One thread owns the sockets; `on_message(peer, message)` and `on_lost(peer)` run in it.
 
-    `endpoints` are those that it listens at, with the ports that were free.
+    `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
+    key it admits no more is told so, lost, and not heard again.
     """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        endpoints: Sequence[str],
+        endpoints: Sequence[tuple[str, Guard | None]],
         *,
         on_message: Callable[[Peer, ControlMessage], None],
         on_lost: Callable[[Peer], None],
@@ -138,12 +164,11 @@ class ControlServer:
         self.num_refused = 0
         # One for each: those of this host must not have the heartbeats that the network needs.
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._guards: list[Guard | None] = []
+        self._monitors: dict[zmq.Socket[bytes], ConnectionCap] = {}
         self.endpoints: list[str] = []
-        for endpoint in endpoints:
-            sock = context.socket(zmq.ROUTER)
-            _set_options(sock, on_network=is_tcp(endpoint))
-            self.endpoints.append(bind(sock, endpoint))
-            self._sockets.append(sock)
+        for endpoint, guard in endpoints:
+            self._open(context, endpoint, guard)
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
@@ -158,51 +183,79 @@ class ControlServer:
         self._wake.set()
         self._thread.join(2.0)
 
+    def _open(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, guard: Guard | None) -> None:
+        on_network = is_tcp(endpoint)
+        assert guard is not None or not on_network, "nothing listens at TCP without CURVE"
+        sock = context.socket(zmq.ROUTER)
+        _set_options(sock, on_network=on_network, max_bytes=_NETWORK_BYTES if on_network else MAX_CONTROL_BYTES)
+        if guard is not None and on_network:
+            guard.prepare(sock)
+            monitor = sock.get_monitor_socket(MONITORED)
+            self._monitors[monitor] = ConnectionCap(most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS)
+        self.endpoints.append(bind(sock, endpoint))
+        self._sockets.append(sock)
+        self._guards.append(guard if on_network else None)
+
     def _run(self) -> None:
         poller = zmq.Poller()
-        for sock in self._sockets:
+        for sock in (*self._sockets, *self._monitors):
             poller.register(sock, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         awake = Awake()
         while not self._closing.is_set():
-            poller.poll(int(ALIVE_INTERVAL_S * 1000))
-            slept_s = awake.slept_s(ALIVE_INTERVAL_S)
+            ready = dict(poller.poll(int(_LOOK_EVERY_S * 1000)))
+            slept_s = awake.slept_s(_LOOK_EVERY_S)
             self._wake.clear()
+            for monitor, cap in self._monitors.items():
+                if monitor in ready:
+                    cap.note(parse_monitor_message(monitor.recv_multipart()))
             self._flush()
             for index in range(len(self._sockets)):
                 self._take_all(index)
             self._drop_silent(slept_s)
+            self._drop_revoked()
         self._flush()
         for sock in self._sockets:
+            sock.disable_monitor()
             sock.close(linger=500)
+        for monitor in self._monitors:
+            monitor.close(0)
 
     def _take_all(self, index: int) -> None:
         """Everything that waits: nobody is silent whose sign of life only has not been read yet."""
+        guard = self._guards[index]
         for _ in range(_MOST_AT_ONCE):
             try:
-                identity, *frames = self._sockets[index].recv_multipart(zmq.DONTWAIT)
+                identity, *frames = self._sockets[index].recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
+            key = user_id(frames[0]) if guard is not None and frames else ""
+            if len(frames) != 1 or (guard is not None and not guard.admits(key)):
+                self.num_refused += 1
+                continue
             # Sockets give identities of their own: two could be equal.
-            self._take(bytes([index]) + identity, *frames)
+            self._take(bytes([index]) + identity.bytes, key, frames[0].buffer)
 
-    def _take(self, identity: bytes, *frames: bytes) -> None:
+    def _take(self, identity: bytes, key: str, frame: memoryview) -> None:
         try:
-            message = decode_control(frames[0] if len(frames) == 1 else b"")
+            message = decode_control(frame)
         except BadMessage:
             self.num_refused += 1
             return
         peer = self._peers.get(identity)
         if peer is None:
-            if not isinstance(message, Register):
+            if not isinstance(message, Register | Arrive):
                 self.num_refused += 1
                 return
             if message.version != PROTOCOL_VERSION:
                 self.num_refused += 1
-                reason = f"the head speaks protocol {PROTOCOL_VERSION}, this worker {message.version}: update Potluck"
+                reason = f"the head speaks protocol {PROTOCOL_VERSION}, this host {message.version}: update Potluck"
                 self._outbox.append((identity, Stop(reason)))
                 return
-            peer = self._peers[identity] = Peer(identity=identity, register=message)
+            peer = self._peers[identity] = Peer(identity=identity, introduction=message, key=key)
+        if peer.key != key:  # A routing id that somebody else has taken over.
+            self.num_refused += 1
+            return
         peer.last_heard_s = time.monotonic()
         if not isinstance(message, Alive):
             self._on_message(peer, message)
@@ -215,6 +268,15 @@ class ControlServer:
         for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)
+
+    def _drop_revoked(self) -> None:
+        for peer in list(self._peers.values()):
+            guard = self._guards[peer.identity[0]]
+            if guard is not None and not guard.admits(peer.key):
+                self._outbox.append((peer.identity, Stop("this host was revoked by the head's owner")))
+                self._flush()
+                self._peers.pop(peer.identity, None)
+                self._on_lost(peer)
 
     def _flush(self) -> None:
         while self._outbox:

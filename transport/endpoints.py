@@ -1,10 +1,20 @@
-"""Endpoints as ZeroMQ writes them, and binding to one."""
+"""Endpoints as ZeroMQ writes them, and binding to one.
+
+Between processes of one host a socket is a file (ipc) in a folder that only its user can enter. Where there is no ipc
+(Windows, or `POTLUCK_NO_IPC=1`) it is a port of the loopback address, and kept like one on a network: by CURVE.
+"""
 
 from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
 
 import zmq
 
 from transport.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
 
 
 def tcp_endpoint(address: str, port: int | None = None) -> str:
@@ -14,6 +24,45 @@ def tcp_endpoint(address: str, port: int | None = None) -> str:
 
 def is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
+
+
+def has_ipc() -> bool:
+    return os.name != "nt" and bool(zmq.has("ipc")) and os.environ.get("POTLUCK_NO_IPC") != "1"
+
+
+def local_endpoint(run_dir: Path, name: str) -> str:
+    """Where to bind a socket for processes of this host; `bind` says where it then is."""
+    return f"ipc://{run_dir}/{name}" if has_ipc() else tcp_endpoint(LOOPBACK)
+
+
+def known_local_endpoint(run_dir: Path, name: str) -> str:
+    """The same for a socket whose place must be known before it is bound."""
+    return f"ipc://{run_dir}/{name}" if has_ipc() else tcp_endpoint(LOOPBACK, free_port(LOOPBACK))
+
+
+def free_port(address: str) -> int:
+    """A port of this host that nobody listens at now. Raises ConfigError."""
+    try:
+        with socket.create_server((address, 0)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen at {address}: {error.strerror}", hint="is it an address of this host?"
+        ) from error
+
+
+def port_or_any(address: str, port: int) -> int:
+    """`port` if it is free at `address` ("*": at all of them), else 0: any."""
+    try:
+        socket.create_server(("" if address == "*" else address, port)).close()
+    except OSError:
+        return 0
+    return port
+
+
+def port_of(endpoint: str) -> int:
+    """Of a TCP endpoint that is bound."""
+    return int(endpoint.rpartition(":")[2])
 
 
 def bind(sock: zmq.Socket[bytes], endpoint: str) -> str:

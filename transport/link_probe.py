@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import zmq
 
 from transport.codec import EdgeLimits
+from transport.curve import Guard, Prepare
 from transport.errors import DeadlineExceeded, NeighbourGone
 from transport.link import Received
 from transport.messages import DTYPE_BYTES, Entry, Hidden, LinkProbed, LinkShape, SequenceId
@@ -59,7 +60,9 @@ def figures(leader: LinkProbed, follower: LinkProbed) -> tuple[LinkFigures, Link
 class LinkEnd:
     """One end. `run` once, then `close`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, shape: LinkShape) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, shape: LinkShape, *, guard: Guard | None = None
+    ) -> None:
         """Raises ConfigError if it can't listen at `endpoint`."""
         self._context = context
         self._shape = shape
@@ -76,12 +79,14 @@ class LinkEnd:
         self._payload = memoryview(bytes(self._num_rows * row_bytes))
         self._row_bytes = row_bytes
         self._other_data = bytearray(_CACHE_BYTES)
-        self._receiver = ZmqReceiver(context, endpoint, self._limits)
+        self._receiver = ZmqReceiver(context, endpoint, self._limits, guard=guard)
         self.endpoint = self._receiver.endpoint
 
-    def run(self, next: str, *, leads: bool) -> LinkProbed:
+    def run(self, next: str, *, leads: bool, prepare: Prepare | None = None) -> LinkProbed:
         """Raises NeighbourGone if nobody listens at `next`, DeadlineExceeded if nothing comes back."""
-        sender = ZmqSender(self._context, next, self._limits, name="a link probe", connect_timeout_s=CONNECT_S)
+        sender = ZmqSender(
+            self._context, next, self._limits, name="a link probe", connect_timeout_s=CONNECT_S, prepare=prepare
+        )
         try:
             return self._lead(sender) if leads else self._follow(sender)
         finally:

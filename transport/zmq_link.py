@@ -4,15 +4,18 @@ says Hello with the right fence. Socket options and their values are those of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from transport.codec import EdgeLimits, decode_data, encode
+from transport.codec import MAX_HEADER_BYTES, EdgeLimits, decode_data, encode
+from transport.connection_cap import MONITORED, ConnectionCap
+from transport.curve import Guard, Prepare, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage, NeighbourGone
+from transport.framing import FRAME_BYTES, MAX_FRAME_BYTES, cut, joined
 from transport.link import Received
 from transport.messages import PROTOCOL_VERSION, DataMessage, Hello
 from transport.wake import Wake
@@ -25,9 +28,8 @@ _CONNECT_TIMEOUT_MS = 3000
 _LOCAL_BUFFER_BYTES = 2**20
 # What the kernel may hold back: heartbeats stand behind it in the queue of a slow network.
 _NETWORK_BUFFER_BYTES = 2**18
-# A prompt's step of 4 MB takes 3 s at 10 Mbit/s. A heartbeat can only go between two frames, and any whole frame counts
-# as one: in pieces the step is no silence.
-_NETWORK_FRAME_BYTES = 2**16
+_MOST_CONNECTIONS = 16
+_MOST_PER_ADDRESS = 8
 _ZERO_COPY_BYTES = 2**16
 _PROBE_INTERVAL_S = 0.02
 _NUM_PROBES = 25
@@ -36,9 +38,6 @@ _NO_WAIT = int(zmq.DONTWAIT)
 _NO_WAIT_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 _POLL_IN = int(zmq.POLLIN)
 _POLL_OUT = int(zmq.POLLOUT)
-
-Prepare = Callable[["zmq.Socket[bytes]"], None]
-"""Sets more options on a socket before it binds or connects: CURVE's keys."""
 
 
 def set_options(
@@ -73,7 +72,8 @@ def set_options(
 
 
 class ZmqSender:
-    """Connects to `endpoint` and says Hello. Implements `transport.link.Sender`."""
+    """Connects to `endpoint` and says Hello. Over TCP `prepare` sets CURVE's keys (`Curve.towards`). Implements
+    `transport.link.Sender`."""
 
     def __init__(
         self,
@@ -85,9 +85,11 @@ class ZmqSender:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         prepare: Prepare | None = None,
     ) -> None:
-        """Raises NeighbourGone if nobody listens at `endpoint` within `connect_timeout_s`."""
+        """Raises NeighbourGone if nobody listens at `endpoint`, or who does has another key, within
+        `connect_timeout_s`."""
+        assert prepare is not None or not is_tcp(endpoint), "nothing goes over TCP without CURVE"
         self._endpoint = endpoint
-        self._frame_bytes = _NETWORK_FRAME_BYTES if is_tcp(endpoint) else limits.max_message_bytes
+        self._frame_bytes = FRAME_BYTES if is_tcp(endpoint) else limits.max_message_bytes
         self._timeout_s = connect_timeout_s
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
@@ -105,12 +107,7 @@ class ZmqSender:
         self._timeout_s = SEND_TIMEOUT_S
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
-        frames: list[bytes | memoryview] = [encode(message)]
-        for buffer in buffers:
-            if len(buffer) <= self._frame_bytes:
-                frames.append(buffer)
-            else:
-                frames += [buffer[at : at + self._frame_bytes] for at in range(0, len(buffer), self._frame_bytes)]
+        frames = cut(encode(message), buffers, self._frame_bytes)
         left = len(frames)
         for frame in frames:
             left -= 1
@@ -142,7 +139,7 @@ class ZmqSender:
 class ZmqReceiver:
     """Binds `endpoint` and admits one sender. Implements `transport.link.Receiver`.
 
-    `listener` is the descriptor of a TCP socket that listens there already.
+    Over TCP `guard` says whose key comes in. `listener` is the descriptor of a TCP socket that listens there already.
     """
 
     def __init__(
@@ -152,22 +149,29 @@ class ZmqReceiver:
         limits: EdgeLimits,
         *,
         listener: int | None = None,
-        prepare: Prepare | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Raises ConfigError if it can't listen at `endpoint`."""
+        on_network = is_tcp(endpoint)
+        assert guard is not None or not on_network, "nothing listens at TCP without CURVE"
         self._limits = limits
+        self._guard = guard if on_network else None
+        self._most_bytes = MAX_HEADER_BYTES + limits.max_message_bytes
+        self._cap = ConnectionCap(most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS)
         self._peer: bytes | None = None
         self._peer_name = ""
         self._probes_left = 0
         self.num_refused = 0
         self._socket = context.socket(zmq.ROUTER)
-        set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
-        if prepare is not None:
-            prepare(self._socket)
+        # A prompt's step of 4 MB takes 3 s at 10 Mbit/s: it comes in frames, and each whole one is a sign of life.
+        max_frame_bytes = MAX_FRAME_BYTES if on_network else limits.max_message_bytes
+        set_options(self._socket, max_message_bytes=max_frame_bytes, on_network=on_network)
+        if self._guard is not None:
+            self._guard.prepare(self._socket)
         if listener is not None:
             self._socket.setsockopt(zmq.USE_FD, listener)
+        self._monitor = self._socket.get_monitor_socket(MONITORED if on_network else zmq.EVENT_DISCONNECTED)
         self.endpoint = bind(self._socket, endpoint)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._wake = Wake()
         self._news: list[tuple[Any, int]] = [
             (self._socket, _POLL_IN),
@@ -193,7 +197,7 @@ class ZmqReceiver:
                 if received is not None:
                     return received
             elif first is self._monitor:
-                self._note_disconnect()
+                self._note_connection()
             else:
                 self._wake.clear()
                 return None
@@ -217,8 +221,11 @@ class ZmqReceiver:
         while frame.more:
             frame = receive(_NO_WAIT, False)
             body.append(frame.buffer)
+        if self._guard is not None and not self._guard.admits(user_id(frame)):
+            self.num_refused += 1
+            return None
         try:
-            received = decode_data(body if len(body) <= 2 else self._whole(body), self._limits)
+            received = decode_data(joined(body, self._most_bytes) if self._guard else body, self._limits)
         except BadMessage as error:
             self.num_refused += 1
             if peer != self._peer:
@@ -233,24 +240,19 @@ class ZmqReceiver:
             return None
         return received
 
-    def _whole(self, frames: list[memoryview]) -> Sequence[bytes | memoryview]:
-        """The header, and the one buffer that a message has at most, put together: it came in pieces."""
-        num_bytes = sum(len(frame) for frame in frames[1:])
-        if num_bytes > self._limits.max_message_bytes:
-            raise BadMessage(f"a buffer of {num_bytes} bytes; at most {self._limits.max_message_bytes} are allowed")
-        return [frames[0], b"".join(frames[1:])]
-
     def _greet(self, peer: bytes, hello: Hello) -> None:
         if self._peer is not None or hello.version != PROTOCOL_VERSION or hello.fence != self._limits.fence:
             self.num_refused += 1
             return
         self._peer, self._peer_name = peer, hello.sender
 
-    def _note_disconnect(self) -> None:
-        parse_monitor_message(self._monitor.recv_multipart())
+    def _note_connection(self) -> None:
+        event = parse_monitor_message(self._monitor.recv_multipart())
+        if self._guard is not None:
+            self._cap.note(event)
         # A stranger that goes away is nobody's loss, and ROUTER does not say who went: ask for the peer. More than
         # once, because this news can be ahead of ROUTER's own.
-        if self._peer is not None:
+        if self._peer is not None and event["event"] == zmq.EVENT_DISCONNECTED:
             self._probes_left = _NUM_PROBES
             self._probe()
 

@@ -56,6 +56,7 @@ def demo(
         port=port,
         use_all_devices=True,
         objective="proportional",
+        no_lan=True,
     )
     with running_head_of(settings, console) as head:
         answer = _ask(head, question, console)

@@ -9,6 +9,8 @@ import msgspec
 import typer
 
 from potluck.options import (
+    AllowHostOption,
+    AllowOriginOption,
     ConcurrencyOption,
     ConfigOption,
     ContextOption,
@@ -16,17 +18,20 @@ from potluck.options import (
     EstimateOption,
     FreshOption,
     HostNameOption,
-    InsecureLanOption,
+    HostOption,
     JsonOption,
     KVCacheOption,
     LanHostOption,
     LayersOption,
     MemoryOption,
+    NoDiscoveryOption,
+    NoLanOption,
     NoPrefixCacheOption,
     ObjectiveOption,
     OfflineOption,
     PortOption,
     QuantizeOption,
+    RequireKeyOption,
     ThreadsOption,
     settings_with,
 )
@@ -49,7 +54,11 @@ def up(
     quantize: QuantizeOption = None,
     kv_cache: KVCacheOption = None,
     no_prefix_cache: NoPrefixCacheOption = False,
+    host: HostOption = None,
     port: PortOption = None,
+    require_key: RequireKeyOption = False,
+    allow_host: AllowHostOption = None,
+    allow_origin: AllowOriginOption = None,
     use_all: Annotated[
         bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
     ] = False,
@@ -63,10 +72,15 @@ def up(
     wait_for: Annotated[
         int | None, typer.Option("--wait-for", help="Wait until this many devices are in the pool.")
     ] = None,
-    insecure_lan: InsecureLanOption = False,
+    no_lan: NoLanOption = False,
+    no_discovery: NoDiscoveryOption = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Let hosts in that know the code or the invite, without asking here.")
+    ] = False,
     lan_host: LanHostOption = None,
     lan_port: Annotated[
-        int | None, typer.Option("--lan-port", help="The port where other hosts join. Default: any free one.")
+        int | None,
+        typer.Option("--lan-port", help="Port where other hosts knock. Default: 11501; 0: any free one."),
     ] = None,
     host_name: HostNameOption = None,
     config: ConfigOption = None,
@@ -85,7 +99,11 @@ def up(
         quantize=quantize,
         kv_cache=kv_cache,
         no_prefix_cache=no_prefix_cache,
+        host=host,
         port=port,
+        require_key=require_key,
+        allow_hosts=allow_host,
+        allow_origins=allow_origin,
         wait_for=wait_for,
         use_all_devices=use_all or None,
         objective=objective,
@@ -96,13 +114,17 @@ def up(
         host_name=host_name,
         lan_host=lan_host,
         lan_port=lan_port,
-        insecure_lan=insecure_lan or None,
+        no_lan=no_lan,
+        no_discovery=no_discovery,
+        approve_all=yes or None,
     )
     console = errors if json_output else data
     with running_head_of(settings, console) as head:
         report = head.report()
         console.print(stage_table(report))
         console.print(f"Serving {head.model.name} at [bold]{head.url}[/bold] (chat page there, API under /v1)")
+        for line in head.opened.lines():
+            console.print(line, highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops it.")
         if json_output:
             data.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")

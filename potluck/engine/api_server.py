@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from potluck.engine.book import failure
+from transport.curve import Guard
 from transport.errors import Busy
 from transport.requests import (
     Aborted,
@@ -73,10 +74,13 @@ class EngineApi:
     """`emit` is the engine's; `serve` starts answering. A client that goes away takes its requests with it; one that
     reads too slowly loses them. Neither ever holds up the engine. Each message to a client is a list of events."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, guard: Guard | None = None) -> None:
+        """`guard` where there is no ipc."""
         self._socket = context.socket(zmq.ROUTER)
         set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if guard is not None:
+            guard.prepare(self._socket)
         self._socket.bind(endpoint)
         self._wake = Wake()
         self._outbox: deque[EngineEvent] = deque()

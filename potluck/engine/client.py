@@ -17,6 +17,7 @@ from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.engine.book import failure
 from potluck.engine.inbox import Inbox, call, hand_over
 from transport.awake import Awake
+from transport.curve import Prepare
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.requests import (
     Aborted,
@@ -55,9 +56,14 @@ _RequestEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | Request
 class EngineClient:
     """Thread-safe. An engine that dies, falls silent or is down ends every request at once with an error."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, prepare: Prepare | None = None
+    ) -> None:
+        """`prepare` where there is no ipc."""
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
+        if prepare is not None:
+            prepare(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
         self._wake = Wake()

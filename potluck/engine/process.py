@@ -23,6 +23,9 @@ from potluck.engine.loop import Engine
 from potluck.engine.settings import EngineSettings
 from potluck.engine.tokenizer import Tokenizer
 from transport.codec import EdgeLimits
+from transport.curve import KeyPair
+from transport.edges import Edges
+from transport.key_file import read_keys
 from transport.lifeline import hold_lifeline
 from transport.threads import giving_way
 from transport.zmq_link import ZmqReceiver, ZmqSender
@@ -43,13 +46,29 @@ def serve(settings: EngineSettings) -> None:
         context_tokens=settings.context_tokens,
         max_step_tokens=settings.max_step_tokens,
     )
+    keys = read_keys(Path(settings.keys)) if settings.keys is not None else None
+    edges = _edges(context, keys)
     # Bound first: the last stage may be loaded before the tokenizer is.
-    receiver = ZmqReceiver(context, settings.listen, edge, listener=settings.listener)
+    receiver = ZmqReceiver(
+        context,
+        settings.listen,
+        edge,
+        listener=settings.listener,
+        guard=edges.guard(settings.listen, settings.upstream),
+    )
     tokenizer = Tokenizer(Path(settings.model_path))
-    sender = ZmqSender(context, settings.first_stage, edge, name="the engine", connect_timeout_s=_FIRST_STAGE_TIMEOUT_S)
+    sender = ZmqSender(
+        context,
+        settings.first_stage,
+        edge,
+        name="the engine",
+        connect_timeout_s=_FIRST_STAGE_TIMEOUT_S,
+        prepare=edges.towards(settings.first_stage, settings.first_stage_key),
+    )
     with giving_way():
         # A context of its own, whose thread for sockets gives way too.
-        api = EngineApi(zmq.Context(), settings.api)
+        api_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        api = EngineApi(api_context, settings.api, guard=_edges(api_context, keys).guard(settings.api, ""))
     engine = Engine(
         model=settings.model,
         sender=sender,
@@ -76,6 +95,11 @@ def serve(settings: EngineSettings) -> None:
     engine.run()
     # The ring is down: requests are still answered, with the reason, until the parent ends this process.
     threading.Event().wait()
+
+
+def _edges(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None) -> Edges:
+    """It is told where to listen, and has no folder or address of its own."""
+    return Edges(context, Path(), keys=keys, address=None)
 
 
 def main(arguments: list[str] | None = None) -> int:

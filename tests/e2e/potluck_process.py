@@ -123,4 +123,6 @@ def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[]
 def up_arguments(*extra: str, devices: Sequence[str] = DEMO_DEVICES) -> list[str]:
     # Quick, and the devices in the order given: what is measured and solved has tests of its own.
     plan = ("--use-all", "--estimate", "--objective", "proportional")
-    return ["up", "smollm2", *devices, *plan, "--threads", "1", "--port", "0", "--json", *extra]
+    # Nothing leaves this machine unless a test has a network of its own.
+    alone = () if "--lan-host" in extra else ("--no-lan",)
+    return ["up", "smollm2", *devices, *plan, *alone, "--threads", "1", "--port", "0", "--json", *extra]

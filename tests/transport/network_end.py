@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import zmq
 
 from transport.codec import EdgeLimits
+from transport.curve import KeyPair
+from transport.edges import Edges
 from transport.errors import NeighbourGone
 from transport.messages import Entry, Fence, Hidden, SequenceId
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 PORT = 7100
+# Both ends have the keys of one host: which they are does not matter here.
+KEYS = KeyPair(public="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID", secret="D:)Q[IlAW!ahhC2ac:9*A}h:p?([4%wOTJ%JR%cs")
 NUM_TOKENS, HIDDEN_SIZE = 1024, 2048
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(
@@ -26,7 +31,9 @@ LIMITS = EdgeLimits(
 
 
 def receive(context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-    receiver = ZmqReceiver(context, f"tcp://{address}:{PORT}", LIMITS)
+    endpoint = f"tcp://{address}:{PORT}"
+    edges = Edges(context, Path(), keys=KEYS, address=None)
+    receiver = ZmqReceiver(context, endpoint, LIMITS, guard=edges.guard(endpoint, ""))
     print("listening", flush=True)
     try:
         while True:
@@ -41,7 +48,9 @@ def receive(context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
 
 
 def send(context: zmq.Context[zmq.Socket[bytes]], address: str, num_steps: int) -> None:
-    sender = ZmqSender(context, f"tcp://{address}:{PORT}", LIMITS, name="stage 0")
+    endpoint = f"tcp://{address}:{PORT}"
+    prepare = Edges(context, Path(), keys=KEYS, address=None).towards(endpoint, "")
+    sender = ZmqSender(context, endpoint, LIMITS, name="stage 0", prepare=prepare)
     buffer = memoryview(bytes(NUM_TOKENS * HIDDEN_SIZE * 2))
     entries = (Entry(SequenceId(1), 0, (1,) * NUM_TOKENS, 1),)
     for number in range(num_steps):

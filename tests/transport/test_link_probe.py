@@ -14,6 +14,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.transport.kept import edges_of, kept_context
 from transport import link_probe
 from transport.errors import DeadlineExceeded, NeighbourGone
 from transport.link_probe import LinkEnd, figures
@@ -24,7 +25,7 @@ SHAPE = LinkShape(fence=Fence("probe", 0, "probe"), hidden_size=576, dtype="bflo
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
+    with kept_context() as context:
         yield context
 
 
@@ -32,15 +33,20 @@ def two_ends(context: zmq.Context[zmq.Socket[bytes]], where: str, folder: Path) 
     first, second = (
         f"ipc://{folder}/{name}" if where == "ipc" else "tcp://127.0.0.1:*" for name in ("first", "second")
     )
-    return LinkEnd(context, first, SHAPE), LinkEnd(context, second, SHAPE)
+    guards = (edges_of(context).guard(endpoint, "") for endpoint in (first, second))
+    one, other = (
+        LinkEnd(context, endpoint, SHAPE, guard=guard) for endpoint, guard in zip((first, second), guards, strict=True)
+    )
+    return one, other
 
 
 @pytest.mark.parametrize("where", ["ipc", "tcp"])
 def test_a_link_on_this_host(context: zmq.Context[zmq.Socket[bytes]], where: str, tmp_path: Path) -> None:
     leader, follower = two_ends(context, where, tmp_path)
     with ThreadPoolExecutor(2) as threads:
-        led = threads.submit(leader.run, follower.endpoint, leads=True)
-        followed = threads.submit(follower.run, leader.endpoint, leads=False)
+        prepare = edges_of(context).towards(leader.endpoint, "")
+        led = threads.submit(leader.run, follower.endpoint, leads=True, prepare=prepare)
+        followed = threads.submit(follower.run, leader.endpoint, leads=False, prepare=prepare)
         there, back = figures(led.result(30), followed.result(30))
     leader.close()
     follower.close()
@@ -98,8 +104,9 @@ def test_a_slow_direction_is_told_from_a_fast_one(context: zmq.Context[zmq.Socke
     """Through a relay that lets 20 MB/s pass one way, and all the other way."""
     leader, follower = two_ends(context, "tcp", tmp_path)
     with Relay(follower.endpoint, bytes_per_s=2e7) as slow, ThreadPoolExecutor(2) as threads:
-        led = threads.submit(leader.run, slow.endpoint, leads=True)
-        followed = threads.submit(follower.run, leader.endpoint, leads=False)
+        prepare = edges_of(context).towards(leader.endpoint, "")
+        led = threads.submit(leader.run, slow.endpoint, leads=True, prepare=prepare)
+        followed = threads.submit(follower.run, leader.endpoint, leads=False, prepare=prepare)
         there, back = figures(led.result(30), followed.result(30))
     leader.close()
     follower.close()

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import zmq
 
+from tests.transport.kept import kept_context, receiver_at, sender_to, stranger_at
 from transport.codec import EdgeLimits, encode
 from transport.errors import BadMessage, ConfigError, RingDown
 from transport.link import Received, Receiver
 from transport.memory_link import memory_link
 from transport.messages import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId, Tokens
-from transport.zmq_link import ZmqReceiver, ZmqSender
 
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=100, context_tokens=64, max_step_tokens=32)
@@ -31,7 +31,7 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    with zmq.Context() as context:
+    with kept_context() as context:
         yield context
 
 
@@ -54,8 +54,8 @@ def next_message(receiver: Receiver, timeout_s: float = 5.0) -> Received:
 
 
 def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     for number in range(50):
         message, buffer = hidden(number)
         sender.send(message, (buffer,))
@@ -67,7 +67,7 @@ def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[by
 
 
 def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    for receiver in (ZmqReceiver(context, endpoint, LIMITS), memory_link(LIMITS)[1]):
+    for receiver in (receiver_at(context, endpoint, LIMITS), memory_link(LIMITS)[1]):
         threading.Timer(0.1, receiver.wake).start()
         started = time.monotonic()
         assert receiver.receive(10.0) is None
@@ -76,8 +76,8 @@ def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[byt
 
 
 def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 0")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="stage 0")
     sender.send(step(1))
     next_message(receiver)
     sender.close()
@@ -87,8 +87,8 @@ def test_a_dead_sender_is_noticed(context: zmq.Context[zmq.Socket[bytes]], endpo
 
 
 def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     receiver.close()
     started = time.monotonic()
     with pytest.raises(RingDown):
@@ -102,8 +102,8 @@ def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], end
 def test_a_receiver_that_dies_while_a_send_waits_is_noticed_at_once(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
 ) -> None:
-    receiver = ZmqReceiver(context, f"ipc://{tmp_path}/edge", LIMITS)
-    sender = ZmqSender(context, f"ipc://{tmp_path}/edge", LIMITS, name="engine")
+    receiver = receiver_at(context, f"ipc://{tmp_path}/edge", LIMITS)
+    sender = sender_to(context, f"ipc://{tmp_path}/edge", LIMITS, name="engine")
     closing = threading.Timer(1.0, receiver.close)
     closing.start()
     started = time.monotonic()
@@ -117,7 +117,7 @@ def test_a_receiver_that_dies_while_a_send_waits_is_noticed_at_once(
 
 def test_nobody_listening_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
     with pytest.raises(RingDown):
-        ZmqSender(context, f"ipc://{tmp_path}/nobody", LIMITS, name="engine", connect_timeout_s=0.2)
+        sender_to(context, f"ipc://{tmp_path}/nobody", LIMITS, name="engine", connect_timeout_s=0.2)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,11 @@ def test_nobody_listening_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket
 def test_a_stranger_is_ignored_and_the_peer_goes_on(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frames: list[bytes]
 ) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     sender.send(step(1))
     assert next_message(receiver).message == step(1)
-    stranger = context.socket(zmq.DEALER)
-    stranger.connect(receiver.endpoint)
+    stranger = stranger_at(context, receiver.endpoint)
     stranger.send_multipart(frames)
     assert receiver.receive(0.3) is None
     assert receiver.num_refused == 1
@@ -155,9 +154,8 @@ def test_a_stranger_is_ignored_and_the_peer_goes_on(
 def test_an_oversized_frame_never_reaches_the_application(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str
 ) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    stranger = context.socket(zmq.DEALER)
-    stranger.connect(receiver.endpoint)
+    receiver = receiver_at(context, endpoint, LIMITS)
+    stranger = stranger_at(context, receiver.endpoint)
     stranger.send(bytes(LIMITS.max_message_bytes + 1))
     assert receiver.receive(0.5) is None
     assert receiver.num_refused == 0
@@ -166,8 +164,8 @@ def test_an_oversized_frame_never_reaches_the_application(
 
 
 def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 3")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="stage 3")
     message, short = hidden(1, buffer_tokens=1)
     sender.send(message, (short,))
     with pytest.raises(BadMessage, match=r"stage 3.*16 bytes.*32"):
@@ -177,8 +175,8 @@ def test_the_peers_own_bad_message_is_reported(context: zmq.Context[zmq.Socket[b
 
 
 def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-    receiver = ZmqReceiver(context, endpoint, LIMITS)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="engine")
+    receiver = receiver_at(context, endpoint, LIMITS)
+    sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     sender.send(step(1, Fence("ring", 0, "plan")))
     sender.send(step(2))
     assert next_message(receiver).message == step(2)
@@ -190,9 +188,9 @@ def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], endpo
 def test_a_receiver_takes_a_socket_that_listens_already(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     endpoint = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-    receiver = ZmqReceiver(context, endpoint, LIMITS, listener=listener.detach())
+    receiver = receiver_at(context, endpoint, LIMITS, listener=listener.detach())
     assert receiver.endpoint == endpoint
-    sender = ZmqSender(context, endpoint, LIMITS, name="stage 0")
+    sender = sender_to(context, endpoint, LIMITS, name="stage 0")
     sender.send(step(1))
     assert next_message(receiver).message == step(1)
     sender.close()
@@ -204,33 +202,9 @@ def test_an_endpoint_that_can_not_be_bound_is_an_error_with_its_name(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(endpoint)):
-        ZmqReceiver(context, endpoint, LIMITS)
+        receiver_at(context, endpoint, LIMITS)
 
 
 def test_nobody_at_an_address_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     with pytest.raises(RingDown):
-        ZmqSender(context, "tcp://127.0.0.1:1", LIMITS, name="engine", connect_timeout_s=0.5)
-
-
-def test_keys_can_be_set_on_both_ends(context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    public, secret = zmq.curve_keypair()
-
-    def serve(sock: zmq.Socket[bytes]) -> None:
-        sock.setsockopt(zmq.CURVE_SERVER, 1)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
-
-    def know(sock: zmq.Socket[bytes]) -> None:
-        own_public, own_secret = zmq.curve_keypair()
-        sock.setsockopt(zmq.CURVE_SERVERKEY, public)
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, own_public)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, own_secret)
-
-    receiver = ZmqReceiver(context, "tcp://127.0.0.1:*", LIMITS, prepare=serve)
-    with pytest.raises(RingDown):
-        ZmqSender(context, receiver.endpoint, LIMITS, name="stranger", connect_timeout_s=0.5)
-    sender = ZmqSender(context, receiver.endpoint, LIMITS, name="stage 0", prepare=know)
-    message, buffer = hidden(1)
-    sender.send(message, (buffer,))
-    assert bytes(next_message(receiver).buffers[0]) == bytes(buffer)
-    sender.close()
-    receiver.close()
+        sender_to(context, "tcp://127.0.0.1:1", LIMITS, name="engine", connect_timeout_s=0.5)

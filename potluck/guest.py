@@ -1,0 +1,110 @@
+"""A host in another host's pool, as its `potluck join` sees it: it says that it is there, and hears who else is."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import zmq
+
+from transport.control import ControlClient
+from transport.curve import Curve
+from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, VersionMismatch
+from transport.messages import PROTOCOL_VERSION, Arrive, ControlMessage, Members, Stop, Welcome
+
+_WELCOME_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadAddress:
+    """Where a head's control is, and its key."""
+
+    control: str
+    key: str
+
+
+class Guest:
+    """The node's own connection to the head. `admits` is for those that want pieces of models from this host."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        curve: Curve,
+        head: HeadAddress,
+        *,
+        address: str,
+        platform: str,
+        pieces: str,
+    ) -> None:
+        self._changed = threading.Condition()
+        self._members: frozenset[str] = frozenset()
+        self._welcome: Welcome | None = None
+        self._end: PotluckError | None = None
+        arrive = Arrive(
+            version=PROTOCOL_VERSION,
+            potluck=version("potluck"),
+            platform=platform,
+            address=address,
+            pieces=pieces,
+        )
+        self._control = ControlClient(
+            context,
+            head.control,
+            arrive,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            prepare=curve.towards(head.key),
+        )
+
+    def wait_welcome(self) -> Welcome:
+        """Raises what the head says instead, RingDown if it can't be reached or has another key, DeadlineExceeded."""
+        with self._changed:
+            known = self._changed.wait_for(lambda: self._welcome is not None or self._end is not None, _WELCOME_S)
+            if self._welcome is not None:
+                return self._welcome
+            if not known or self._end is None:
+                raise DeadlineExceeded(
+                    f"the head did not let this host in within {_WELCOME_S:.0f} s",
+                    hint="was it revoked there (potluck devices), or is another head's key at this address?",
+                )
+            raise self._end
+
+    @property
+    def end(self) -> PotluckError | None:
+        """Why it is over, if it is: NotAllowed and VersionMismatch for good, RingDown until the head is back."""
+        with self._changed:
+            return self._end
+
+    def admits(self, key: str) -> bool:
+        """Whether that key is of a member of the pool, as far as the head has said."""
+        return key in self._members
+
+    def close(self) -> None:
+        self._control.close()
+
+    def _on_message(self, message: ControlMessage) -> None:
+        with self._changed:
+            match message:
+                case Welcome():
+                    self._welcome = message
+                    self._members = frozenset(message.members)
+                case Members(members=members):
+                    self._members = frozenset(members)
+                case Stop(reason=reason):
+                    self._end = _stopped(reason)
+            self._changed.notify_all()
+
+    def _on_lost(self) -> None:
+        with self._changed:
+            self._members = frozenset()
+            self._end = self._end or RingDown("the head is gone", hint="is it up, and this network the same as its?")
+            self._changed.notify_all()
+
+
+def _stopped(reason: str) -> PotluckError:
+    if "revoked" in reason:
+        return NotAllowed(reason, hint="pair again: potluck forget, then potluck join with a new code")
+    if "protocol" in reason:
+        return VersionMismatch(reason, hint="bring both hosts to the same version of Potluck")
+    return RingDown(reason or "the head has stopped", hint="start it again, and this host joins by itself")

@@ -1,0 +1,160 @@
+"""Finding a head on another host: by an invite, by its door's address, or by itself; and finding it again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from devices.credentials import Invite, is_invite, parse_invite
+from devices.identity import fingerprint, load_keys
+from devices.known_pools import KnownPool, load_known_pools, save_known_pool
+from devices.pair_client import ask_door, check_version, pair
+from devices.pairing import DoorFacts
+from devices.members import own_name
+from devices.platform_name import platform_name
+from potluck.config import Settings
+from potluck.guest import HeadAddress
+from potluck.lan import parse_door
+from potluck.paths import identity_dir, known_pools_file
+from transport.endpoints import tcp_endpoint
+from transport.errors import ConfigError, NotAllowed, NotRunning, PotluckError
+
+if TYPE_CHECKING:
+    from devices.discovery import FoundPool
+
+_FIND_S = 4.0
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A head of a pool that this host is paired with, and where it is now."""
+
+    pool: KnownPool
+    address: str
+    head: HeadAddress
+
+
+def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say: Say) -> KnownPool:
+    """The pool that the user means, paired with if this host is not yet. `where` is an invite, a door's HOST:PORT, or
+    None: any that is found. Raises PotluckError."""
+    if where is not None and is_invite(where):
+        invite = parse_invite(where)
+        return _known_by_key(invite.key) or _paired(invite.host, invite.port, invite, settings, say)
+    if where is not None:
+        host, port = parse_door(where)
+        return _at_door(host, port, code, settings, say)
+    known = load_known_pools(known_pools_file())
+    if known and code is None:
+        return known[0]
+    if not settings.discovery:
+        raise ConfigError("no head is named", hint="say potluck join INVITE, or potluck join --head HOST:PORT")
+    say("Looking for a pool on this network")
+    pools = _seen(None)
+    if not pools:
+        raise NotRunning(
+            "no pool was found on this network",
+            hint="is the head up, and on the same network? Some networks keep devices apart: then say potluck join "
+            "--head HOST:PORT as the head prints it; potluck doctor looks for the reason",
+        )
+    if len(pools) > 1:
+        doors = ", ".join(f"{_door(pool)} ({_name_at(pool)})" for pool in pools)
+        raise ConfigError(f"{len(pools)} pools were found", hint=f"say which with --head: {doors}")
+    return _at_door(pools[0].addresses[0], pools[0].port, code, settings, say)
+
+
+def find_again(pool: KnownPool, settings: Settings) -> Found:
+    """Where the pool's head is now. Raises NotRunning if it is nowhere, VersionMismatch, and NotAllowed where another
+    one has taken its place."""
+    for door in pool.doors:
+        host, port = parse_door(door)
+        try:
+            return _found(pool, host, port)
+        except (NotRunning, ConfigError, NotAllowed):
+            continue
+    if settings.discovery:
+        for seen in _seen(pool.fingerprint):
+            for address in seen.addresses:
+                try:
+                    return _found(pool, address, seen.port)
+                except (NotRunning, ConfigError, NotAllowed):
+                    continue
+    raise NotRunning(
+        f"the head {pool.name} is not to be found, neither at {', '.join(pool.doors)} nor by itself",
+        hint="is it up, and on the same network? See: potluck doctor",
+    )
+
+
+def _found(pool: KnownPool, host: str, port: int) -> Found:
+    facts = ask_door(host, port)
+    if facts.key != pool.key:
+        raise NotAllowed(f"at {host}:{port} is another head than {pool.name}", hint="pair with it: potluck join --code")
+    check_version(facts)
+    door = f"{host}:{port}"
+    if pool.doors[:1] != (door,) or pool.name != facts.name:
+        pool = pool.at(door)
+        save_known_pool(known_pools_file(), pool)
+    head = HeadAddress(control=tcp_endpoint(host, facts.control_port), key=pool.key)
+    return Found(pool=pool, address=host, head=head)
+
+
+def _at_door(host: str, port: int, code: str | None, settings: Settings, say: Say) -> KnownPool:
+    facts = ask_door(host, port)
+    check_version(facts)
+    known = _known_by_key(facts.key)
+    if known is not None and code is None:
+        return known.at(f"{host}:{port}")
+    return _paired(host, port, code or _typed_code(facts, f"{host}:{port}"), settings, say)
+
+
+def _paired(host: str, port: int, credential: Invite | str, settings: Settings, say: Say) -> KnownPool:
+    def on_waiting(facts: DoorFacts) -> None:
+        say(f"Waiting until {escape(facts.name)}'s owner lets this host in")
+
+    pool = pair(
+        host,
+        port,
+        credential,
+        keys=load_keys(identity_dir()),
+        name=settings.host_name or own_name(),
+        platform=platform_name(),
+        on_waiting=on_waiting,
+    )
+    save_known_pool(known_pools_file(), pool)
+    say(f"Paired with {escape(pool.name)} ({fingerprint(pool.key)}); this host is called {escape(pool.my_name)} there")
+    return pool
+
+
+def _known_by_key(key: str) -> KnownPool | None:
+    return next((pool for pool in load_known_pools(known_pools_file()) if pool.key == key), None)
+
+
+def _typed_code(facts: DoorFacts, door: str) -> str:
+    what = f"this host is not paired with {facts.name} at {door}"
+    if not sys.stdin.isatty():
+        raise NotAllowed(what, hint=f"potluck invite there shows a code: potluck join --head {door} --code CODE")
+    try:
+        return input(f"The code that {facts.name} shows ({door}): ")
+    except EOFError:
+        raise NotAllowed(what, hint="potluck invite there shows a code") from None
+
+
+def _seen(fingerprint: str | None) -> list[FoundPool]:
+    from devices.discovery import find_pools  # Here, since zeroconf takes a while to import.
+
+    return find_pools(_FIND_S, fingerprint=fingerprint)
+
+
+def _door(pool: FoundPool) -> str:
+    return f"{pool.addresses[0]}:{pool.port}"
+
+
+def _name_at(pool: FoundPool) -> str:
+    try:
+        return ask_door(pool.addresses[0], pool.port).name
+    except PotluckError:
+        return "does not answer"

@@ -1,0 +1,98 @@
+"""The head's side of the network: who is paired, the door where others come in, and what tells them where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from devices.discovery import Advertiser
+from devices.front_door import DoorFacts, FrontDoor
+from devices.pairing import Code, Invite
+from devices.roster import RosterFile
+from potluck.approval import Approvals
+from potluck.config import Settings
+from potluck.lan import DOOR_PORT, ThisHost, is_loopback
+from potluck.paths import roster_file
+from transport.endpoints import port_or_any, tcp_endpoint
+from transport.messages import PROTOCOL_VERSION
+
+Say = Callable[[str], object]
+CONTROL_PORT = DOOR_PORT + 1
+PIECES_PORT = DOOR_PORT + 2
+
+
+class Network:
+    """Of a head whose host has an address. `control` is the endpoint to bind for other hosts; `open` once it is."""
+
+    def __init__(self, here: ThisHost, settings: Settings, *, say: Say) -> None:
+        assert here.address is not None and here.keys is not None
+        self._here = here
+        self._settings = settings
+        self._say = say
+        # At all addresses, so that the head is still there when its own one changes.
+        self.bind_address = here.address if settings.lan_host is not None else "*"
+        self.roster = RosterFile(roster_file(), name=here.name)
+        self.approvals = Approvals(say, allow_all=settings.approve_all)
+        self._door: FrontDoor | None = None
+        self._advertiser: Advertiser | None = None
+
+    @property
+    def pool(self) -> str:
+        """Its id."""
+        return self.roster.read().pool
+
+    @property
+    def control(self) -> str:
+        return self._endpoint(CONTROL_PORT)
+
+    @property
+    def pieces(self) -> str:
+        return self._endpoint(PIECES_PORT)
+
+    @property
+    def door(self) -> str | None:
+        """ "ADDRESS:PORT" where other hosts knock."""
+        return f"{self._here.address}:{self._door.port}" if self._door is not None else None
+
+    def open(self, control_port: int) -> None:
+        """Let others knock. Raises PortInUse, ConfigError."""
+        keys, address = self._here.keys, self._here.address
+        assert keys is not None and address is not None
+
+        def facts() -> DoorFacts:
+            return DoorFacts(
+                pool=self.pool,
+                name=self._here.name,
+                key=keys.public,
+                protocol=PROTOCOL_VERSION,
+                potluck=version("potluck"),
+                control_port=control_port,
+            )
+
+        self._door = FrontDoor(
+            "0.0.0.0" if self.bind_address == "*" else self.bind_address,
+            self._settings.lan_port,
+            facts=facts,
+            roster=self.roster,
+            keys=keys,
+            approve=self.approvals.ask,
+            say=self._say,
+        )
+        if self._settings.discovery and not is_loopback(address):
+            self._advertiser = Advertiser(self._door.port, self.pool)
+
+    def invite(self) -> tuple[Invite, Code]:
+        """Fresh ones; those before are void."""
+        assert self._door is not None and self._here.address is not None
+        return self._door.new_invite(self._here.address), self._door.new_code()
+
+    def close(self) -> None:
+        if self._advertiser is not None:
+            self._advertiser.close()
+        if self._door is not None:
+            self._door.close()
+
+    def _endpoint(self, port: int) -> str:
+        """At its usual port if that is free, and if the door was not moved from its own."""
+        usual = self._settings.lan_port in (None, DOOR_PORT)
+        return tcp_endpoint(self.bind_address, port_or_any(self.bind_address, port) if usual else 0)

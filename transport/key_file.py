@@ -1,0 +1,36 @@
+"""The file with a host's CURVE keys, for the processes that are told where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from transport.curve import KeyPair, is_key
+from transport.errors import ConfigError
+
+KEY_FILE = "keys.json"
+
+
+def read_keys(path: Path) -> KeyPair:
+    """Raises ConfigError if it can't be read or holds no keys."""
+    try:
+        keys = msgspec.json.decode(path.read_bytes(), type=KeyPair)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"this host's keys in {path} can't be read: {error}",
+            hint="put the file back; without it, delete it and pair this host anew",
+        ) from error
+    if not is_key(keys.public) or not is_key(keys.secret):
+        raise ConfigError(f"{path} holds no keys", hint="put the file back; or delete it and pair this host anew")
+    return keys
+
+
+def write_keys(path: Path, keys: KeyPair) -> None:
+    """For this user alone, at once. Raises OSError."""
+    new = path.with_suffix(f".{os.getpid()}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(keys))
+    new.replace(path)
