@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 
 from shard.affine import AffineRows
 from shard.checkpoint import TensorInfo
-from shard.file_blocks import read_exactly
 from shard.float_formats import check_output, store_floats
 from shard.gguf_affine import affine_form, affine_rows
 from shard.gguf_dequantize import dequantize_rows, row_bytes
@@ -20,6 +18,7 @@ from shard.gguf_index import IndexedTensor, read_index
 from shard.model_facts import read_config, spec_from
 from shard.row_ranges import check_rows, form_of, matrix_rows
 from shard.spec import ModelSpec
+from shard.weight_folder import PlainFolder, WeightFolder
 from transport.errors import BadCheckpoint
 from transport.messages import DType
 
@@ -29,9 +28,10 @@ _BLOCK_ELEMENTS = 1 << 19
 class GgufCheckpoint:
     """The folder that `ingest_gguf` made. Raises BadCheckpoint if the file it points to is gone or has changed."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, weights: WeightFolder | None = None) -> None:
+        """`weights` is where the file's bytes come from, if not from the file itself."""
         index = read_index(folder)
+        self._file = index.file
         self._path = folder / index.file
         self._tensors = {tensor.name: tensor for tensor in index.tensors}
         self._infos = {
@@ -45,14 +45,8 @@ class GgufCheckpoint:
             for tensor in index.tensors
         }
         self._config = read_config(folder)
-        try:
-            self._fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise BadCheckpoint(
-                f"can't open the model's file {self._path}: {error.strerror}",
-                hint="put it back or pull the model again",
-            ) from error
-        self._size = os.fstat(self._fd).st_size
+        self._weights = PlainFolder(folder) if weights is None else weights
+        self._size = self._weights.size_bytes(index.file)
         if self._size != index.size_bytes:
             self.close()
             raise BadCheckpoint(
@@ -122,15 +116,14 @@ class GgufCheckpoint:
         buffer = np.empty((step, bytes_per_row), np.uint8)
         for block in range(at, end, step) if num_rows else ():
             data = buffer[: end - block]
-            read_exactly(self._fd, data, tensor.offset + block * bytes_per_row, f"{tensor.name} in {self._path}")
+            offset = tensor.offset + block * bytes_per_row
+            self._weights.read(self._file, data, offset, f"{tensor.name} in {self._path}")
             rows = data if unit == 1 else _pairs_apart(data, unit)
             start = max(block, first)
             yield start - first, rows[start - block : last - block]
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._weights.close()
 
 
 def _undo_converter(tensor: IndexedTensor, values: np.ndarray) -> np.ndarray:

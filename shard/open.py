@@ -8,13 +8,22 @@ from shard.checkpoint import Checkpoint
 from shard.gguf_checkpoint import GgufCheckpoint
 from shard.gguf_index import INDEX_FILE
 from shard.safetensors_checkpoint import SafetensorsCheckpoint
-from transport.errors import ModelNotFound
+from shard.shared_model import is_skeleton, read_list
+from shard.weight_folder import FetchPiece, PiecedFolder, PlainFolder, WeightFolder
+from transport.errors import BadCheckpoint, ModelNotFound
+from transport.pieces.store import PieceStore
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in folder `path`: a Hugging Face folder, or what `ingest_gguf` made. Raises PotluckError."""
+def open_checkpoint(path: Path, *, pieces: PieceStore | None = None, fetch: FetchPiece | None = None) -> Checkpoint:
+    """The checkpoint in folder `path`: a Hugging Face folder, what `ingest_gguf` made, or, with weights from the store
+    `pieces`, what `materialize` made. A piece that lacks there is asked for from `fetch`. Raises PotluckError."""
     if not path.is_dir():
         raise ModelNotFound(f"there is no model folder {path}", hint="potluck list shows what is there; pull it first")
+    weights: WeightFolder = PlainFolder(path)
+    if is_skeleton(path):
+        if pieces is None:
+            raise BadCheckpoint(f"the weights of {path} lie elsewhere, in pieces", hint="load it through the pool")
+        weights = PiecedFolder(path, read_list(path), pieces, fetch=fetch)
     if (path / INDEX_FILE).is_file():
-        return GgufCheckpoint(path)
-    return SafetensorsCheckpoint(path)
+        return GgufCheckpoint(path, weights=weights)
+    return SafetensorsCheckpoint(path, weights=weights)

@@ -24,6 +24,7 @@ from shard.quantization import PackedQuantization, quantization_of, without_quan
 from shard.row_ranges import check_rows, form_of
 from shard.safetensors_files import SafetensorsFiles
 from shard.spec import ModelSpec
+from shard.weight_folder import HeadersOnly, PlainFolder, WeightFolder
 from transport.errors import BadCheckpoint
 from transport.messages import DType
 
@@ -35,12 +36,17 @@ class SafetensorsCheckpoint:
     scales that do not fit their weights. Raises BadCheckpoint, UnsupportedModel for a quantization that is not known.
     """
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-        """`sizes`: see SafetensorsFiles."""
+    def __init__(
+        self, folder: Path, sizes: Mapping[str, int] | None = None, *, weights: WeightFolder | None = None
+    ) -> None:
+        """`weights` is where the bytes come from, if not from the files in `folder`. `sizes`: those of the whole files,
+        by name, where only their headers lie there."""
+        if weights is None:
+            weights = PlainFolder(folder) if sizes is None else HeadersOnly(folder, sizes)
         config = read_config(folder)
         quantization = quantization_of(config)
         self._config = without_quantization(config)
-        self._files = SafetensorsFiles(folder, sizes)
+        self._files = SafetensorsFiles(weights)
         try:
             self._logical: dict[str, LogicalTensor] = (
                 packed_tensors(self._files, quantization, config)

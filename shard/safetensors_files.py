@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,47 +9,40 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shard.file_blocks import read_exactly
 from shard.float_formats import from_bfloat16, store_floats
 from shard.safetensors_header import PlacedTensor, read_header
+from shard.weight_folder import WeightFolder
 from transport.errors import BadCheckpoint, UnsupportedModel
 from transport.messages import DType
 
 FLOATS: Mapping[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _RAW_DTYPE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _BLOCK_ELEMENTS = 1 << 19
-_WEIGHT_INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsFiles:
     """Every file's header is read and checked here, so that a truncated file is found before anything is loaded."""
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-        """`sizes`: those of the whole files, by name, where only their headers lie in `folder`. Tensors then read as
-        zeros."""
-        self.folder = folder
-        self._sizes = sizes
+    def __init__(self, weights: WeightFolder) -> None:
+        self.folder = weights.path
+        self._weights = weights
         self.placed: dict[str, PlacedTensor] = {}
-        self._fds: dict[Path, int] = {}
-        self._opening = threading.Lock()
-        files = weight_files(folder)
+        files = weight_files(self.folder)
         for path in files:
-            for tensor in read_header(path, None if sizes is None else sizes[path.name]):
+            for tensor in read_header(path, weights.size_bytes(path.name)):
                 if tensor.name in self.placed:
                     raise BadCheckpoint(
                         f"tensor {tensor.name!r} is both in {self.placed[tensor.name].path.name} and in {path.name}",
-                        hint=f"keep one set of weights in {folder}",
+                        hint=f"keep one set of weights in {self.folder}",
                     )
                 self.placed[tensor.name] = tensor
         self._check_against_index()
-        self.file_bytes = sum(path.stat().st_size if sizes is None else sizes[path.name] for path in files)
+        self.file_bytes = sum(weights.size_bytes(path.name) for path in files)
 
     def read_bytes(self, tensor: PlacedTensor, out: np.ndarray, first_byte: int = 0) -> None:
         """Fill the contiguous `out`, of any dtype, with the tensor's bytes from `first_byte` on."""
-        if self._sizes is not None:
-            out.fill(0)
-            return
-        read_exactly(self._descriptor(tensor.path), out, tensor.offset + first_byte, f"{tensor.name} in {tensor.path}")
+        self._weights.read(tensor.path.name, out, tensor.offset + first_byte, f"{tensor.name} in {tensor.path}")
 
     def read_floats(self, tensor: PlacedTensor, first: int, out: np.ndarray, dtype: DType) -> None:
         """Fill the contiguous `out` with the tensor's elements from `first` on, as `dtype`, to the nearest.
@@ -76,24 +67,13 @@ class SafetensorsFiles:
             store_floats(values, flat[done : done + len(data)], dtype)
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def _descriptor(self, path: Path) -> int:
-        with self._opening:
-            if path not in self._fds:
-                try:
-                    self._fds[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                except OSError as error:
-                    raise BadCheckpoint(f"can't open {path}: {error.strerror}", hint="pull the model again") from error
-            return self._fds[path]
+        self._weights.close()
 
     def _check_against_index(self) -> None:
         for name, file in _weight_map(self.folder).items():
             if name not in self.placed or self.placed[name].path.name != file:
                 raise BadCheckpoint(
-                    f"{self.folder / _WEIGHT_INDEX} says that {name!r} is in {file}, but it is not",
+                    f"{self.folder / WEIGHT_INDEX} says that {name!r} is in {file}, but it is not",
                     hint="the files are of different versions; pull the model again",
                 )
 
@@ -124,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name → file name, from the index; empty without one."""
-    path = folder / _WEIGHT_INDEX
+    path = folder / WEIGHT_INDEX
     if not path.is_file():
         return {}
     try:

@@ -75,7 +75,10 @@ class PieceStore:
         return PartialPiece(piece, part, self.path(piece.digest), lock, lambda: lock_path.unlink(missing_ok=True))
 
     def put(self, data: bytes, digest: str) -> None:
-        """Keep the small piece `data` (a model's list), if it is not here. Raises WrongBytes, NoSpace, DeadlineExceeded."""
+        """Keep the small piece `data` (a model's list), if it is not here.
+
+        Raises WrongBytes, NoSpace, DeadlineExceeded.
+        """
         give_up_at_s = time.monotonic() + _PUT_WITHIN_S
         while not self.has(digest):
             partial = self.open_partial(Piece(digest, len(data)))

@@ -1,0 +1,228 @@
+"""The pieces that a model's files consist of: cut, hashed, written down, and checked when a list comes from elsewhere.
+
+A weight file's tensors are pieces of their own, of at most 16 MiB, under the names that the file's index has for them.
+What opening a model reads (config.json, indexes, headers, and the few tensors that a reader looks at) has no name:
+every stage needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from shard.file_blocks import read_exactly
+from shard.gguf_checkpoint import GgufCheckpoint
+from shard.gguf_index import INDEX_FILE, GgufIndex, read_index
+from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.safetensors_files import WEIGHT_INDEX, weight_files
+from shard.safetensors_header import LENGTH_BYTES, header_bytes, parse_header
+from shard.weight_folder import PlainFolder
+from transport.errors import BadCheckpoint
+from transport.pieces.piece import LIST_VERSION, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
+
+CONFIG = "config.json"
+_READ_BYTES = 8 << 20
+_MAX_THREADS = 4
+
+HashProgress = Callable[[int, int], None]
+"""Bytes hashed so far, and of all. Called from several threads, one at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What tells whether a file has changed."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """`small` are whole files, as every host gets them; `weights` where the weight files lie, by their names there."""
+
+    format: str
+    small: Mapping[str, bytes]
+    weights: Mapping[str, Path]
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Of the weight files. Raises BadCheckpoint."""
+        return {name: stamp_of(path) for name, path in self.weights.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """Bytes [offset, offset + num_bytes) of a file."""
+
+    offset: int
+    num_bytes: int
+    tensor: str
+
+
+def model_files(folder: Path) -> ModelFiles:
+    """Raises BadCheckpoint, UnsupportedModel."""
+    small = {CONFIG: _content(folder / CONFIG)}
+    if (folder / INDEX_FILE).is_file():
+        index = read_index(folder)
+        path = folder / index.file
+        # Where the file lies here, and since when, is of no use elsewhere; and the list is to depend on neither.
+        small[INDEX_FILE] = msgspec.json.encode(replace(index, file=path.name, mtime_ns=0))
+        return ModelFiles(format="gguf", small=small, weights={path.name: path})
+    if (folder / WEIGHT_INDEX).is_file():
+        small[WEIGHT_INDEX] = _content(folder / WEIGHT_INDEX)
+    return ModelFiles(format="safetensors", small=small, weights={path.name: path for path in weight_files(folder)})
+
+
+def stamp_of(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise BadCheckpoint(
+            f"can't open the model's file {path}: {error.strerror}", hint="put it back or pull the model again"
+        ) from error
+    return Stamp(num_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def make_piece_list(
+    folder: Path,
+    model: str,
+    progress: HashProgress = lambda done, total: None,
+    *,
+    checksums: Mapping[str, str] | None = None,
+) -> PieceList:
+    """The pieces of the model in `folder`, as `open_checkpoint` takes it; `model` is what the pool calls it.
+
+    Reads all of the files. `checksums` are the SHA-256 of whole files, where they are known. Raises BadCheckpoint,
+    UnsupportedModel.
+    """
+    files = model_files(folder)
+    before = files.stamps()
+    cuts = _gguf_cuts(folder) if files.format == "gguf" else _safetensors_cuts(folder, files.weights)
+    hashed = _hashed(files.weights, cuts, progress)
+    if files.stamps() != before:
+        raise BadCheckpoint(f"a file of {folder} changed while it was read", hint="let it come to rest, and try again")
+    whole = [
+        ListedFile(name=name, num_bytes=len(content), pieces=tuple(_small_pieces(content)))
+        for name, content in files.small.items()
+    ]
+    weights = [
+        ListedFile(
+            name=name,
+            num_bytes=before[name].num_bytes,
+            pieces=tuple(hashed[name]),
+            whole_sha256=(checksums or {}).get(name, ""),
+        )
+        for name in sorted(files.weights)
+    ]
+    return PieceList(
+        version=LIST_VERSION,
+        model=model,
+        format="gguf" if files.format == "gguf" else "safetensors",
+        files=(*whole, *weights),
+    )
+
+
+def _gguf_cuts(folder: Path) -> dict[str, list[_Cut]]:
+    checkpoint = GgufCheckpoint(folder)  # It checks the file's size.
+    checkpoint.close()
+    index: GgufIndex = read_index(folder)
+    placed = sorted(index.tensors, key=lambda tensor: tensor.offset)
+    cuts = [cut for tensor in placed for cut in _cuts(tensor.offset, tensor.file_bytes, tensor.name)]
+    return {Path(index.file).name: cuts}
+
+
+def _safetensors_cuts(folder: Path, weights: Mapping[str, Path]) -> dict[str, list[_Cut]]:
+    looked_at = _read_on_opening(folder)
+    found = {}
+    for name, path in weights.items():
+        with path.open("rb") as file:
+            start = file.read(LENGTH_BYTES)
+            size = stamp_of(path).num_bytes
+            start += file.read(header_bytes(path, start, size) - LENGTH_BYTES)
+        placed = sorted(parse_header(path, start, size), key=lambda tensor: tensor.offset)
+        found[name] = list(_cuts(0, len(start), ""))
+        for tensor in placed:
+            stored = "" if (name, tensor.offset) in looked_at else tensor.name
+            found[name] += _cuts(tensor.offset, tensor.file_bytes, stored)
+    return found
+
+
+class _Noting(PlainFolder):
+    """Notes where each read begins."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.noted: set[tuple[str, int]] = set()
+
+    def read(self, file: str, out: np.ndarray, offset: int, what: str) -> None:
+        self.noted.add((file, offset))
+        super().read(file, out, offset, what)
+
+
+def _read_on_opening(folder: Path) -> set[tuple[str, int]]:
+    """The tensors that a reader looks at before anything is loaded, as (file, offset): biases that may be fillers, the
+    order of GPTQ's groups."""
+    noting = _Noting(folder)
+    SafetensorsCheckpoint(folder, weights=noting).close()
+    return noting.noted
+
+
+def _cuts(offset: int, num_bytes: int, tensor: str) -> Iterable[_Cut]:
+    for at in range(0, num_bytes, MAX_PIECE_BYTES):
+        yield _Cut(offset=offset + at, num_bytes=min(MAX_PIECE_BYTES, num_bytes - at), tensor=tensor)
+
+
+def _small_pieces(content: bytes) -> Iterable[PlacedPiece]:
+    for cut in _cuts(0, len(content), ""):
+        digest = hashlib.sha256(content[cut.offset : cut.offset + cut.num_bytes]).hexdigest()
+        yield PlacedPiece(cut.offset, cut.num_bytes, digest)
+
+
+def _hashed(
+    paths: Mapping[str, Path], cuts: Mapping[str, Sequence[_Cut]], progress: HashProgress
+) -> dict[str, list[PlacedPiece]]:
+    total = sum(cut.num_bytes for some in cuts.values() for cut in some)
+    done = 0
+    lock = threading.Lock()
+    buffers = threading.local()
+
+    def note(num_bytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += num_bytes
+            progress(done, total)
+
+    def hashed(fd: int, cut: _Cut, name: str) -> PlacedPiece:
+        if not hasattr(buffers, "block"):
+            buffers.block = np.empty(_READ_BYTES, np.uint8)
+        digest = hashlib.sha256()
+        for at in range(0, cut.num_bytes, _READ_BYTES):
+            block = buffers.block[: cut.num_bytes - at]
+            read_exactly(fd, block, cut.offset + at, f"{cut.tensor or 'the header'} in {name}")
+            digest.update(block)
+            note(len(block))
+        return PlacedPiece(cut.offset, cut.num_bytes, digest.hexdigest(), cut.tensor)
+
+    found = {}
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        for name, path in paths.items():
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            try:
+                found[name] = list(pool.map(lambda cut, fd=fd, name=name: hashed(fd, cut, name), cuts[name]))
+            finally:
+                os.close(fd)
+    return found
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(f"can't read {path}: {error.strerror}", hint="pull the model again") from error

@@ -1,0 +1,202 @@
+"""A model that is shared in pieces: what the host that has it offers, and the folder that others open it from.
+
+That folder holds config.json, the indexes, the headers of safetensors files, and the piece list: all but the weights.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from shard.piece_list import HashProgress, Stamp, make_piece_list, model_files, stamp_of
+from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
+from shard.safetensors_header import LENGTH_BYTES, header_bytes
+from transport.errors import BadCheckpoint, BadMessage
+from transport.pieces.disk_space import translated_write_errors
+from transport.pieces.piece import ListedFile, PieceList, PlacedPiece
+from transport.pieces.store import PieceStore
+
+LIST_FILE = "pieces.json"
+_OFFERS = "offers"
+
+ReadPiece = Callable[[ListedFile, PlacedPiece], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedModel:
+    """`skeleton` is what `materialize` makes, `weights` the folder with the weight files, and `stamps` tell whether
+    those of either folder are still what the list says, by name."""
+
+    digest: str
+    pieces: PieceList
+    skeleton: Path
+    skeleton_stamps: Mapping[str, Stamp]
+    weights: Path
+    weight_stamps: Mapping[str, Stamp]
+
+    @property
+    def list_file(self) -> Path:
+        return self.skeleton / LIST_FILE
+
+
+def offer_model(
+    folder: Path,
+    model: str,
+    shared: Path,
+    progress: HashProgress = lambda done, total: None,
+    *,
+    checksums: Mapping[str, str] | None = None,
+) -> OfferedModel:
+    """Make the model in `folder` one that others can get in pieces; `model` is its name, `shared` the folder where such
+    models are kept, by digest.
+
+    Reads all of the files the first time, and again when one of them has changed. Raises BadCheckpoint,
+    UnsupportedModel, NoSpace.
+    """
+    files = model_files(folder)
+    if len({path.parent for path in files.weights.values()}) != 1:
+        raise BadCheckpoint(f"the weight files of {folder} lie in several folders", hint="put them into one")
+    known = shared / _OFFERS / f"{list_digest(msgspec.json.encode([str(folder.resolve()), model]))[:32]}.json"
+    facts = _Facts(stamps=files.stamps(), small={name: list_digest(content) for name, content in files.small.items()})
+    offer = _read_offer(known)
+    pieces = None if offer is None or offer.facts != facts else _listed(shared / offer.digest, offer.digest)
+    if pieces is None:
+        pieces = make_piece_list(folder, model, progress, checksums=checksums)
+        facts = _Facts(stamps=files.stamps(), small=facts.small)
+    data = encode_piece_list(pieces)
+    digest = list_digest(data)
+    skeleton = shared / digest
+
+    def read(file: ListedFile, piece: PlacedPiece) -> bytes:
+        if file.name in files.small:
+            return files.small[file.name][piece.offset : piece.offset + piece.num_bytes]
+        with files.weights[file.name].open("rb") as source:
+            source.seek(piece.offset)
+            return source.read(piece.num_bytes)
+
+    _write_skeleton(pieces, data, skeleton, read)
+    if offer is None or offer != _Offer(facts=facts, digest=digest):
+        _write_offer(known, _Offer(facts=facts, digest=digest))
+    return OfferedModel(
+        digest=digest,
+        pieces=pieces,
+        skeleton=skeleton,
+        skeleton_stamps={name: stamp_of(skeleton / name) for name in files.small},
+        weights=next(iter(files.weights.values())).parent,
+        weight_stamps=facts.stamps,
+    )
+
+
+def materialize(pieces: PieceList, store: PieceStore, folder: Path) -> None:
+    """Write the folder that the model is opened from; the nameless pieces are in the store. At once or not at all, and
+    nothing if it is there.
+
+    Raises BadMessage for a list that makes no model, BadCheckpoint for a piece that lacks, NoSpace.
+    """
+
+    def read(file: ListedFile, piece: PlacedPiece) -> bytes:
+        try:
+            return store.path(piece.digest).read_bytes()
+        except OSError as error:
+            raise BadCheckpoint(
+                f"piece {piece.digest[:12]} of {file.name} is not on this host", hint="load the model again"
+            ) from error
+
+    _write_skeleton(pieces, encode_piece_list(pieces), folder, read)
+
+
+def is_skeleton(folder: Path) -> bool:
+    """Whether it was made by `materialize`: the weights are elsewhere."""
+    return (folder / LIST_FILE).is_file()
+
+
+def read_list(folder: Path) -> PieceList:
+    """That of a folder that `materialize` made. Raises BadCheckpoint."""
+    path = folder / LIST_FILE
+    try:
+        return decode_piece_list(path.read_bytes())
+    except (OSError, BadMessage) as error:
+        raise BadCheckpoint(
+            f"{path} can't be read: {error}", hint="remove that folder, and load the model again"
+        ) from error
+
+
+def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiece) -> None:
+    if is_skeleton(folder):
+        return
+    new = folder.with_name(f".{folder.name[:16]}-{secrets.token_hex(4)}")
+    with translated_write_errors(folder.parent):
+        new.mkdir(parents=True)
+        try:
+            for file in pieces.files:
+                if not file.name.endswith(".gguf"):
+                    (new / file.name).write_bytes(_beginning(pieces, file, read))
+            (new / LIST_FILE).write_bytes(data)
+            _move(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _beginning(pieces: PieceList, file: ListedFile, read: ReadPiece) -> bytes:
+    """What of the file lies in a skeleton: all of a small one, the header of a safetensors file."""
+    if not file.name.endswith(".safetensors"):
+        return b"".join(read(file, piece) for piece in file.pieces)
+    start = b""
+    for piece in file.pieces:
+        if piece.tensor or piece.offset != len(start):
+            break
+        start += read(file, piece)
+        if len(start) >= LENGTH_BYTES:
+            needed = header_bytes(Path(file.name), start, file.num_bytes)
+            if len(start) >= needed:
+                return start[:needed]
+    raise BadMessage(f"the piece list of {pieces.model} lacks the header of {file.name}")
+
+
+def _move(new: Path, folder: Path) -> None:
+    try:
+        new.rename(folder)
+    except OSError:
+        if not is_skeleton(folder):  # Else another process has made it meanwhile: it has the same content.
+            raise
+
+
+class _Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a list was made of: its small files' hashes, and what tells whether the weight files have changed."""
+
+    stamps: dict[str, Stamp]
+    small: dict[str, str]
+
+
+class _Offer(msgspec.Struct, frozen=True, kw_only=True):
+    facts: _Facts
+    digest: str
+
+
+def _read_offer(path: Path) -> _Offer | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Offer)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write_offer(path: Path, offer: _Offer) -> None:
+    with translated_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{secrets.token_hex(4)}")
+        new.write_bytes(msgspec.json.encode(offer))
+        new.replace(path)
+
+
+def _listed(folder: Path, digest: str) -> PieceList | None:
+    """The list in the skeleton, None if it is not there or not that one."""
+    try:
+        data = (folder / LIST_FILE).read_bytes()
+        return decode_piece_list(data) if list_digest(data) == digest else None
+    except (OSError, BadMessage):
+        return None

@@ -1,0 +1,135 @@
+"""Where the bytes of a model's weight files come from: the files themselves, or pieces of them in a store.
+
+Small files (config.json, indexes) and the headers of safetensors files lie in `path` either way.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shard.file_blocks import read_exactly
+from shard.open_files import OpenFiles
+from transport.errors import BadCheckpoint
+from transport.pieces.piece import ListedFile, Piece, PieceList, PlacedPiece
+from transport.pieces.store import PieceStore
+
+FetchPiece = Callable[[Piece], None]
+"""Puts the piece into the store, or raises a PotluckError."""
+
+
+class WeightFolder(Protocol):
+    """A model's folder as its readers see it. Several threads may read at once."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def size_bytes(self, file: str) -> int:
+        """Of a whole weight file, however much of it is here. Raises BadCheckpoint if the model has no such file."""
+        ...
+
+    def read(self, file: str, out: np.ndarray, offset: int, what: str) -> None:
+        """Fill the contiguous `out` with the file's bytes from `offset` on; `what` names them in an error.
+
+        Raises BadCheckpoint.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class PlainFolder:
+    """The files themselves. A file may also be named by its absolute path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = OpenFiles()
+
+    def size_bytes(self, file: str) -> int:
+        with self._files.descriptor(self.path / file) as fd:
+            return os.fstat(fd).st_size
+
+    def read(self, file: str, out: np.ndarray, offset: int, what: str) -> None:
+        with self._files.descriptor(self.path / file) as fd:
+            read_exactly(fd, out, offset, what)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class HeadersOnly:
+    """Only the beginnings of the files are in `path`, of which the whole ones have `sizes`. The rest reads as zeros."""
+
+    def __init__(self, path: Path, sizes: Mapping[str, int]) -> None:
+        self.path = path
+        self._sizes = sizes
+
+    def size_bytes(self, file: str) -> int:
+        return self._sizes[file]
+
+    def read(self, file: str, out: np.ndarray, offset: int, what: str) -> None:
+        out.fill(0)
+
+    def close(self) -> None:
+        pass
+
+
+class PiecedFolder:
+    """The weight files of `pieces`, read from a store; `path` is what `materialize` made.
+
+    A piece that the store lacks is asked for from `fetch`, without which it is an error: nothing is ever made up.
+    """
+
+    def __init__(self, path: Path, pieces: PieceList, store: PieceStore, *, fetch: FetchPiece | None = None) -> None:
+        self.path = path
+        self._store = store
+        self._fetch = fetch
+        self._listed = {file.name: file for file in pieces.files}
+        self._starts = {file.name: [piece.offset for piece in file.pieces] for file in pieces.files}
+        self._files = OpenFiles()
+
+    def size_bytes(self, file: str) -> int:
+        return self._file(file).num_bytes
+
+    def read(self, file: str, out: np.ndarray, offset: int, what: str) -> None:
+        listed = self._file(file)
+        view = out.reshape(-1).view(np.uint8)
+        done = 0
+        index = max(0, bisect_right(self._starts[file], offset) - 1)
+        while done < view.size:
+            piece = listed.pieces[index] if index < len(listed.pieces) else None
+            begin = offset + done
+            if piece is None or not piece.offset <= begin < piece.offset + piece.num_bytes:
+                raise BadCheckpoint(
+                    f"{what}: no piece of the model has byte {begin:,} of {file}", hint="share the model anew"
+                )
+            count = min(view.size - done, piece.offset + piece.num_bytes - begin)
+            self._read_piece(piece, view[done : done + count], begin - piece.offset, what)
+            done += count
+            index += 1
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _file(self, name: str) -> ListedFile:
+        file = self._listed.get(name)
+        if file is None:
+            raise BadCheckpoint(f"the model in {self.path} has no file {name}", hint="share the model anew")
+        return file
+
+    def _read_piece(self, piece: PlacedPiece, out: np.ndarray, offset: int, what: str) -> None:
+        path = self._store.path(piece.digest)
+        if not path.exists():
+            if self._fetch is None:
+                raise BadCheckpoint(
+                    f"{what}: piece {piece.digest[:12]} is not on this host",
+                    hint="it was removed meanwhile (potluck cache clear?): load the model again",
+                )
+            self._fetch(Piece(piece.digest, piece.num_bytes))
+        with self._files.descriptor(path, piece.num_bytes) as fd:
+            read_exactly(fd, out, offset, what)
