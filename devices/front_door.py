@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from devices.credentials import Code, Invite, Offered, Refusal
+from devices.identity import fingerprint
 from devices.interfaces import lan_address
 from devices.lines import HungUp, Lines
 from devices.members import clean_name, clean_words
@@ -254,6 +255,7 @@ class FrontDoor:
         except PotluckError as error:
             self._say(f"{candidate.name} could not be let in: {error.message}")
             return Outcome(decision="failed")
+        self._say(f"{member.name} ({fingerprint(member.key)}) has paired")
         return Outcome(decision="allowed", name=member.name)
 
     def _ask(self, candidate: Candidate) -> Outcome:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from potluck.commands import bench, chat, demo, join, key, models, plan, replan, run, status, up
+from potluck.commands import bench, chat, demo, devices, join, key, models, plan, replan, run, status, up
 from potluck.terminal import data, errors
 from transport.errors import PotluckError
 
@@ -38,7 +38,7 @@ def options(
     """Pool the devices of a home to serve one large language model."""
 
 
-for command in (demo, up, join, run, chat, plan, status, replan, bench, models, key):
+for command in (demo, up, join, devices, run, chat, plan, status, replan, bench, models, key):
     command.register(app)
 
 
