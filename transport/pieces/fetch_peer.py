@@ -22,7 +22,7 @@ from transport.pieces.store import PieceStore
 from transport.pieces.window import Window
 
 SILENT_AFTER_S = 5.0
-HOLDINGS_AGAIN_S = 1.0
+HOLDINGS_AGAIN_S = 0.5
 _MOST_ASKS = 32
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
@@ -77,6 +77,7 @@ class FetchPeer:
         self._tokens = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
         self._asked_bytes = 0
+        self._active: dict[str, _Active] = {}
         self._asking: _Active | None = None
         self._retry_s = _FIRST_RETRY_S
         self._next_try_s = now_s
@@ -161,11 +162,8 @@ class FetchPeer:
             self.line.close()
             self.line = None
         self._knows_holdings = False
-        active = {id(asked.active): asked.active for asked in self._asked.values()}
-        if self._asking is not None:
-            active[id(self._asking)] = self._asking
-        for each in active.values():
-            self._drop(each)
+        for active in list(self._active.values()):
+            self._drop(active)
         self._asked.clear()
         self._asked_bytes = 0
         self._asking = None
@@ -226,6 +224,7 @@ class FetchPeer:
                 partial.restart()
             had_bytes = partial.num_bytes
             active = _Active(piece, partial, asked=had_bytes, received=had_bytes, is_its_own=not had_bytes)
+            self._active[piece.digest] = active
             if had_bytes < piece.num_bytes:
                 self._asking = active
                 return active
@@ -283,6 +282,7 @@ class FetchPeer:
         """All of it has come."""
         shared, digest = self._shared, active.piece.digest
         active.is_over = True
+        del self._active[digest]
 
         def committed(error: BaseException | None) -> None:
             if error is None:
@@ -306,6 +306,7 @@ class FetchPeer:
         if active.is_over:
             return
         active.is_over = True
+        del self._active[active.piece.digest]
 
         def closed(error: BaseException | None) -> None:
             if error is not None:

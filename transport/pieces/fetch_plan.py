@@ -104,6 +104,10 @@ class FetchPlan:
         """Whether there are pending pieces that it is not known to have."""
         return any(not self._has(key, self._wanted[digest]) for digest in self._pending)
 
+    def lacks(self, key: str) -> bool:
+        """Whether it has nothing of what is pending, as far as is known."""
+        return not any(self._may_have(key, self._wanted[digest]) for digest in self._pending)
+
     def nowhere(self, usable: Collection[str]) -> Piece | None:
         """A pending piece that every peer is known to lack, if all that are not refused are usable."""
         asked = [key for key, peer in self._peers.items() if not peer.is_refused]
@@ -113,9 +117,6 @@ class FetchPlan:
             if not any(self._may_have(key, self._wanted[digest]) for key in asked):
                 return self._wanted[digest].piece
         return None
-
-    def first_pending(self) -> Piece | None:
-        return next((self._wanted[digest].piece for digest in self._pending), None)
 
     def _find(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> str | None:
         if self._peers[key].is_refused:

@@ -199,11 +199,13 @@ class _Fetch:
             raise self._failed(f"nothing came for {self._patience_s:.0f} s")
 
     def _failed(self, why: str) -> DownloadFailed:
-        tried = "; ".join(f"{peer.peer.name}: {_state(peer)}" for peer in self.peers)
+        tried = "; ".join(f"{peer.peer.name}: {_state(peer, self._shared.plan)}" for peer in self.peers)
         return DownloadFailed(f"{self._what} can't be got from the pool: {why} ({tried})", hint=_HINT)
 
 
-def _state(peer: FetchPeer) -> str:
+def _state(peer: FetchPeer, plan: FetchPlan) -> str:
     if peer.is_refused:
         return f"refused, {peer.reason}"
-    return "it does not have what is missing" if peer.is_usable else peer.reason
+    if not peer.is_usable:
+        return peer.reason
+    return "it does not have what is missing" if plan.lacks(peer.peer.key) else "it is connected"

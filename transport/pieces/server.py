@@ -6,6 +6,7 @@ connection, further requests wait here, and members are answered in turns.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -53,6 +54,7 @@ _MAX_REQUESTS_AT_ONCE = 64
 _ROUNDS_AT_ONCE = 4
 _TAKES_NOTHING_S = 30.0
 _LOOK_S = 0.25
+_UNBOUND_WITHIN_S = 0.5
 
 _MORE = int(zmq.SNDMORE)
 _NO_WAIT = int(zmq.DONTWAIT)
@@ -106,11 +108,21 @@ class PieceServer:
         except Exception:
             log.exception("this host gives no pieces any more")
         finally:
+            self._unbind()
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(0)
             self._files.close()
             self._wake.close()
+
+    def _unbind(self) -> None:
+        """The next server shall find the port free: libzmq closes it in its own thread."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.unbind(self.endpoint)
+            deadline_s = time.monotonic() + _UNBOUND_WITHIN_S
+            while self._monitor.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+                if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_CLOSED:
+                    return
 
     def _turn(self) -> None:
         wait_ms = int(self._peers.wait_s(time.monotonic(), _LOOK_S) * 1000 + 0.999)

@@ -10,7 +10,7 @@ from transport.pieces.messages import PART_BYTES
 FIRST_BYTES = 4 * PART_BYTES
 """1 MiB: what fills 1 Gbit/s with a round trip of 8 ms."""
 
-MOST_BYTES = 32 * PART_BYTES
+MOST_BYTES = 16 * PART_BYTES
 SLOW_PART_BYTES = PART_BYTES // 4
 LEAST_BYTES = 2 * SLOW_PART_BYTES
 _WORTH_IT = 1.08

@@ -1,0 +1,149 @@
+"""What hosts say about pieces: whatever comes off the wire is either well-formed or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transport.errors import BadMessage
+from transport.pieces.messages import (
+    MAX_HEADER_BYTES,
+    MAX_REQUEST_BYTES,
+    MAX_SPEED_TEST_BYTES,
+    PART_BYTES,
+    Answer,
+    Ask,
+    Held,
+    Holdings,
+    Missing,
+    Part,
+    Refused,
+    Request,
+    SpeedTest,
+    bitmap_of,
+    decode_answer,
+    decode_request,
+    encode,
+    is_held,
+)
+from transport.pieces.piece import MAX_PIECE_BYTES
+
+DIGEST = "0123456789abcdef" * 4
+NO_DIGESTS = ("", "abc", DIGEST.upper(), DIGEST[:-1] + "/", "../" * 21 + "a", "/etc/passwd", DIGEST + "\n", DIGEST * 2)
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=80) | st.binary(),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+tagged = st.tuples(
+    st.sampled_from(["ask", "holdings", "speed_test", "part", "missing", "held", "refused", "other"]),
+    st.integers(-5, 2**63) | st.text(max_size=5),
+    st.sampled_from([DIGEST, *NO_DIGESTS]) | st.integers(-1, 2**40) | st.binary(max_size=20),
+    st.integers(-1, 2**40),
+    st.integers(-1, 2**40),
+)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Ask(1, DIGEST, 0, 1), Ask(2, DIGEST, MAX_PIECE_BYTES, PART_BYTES), Holdings(3, DIGEST), SpeedTest(4, 1)],
+)
+def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
+    assert decode_request([encode(request_)]) == request_
+
+
+@pytest.mark.parametrize(
+    ("answer", "buffers"),
+    [
+        (Part(1, DIGEST, 5), [bytes(PART_BYTES)]),
+        (Part(1, "", 5), [b""]),
+        (Missing(1, DIGEST), []),
+        (Held(1, bytes(100)), []),
+        (Refused("no"), []),
+    ],
+)
+def test_an_answer_comes_out_as_it_went_in(answer: Answer, buffers: list[bytes]) -> None:
+    assert decode_answer([encode(answer), *buffers]) == answer
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [encode(Ask(1, DIGEST, 0, 1)), b""],
+        [encode(Ask(-1, DIGEST, 0, 1))],
+        [encode(Ask(1, DIGEST, -1, 1))],
+        [encode(Ask(1, DIGEST, MAX_PIECE_BYTES + 1, 1))],
+        [encode(Ask(1, DIGEST, 0, 0))],
+        [encode(Ask(1, DIGEST, 0, PART_BYTES + 1))],
+        [encode(SpeedTest(1, MAX_SPEED_TEST_BYTES + 1))],
+        [encode(SpeedTest(1, 0))],
+        [encode(Missing(1, DIGEST))],
+        [msgspec.msgpack.encode(["ask", 1, DIGEST, 0, 1, "more"])],
+        [b" " * (MAX_REQUEST_BYTES + 1)],
+        [b"\x91" * MAX_REQUEST_BYTES],
+        *([encode(Ask(1, name, 0, 1))] for name in NO_DIGESTS),
+        *([encode(Holdings(1, name))] for name in NO_DIGESTS),
+    ],
+)
+def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(BadMessage):
+        decode_request(frames)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [encode(Part(1, DIGEST, 0))],
+        [encode(Part(1, DIGEST, 0)), b"", b""],
+        [encode(Part(1, DIGEST, 0)), bytes(PART_BYTES + 1)],
+        [encode(Part(1, DIGEST, -1)), b""],
+        [encode(Part(1, "../x", 0)), b""],
+        [encode(Missing(1, "")), b""],
+        [encode(Missing(1, ""))],
+        [encode(Held(1, b"")), b""],
+        [encode(Refused("x" * 1000))],
+        [encode(Ask(1, DIGEST, 0, 1))],
+        [bytes(MAX_HEADER_BYTES + 1)],
+    ],
+)
+def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(BadMessage):
+        decode_answer(frames)
+
+
+@given(st.lists(st.binary(max_size=300) | plain.map(msgspec.msgpack.encode), max_size=3))
+def test_no_bytes_do_harm(frames: list[bytes]) -> None:
+    for decode in (decode_request, decode_answer):
+        with pytest.raises(BadMessage):
+            decode(frames)
+            raise BadMessage("it was well-formed")
+
+
+@given(tagged)
+def test_what_gets_through_is_within_its_bounds(fields: tuple[Any, ...]) -> None:
+    for length in range(1, len(fields) + 1):
+        frame = msgspec.msgpack.encode(fields[:length])
+        try:
+            request = decode_request([frame])
+        except BadMessage:
+            continue
+        if isinstance(request, SpeedTest):
+            assert 1 <= request.num_bytes <= MAX_SPEED_TEST_BYTES
+        else:
+            assert request.digest == DIGEST
+        if isinstance(request, Ask):
+            assert 0 <= request.offset <= MAX_PIECE_BYTES and 1 <= request.num_bytes <= PART_BYTES
+
+
+@given(st.lists(st.booleans(), max_size=70))
+def test_a_bitmap_says_what_is_held_and_nothing_follows_it(held: list[bool]) -> None:
+    bitmap = bitmap_of(held)
+    assert [is_held(bitmap, index) for index in range(len(held) + 20)] == held + [False] * 20

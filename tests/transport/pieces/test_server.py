@@ -1,0 +1,239 @@
+"""A piece server and who talks to it: members, some of them hostile, and strangers. Real sockets, CURVE, loopback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import zmq
+
+from tests.transport.pieces.pool import Host, Model, Pool
+from transport.curve import Curve, KeyPair, new_key_pair
+from transport.pieces.bulk_options import set_bulk_options
+from transport.pieces.messages import (
+    MAX_ANSWER_FRAME_BYTES,
+    PART_BYTES,
+    Answer,
+    Ask,
+    Held,
+    Holdings,
+    Missing,
+    Part,
+    Refused,
+    SpeedTest,
+    decode_answer,
+    encode,
+    is_held,
+)
+from transport.pieces.speed import link_speed
+from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, MAX_WAITING
+
+MODEL = Model(3 * PART_BYTES, 1000)
+WITHIN_MS = 10_000
+PATHS = ("../../etc/passwd", "/etc/passwd", "", "a" * 63 + "/", MODEL.pieces[0].digest.upper())
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    with Pool(tmp_path) as pool:
+        yield pool
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+class Client:
+    """A bare DEALER. Without `keys` it speaks no CURVE."""
+
+    def __init__(self, stack: ExitStack, server: Host, keys: KeyPair | None, **options: Any) -> None:
+        context: Any = zmq.Context()
+        stack.callback(context.destroy, 0)
+        self.socket = context.socket(zmq.DEALER)
+        set_bulk_options(self.socket, max_message_bytes=MAX_ANSWER_FRAME_BYTES)
+        for option, value in options.items():
+            self.socket.set(getattr(zmq, option), value)
+        if keys is not None:
+            Curve(context, keys).towards(server.keys.public)(self.socket)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        assert server.server is not None
+        self.socket.connect(server.server.endpoint)
+
+    def say(self, *frames: bytes) -> None:
+        assert self.socket.poll(WITHIN_MS, zmq.POLLOUT)
+        self.socket.send_multipart(frames)
+
+    def hear(self) -> tuple[Answer, bytes]:
+        assert self.socket.poll(WITHIN_MS), "no answer"
+        frames = self.socket.recv_multipart()
+        return decode_answer(frames), frames[1] if len(frames) == 2 else b""
+
+    def ask(self, digest: str, offset: int = 0, num_bytes: int = PART_BYTES) -> tuple[Answer, bytes]:
+        self.say(encode(Ask(7, digest, offset, num_bytes)))
+        return self.hear()
+
+    def is_served(self) -> bool:
+        return self.ask(MODEL.pieces[1].digest) == (Part(7, MODEL.pieces[1].digest, 0), MODEL.contents[1])
+
+
+def member(stack: ExitStack, pool: Pool, server: Host, **options: Any) -> Client:
+    keys = new_key_pair()
+    pool.members.add(keys.public)
+    return Client(stack, server, keys, **options)
+
+
+def test_a_member_gets_what_is_in_a_piece_and_no_more_than_that(pool: Pool, stack: ExitStack) -> None:
+    client = member(stack, pool, pool.server("head", MODEL))
+    digest, content = MODEL.pieces[0].digest, MODEL.contents[0]
+    assert client.ask(digest, 5, 10) == (Part(7, digest, 5), content[5:15])
+    assert client.ask(digest, len(content) - 3) == (Part(7, digest, len(content) - 3), content[-3:])
+    assert client.ask(digest, len(content)) == (Part(7, digest, len(content)), b"")
+    assert client.ask("0" * 64) == (Missing(7, "0" * 64), b"")
+
+
+def test_a_server_says_what_it_holds(pool: Pool, stack: ExitStack) -> None:
+    client = member(stack, pool, pool.server("head", MODEL, [1]))
+    client.say(encode(Holdings(3, MODEL.digest)))
+    answer, _ = client.hear()
+    assert isinstance(answer, Held)
+    assert [is_held(answer.bitmap, index) for index in range(3)] == [False, True, False]
+    for unknown in ("0" * 64, MODEL.pieces[1].digest):
+        client.say(encode(Holdings(4, unknown)))
+        assert client.hear() == (Held(4, b""), b"")
+
+
+def test_links_can_be_measured(pool: Pool) -> None:
+    head, other = pool.server("head"), pool.host("other")
+    assert link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e6
+
+
+@pytest.mark.parametrize("digest", PATHS)
+def test_what_is_no_digest_opens_nothing(pool: Pool, stack: ExitStack, digest: str) -> None:
+    server = pool.server("head", MODEL)
+    client = member(stack, pool, server)
+    answer, _ = client.ask(digest)
+    assert isinstance(answer, Refused)
+    client.say(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+    assert not client.socket.poll(100), "who breaks the rules gets nothing more"
+    assert member(stack, pool, server).is_served()
+
+
+def test_strangers_and_those_without_encryption_get_nothing(pool: Pool, stack: ExitStack) -> None:
+    server = pool.server("head", MODEL)
+    strangers = [Client(stack, server, new_key_pair()), Client(stack, server, None, IMMEDIATE=0)]
+    for stranger in strangers:
+        stranger.socket.setsockopt(zmq.SNDTIMEO, 100)
+        for _ in range(3):
+            try:
+                stranger.socket.send(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+            except zmq.Again:
+                break  # It never gets a connection.
+    assert member(stack, pool, server).is_served()
+    assert not any(stranger.socket.poll(200) for stranger in strangers)
+    assert server.server is not None and server.server.sent_bytes == len(MODEL.contents[1])
+
+
+def test_garbage_and_frames_that_are_too_large_harm_nobody_else(pool: Pool, stack: ExitStack) -> None:
+    server = pool.server("head", MODEL)
+    for frames in ([b"garbage"], [b""], [b"a"] * 50, [bytes(2000)], [bytes(2**20)]):
+        client = member(stack, pool, server)
+        client.say(*frames)
+        # A frame beyond the limit ends the connection; all else is answered once.
+        ready = dict(zmq.zmq_poll([(client.socket, zmq.POLLIN), (client.monitor, zmq.POLLIN)], WITHIN_MS))
+        assert ready
+        if client.socket in ready:
+            assert isinstance(client.hear()[0], Refused)
+    assert member(stack, pool, server).is_served()
+
+
+def test_a_member_that_asks_for_much_and_takes_nothing_costs_little(pool: Pool, stack: ExitStack) -> None:
+    server = pool.server("head", MODEL)
+    assert member(stack, pool, server).is_served()
+    before = psutil.Process().memory_info().rss
+    ask = encode(Ask(7, MODEL.pieces[0].digest, 0, PART_BYTES))
+    # Small buffers: this process holds the other end too.
+    within_the_rules = member(stack, pool, server, RCVHWM=1, RCVBUF=2**16)
+    for _ in range(MAX_WAITING):
+        within_the_rules.say(ask)
+    beyond = member(stack, pool, server, RCVHWM=1, RCVBUF=2**16)
+    for _ in range(10_000):
+        try:
+            beyond.socket.send(ask, zmq.DONTWAIT)
+        except zmq.Again:
+            time.sleep(0.001)
+    assert member(stack, pool, server).is_served()
+    assert psutil.Process().memory_info().rss - before < 8 * 2**20
+    # Who then takes it gets all of it.
+    assert [within_the_rules.hear()[1] for _ in range(MAX_WAITING)] == [MODEL.contents[0][:PART_BYTES]] * MAX_WAITING
+
+
+def test_a_host_can_not_open_as_many_connections_as_it_likes(pool: Pool, stack: ExitStack) -> None:
+    server, keys = pool.server("head", MODEL), new_key_pair()
+    pool.members.add(keys.public)
+    clients = [Client(stack, server, keys) for _ in range(MAX_CONNECTIONS_PER_KEY)]
+    assert all(client.is_served() for client in clients)
+    one_more = Client(stack, server, keys)
+    one_more.say(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+    assert one_more.monitor.poll(WITHIN_MS), "it was not ended"
+    assert all(client.is_served() for client in clients)
+
+
+def test_who_is_revoked_gets_no_more_also_in_the_middle(pool: Pool, stack: ExitStack) -> None:
+    server, keys = pool.server("head", MODEL), new_key_pair()
+    pool.members.add(keys.public)
+    client = Client(stack, server, keys, RCVHWM=2, RCVBUF=2**16)
+    client.say(encode(SpeedTest(1, 64 * 2**20)))
+    came = sum(len(client.hear()[1]) for _ in range(8))
+    pool.members.remove(keys.public)
+    assert server.server is not None
+    while not client.monitor.poll(0):
+        if client.socket.poll(50):
+            came += len(client.hear()[1])
+    assert came < 8 * 2**20
+    sent = server.server.sent_bytes
+    # It comes back at once, and is not let in.
+    client.socket.setsockopt(zmq.SNDTIMEO, 500)
+    with pytest.raises(zmq.Again):
+        client.socket.send(encode(SpeedTest(1, 64 * 2**20)))
+    assert server.server.sent_bytes == sent
+
+
+def test_an_idle_member_that_is_revoked_is_cut_off_too(pool: Pool, stack: ExitStack) -> None:
+    server, keys = pool.server("head", MODEL), new_key_pair()
+    pool.members.add(keys.public)
+    client, other = Client(stack, server, keys), member(stack, pool, server)
+    assert client.is_served() and other.is_served()
+    pool.members.remove(keys.public)
+    assert client.monitor.poll(WITHIN_MS)
+    assert other.is_served() and not other.monitor.poll(0)
+
+
+def test_a_routing_id_can_not_be_taken_over(pool: Pool, stack: ExitStack) -> None:
+    server = pool.server("head", MODEL)
+    owner = member(stack, pool, server, ROUTING_ID=b"the-same")
+    assert owner.is_served()
+    thief = member(stack, pool, server, ROUTING_ID=b"the-same")
+    thief.socket.setsockopt(zmq.SNDTIMEO, 500)
+    with suppress(zmq.Again):
+        thief.socket.send(encode(Ask(7, MODEL.pieces[0].digest, 0, 1)))
+    for _ in range(20):
+        assert owner.is_served()
+    assert not thief.socket.poll(0)
+
+
+def test_a_server_that_is_closed_leaves_its_port_and_no_threads(pool: Pool, stack: ExitStack) -> None:
+    server = pool.server("head", MODEL)
+    assert member(stack, pool, server).is_served()
+    assert server.server is not None
+    server.server.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "pieces"]
+    pool.serve(server, server.server.endpoint)
+    assert member(stack, pool, server).is_served()
