@@ -1,4 +1,7 @@
-"""Ends of a link to measure: Potluck's own links, and ZeroMQ alone with the same bytes, over the same transports."""
+"""Ends of a link to measure: Potluck's own links, and ZeroMQ alone with the same bytes, over the same transports.
+
+Over TCP Potluck's links have CURVE, always. ZeroMQ alone also goes without: the difference is what encryption costs.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ import numpy as np
 import zmq
 
 from transport.codec import EdgeLimits, encode
-from transport.endpoints import bind
+from transport.curve import Curve, Guard, Prepare, only
+from transport.endpoints import bind, is_tcp
 from transport.messages import DTYPE_BYTES, DType, Entry, Fence, Hidden, SequenceId
 from transport.zmq_link import ZmqReceiver, ZmqSender, set_options
 
 Carrier = Literal["ipc", "tcp", "curve"]
 Way = Literal["potluck", "raw"]
+CARRIERS: tuple[Carrier, ...] = ("ipc", "tcp", "curve")
+WAYS: dict[Carrier, tuple[Way, ...]] = {"ipc": ("raw", "potluck"), "tcp": ("raw",), "curve": ("raw", "potluck")}
 
 _FENCE = Fence("bench-hops", 1, "0123456789abcdef")
 _DTYPE: DType = "bfloat16"
@@ -28,20 +34,18 @@ _WEIGHTS_BYTES = 2**25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """CURVE keys of one end, and the public one of the other: an end is the server of what comes to it."""
+    """This end's CURVE keys, and the other one's public key: each end lets the other one in, and nobody else."""
 
-    public: bytes
-    secret: bytes
-    other: bytes
+    curve: Curve
+    other: str
 
-    def serve(self, sock: zmq.Socket[bytes]) -> None:
-        sock.setsockopt(zmq.CURVE_SERVER, 1)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
+    def guard(self) -> Guard:
+        """For the socket where the other end connects."""
+        return self.curve.guard(only(self.other))
 
-    def connect(self, sock: zmq.Socket[bytes]) -> None:
-        sock.setsockopt(zmq.CURVE_SERVERKEY, self.other)
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, self.public)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
+    def towards(self) -> Prepare:
+        """For the socket that connects to the other end."""
+        return self.curve.towards(self.other)
 
 
 class Step:
@@ -88,12 +92,13 @@ class PotluckEnd:
         self._context = context
         self._step = step
         self._keys = keys
-        self._receiver = ZmqReceiver(context, endpoint, step.limits, prepare=keys.serve if keys else None)
+        guard = keys.guard() if keys else None
+        self._receiver = ZmqReceiver(context, endpoint, step.limits, guard=guard)
         self._sender: ZmqSender | None = None
         self.endpoint = self._receiver.endpoint
 
     def connect(self, endpoint: str) -> None:
-        prepare = self._keys.connect if self._keys else None
+        prepare = self._keys.towards() if self._keys else None
         self._sender = ZmqSender(self._context, endpoint, self._step.limits, name="a bench", prepare=prepare)
 
     def send(self, number: int) -> None:
@@ -119,11 +124,11 @@ class RawEnd:
         self._in = context.socket(zmq.DEALER)
         self._out = context.socket(zmq.DEALER)
         for sock in (self._in, self._out):
-            set_options(sock, max_message_bytes=step.limits.max_message_bytes)
+            set_options(sock, max_message_bytes=step.limits.max_message_bytes, on_network=is_tcp(endpoint))
         self._in.setsockopt(zmq.RCVTIMEO, int(_ANSWER_S * 1000))
         if keys is not None:
-            keys.serve(self._in)
-            keys.connect(self._out)
+            keys.guard().prepare(self._in)
+            keys.towards()(self._out)
         self.endpoint = bind(self._in, endpoint)
 
     def connect(self, endpoint: str) -> None:

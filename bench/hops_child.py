@@ -13,6 +13,7 @@ import zmq
 from bench.child_loop import Handlers, reply_pipe, serve
 from bench.hop_ends import ENDS, Carrier, End, Keys, Step, Way, Weights
 from transport.codec import decode_data, encode
+from transport.curve import Curve, new_key_pair
 from transport.endpoints import tcp_endpoint
 
 _NUM_WARM_UPS = 10
@@ -24,14 +25,13 @@ class Child:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        public, self._secret = zmq.curve_keypair()
-        self._public = public
+        self._curve = Curve(self._context, new_key_pair())
         self._weights = Weights()
         self._steps: dict[str, Step] = {}
         self._ends: dict[str, End] = {}
 
     def ready(self) -> dict[str, Any]:
-        return {"public": self._public.decode()}
+        return {"public": self._curve.keys.public}
 
     def step(self, name: str, entries: int, tokens: int, hidden_size: int) -> dict[str, Any]:
         self._steps[name] = Step(entries=entries, tokens=tokens, hidden_size=hidden_size)
@@ -39,7 +39,7 @@ class Child:
 
     def listen(self, link: str, way: Way, carrier: Carrier, step: str, other: str) -> dict[str, Any]:
         endpoint = f"ipc://{self._run_dir}/{len(self._ends)}" if carrier == "ipc" else tcp_endpoint("127.0.0.1")
-        keys = Keys(public=self._public, secret=self._secret, other=other.encode()) if carrier == "curve" else None
+        keys = Keys(curve=self._curve, other=other) if carrier == "curve" else None
         self._ends[link] = end = ENDS[way](self._context, endpoint, self._steps[step], keys)
         return {"endpoint": end.endpoint}
 
@@ -76,6 +76,7 @@ class Child:
     def close(self) -> dict[str, Any]:
         for end in self._ends.values():
             end.close()
+        self._curve.close()
         self._context.destroy(0)
         return {}
 

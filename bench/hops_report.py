@@ -26,12 +26,13 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopRow:
-    """One message over one carrier. `encode` and `decode` are parts of `potluck`, measured apart after such pauses."""
+    """One message over one carrier. `encode` and `decode` are parts of `potluck`, measured apart after such pauses;
+    `potluck` is None over TCP without encryption, where Potluck never sends."""
 
     step: str
     carrier: Carrier
     raw: Seconds
-    potluck: Seconds
+    potluck: Seconds | None
     encode: Seconds
     decode: Seconds
 
@@ -45,9 +46,13 @@ def table(rows: Sequence[HopRow], ring: dict[str, Any] | None, pause_ms: float) 
         f"{'encode':>7} {'decode+check':>13} {'rest':>6}",
     ]
     for row in rows:
+        start = f"{row.step:<20} {_CARRIERS[row.carrier]:<15} {_both(row.raw):>14}"
+        if row.potluck is None:
+            lines.append(f"{start} {'–':>14}")
+            continue
         rest_s = row.potluck.p50_s - row.encode.p50_s - row.decode.p50_s
         lines.append(
-            f"{row.step:<20} {_CARRIERS[row.carrier]:<15} {_both(row.raw):>14} {_both(row.potluck):>14}   "
+            f"{start} {_both(row.potluck):>14}   "
             f"{row.encode.p50_s * 1e6:>7.0f} {row.decode.p50_s * 1e6:>13.0f} {rest_s * 1e6:>6.0f}"
         )
     if ring is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from bench.contestant import ROOT, Contestant
 from bench.hardware import facts
 from bench.head_process import CommandProcess
-from bench.lab import Lab, load_spec
+from bench.lab import Lab, join_options, load_spec, pair_hosts
 from bench.scheduling_report import LAB_TARGETS, medians, rounded
 from bench.stage_report import Round, judged
 from potluck.paths import home_dir
@@ -30,7 +30,7 @@ from transport.errors import PotluckError
 
 SECTIONS = ("filled", "prefill")
 _LABS = Path(__file__).parent / "labs"
-_PORTS = (11501, 11502)
+_PORTS = (11511, 11521)
 _MODULE = "bench.lab_scheduling_child"
 
 
@@ -41,6 +41,7 @@ class LabRings(Contestant):
         """Starts everything; `wait` until it is ready."""
         desk, *others = lab.facts.hosts
         address = lab.address(desk)
+        pair_hosts(lab, desk, others, port=_PORTS[0])
         by_hand = ("--layers", layers) if layers else ()
         arguments = ("--model", model, "--name", desk, "--address", address, "--stages", str(len(others)), *by_hand)
         self.name = "a lab's rings"
@@ -68,12 +69,11 @@ class LabRings(Contestant):
         return stages
 
     def _join(self, stack: ExitStack, lab: Lab, host: str, head: str) -> None:
-        network = ("--insecure-lan", "--lan-host", lab.address(host), "--host-name", host)
-
         def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
             return lab.popen(host, command, **options)
 
-        process = CommandProcess(["join", "--head", head, *network, "--device", "torch:cpu", "--threads", "1"], popen)
+        device = ("--device", "torch:cpu", "--threads", "1")
+        process = CommandProcess(["join", *join_options(lab, host, head), *device], popen)
         stack.callback(process.stop)
 
 

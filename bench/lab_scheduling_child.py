@@ -20,10 +20,11 @@ from bench.scheduling_pool import pool_of_hosts
 from bench.scheduling_prompts import Prompts
 from bench.scheduling_report import filled_ring
 from bench.scheduling_streams import drive, hops_of, run_steadily
+from devices.identity import load_keys
 from potluck.config import Settings
 from potluck.engine.tokenizer import Tokenizer
 from potluck.lan import ThisHost
-from potluck.paths import home_dir
+from potluck.paths import home_dir, identity_dir
 from potluck.store import Store
 
 # KV for about 60 chats of them.
@@ -39,11 +40,11 @@ def main() -> int:
     parser.add_argument("--address", required=True, help="this host's")
     parser.add_argument("--stages", type=int, required=True)
     parser.add_argument(
-        "--ports", type=int, nargs=2, required=True, help="of the engine's pool and of the driven one's"
+        "--ports", type=int, nargs=2, required=True, help="of the doors of the engine's pool and of the driven one's"
     )
     parser.add_argument("--layers", default=None, help="as `potluck up` takes it; default: the planner's")
     options = parser.parse_args()
-    here = ThisHost(name=options.name, address=options.address)
+    here = ThisHost(name=options.name, address=options.address, keys=load_keys(identity_dir()))
     model = Store(home_dir()).resolve(options.model)
     prompts = Prompts(Tokenizer(model.path), model.spec.vocab_size)
     wanted = Settings(

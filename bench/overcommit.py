@@ -25,18 +25,21 @@ import msgspec
 
 from bench.hardware import facts
 from bench.head_process import CommandProcess
-from bench.lab import HostSpec, Lab, LabSpec
+from bench.lab import HostSpec, Lab, LabSpec, head_options, join_options, pair_hosts
+from bench.lab.pairing import home_of
 from bench.prediction import LLAMA_1B, random_model
 from devices.device import HOST_MEMORY, Device
+from devices.identity import load_keys
 from planner.demand import HEAD_RESERVE_BYTES
 from planner.plan import StagePlan
 from potluck.config import Settings
 from potluck.planning import estimated_times, plan_for, register_of
 from potluck.store import StoredModel
+from transport.endpoints import tcp_endpoint
 from transport.errors import PotluckError
+from transport.key_file import KEY_FILE
 
 _HEAD, _SECOND = "desk", "second"
-_CONTROL_PORT = 11501
 _STARTS_WITHIN_S = 60.0
 _UP_WITHIN_S = 900.0
 _ANSWER_WITHIN_S = 1200.0
@@ -94,7 +97,8 @@ class Experiment:
             lab = stack.enter_context(Lab(_lab_of(limits)))
             started = self._up(stack, lab, "--layers", layers, "--wait-for", "2")
             started.wait_for_file(lab.facts.folder / _HEAD / "run" / "head.json", _STARTS_WITHIN_S)
-            _command(stack, lab, _SECOND, ["join", "--head", _control(lab), *_network(lab, _SECOND), *_DEVICE])
+            door = pair_hosts(lab, _HEAD, [_SECOND])
+            _command(stack, lab, _SECOND, ["join", *join_options(lab, _SECOND, door), *_DEVICE])
             return self._outcome(lab, started, needed)
 
     def refused(self, part: float) -> str | None:
@@ -126,16 +130,19 @@ class Experiment:
         return self.stages([name], f"{name}={self._model.spec.num_layers}")[0].memory_bytes
 
     def _up(self, stack: ExitStack, lab: Lab, *options: str) -> CommandProcess:
-        port = ("--lan-port", str(_CONTROL_PORT))
-        arguments = ["up", self._model.name, *self._options, *_network(lab, _HEAD), *port, *_DEVICE, *options, "--json"]
+        network = head_options(lab, _HEAD)
+        arguments = ["up", self._model.name, *self._options, *network, *_DEVICE, *options, "--json"]
         return _command(stack, lab, _HEAD, arguments)
 
     def _forged_worker(self, stack: ExitStack, lab: Lab, name: str) -> None:
         register = register_of(_device(name, _PLENTY_BYTES), address=lab.address(_SECOND))
         run_dir = Path(lab.facts.folder) / _SECOND / "run" / "forged"
         run_dir.mkdir(parents=True)
-        arguments = ["--control", f"tcp://{_control(lab)}", "--run-dir", str(run_dir)]
+        door = pair_hosts(lab, _HEAD, [_SECOND])
+        arguments = ["--control", _control(lab, door), "--run-dir", str(run_dir)]
         arguments += ["--register", msgspec.json.encode(register).decode()]
+        head_key = load_keys(home_of(lab, _HEAD) / "identity").public
+        arguments += ["--keys", str(home_of(lab, _SECOND) / "identity" / KEY_FILE), f"--head-key={head_key}"]
         command = [sys.executable, "-P", "-m", "shard.worker", *arguments]
         worker = lab.popen(
             _SECOND, command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, environment={"OMP_NUM_THREADS": "1"}
@@ -169,12 +176,14 @@ def _command(stack: ExitStack, lab: Lab, host: str, arguments: Sequence[str]) ->
     return process
 
 
-def _control(lab: Lab) -> str:
-    return f"{lab.address(_HEAD)}:{_CONTROL_PORT}"
-
-
-def _network(lab: Lab, host: str) -> tuple[str, ...]:
-    return ("--insecure-lan", "--lan-host", lab.address(host), "--host-name", host)
+def _control(lab: Lab, door: str) -> str:
+    """Where workers of other hosts register; the door says so."""
+    host, _, port = door.partition(":")
+    ask = f"from devices.pair_client import ask_door; print(ask_door({host!r}, {port}).control_port)"
+    done = lab.run(_SECOND, [sys.executable, "-c", ask], limited=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["the head's door does not answer"])[-1])
+    return tcp_endpoint(host, int(done.stdout))
 
 
 def _lab_of(limits: dict[str, int | None] | dict[str, int]) -> LabSpec:

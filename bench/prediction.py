@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.hardware import facts
 from bench.head_process import CommandProcess
-from bench.lab import Lab, LabError, LabSpec, load_spec
+from bench.lab import Lab, LabError, LabSpec, head_options, join_options, load_spec, pair_hosts
 from bench.prediction_report import Visit, summary
 from bench.random_checkpoint import LlamaShape, write_checkpoint
 from potluck.config import Settings
@@ -39,7 +39,6 @@ LLAMA_1B = LlamaShape(
 )
 _LAB = Path(__file__).parent / "labs" / "three-hosts.toml"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-_CONTROL_PORT = 11501
 _STARTS_WITHIN_S = 60.0
 _UP_WITHIN_S = 1200.0
 _MEASURED_WITHIN_S = 1800.0
@@ -83,6 +82,7 @@ class Experiment:
         self._context = context
         self._lab = lab
         self._names = [host.name for host in spec.hosts]
+        self._door = pair_hosts(lab, self._names[0], self._names[1:])
         self._model = model
         self._chats = chats
         self._say = say
@@ -113,16 +113,13 @@ class Experiment:
     def _start(self, stack: ExitStack, choice: PlanChoice) -> dict[str, Any]:
         """The head's report as it comes up, before anything was asked of it."""
         first, *others = self._names
-        host = self._lab.facts.hosts[first]
-        network = ("--insecure-lan", "--lan-host", host.address, "--host-name", first)
-        up = ("up", self._model.name, *choice.options, *network, "--lan-port", str(_CONTROL_PORT), "--json")
+        up = ("up", self._model.name, *choice.options, *head_options(self._lab, first), "--json")
         devices = ("--device", "torch:cpu", "--threads", "1")
         pool = ("--wait-for", str(len(self._names)), "--concurrency", str(self._chats), "--context", str(self._context))
         head = self._command(stack, first, [*up, *devices, *pool])
         head.wait_for_file(self._lab.facts.folder / first / "run" / "head.json", _STARTS_WITHIN_S)
         for name in others:
-            own = ("--lan-host", self._lab.facts.hosts[name].address, "--host-name", name, "--insecure-lan")
-            self._command(stack, name, ["join", "--head", f"{host.address}:{_CONTROL_PORT}", *own, *devices])
+            self._command(stack, name, ["join", *join_options(self._lab, name, self._door), *devices])
         return head.wait_for_facts(_UP_WITHIN_S)
 
     def _command(self, stack: ExitStack, host: str, arguments: Sequence[str]) -> CommandProcess:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import zmq
+
 from bench.scheduling_pool import BenchPool
 from planner.plan import Plan
 from potluck.pool import PoolWorker
 from potluck.store import StoredModel
 from transport.codec import EdgeLimits
-from transport.endpoints import tcp_endpoint
+from transport.edges import Where
 from transport.messages import (
     Connect,
     Entry,
@@ -172,9 +174,14 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
         context_tokens=plan.context_tokens,
         max_step_tokens=max_step_tokens,
     )
-    on_network = pool.here.address is not None
-    listen = tcp_endpoint(pool.here.address, 0) if pool.here.address else f"ipc://{pool.run_dir}/driver"
-    receiver = ZmqReceiver(pool.context, listen, limits)
+    where: Where = "network" if pool.here.address is not None else "local"
+    # Of who sends to each stage, and of who sends to this process.
+    keys = [pool.pool.own_key, *map(pool.pool.key_of, workers)]
+    # One of its own: the pool's has a handler for its keys already.
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    edges = pool.here.edges(context, pool.run_dir)
+    listen = edges.listen_at(where, "driver")
+    receiver = ZmqReceiver(context, listen, limits, guard=edges.guard(listen, keys[-1]))
     loads = [
         Load(
             fence=fence,
@@ -189,18 +196,24 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
             context_tokens=plan.context_tokens,
             kv_capacity_tokens=plan.kv_capacity_tokens,
             max_step_tokens=max_step_tokens,
-            listen="network" if on_network else "local",
+            listen=where,
             weights=plan.weights,
+            upstream=upstream,
         )
-        for index, stage in enumerate(plan.stages)
+        for index, (stage, upstream) in enumerate(zip(plan.stages, keys[:-1], strict=True))
     ]
     endpoints = pool.pool.listen(list(zip(workers, loads, strict=True)))
-    following = [*endpoints[1:], receiver.endpoint]
-    pool.pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
+    following = [*zip(endpoints[1:], keys[2:], strict=True), (receiver.endpoint, pool.pool.own_key)]
+    pool.pool.connect(
+        [(worker, Connect(fence, next, key)) for worker, (next, key) in zip(workers, following, strict=True)]
+    )
     pool.pool.wait_until_loaded(workers, tick=lambda _: None)
-    sender = ZmqSender(pool.context, endpoints[0], limits, name="the bench")
+    towards = edges.towards(endpoints[0], keys[1])
+    sender = ZmqSender(context, endpoints[0], limits, name="the bench", prepare=towards)
     try:
         yield DrivenRing(pool, workers, fence, sender, receiver)
     finally:
         sender.close()
         receiver.close()
+        edges.close()
+        context.destroy(0)

@@ -19,6 +19,7 @@ from planner.plan import Plan
 from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.ring import Ring
 from potluck.store import StoredModel
+from transport.curve import Prepare
 from transport.messages import Sampling, Stats
 from transport.requests import (
     Aborted,
@@ -80,9 +81,11 @@ class Asked:
 class Door:
     """One client of an engine. Not thread-safe."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, prepare: Prepare | None = None) -> None:
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
+        if prepare is not None:
+            prepare(self._socket)
         self._socket.connect(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[list[EngineEvent]] = msgspec.msgpack.Decoder(list[EngineEvent])
@@ -196,7 +199,7 @@ def engine_ring(
     ring = Ring(pool.pool, model, plan, here=pool.here, run_dir=pool.run_dir, logs=pool.run_dir, epoch=1)
     try:
         ring.bring_up(lambda workers: None)
-        door = Door(pool.context, ring.api_endpoint)
+        door = Door(pool.context, ring.api_endpoint, pool.pool.towards(ring.api_endpoint))
         try:
             door.wait_ready()
             yield EngineRing(name, pool, plan, door, eos_ids)

@@ -8,19 +8,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from planner.plan import Plan
 from potluck.config import Settings
-from potluck.lan import ThisHost
+from potluck.lan import ThisHost, alone
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.planning import device_of, estimated_times, plan_for
 from potluck.pool import Pool, PoolWorker
 from potluck.profiling import pool_times_for
 from potluck.store import StoredModel
+from transport.endpoints import port_of
 from transport.messages import Stats
+
+if TYPE_CHECKING:
+    from potluck.network import Network
 
 _STARTS_WITHIN_S = 120.0
 
@@ -63,22 +68,34 @@ class BenchPool:
 
 
 @contextmanager
-def pool_of_hosts(here: ThisHost, lan_port: int) -> Iterator[BenchPool]:
-    """Of workers of other hosts, which join at `here` by themselves; empty at first."""
-    with _pool(here, lan_port) as found:
+def pool_of_hosts(here: ThisHost, door_port: int) -> Iterator[BenchPool]:
+    """Of workers of other hosts, paired with this one, which join at `door_port` by themselves; empty at first."""
+    from potluck.network import Network  # Here, since zeroconf takes a while to import.
+
+    settings = Settings(lan_host=here.address, lan_port=door_port, discovery=False)
+    network = Network(here, settings, say=lambda line: None)
+    with _pool(here, network) as found, ExitStack() as stack:
+        control = found.pool.control
+        assert control is not None
+        stack.callback(network.close)
+        network.open(port_of(control))
         yield found
 
 
 @contextmanager
 def pool_of_processes(num_stages: int) -> Iterator[BenchPool]:
     """Of worker processes on this host's CPU, one thread each."""
-    here = ThisHost(name="bench")
+    here = alone("bench")
     settings = Settings(devices=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
     devices = offered_devices(settings, say=lambda line: None, host=here.name, is_head=True)
     one_thread = [replace(device, threads=1) for device in devices]
-    with _pool(here, 0) as found, ExitStack() as stack:
+    with _pool(here, None) as found, ExitStack() as stack:
         node = Node(
-            control=found.pool.endpoint, logs=found.run_dir, run_dir=found.run_dir, on_exit=found.pool.report_exit
+            control=found.pool.endpoint,
+            logs=found.run_dir,
+            run_dir=found.run_dir,
+            on_exit=found.pool.report_exit,
+            keys_file=here.keys_file,
         )
         stack.callback(node.stop)
         node.start(one_thread)
@@ -87,7 +104,7 @@ def pool_of_processes(num_stages: int) -> Iterator[BenchPool]:
 
 
 @contextmanager
-def _pool(here: ThisHost, lan_port: int) -> Iterator[BenchPool]:
+def _pool(here: ThisHost, network: Network | None) -> Iterator[BenchPool]:
     run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
@@ -97,7 +114,9 @@ def _pool(here: ThisHost, lan_port: int) -> Iterator[BenchPool]:
             on_fault=lambda worker, error: None,
             on_joined=lambda worker: None,
             here=here,
-            lan_port=lan_port,
+            roster=network.roster if network is not None else None,
+            control=network.control if network is not None else None,
+            pool=network.pool if network is not None else "",
         )
         try:
             yield BenchPool(context, pool, here, run_dir)

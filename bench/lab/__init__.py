@@ -7,6 +7,19 @@ with Lab(spec) as lab:
 
 from bench.lab.errors import LabError
 from bench.lab.lab import Lab, why_not
+from bench.lab.pairing import head_options, join_options, pair_hosts
 from bench.lab.spec import HostSpec, LabSpec, LinkSpec, load_spec, parse_spec
 
-__all__ = ["HostSpec", "Lab", "LabError", "LabSpec", "LinkSpec", "load_spec", "parse_spec", "why_not"]
+__all__ = [
+    "HostSpec",
+    "Lab",
+    "LabError",
+    "LabSpec",
+    "LinkSpec",
+    "head_options",
+    "join_options",
+    "load_spec",
+    "pair_hosts",
+    "parse_spec",
+    "why_not",
+]
