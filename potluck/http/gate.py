@@ -22,6 +22,9 @@ HAS_KEY = "potluck.has_key"
 _OPEN_TO_READ = ("/", "/health")
 _OPEN_FOLDER = "/page/"
 _METHODS = "GET, POST"
+# h11 only bounds a head that comes in pieces.
+_MAX_HEAD_BYTES = 32 * 2**10
+_MAX_HEADERS = 100
 _PREFLIGHT_S = "600"
 # Each says from where or with what right a request comes: two of one say two things.
 _ONCE = ("host", "origin", "authorization", "x-api-key", "content-type", "sec-fetch-site")
@@ -60,6 +63,13 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
+        size = (
+            len(scope["raw_path"])
+            + len(scope["query_string"])
+            + sum(len(name) + len(value) for name, value in headers.raw)
+        )
+        if size > _MAX_HEAD_BYTES or len(headers.raw) > _MAX_HEADERS:
+            raise ApiError(431, "the request's head is too large", code="bad_header")
         for name in _ONCE:
             if len(headers.getlist(name)) > 1:
                 raise ApiError(400, f"more than one {name} header", code="bad_header")

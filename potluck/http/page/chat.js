@@ -1,3 +1,4 @@
+import { hasKey, setKey, takeKeyFromAddress, withKey } from "./key.js";
 import { events } from "./sse.js";
 import { render } from "./text.js";
 
@@ -10,17 +11,23 @@ let model = null;
 let messages = [];
 let running = null; // AbortController of the answer under way
 let hasSendFailed = false;
+let pollTimer = 0;
+
+takeKeyFromAddress();
 
 // The ring's state.
 
 async function poll() {
+  clearTimeout(pollTimer);
   let state = "unreachable", reason = "";
   try {
-    const response = await fetch("/health", { cache: "no-store" });
+    const response = await fetch("/health", { cache: "no-store", headers: withKey() });
     const body = await response.json();
-    [state, reason, model] = [body.status, body.reason ?? "", body.model];
-    $("model").textContent = model;
-    document.title = `${model} – Potluck`;
+    [state, reason, model] = [body.status, body.reason ?? "", body.model ?? null];
+    // Without the right key it says less.
+    if (model === null) state = "locked";
+    $("model").textContent = model ?? "…";
+    document.title = model === null ? "Potluck" : `${model} – Potluck`;
   } catch {
     reason = "Potluck does not answer. Is it still running?";
   }
@@ -29,16 +36,20 @@ async function poll() {
   if (shown.dataset.state !== state || shown.title !== reason) {
     shown.dataset.state = state;
     shown.textContent = state;
-    if (state === "ready" && !hasSendFailed) hideError();
+    if (["ready", "locked"].includes(state) && !hasSendFailed) hideError();
+    if (state === "locked" && hasKey()) showError("This key is not right, or no longer. Its owner sees it with: potluck key");
     if (state === "down") showError(`The ring is down: ${reason}. Restart Potluck to go on.`);
     if (state === "unreachable") showError(`${reason} Start it again with “potluck up”; this page reconnects.`);
   }
   shown.title = reason;
   update();
-  setTimeout(poll, POLL_MS);
+  pollTimer = setTimeout(poll, POLL_MS);
 }
 
 function update() {
+  const isLocked = $("state").dataset.state === "locked";
+  $("unlock").hidden = !isLocked;
+  form.hidden = isLocked;
   send.hidden = running !== null;
   stop.hidden = running === null;
   send.disabled = $("state").dataset.state !== "ready" || !input.value.trim();
@@ -123,7 +134,7 @@ function fail(problem, conversation, question, article, answer, text) {
 async function stream(conversation, answer, article, signal) {
   const response = await fetch("/v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: withKey({ "Content-Type": "application/json" }),
     body: JSON.stringify({
       model,
       messages: conversation,
@@ -168,6 +179,7 @@ function failure(error, status) {
     429: "Others are being served; try again in a moment.",
     503: "Wait until the ring is ready, or restart Potluck.",
     400: "Change the message, or start a new chat.",
+    401: "Enter the key that it has now.",
   }[status] ?? "Try again.";
   return Object.assign(new Error(message), { hint: `${message}. ${advice}`.replace(/\.\. /, ". ") });
 }
@@ -215,6 +227,19 @@ input.addEventListener("input", () => {
   resize();
   update();
 });
+$("unlock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  hasSendFailed = false;
+  $("state").dataset.state = "unknown"; // what is then found is shown, also if it is what was shown before
+  if (!setKey($("key").value)) showError("That is not a key.");
+  else poll();
+  $("key").value = "";
+});
+
+window.addEventListener("hashchange", () => {
+  if (takeKeyFromAddress()) poll();
+});
+
 stop.addEventListener("click", () => running?.abort());
 $("new").addEventListener("click", () => {
   running?.abort();
