@@ -10,7 +10,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from potluck.commands import bench, chat, demo, devices, join, key, models, plan, replan, run, status, up
+from potluck.commands import (
+    bench,
+    chat,
+    demo,
+    devices,
+    join,
+    key,
+    models,
+    plan,
+    replan,
+    run,
+    service,
+    status,
+    uninstall,
+    up,
+    versions,
+)
+from potluck.output_encoding import speak_plainly
 from potluck.terminal import data, errors
 from transport.errors import PotluckError
 
@@ -38,7 +55,23 @@ def options(
     """Pool the devices of a home to serve one large language model."""
 
 
-for command in (demo, up, join, devices, run, chat, plan, status, replan, bench, models, key):
+for command in (
+    demo,
+    up,
+    join,
+    devices,
+    run,
+    chat,
+    plan,
+    status,
+    replan,
+    bench,
+    models,
+    key,
+    service,
+    uninstall,
+    versions,
+):
     command.register(app)
 
 
@@ -50,6 +83,7 @@ def print_error(error: PotluckError, console: Console) -> None:
 
 def main() -> None:
     """Runs the command line. Exits with 1 after an error, which it prints, and with 130 when interrupted."""
+    speak_plainly()
     try:
         app()
     except PotluckError as error:

@@ -1,0 +1,156 @@
+"""`potluck uninstall`: say what Potluck keeps on this host, and remove it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from potluck.head_file import HeadFile
+from potluck.leaving.in_use import refuse_in_use
+from potluck.leaving.inventory import Inventory, Places, take_inventory
+from potluck.leaving.removal import Removed, remove, remove_if_empty
+from potluck.leaving.rules import DOWNLOADS, HUB_PARTS, MODELS, PIECES, RUNTIME, SERVICE
+from potluck.options import JsonOption
+from potluck.paths import config_file, home_dir, runtime_place
+from potluck.service.keeper import keeper
+from potluck.store import Store, StoredModel
+from potluck.terminal import data, errors, gib
+from transport.errors import ConfigError, PotluckError
+
+_SHOWN = 20
+PACKAGE_HINT = "The program itself is removed with: pip uninstall potluck (or by deleting its virtual environment)"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("uninstall")(uninstall)
+
+
+def uninstall(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave models and their pieces.")] = False,
+    hub_cache: Annotated[
+        bool, typer.Option("--hub-cache", help="Also what was pulled into the Hugging Face hub's cache.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove everything that Potluck keeps on this host: models, logs, keys, settings, the service."""
+    console = errors if json_output else data
+    places = _places()
+    stays = (MODELS, DOWNLOADS, HUB_PARTS, PIECES) if keep_models else ()
+    inventory = take_inventory(places)
+    hub = [model for model in Store().list() if model.source.startswith("hf:")]
+    _show(inventory, hub, stays=stays, hub_goes=hub_cache and not keep_models)
+    if dry_run:
+        _write(json_output, _facts(inventory, hub, stays, removed=None))
+        return
+    refuse_in_use(places.home)
+    if not yes:
+        _ask()
+    with HeadFile():  # None starts meanwhile.
+        if hub_cache and not keep_models:
+            for model in hub:
+                Store().remove(model.name)
+        told = keeper().uninstall().said if places.service is not None else ()
+        removed = remove(take_inventory(places), stays=(*stays, SERVICE, RUNTIME))
+    removed = _with_rest(removed, remove(take_inventory(places), stays=stays))
+    remove_if_empty(places.runtime)
+    for line in told:
+        console.print(f"Service: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{gib(removed.num_bytes)} freed. {PACKAGE_HINT}", markup=False, highlight=False, soft_wrap=True)
+    _write(json_output, _facts(inventory, hub, stays, removed=removed))
+    if removed.failed:
+        path, why = removed.failed[0]
+        raise PotluckError(
+            f"{len(removed.failed)} of these could not be removed, {path} for one: {why}", hint="remove them by hand"
+        )
+
+
+def _places() -> Places:
+    from huggingface_hub.constants import HF_HUB_CACHE  # Its import takes a while.
+
+    return Places(
+        home=home_dir(),
+        runtime=runtime_place(),
+        config=config_file(),
+        service=keeper().state().file,
+        hub=Path(HF_HUB_CACHE),
+    )
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("nobody is here to be asked", hint="say --yes to remove it, or --dry-run to see it")
+    if not typer.confirm("Remove all this?", err=True):
+        raise typer.Exit(1)
+
+
+def _with_rest(first: Removed, rest: Removed) -> Removed:
+    return Removed(
+        kept=(*first.kept, *rest.kept), num_bytes=first.num_bytes + rest.num_bytes, failed=first.failed + rest.failed
+    )
+
+
+def _show(inventory: Inventory, hub: list[StoredModel], *, stays: tuple[str, ...], hub_goes: bool) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "what", "size", "where"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "size" else "left")
+    for kept in inventory.kept:
+        fate = "stays" if kept.kind in stays else "goes"
+        table.add_row(fate, kept.title, gib(kept.num_bytes), escape(str(kept.place)))
+    for model in hub:
+        fate = "goes" if hub_goes else "stays"
+        table.add_row(fate, f"{model.name}, in the hub's cache", gib(model.num_bytes), escape(str(model.path)))
+    if table.row_count:
+        errors.print(table, highlight=False)
+    else:
+        errors.print("Potluck keeps nothing on this host.")
+    if hub and not hub_goes:
+        errors.print("The hub's cache is other programs' as well; --hub-cache removes what Potluck pulled into it.")
+    _show_strange(inventory.strange)
+
+
+def _show_strange(strange: tuple[Path, ...]) -> None:
+    if not strange:
+        return
+    errors.print("Not Potluck's, or a link, and therefore left alone:")
+    for path in strange[:_SHOWN]:
+        errors.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    if len(strange) > _SHOWN:
+        errors.print(f"  and {len(strange) - _SHOWN} more")
+
+
+def _facts(
+    inventory: Inventory, hub: list[StoredModel], stays: tuple[str, ...], *, removed: Removed | None
+) -> dict[str, Any]:
+    """`removed` None: nothing was, it is a dry run."""
+    failed = () if removed is None else removed.failed
+    return {
+        "dry_run": removed is None,
+        "kept": [
+            {
+                "kind": kept.kind,
+                "what": kept.title,
+                "bytes": kept.num_bytes,
+                "place": str(kept.place),
+                "paths": [str(path) for path in kept.paths],
+                "goes": kept.kind not in stays,
+            }
+            for kept in inventory.kept
+        ],
+        "hub_cache": [{"model": model.name, "bytes": model.num_bytes, "path": str(model.path)} for model in hub],
+        "left_alone": [str(path) for path in inventory.strange],
+        "freed_bytes": 0 if removed is None else removed.num_bytes,
+        "failed": [{"path": str(path), "why": why} for path, why in failed],
+    }
+
+
+def _write(json_output: bool, facts: dict[str, Any]) -> None:
+    if json_output:
+        data.file.write(json.dumps(facts) + "\n")

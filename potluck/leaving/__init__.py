@@ -1,0 +1,1 @@
+"""Removing what Potluck keeps on this host, and nothing else."""

@@ -1,0 +1,89 @@
+"""Whether Potluck runs on this host with these folders: then they can't be taken from under it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from potluck.paths import own_data_dir
+from transport.errors import AlreadyRunning
+
+_MODULES = ("potluck.cli", "potluck.engine.process", "shard.worker")
+_SCRIPTS = ("potluck", "potluck.exe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """A process, and what it was told to do: "up", "join", "shard.worker"."""
+
+    pid: int
+    does: str
+
+
+def refuse_in_use(home: Path) -> None:
+    """Raises AlreadyRunning if processes of this user work with that folder. A head is told by its lock besides."""
+    users = list(users_of(home))
+    if users:
+        named = ", ".join(f"{user.does} (process {user.pid})" for user in users[:4])
+        raise AlreadyRunning(
+            f"Potluck is running here: {named}",
+            hint="stop it with Ctrl-C in its terminal, or with: potluck service uninstall",
+        )
+    for lock in sorted((home / "locks").glob("*.lock")) if not (home / "locks").is_symlink() else []:
+        if not _is_free(lock):
+            raise AlreadyRunning(f"somebody works on the model {lock.stem}", hint="wait until the pull is done")
+
+
+def users_of(home: Path) -> Iterator[User]:
+    own = _with_parents(os.getpid())
+    for process in psutil.process_iter():
+        try:
+            does = told(process.cmdline()) if process.pid not in own else None
+            if does is not None and _home_of(process.environ()) == home.resolve():
+                yield User(pid=process.pid, does=does)
+        except (psutil.Error, OSError):
+            continue  # Another user's, or just gone.
+
+
+def told(command: Sequence[str]) -> str | None:
+    """What a process of Potluck is told to do by its command line; None for any other process."""
+    for index, word in enumerate(command[:6]):
+        rest = command[index + 1 :]
+        if word == "-m" and rest and rest[0] in _MODULES:
+            return _first_word(rest[1:], rest[0]) if rest[0] == "potluck.cli" else rest[0]
+        if index < 2 and Path(word).name in _SCRIPTS:  # The script itself, or an interpreter's first argument.
+            return _first_word(rest, "potluck")
+    return None
+
+
+def _first_word(words: Sequence[str], otherwise: str) -> str:
+    return f"potluck {next((word for word in words if not word.startswith('-')), '')}".strip() or otherwise
+
+
+def _home_of(environment: dict[str, str]) -> Path:
+    return Path(environment.get("POTLUCK_HOME") or own_data_dir()).resolve()
+
+
+def _with_parents(pid: int) -> Iterable[int]:
+    """This process, and those that started it: on Windows a script is two processes."""
+    try:
+        return {pid, *(parent.pid for parent in psutil.Process(pid).parents())}
+    except psutil.Error:
+        return {pid}
+
+
+def _is_free(path: Path) -> bool:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError:
+        return True  # Not ours to lock, and so to remove: that says more.
+    lock.release()
+    return True

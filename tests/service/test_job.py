@@ -1,0 +1,48 @@
+"""What a service is told to run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from potluck.service.job import job_of
+from transport.errors import ConfigError
+
+
+def test_it_runs_this_installation_by_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = job_of("smollm2", join=False, environment={"POTLUCK_HOME": "store"})
+    assert job.command == (sys.executable, "-P", "-m", "potluck.cli", "up", "smollm2")
+    assert job.environment == {"POTLUCK_HOME": str(tmp_path / "store")}
+    assert job_of(None, join=True, environment={}).command[-1] == "join"
+    assert job_of("./a.gguf", join=False, environment={}).command[-1] == str(tmp_path / "a.gguf")
+    assert job_of("file:a", join=False, environment={}).command[-1] == f"file:{tmp_path / 'a'}"
+    assert job_of("hf:org/name", join=False, environment={}).command[-1] == "hf:org/name"
+
+
+def test_no_secret_gets_into_it() -> None:
+    secrets = {"HF_TOKEN": "hf_1", "OPENAI_API_KEY": "sk", "HF_ENDPOINT": "https://user:word@hub", "POTLUCK_KEY": "k"}
+    assert job_of("m", join=False, environment=secrets).environment == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "join", "environment"),
+    [
+        (None, False, {}),
+        ("", False, {}),
+        ("m", True, {}),
+        ("--host=0.0.0.0", False, {}),
+        ("m\nExecStartPre=/bin/evil", False, {}),
+        ("m\r", False, {}),
+        ("m\0", False, {}),
+        ("m\x85", False, {}),
+        ("m\udcff", False, {}),
+        ("m", False, {"POTLUCK_HOME": "/x\nExecStartPre=/bin/evil"}),
+    ],
+)
+def test_what_can_not_be_told_safely_is_refused(model: str | None, join: bool, environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        job_of(model, join=join, environment=environment)
+    assert refused.value.hint
