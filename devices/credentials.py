@@ -126,7 +126,7 @@ class Refusal:
 class Offered:
     """The code and the invite that a head has given out last, each good for one pairing. Any thread may use it.
 
-    A code is locked after three guesses. One is counted when it begins: who breaks off has seen what a guess tells.
+    A code is locked after three guesses. One is counted before it is answered: who breaks off then has guessed too.
     Nobody guesses 128 bits, so that guesses at an invite are not counted: that would let anyone lock it.
     """
 
@@ -162,6 +162,13 @@ class Offered:
                 return Refusal(reason="locked")
             secret.guesses += 1
             return Attempt(kind=kind, secret=secret.text)
+
+    def withdraw(self, attempt: Attempt) -> None:
+        """The head has not answered: nothing was guessed."""
+        with self._lock:
+            secret = self._secrets.get(attempt.kind)
+            if secret is not None and secret.text == attempt.secret:
+                secret.guesses -= 1
 
     def settle(self, attempt: Attempt, *, is_right: bool, now: float) -> Refusal | None:
         """What came of it. None: the secret was known, and now is used."""

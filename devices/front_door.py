@@ -185,7 +185,11 @@ class FrontDoor:
             attempt = self._offered.begin(begin.kind, now=self._ticks())
             if isinstance(attempt, Refusal):
                 return attempt
-            side = HeadSide(attempt.secret, facts, begin)
+            try:
+                side = HeadSide(attempt.secret, facts, begin)
+            except BadMessage:
+                self._offered.withdraw(attempt)
+                raise
         is_right = False
         try:
             lines.send(side.answer, self._line_timeout_s)

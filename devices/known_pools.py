@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from devices.identity import fingerprint
+from devices.private_file import write_private
 from transport.errors import ConfigError
 
 _VERSION = 1
@@ -106,13 +106,8 @@ def _not_one(text: str | None, pools: tuple[KnownPool, ...], fitting: list[Known
 
 
 def _write(path: Path, pools: tuple[KnownPool, ...]) -> None:
-    new = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, pools=pools)), indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    file = _File(version=_VERSION, pools=pools)
+    write_private(path, msgspec.json.format(msgspec.json.encode(file), indent=1))
 
 
 @contextmanager

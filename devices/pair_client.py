@@ -13,7 +13,7 @@ from msgspec import Struct
 from devices.credentials import MAX_GUESSES, Invite, Kind, parse_code
 from devices.known_pools import KnownPool
 from devices.lines import HungUp, Lines, decoded
-from devices.members import clean_words
+from devices.members import clean_name, clean_words
 from devices.pairing import (
     Answer,
     Confirmed,
@@ -100,7 +100,13 @@ def pair(
         outcome = _decision(lines, side, decision_timeout_s)
         _check_outcome(outcome, facts)
         door = f"{host}:{port}"
-        return KnownPool(pool=facts.pool, key=facts.key, name=facts.name, my_name=outcome.name, doors=(door,))
+        return KnownPool(
+            pool=facts.pool,
+            key=facts.key,
+            name=clean_name(facts.name),
+            my_name=clean_words(outcome.name),
+            doors=(door,),
+        )
     except HungUp as error:
         raise PairingFailed(
             f"the head at {host}:{port} hung up: {error}", hint="is it still up? Try again with a new code"

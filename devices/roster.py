@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -16,6 +15,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from devices.members import VERSION, Member, Roster, clean_name, own_name
+from devices.private_file import write_private
 from transport.errors import ConfigError
 
 __all__ = ["Member", "Roster", "RosterFile", "own_name"]
@@ -165,14 +165,8 @@ class RosterFile:
         )
 
     def _write(self, roster: Roster) -> None:
-        new = self.path.with_suffix(f".{os.getpid()}")
         try:
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(roster), indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.path)
+            write_private(self.path, msgspec.json.format(msgspec.json.encode(roster), indent=1))
         except OSError as error:
             raise ConfigError(
                 f"the list of paired devices can't be written to {self.path}: {error.strerror or error}",

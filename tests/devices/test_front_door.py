@@ -171,6 +171,21 @@ def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
     assert len(house.heard) == 3
 
 
+def test_points_that_are_none_do_not_use_up_guesses(house: House) -> None:
+    code = str(house.door.new_code())
+    for _ in range(4):
+        with contextlib.closing(connection(house)) as sock:
+            lines = Lines(sock)
+            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 1.0)
+            side = JoinerSide(
+                code, lines.receive(DoorFacts, 1.0), kind="code", key=JOINER.public, name="x", platform="y"
+            )
+            lines.send(replace(side.begin, spake=b"A" + bytes(32)), 1.0)
+            assert is_hung_up(sock)
+    assert not house.heard
+    assert house.pair(code).my_name == "mac"
+
+
 @pytest.mark.parametrize(("by", "lifetime_s"), [("code", CODE_LIFETIME_S), ("invite", INVITE_LIFETIME_S)])
 def test_what_is_too_old_is_refused(house: House, by: str, lifetime_s: float) -> None:
     credential = str(house.door.new_code()) if by == "code" else house.door.new_invite()

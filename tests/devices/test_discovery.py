@@ -1,0 +1,144 @@
+"""Finding heads, in a lab whose hosts are namespaces of their own: nothing is sent to the network of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zeroconf import ServiceInfo
+
+from bench.lab import Lab, parse_spec, why_not
+from devices.discovery import SERVICE, Advertiser, FoundPool, find_pools, found_pool, service_info
+from devices.identity import fingerprint
+from transport.errors import ConfigError
+
+POOL, OTHER_POOL = "ab" * 16, "cd" * 16
+in_a_lab = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    hosts = [{"name": "den"}, {"name": "mac"}, {"name": "attic"}]
+    with Lab(parse_spec({"hosts": hosts}), store=tmp_path) as lab:
+        yield lab
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tests.devices.discovery_end", *arguments]
+
+
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def advertise(lab: Lab, host: str, pool: str, port: int) -> IO[str]:
+    """It goes on until what is returned is closed."""
+    child = lab.popen(
+        host, command("advertise", pool, str(port)), environment=ENVIRONMENT, stdin=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    return child.stdin
+
+
+def ask(lab: Lab, host: str, *arguments: str) -> Any:
+    child = lab.popen(host, command(*arguments), environment=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    return json.loads(said)
+
+
+def ip(lab: Lab, host: str, *arguments: str) -> None:
+    lab.run(host, ["ip", *arguments])
+
+
+def door(lab: Lab, host: str, pool: str, port: int) -> dict[str, Any]:
+    return {"addresses": [lab.address(host)], "port": port, "fingerprint": fingerprint(pool)}
+
+
+def until_found(lab: Lab, host: str, expected: list[dict[str, Any]]) -> None:
+    deadline = time.monotonic() + 30.0
+    while (found := ask(lab, host, "find", "1")) != expected and time.monotonic() < deadline:
+        pass
+    assert found == expected
+
+
+@in_a_lab
+def test_pools_are_found_by_their_fingerprints_and_only_at_addresses_of_the_lan(lab: Lab) -> None:
+    ip(lab, "den", "link", "add", "docker0", "type", "dummy")
+    ip(lab, "den", "address", "add", "172.17.0.1/16", "dev", "docker0")
+    ip(lab, "den", "link", "set", "docker0", "up")
+    assert ask(lab, "den", "addresses") == {
+        "names": ["eth0"],
+        "addresses": [lab.address("den")],
+        "chosen": lab.address("den"),  # without a default route
+    }
+    den, attic = advertise(lab, "den", POOL, 11501), advertise(lab, "attic", OTHER_POOL, 4242)
+    both = [door(lab, "attic", OTHER_POOL, 4242), door(lab, "den", POOL, 11501)]
+    until_found(lab, "mac", sorted(both, key=lambda pool: str(pool["fingerprint"])))
+    started = time.monotonic()
+    assert ask(lab, "mac", "find", "30", fingerprint(POOL)) == [door(lab, "den", POOL, 11501)]
+    assert time.monotonic() - started < 25.0  # it does not wait for more
+    den.close()
+    until_found(lab, "mac", [door(lab, "attic", OTHER_POOL, 4242)])
+    attic.close()
+
+
+@in_a_lab
+def test_a_head_whose_address_changes_is_found_at_the_new_one(lab: Lab) -> None:
+    den = advertise(lab, "den", POOL, 11501)
+    until_found(lab, "mac", [door(lab, "den", POOL, 11501)])
+    ip(lab, "den", "address", "del", f"{lab.address('den')}/24", "dev", "eth0")
+    ip(lab, "den", "address", "add", "10.77.0.99/24", "dev", "eth0")
+    until_found(lab, "mac", [door(lab, "den", POOL, 11501) | {"addresses": ["10.77.0.99"]}])
+    den.close()
+
+
+def test_the_record_says_the_pools_fingerprint_and_nothing_of_the_host() -> None:
+    info = service_info(fingerprint(POOL), 11501, ("192.168.1.20",))
+    assert info.name == f"{fingerprint(POOL)}.{SERVICE}"
+    assert info.server == f"potluck-{fingerprint(POOL)}.local."
+    assert info.properties == {b"v": b"1", b"pool": fingerprint(POOL).encode()}
+    assert found_pool(info) == FoundPool(addresses=("192.168.1.20",), port=11501, fingerprint=fingerprint(POOL))
+
+
+@pytest.mark.parametrize(
+    ("port", "properties", "addresses"),
+    [
+        (11501, {"pool": "not a fingerprint"}, ["192.168.1.20"]),
+        (11501, {"pool": b"\xff\xfe"}, ["192.168.1.20"]),
+        (11501, {}, ["192.168.1.20"]),
+        (0, {"pool": fingerprint(POOL)}, ["192.168.1.20"]),
+        (11501, {"pool": fingerprint(POOL)}, []),
+        (11501, {"pool": fingerprint(POOL)}, ["127.0.0.1", "224.0.0.1", "0.0.0.0", "255.255.255.255"]),
+    ],
+)
+def test_what_is_no_record_of_ours_is_passed_over(port: int, properties: dict[str, Any], addresses: list[str]) -> None:
+    info = ServiceInfo(SERVICE, f"x.{SERVICE}", port=port, properties=properties, parsed_addresses=addresses)
+    assert found_pool(info) is None
+
+
+@given(st.binary(max_size=255), st.integers(0, 2**16 - 1), st.lists(st.ip_addresses(v=4).map(str), max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_record_holds_it_is_a_pool_or_nothing(text: bytes, port: int, addresses: list[str]) -> None:
+    found = found_pool(ServiceInfo(SERVICE, f"x.{SERVICE}", port=port, properties=text, parsed_addresses=addresses))
+    assert found is None or (0 < found.port < 65536 and 0 < len(found.addresses) <= 8)
+
+
+def test_without_a_network_nobody_is_told_and_nobody_is_asked() -> None:
+    advertiser = Advertiser(11501, POOL, addresses=lambda: ())
+    deadline = time.monotonic() + 5.0
+    while advertiser.problem is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert advertiser.problem == "this host has no network"
+    advertiser.close()
+    with pytest.raises(ConfigError, match="no network") as raised:
+        find_pools(1.0, addresses=lambda: ())
+    assert "--head" in raised.value.hint
