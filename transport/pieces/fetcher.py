@@ -67,6 +67,7 @@ def fetch(
     missing = {index: piece for index, piece in pieces.items() if not store.has(piece.digest)}
     if not missing:
         return FetchReport(is_complete=True, seconds=time.monotonic() - began_s)
+    peers = [peer for peer in peers if peer.key != curve.keys.public]  # What this host gives, it has.
     if not peers:
         raise DownloadFailed(f"{what} is not on this host, and no other host offers it", hint=_HINT)
     once = {piece.digest: piece for piece in missing.values()}.values()

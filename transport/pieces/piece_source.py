@@ -109,7 +109,10 @@ class FolderSource:
         self._stamps = dict(stamps)
         self._list_file = list_file
         self._places = {
-            piece.digest: (file.name, piece.offset, piece.num_bytes) for file in pieces.files for piece in file.pieces
+            piece.digest: (file.name, piece.offset, piece.num_bytes)
+            for file in pieces.files
+            if file.name in self._stamps
+            for piece in file.pieces
         }
 
     def locate(self, digest: str) -> Located | None:

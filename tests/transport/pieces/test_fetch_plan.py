@@ -1,0 +1,110 @@
+"""Which piece is asked of whom."""
+
+from __future__ import annotations
+
+from transport.messages import PieceHint
+from transport.pieces.fetch_plan import AWAY_PATIENCE_S, HINT_PATIENCE_S, IDLE_S, FetchPlan
+from transport.pieces.messages import bitmap_of
+from transport.pieces.piece import Piece
+
+PIECES = {number: Piece(f"{number:064x}", 10) for number in range(6)}
+HEAD, A, B = "head", "a", "b"
+ALL = (A, B, HEAD)
+
+
+def holding(*numbers: int) -> bytes:
+    return bitmap_of([number in numbers for number in range(6)])
+
+
+def plan_of(hints: list[PieceHint] | None = None, **held: bytes) -> FetchPlan:
+    plan = FetchPlan(PIECES, ALL, hints or [], 0.0)
+    for key, bitmap in {HEAD: holding(*range(6)), **held}.items():
+        plan.note_held(key, bitmap, 0.0)
+    return plan
+
+
+def taken(plan: FetchPlan, key: str, now_s: float = 0.0, *, usable: tuple[str, ...] = ALL, idle_s: float = 0.0) -> str:
+    """The numbers of all that it is asked for."""
+    found = []
+    while piece := plan.take(key, now_s, usable=usable, idle_s=idle_s):
+        found.append(f"{int(piece.digest, 16)}")
+    return "".join(found)
+
+
+def test_pieces_are_taken_in_order_and_once() -> None:
+    plan = plan_of()
+    assert taken(plan, A) == ""
+    assert taken(plan, HEAD) == "012345"
+    assert taken(plan, HEAD, 100.0) == ""
+    for piece in PIECES.values():
+        assert not plan.is_done
+        plan.note_done(piece.digest)
+    assert plan.is_done
+
+
+def test_what_another_host_has_is_not_asked_of_the_head() -> None:
+    plan = plan_of(a=holding(1, 2), b=holding(2, 3))
+    assert taken(plan, HEAD) == "045"
+    assert taken(plan, B) == "23"
+    assert taken(plan, A) == "1"
+
+
+def test_the_head_gives_it_when_that_host_is_away_refused_slow_or_lacks_it() -> None:
+    assert taken(plan_of(a=holding(0, 1)), HEAD, usable=(B, HEAD)) == "012345"
+    refused = plan_of(a=holding(0, 1))
+    refused.note_refused(A)
+    assert taken(refused, HEAD) == "012345"
+    assert taken(refused, A) == ""
+    lacking = plan_of(a=holding(0, 1))
+    lacking.note_missing(A, PIECES[1].digest)
+    assert taken(lacking, HEAD) == "12345"
+    slow = plan_of(a=holding(*range(6)))
+    assert taken(slow, HEAD) == ""
+    assert slow.take(HEAD, 1.0, usable=ALL, idle_s=IDLE_S) == PIECES[0]
+
+
+def test_what_a_hint_gives_to_another_host_is_waited_for_there() -> None:
+    plan = plan_of([PieceHint(A, 2, 5)])
+    assert taken(plan, HEAD) == "015"
+    plan.note_held(A, holding(3), 1.0)
+    assert taken(plan, A, 1.0) == "3"
+    assert taken(plan, HEAD, 1.0 + HINT_PATIENCE_S - 0.1) == ""
+    plan.note_useful(A, 5.0)
+    assert taken(plan, HEAD, 5.0 + HINT_PATIENCE_S - 0.1) == ""
+    assert taken(plan, HEAD, 5.0 + HINT_PATIENCE_S + 0.1) == "24"
+
+
+def test_a_hinted_host_that_is_away_is_not_waited_for_as_long() -> None:
+    plan = plan_of([PieceHint(A, 0, 3), PieceHint("unknown", 3, 4)])
+    assert taken(plan, HEAD, usable=(HEAD,)) == "345"
+    assert taken(plan, HEAD, AWAY_PATIENCE_S + 0.1, usable=(HEAD,)) == "012"
+
+
+def test_what_is_given_back_comes_first() -> None:
+    plan = plan_of()
+    first = plan.take(HEAD, 0.0, usable=ALL, idle_s=0.0)
+    assert first == PIECES[0]
+    plan.give_back(first.digest)
+    assert taken(plan, HEAD) == "012345"
+
+
+def test_the_head_is_asked_for_what_it_does_not_claim_and_then_it_is_nowhere() -> None:
+    plan = plan_of(head=holding(1, 2, 3, 4, 5))
+    assert plan.nowhere(ALL) is None
+    assert taken(plan, HEAD) == "012345"
+    plan.note_missing(HEAD, PIECES[0].digest)
+    plan.give_back(PIECES[0].digest)
+    assert plan.nowhere((A, HEAD)) is None, "b may have it"
+    assert plan.nowhere(ALL) == PIECES[0]
+    assert taken(plan, HEAD) == ""
+    plan.note_held(HEAD, holding(*range(6)), 1.0)
+    assert plan.nowhere(ALL) is None
+    assert taken(plan, HEAD, 1.0) == "0"
+
+
+def test_a_piece_that_is_listed_twice_is_wanted_once_and_had_by_who_has_either() -> None:
+    twice = FetchPlan({0: PIECES[0], 4: PIECES[0]}, (A, HEAD), [], 0.0)
+    twice.note_held(A, holding(4), 0.0)
+    assert taken(twice, A, usable=(A, HEAD)) == "0"
+    twice.note_done(PIECES[0].digest)
+    assert twice.is_done
