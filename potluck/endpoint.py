@@ -22,10 +22,14 @@ from starlette.routing import Route
 
 from potluck.engine.book import failure
 from potluck.engine.client import EngineClient
+from potluck.http.access import Access
 from potluck.http.app import create_app
-from potluck.http.local_only import LocalOnly
+from potluck.http.connections import MAX_CONNECTIONS
+from potluck.http.serving import server_for
+from potluck.http_access import own_url
 from potluck.plan_watch import BetterPlan
 from potluck.status import StatusReport, better_report
+from transport.curve import Prepare
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
 from transport.requests import EngineEvent, Pong, Submit
 from transport.threads import give_way
@@ -33,7 +37,7 @@ from transport.threads import give_way
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
 _PONG_TIMEOUT_S = 1.0
-_MOST_FILES = 4096
+_MOST_FILES = 4 * MAX_CONNECTIONS
 
 
 def bind_endpoint(host: str, port: int) -> socket.socket:
@@ -96,9 +100,18 @@ async def _refused(submit: Submit, error: PotluckError) -> AsyncGenerator[Engine
 class Endpoint:
     """Serves the API, the chat page and the head's status on a listening socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], listener: socket.socket, *, model: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        listener: socket.socket,
+        *,
+        model: str,
+        access: Access | None = None,
+    ) -> None:
+        """`access` None: for this host alone, without a key."""
         self._context = context
         self._listener = listener
+        self._access = access or Access(port=listener.getsockname()[1])
         self._model = model
         self._engine = EngineSwitch()
         self._server: uvicorn.Server | None = None
@@ -107,24 +120,15 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        """For programs of this host."""
+        return own_url(*self._listener.getsockname()[:2])
 
     def start(self, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]) -> None:
         """Serve from now on; requests are refused with a reason until an engine is connected."""
         _allow_connections()
         app = create_app(self._engine, model=self._model)
         _add_head_routes(app, report, replan)
-        config = uvicorn.Config(
-            LocalOnly(app),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-            server_header=False,
-        )
-        self._server = uvicorn.Server(config)
+        self._server = server_for(app, self._access)
         self._thread = threading.Thread(target=self._serve, args=(self._server,), name="http", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -133,9 +137,9 @@ class Endpoint:
                 raise ConfigError(f"the endpoint at {self.url} did not start", hint="see the messages above")
             time.sleep(0.01)
 
-    def connect(self, api_endpoint: str) -> EngineClient:
-        """Send requests to the engine that answers there."""
-        client = EngineClient(self._context, api_endpoint)
+    def connect(self, api_endpoint: str, prepare: Prepare | None = None) -> EngineClient:
+        """Send requests to the engine that answers there; `prepare` sets the keys where that is not an ipc socket."""
+        client = EngineClient(self._context, api_endpoint, prepare=prepare)
         self._engine.switch(client)
         return client
 
@@ -200,9 +204,6 @@ def _add_head_routes(
         return Response(msgspec.json.encode(facts), media_type="application/json")
 
     async def apply_better_plan(request: Request) -> Response:
-        # As in the API: a content type that no web page may post here without asking.
-        if request.headers.get("content-type") != "application/json":
-            return Response(b'{"error": "send application/json"}', 415, media_type="application/json")
         better = better_report(replan())
         return Response(msgspec.json.encode({"better_plan": better}), media_type="application/json")
 
