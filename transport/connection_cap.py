@@ -1,4 +1,4 @@
-"""How many connections a socket that listens on a network may have, strangers included.
+"""How many connections a socket that listens on a network may have, strangers included, and what they may pile up.
 
 libzmq accepts whoever comes and has no such limit. It tells a monitor the descriptor of each connection, and one that
 is shut down there ends like one that its peer has closed.
@@ -6,51 +6,112 @@ is shut down there ends like one that its peer has closed.
 
 from __future__ import annotations
 
-import contextlib
 import socket
+import struct
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
 
 MONITORED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+LOOK_EVERY_S = 0.25
+# Heartbeats come for ever and never as messages.
+_HEARTBEATS_BYTES_PER_S = 1024.0
+# tcpi_bytes_received in Linux's struct tcp_info.
+_RECEIVED_AT = 128
+
+
+@dataclass(slots=True)
+class _Connection:
+    address: str
+    counted_bytes: float = 0.0
+    is_heard: bool = False
 
 
 class ConnectionCap:
-    """Fed with a socket's monitor events by the thread that owns it."""
+    """Fed with a socket's monitor events by the thread that owns it.
 
-    def __init__(self, *, most: int, most_per_address: int) -> None:
+    A message comes out of libzmq when its last frame is there: one that never ends would pile up. On Linux a connection
+    that has sent more than `most_unread_bytes` since its last whole message is shut down; elsewhere the kernel does not
+    tell how much has come.
+    """
+
+    def __init__(self, *, most: int, most_per_address: int, most_unread_bytes: int | None = None) -> None:
         self._most = most
         self._most_per_address = most_per_address
-        self._addresses: dict[int, str] = {}
+        self._most_unread_bytes = most_unread_bytes if sys.platform == "linux" else None
+        self._connections: dict[int, _Connection] = {}
+        self._looked_s: float | None = None
         self.num_refused = 0
 
     def __len__(self) -> int:
-        return len(self._addresses)
+        return len(self._connections)
 
     def note(self, event: Mapping[str, Any]) -> None:
         """An event as pyzmq parses it: a connection beyond the cap is shut down."""
         descriptor = int(event["value"])
         if event["event"] != zmq.EVENT_ACCEPTED:
-            self._addresses.pop(descriptor, None)
+            self._connections.pop(descriptor, None)
             return
-        connection = _connection(descriptor)
-        if connection is None:
-            return
-        try:
+        with _borrowed(descriptor) as connection:
+            # The descriptor may be another's by now: of this process's own, or of a client of its HTTP endpoint.
+            if connection is None or not _is_at(connection, event["endpoint"]):
+                self._connections.pop(descriptor, None)
+                return
             address = str(connection.getpeername()[0])
-            self._addresses[descriptor] = address
-            if len(self._addresses) > self._most or Counter(self._addresses.values())[address] > self._most_per_address:
+            self._connections[descriptor] = _Connection(address)
+            addresses = Counter(each.address for each in self._connections.values())
+            if len(self._connections) > self._most or addresses[address] > self._most_per_address:
                 self.num_refused += 1
                 connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            self._addresses.pop(descriptor, None)  # It is gone already.
-        finally:
-            connection.detach()  # libzmq's, to close.
+
+    def heard(self, descriptor: int) -> None:
+        """A whole message has come by this connection."""
+        connection = self._connections.get(descriptor)
+        if connection is not None:
+            connection.is_heard = True
+
+    def look(self, now_s: float) -> None:
+        """To be called when no message waits, every `LOOK_EVERY_S` or more often: shut down what piles up."""
+        if self._most_unread_bytes is None or (self._looked_s is not None and now_s < self._looked_s + LOOK_EVERY_S):
+            return
+        passed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
+        self._looked_s = now_s
+        for descriptor, connection in self._connections.items():
+            with _borrowed(descriptor) as sock:
+                if sock is None:
+                    continue
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
+                received = struct.unpack_from("=Q", info, _RECEIVED_AT)[0]
+                forgiven = connection.counted_bytes + passed_s * _HEARTBEATS_BYTES_PER_S
+                connection.counted_bytes = received if connection.is_heard else min(received, forgiven)
+                connection.is_heard = False
+                if received - connection.counted_bytes > self._most_unread_bytes:
+                    self.num_refused += 1
+                    sock.shutdown(socket.SHUT_RDWR)
 
 
-def _connection(descriptor: int) -> socket.socket | None:
-    with contextlib.suppress(OSError):
-        return socket.socket(fileno=descriptor)
-    return None
+@contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket | None]:
+    """libzmq's socket, for it to close; None if it has ended. Within, OSError means that it ends now."""
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:
+        yield None
+        return
+    try:
+        yield sock
+    except OSError:
+        pass
+    finally:
+        sock.detach()
+
+
+def _is_at(sock: socket.socket, endpoint: bytes) -> bool:
+    """Whether it is a connection to the port of `endpoint`, "tcp://127.0.0.1:5000"."""
+    port = sock.getsockname()[1] if sock.family in (socket.AF_INET, socket.AF_INET6) else None
+    return str(port) == endpoint.decode("ascii", "replace").rpartition(":")[2].rstrip("\0")

@@ -14,7 +14,7 @@ from zmq.utils.monitor import parse_monitor_message
 from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
 from transport.connection_cap import MONITORED, ConnectionCap
-from transport.curve import Guard, Prepare, user_id
+from transport.curve import Guard, Prepare, descriptor_of, is_given, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
 from transport.messages import PROTOCOL_VERSION, Alive, Arrive, ControlMessage, Register, Stop
@@ -30,6 +30,7 @@ _MOST_AT_ONCE = 1000
 _LOOK_EVERY_S = 0.25
 # From the network: a stranger can make the head keep as much before it has proved who it is.
 _NETWORK_BYTES = 2**18
+_UNREAD_BYTES = 2**20
 _MOST_CONNECTIONS = 128
 _MOST_PER_ADDRESS = 32
 
@@ -166,6 +167,7 @@ class ControlServer:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._guards: list[Guard | None] = []
         self._monitors: dict[zmq.Socket[bytes], ConnectionCap] = {}
+        self._caps: dict[zmq.Socket[bytes], ConnectionCap] = {}
         self.endpoints: list[str] = []
         for endpoint, guard in endpoints:
             self._open(context, endpoint, guard)
@@ -191,7 +193,10 @@ class ControlServer:
         if guard is not None and on_network:
             guard.prepare(sock)
             monitor = sock.get_monitor_socket(MONITORED)
-            self._monitors[monitor] = ConnectionCap(most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS)
+            cap = ConnectionCap(
+                most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS, most_unread_bytes=_UNREAD_BYTES
+            )
+            self._monitors[monitor] = self._caps[sock] = cap
         self.endpoints.append(bind(sock, endpoint))
         self._sockets.append(sock)
         self._guards.append(guard if on_network else None)
@@ -212,6 +217,8 @@ class ControlServer:
             self._flush()
             for index in range(len(self._sockets)):
                 self._take_all(index)
+            for cap in self._caps.values():
+                cap.look(time.monotonic())
             self._drop_silent(slept_s)
             self._drop_revoked()
         self._flush()
@@ -230,9 +237,12 @@ class ControlServer:
             except zmq.Again:
                 return
             key = user_id(frames[0]) if guard is not None and frames else ""
-            if len(frames) != 1 or (guard is not None and not guard.admits(key)):
+            is_allowed = guard is None or (guard.admits(key) and is_given(identity.bytes))
+            if len(frames) != 1 or not is_allowed:
                 self.num_refused += 1
                 continue
+            if guard is not None:
+                self._caps[self._sockets[index]].heard(descriptor_of(frames[0]))
             # Sockets give identities of their own: two could be equal.
             self._take(bytes([index]) + identity.bytes, key, frames[0].buffer)
 

@@ -62,6 +62,20 @@ def user_id(frame: zmq.Frame) -> str:
         return ""
 
 
+def descriptor_of(frame: zmq.Frame) -> int:
+    """libzmq's, of the TCP connection that the frame came by; -1 if there is none."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return -1
+
+
+def is_given(routing_id: bytes) -> bool:
+    """Whether the socket itself named the connection, as it does for all that have not chosen a name. A chosen one
+    could be that of another member, who is away for a moment."""
+    return routing_id[:1] == b"\0"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
     """How a socket that others connect to is kept: `prepare` before it binds, `admits` for every message's key."""

@@ -11,8 +11,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.codec import MAX_HEADER_BYTES, EdgeLimits, decode_data, encode
-from transport.connection_cap import MONITORED, ConnectionCap
-from transport.curve import Guard, Prepare, user_id
+from transport.connection_cap import LOOK_EVERY_S, MONITORED, ConnectionCap
+from transport.curve import Guard, Prepare, descriptor_of, is_given, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage, NeighbourGone
 from transport.framing import FRAME_BYTES, MAX_FRAME_BYTES, cut, joined
@@ -31,6 +31,8 @@ _NETWORK_BUFFER_BYTES = 2**18
 _MOST_CONNECTIONS = 16
 _MOST_PER_ADDRESS = 8
 _ZERO_COPY_BYTES = 2**16
+# In how many pieces the header is, its last piece, and the buffer's: the frames of a message that are not full.
+_PARTIAL_FRAMES = 3
 _PROBE_INTERVAL_S = 0.02
 _NUM_PROBES = 25
 # As plain numbers: to combine flags that are enumerations takes 20 µs when caches are cold, as they are after a step.
@@ -157,8 +159,14 @@ class ZmqReceiver:
         self._limits = limits
         self._guard = guard if on_network else None
         self._most_bytes = MAX_HEADER_BYTES + limits.max_message_bytes
-        self._cap = ConnectionCap(most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS)
+        self._most_frames = _PARTIAL_FRAMES + self._most_bytes // FRAME_BYTES
+        # What CURVE adds to frames is far below an eighth.
+        unread_bytes = self._most_bytes + self._most_bytes // 8
+        self._cap = ConnectionCap(
+            most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS, most_unread_bytes=unread_bytes
+        )
         self._peer: bytes | None = None
+        self._peer_descriptor = -1
         self._peer_name = ""
         self._probes_left = 0
         self.num_refused = 0
@@ -188,6 +196,8 @@ class ZmqReceiver:
         while True:
             remaining_s = deadline - time.monotonic()
             wait_s = min(remaining_s, _PROBE_INTERVAL_S) if self._probes_left else remaining_s
+            if self._guard is not None:
+                wait_s = min(wait_s, LOOK_EVERY_S)
             ready = zmq.zmq_poll(self._news, max(0, int(wait_s * 1000 + 0.999)))
             if not ready:
                 if self._probes_left:
@@ -195,13 +205,17 @@ class ZmqReceiver:
             elif (first := ready[0][0]) is self._socket:  # in the order of `_news`: messages before bad news
                 received = self._take()
                 if received is not None:
+                    self._cap.heard(self._peer_descriptor)
                     return received
             elif first is self._monitor:
                 self._note_connection()
             else:
                 self._wake.clear()
                 return None
-            if time.monotonic() >= deadline:
+            now_s = time.monotonic()
+            if self._guard is not None:
+                self._cap.look(now_s)
+            if now_s >= deadline:
                 return None
 
     def wake(self) -> None:
@@ -220,11 +234,14 @@ class ZmqReceiver:
         body = [frame.buffer]
         while frame.more:
             frame = receive(_NO_WAIT, False)
-            body.append(frame.buffer)
-        if self._guard is not None and not self._guard.admits(user_id(frame)):
+            if len(body) <= self._most_frames:  # One too many is noticed; more are not kept.
+                body.append(frame.buffer)
+        if self._guard is not None and not (self._guard.admits(user_id(frame)) and is_given(peer)):
             self.num_refused += 1
             return None
         try:
+            if len(body) > self._most_frames:
+                raise BadMessage(f"a message of more than {self._most_frames} frames")
             received = decode_data(joined(body, self._most_bytes) if self._guard else body, self._limits)
         except BadMessage as error:
             self.num_refused += 1
@@ -233,25 +250,27 @@ class ZmqReceiver:
             raise BadMessage(f"from {self._peer_name}: {error.message}") from error
         message = received.message
         if isinstance(message, Hello):
-            self._greet(peer, message)
+            self._greet(peer, message, descriptor_of(frame))
             return None
         if peer != self._peer or message.fence != self._limits.fence:
             self.num_refused += 1
             return None
         return received
 
-    def _greet(self, peer: bytes, hello: Hello) -> None:
+    def _greet(self, peer: bytes, hello: Hello, descriptor: int) -> None:
         if self._peer is not None or hello.version != PROTOCOL_VERSION or hello.fence != self._limits.fence:
             self.num_refused += 1
             return
-        self._peer, self._peer_name = peer, hello.sender
+        self._peer, self._peer_name, self._peer_descriptor = peer, hello.sender, descriptor
 
     def _note_connection(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart())
         if self._guard is not None:
             self._cap.note(event)
-        # A stranger that goes away is nobody's loss, and ROUTER does not say who went: ask for the peer. More than
-        # once, because this news can be ahead of ROUTER's own.
+            # Strangers come and go, and the peer must not get a question for each: it reads none of them.
+            if event["value"] != self._peer_descriptor:
+                return
+        # ROUTER does not say who went: ask for the peer. More than once, because this news can be ahead of ROUTER's.
         if self._peer is not None and event["event"] == zmq.EVENT_DISCONNECTED:
             self._probes_left = _NUM_PROBES
             self._probe()
