@@ -17,7 +17,16 @@ from shard.profile.process import SILENCE_S, ProfileProcess
 from shard.profile.report import ProfileReport, decode_report
 from shard.profile.settings import BUDGET_S, ProfileSettings
 from transport.errors import PotluckError, StageFailed
-from transport.messages import EndProfile, MeasureQuestion, Profile, Profiled, Steady, SteadyTime, WeightsForm
+from transport.messages import (
+    EndProfile,
+    MeasureQuestion,
+    Profile,
+    Profiled,
+    SharedModel,
+    Steady,
+    SteadyTime,
+    WeightsForm,
+)
 
 Doing = Callable[[str, str], None]
 """Called with a device's name and what is being measured of it."""
@@ -44,6 +53,7 @@ class WorkerProbes:
     """By the devices' workers, wherever they are."""
 
     pool: Pool
+    shared: Callable[[PoolWorker], SharedModel | None] = lambda worker: None
     budget_s: float = BUDGET_S
     silence_s: float = SILENCE_S
 
@@ -55,13 +65,14 @@ class WorkerProbes:
     ) -> list[ProfileReport | PotluckError]:
         questions: list[tuple[PoolWorker, MeasureQuestion]] = [
             (
-                self._worker(device),
+                (worker := self._worker(device)),
                 Profile(
                     model_path=str(model),
                     dtype=device.compute_dtype,
                     budget_s=self.budget_s,
                     memory_bytes=weights_room_bytes(device),
                     weights=weights,
+                    shared=self.shared(worker),
                 ),
             )
             for device in devices

@@ -24,8 +24,18 @@ class HeadAddress:
     key: str
 
 
+class Membership:
+    """Who is in the pool, as far as the head has said."""
+
+    def __init__(self) -> None:
+        self.keys: frozenset[str] = frozenset()
+
+    def admits(self, key: str) -> bool:
+        return key in self.keys
+
+
 class Guest:
-    """The node's own connection to the head. `admits` is for those that want pieces of models from this host."""
+    """The node's own connection to the head; what it says of the pool's members goes into `membership`."""
 
     def __init__(
         self,
@@ -33,12 +43,14 @@ class Guest:
         curve: Curve,
         head: HeadAddress,
         *,
+        membership: Membership,
         address: str,
         platform: str,
         pieces: str,
     ) -> None:
+        """`address` is this host's, `pieces` where it gives pieces of models."""
         self._changed = threading.Condition()
-        self._members: frozenset[str] = frozenset()
+        self._membership = membership
         self._welcome: Welcome | None = None
         self._end: PotluckError | None = None
         arrive = Arrive(
@@ -76,10 +88,6 @@ class Guest:
         with self._changed:
             return self._end
 
-    def admits(self, key: str) -> bool:
-        """Whether that key is of a member of the pool, as far as the head has said."""
-        return key in self._members
-
     def close(self) -> None:
         self._control.close()
 
@@ -88,16 +96,16 @@ class Guest:
             match message:
                 case Welcome():
                     self._welcome = message
-                    self._members = frozenset(message.members)
+                    self._membership.keys = frozenset(message.members)
                 case Members(members=members):
-                    self._members = frozenset(members)
+                    self._membership.keys = frozenset(members)
                 case Stop(reason=reason):
                     self._end = _stopped(reason)
             self._changed.notify_all()
 
     def _on_lost(self) -> None:
         with self._changed:
-            self._members = frozenset()
+            self._membership.keys = frozenset()
             self._end = self._end or RingDown("the head is gone", hint="is it up, and this network the same as its?")
             self._changed.notify_all()
 

@@ -24,6 +24,7 @@ from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.http_access import OpenedAccess, open_access
 from potluck.lan import this_host
+from potluck.model_share import ModelShare, PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
@@ -68,6 +69,7 @@ class Head:
         self.state: State = "starting"
         self.ring: Ring | None = None
         self.watch: PlanWatch | None = None
+        self._share: ModelShare | None = None
         self._wants_replan = False
         self._wants_reload = False
         self._weights: WeightsForm = "stored"
@@ -149,7 +151,7 @@ class Head:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
         if self._here.address is not None:
-            from potluck.network import Network
+            from potluck.network import Network  # Here, since it takes a while to import.
 
             self.network = Network(self._here, self._settings, say=self._progress.say)
         self._pool = Pool(
@@ -163,6 +165,10 @@ class Head:
             pool=self.network.pool if self.network is not None else "",
         )
         self._stack.callback(self._pool.close)
+        if self.network is not None:
+            giver = PieceGiver(self._here, self.network.pieces, self.network.roster.admits)
+            self._stack.callback(giver.close)
+            self._share = ModelShare(self.model, self._here, giver, self._pool)
         self._node = Node(
             control=self._pool.endpoint,
             logs=logs_dir(),
@@ -218,6 +224,9 @@ class Head:
         self.state = "starting"
         self._epoch += 1
         unmeasured: tuple[LeftOut, ...] = ()
+        share = self._share
+        if share is not None and any(worker.is_remote for worker in self._pool.workers()):
+            share.offer(self._progress.say)
         if times is None:
             times, unmeasured = self._measured()
         self.plan = plan_for(self.model, times, self._settings, weights=self._weights, left_out=unmeasured)
@@ -231,6 +240,7 @@ class Head:
             logs=logs_dir(),
             epoch=self._epoch,
             prefix_cache=self._settings.prefix_cache,
+            shared=share.for_stages if share is not None else lambda stages: {},
         )
         num_stages = len(self.plan.stages)
         self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
@@ -281,6 +291,7 @@ class Head:
             weights=self._weights,
             fresh=self._settings.fresh,
             in_turn=self._settings.measure_in_turn,
+            shared=self._share.for_worker if self._share is not None else lambda worker: None,
         )
         order = {worker.register.device: index for index, worker in enumerate(workers)}
         in_order = sorted(times.devices, key=lambda one: order[one.device.name])

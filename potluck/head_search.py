@@ -12,9 +12,9 @@ from rich.markup import escape
 from devices.credentials import Invite, is_invite, parse_invite
 from devices.identity import fingerprint, load_keys
 from devices.known_pools import KnownPool, load_known_pools, save_known_pool
+from devices.members import own_name
 from devices.pair_client import ask_door, check_version, pair
 from devices.pairing import DoorFacts
-from devices.members import own_name
 from devices.platform_name import platform_name
 from potluck.config import Settings
 from potluck.guest import HeadAddress
@@ -146,7 +146,7 @@ def _typed_code(facts: DoorFacts, door: str) -> str:
 def _seen(fingerprint: str | None) -> list[FoundPool]:
     from devices.discovery import find_pools  # Here, since zeroconf takes a while to import.
 
-    return find_pools(_FIND_S, fingerprint=fingerprint)
+    return find_pools(_FIND_S, pool_fingerprint=fingerprint)
 
 
 def _door(pool: FoundPool) -> str:

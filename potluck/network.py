@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from devices.discovery import Advertiser
 from devices.front_door import DoorFacts, FrontDoor
 from devices.pairing import Code, Invite
 from devices.roster import RosterFile
@@ -15,6 +15,9 @@ from potluck.lan import DOOR_PORT, ThisHost, is_loopback
 from potluck.paths import roster_file
 from transport.endpoints import port_or_any, tcp_endpoint
 from transport.messages import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from devices.discovery import Advertiser
 
 Say = Callable[[str], object]
 CONTROL_PORT = DOOR_PORT + 1
@@ -79,6 +82,8 @@ class Network:
             say=self._say,
         )
         if self._settings.discovery and not is_loopback(address):
+            from devices.discovery import Advertiser  # Here, since zeroconf takes a while to import.
+
             self._advertiser = Advertiser(self._door.port, self.pool)
 
     def invite(self) -> tuple[Invite, Code]:

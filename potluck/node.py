@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from devices.device import Device
+from potluck.paths import pieces_dir, shared_dir
 from potluck.planning import register_of
 from potluck.processes import Child, stop_all
 from transport.errors import PotluckError, RingDown
@@ -58,6 +59,7 @@ class Node:
             if self._keys_file is not None:
                 arguments += ["--keys", str(self._keys_file)]
             if self._head_key:
+                arguments += ["--pieces", str(pieces_dir()), "--shared", str(shared_dir())]
                 arguments.append(f"--head-key={self._head_key}")  # A key may begin with a dash.
             log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
             log.unlink(missing_ok=True)

@@ -61,6 +61,16 @@ def known_pools_file() -> Path:
     return home_dir() / "pools.json"
 
 
+def pieces_dir() -> Path:
+    """Pieces of models of other hosts, by their hashes."""
+    return home_dir() / "pieces"
+
+
+def shared_dir() -> Path:
+    """The folders that models in pieces are opened from, by their digests."""
+    return home_dir() / "shared"
+
+
 def profiles_dir() -> Path:
     """What was measured of devices with a model, and of links."""
     return home_dir() / "profiles"

@@ -20,13 +20,13 @@ from potluck.lan import ThisHost, alone
 from potluck.link_probes import End, OwnEnd, Pair, WorkerEnd, measure, pairs
 from potluck.paths import profiles_dir
 from potluck.planning import device_of
-from potluck.pool import Pool
+from potluck.pool import Pool, PoolWorker
 from potluck.profile_cache import ProfileCache
 from potluck.profile_devices import DeviceMeasuring, device_key
 from potluck.store import StoredModel
 from transport.errors import ConfigError, PotluckError
 from transport.link_probe import LinkFigures
-from transport.messages import WeightsForm
+from transport.messages import SharedModel, WeightsForm
 
 Say = Callable[[str], object]
 Found = tuple[PoolTimes, tuple[LeftOut, ...]]
@@ -44,9 +44,10 @@ def pool_times_for(
     fresh: bool = False,
     in_turn: bool = False,
     probes: DeviceProbes | None = None,
+    shared: Callable[[PoolWorker], SharedModel | None] = lambda worker: None,
 ) -> Found:
     """All devices and hosts of a running pool, with matrices in the form `weights`. `here` is the head's host;
-    `run_dir` is for its sockets.
+    `run_dir` is for its sockets; `shared` says where a worker gets the model from, if it does not lie on its host.
 
     What can't be measured is left out and named. Hosts are measured at the same time, a host's devices one after
     another; `in_turn`: one device at a time, for hosts that are none (several on one machine).
@@ -54,7 +55,7 @@ def pool_times_for(
     """
     devices = [device_of(worker.register) for worker in pool.workers()]
     measuring = _Measuring(
-        model, ProfileCache(profiles_dir()), probes or WorkerProbes(pool), say, doing, fresh, weights
+        model, ProfileCache(profiles_dir()), probes or WorkerProbes(pool, shared), say, doing, fresh, weights
     )
     with zmq.Context() as context, closing(here.edges(context, run_dir)) as edges:
         own = OwnEnd(context, here.name, edges)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +52,10 @@ class Ring:
         logs: Path,
         epoch: int,
         prefix_cache: bool = True,
-        shared: Callable[[RingStage], SharedModel | None] = lambda stage: None,
+        shared: Callable[[Sequence[RingStage]], Mapping[int, SharedModel]] = lambda stages: {},
     ) -> None:
-        """`here` is the host of the engine; `shared` says where a stage's host gets the model from, if it does not lie
-        there. Raises ConfigError if two neighbours can't reach each other."""
+        """`here` is the host of the engine; `shared` says where stages get the model from, by number, if it does not
+        lie on their hosts. Raises ConfigError if two neighbours can't reach each other."""
         self._pool = pool
         self._here = here
         self._model = model
@@ -70,6 +70,7 @@ class Ring:
         self.stages: tuple[RingStage, ...] = self._assign()
         self.error: PotluckError | None = None
         self._check_reachable()
+        self._shared_models: Mapping[int, SharedModel] = {}
         self.api_endpoint = known_local_endpoint(run_dir, f"api-{epoch}")
         """Where the engine answers the HTTP side."""
 
@@ -79,6 +80,7 @@ class Ring:
 
     def bring_up(self, tick: Callable[[Sequence[PoolWorker]], None]) -> None:
         """Load every stage; the engine starts meanwhile. Raises the first error, after which `take_down` is due."""
+        self._shared_models = self._shared(self.stages)
         endpoints = self._pool.listen([(stage.worker, self._load(stage)) for stage in self.stages])
         following = [*endpoints[1:], self._start_engine(first_stage=endpoints[0])]
         workers = [stage.worker for stage in self.stages]
@@ -183,7 +185,7 @@ class Ring:
             weights=plan.weights,
             kv=plan.kv,
             upstream=self._key_before(stage.index),
-            shared=self._shared(stage),
+            shared=self._shared_models.get(stage.index),
         )
 
     def _start_engine(self, *, first_stage: str) -> str:

@@ -15,14 +15,16 @@ from rich.markup import escape
 
 from devices.platform_name import platform_name
 from potluck.config import Settings
-from potluck.guest import Guest
+from potluck.guest import Guest, Membership
 from potluck.head_search import Found
 from potluck.lan import this_host
+from potluck.model_share import PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.terminal import gib
 from transport.curve import Curve
+from transport.endpoints import tcp_endpoint
 from transport.errors import NotRunning, PotluckError
 
 Say = Callable[[str], object]
@@ -49,7 +51,18 @@ def stay(found: Found, wishes: Wishes, *, say: Say) -> PotluckError:
         stack.callback(context.destroy, 0)
         curve = Curve(context, here.keys)
         stack.callback(curve.close)
-        guest = Guest(context, curve, found.head, address=here.address, platform=platform_name(), pieces="")
+        membership = Membership()
+        giver = PieceGiver(here, tcp_endpoint(here.address), membership.admits)
+        stack.callback(giver.close)
+        guest = Guest(
+            context,
+            curve,
+            found.head,
+            membership=membership,
+            address=here.address,
+            platform=platform_name(),
+            pieces=giver.endpoint,
+        )
         stack.callback(guest.close)
         welcome = guest.wait_welcome()
         here = replace(here, name=welcome.name)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from potluck.invitation import show_invitation
 from potluck.pool import PoolWorker
 from potluck.progress import HeadProgress
 from potluck.status import StatusReport
@@ -57,7 +58,9 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
                 continue
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=worker.loading.total_bytes)
-            bars.update(tasks[name], completed=worker.loading.read_bytes, total=worker.loading.total_bytes)
+            loading = worker.loading
+            what = f"{name} receives" if loading.phase == "fetch" else f"{name} reads"
+            bars.update(tasks[name], description=what, completed=loading.read_bytes, total=loading.total_bytes)
 
     def doing(device: str, what: str) -> None:
         with lock:
@@ -66,7 +69,9 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
             bars.update(measuring[device], description=f"measuring {device}: {what}")
 
     with bars:
-        yield HeadProgress(say=say, doing=doing, tick=tick)
+        yield HeadProgress(
+            say=say, doing=doing, tick=tick, invite=lambda invite, code: show_invitation(console, invite, code)
+        )
 
 
 def stage_table(report: StatusReport) -> Table:

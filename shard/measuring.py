@@ -5,11 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from shard.model_fetch import ModelFetch
 from shard.profile.process import ProfileProcess
 from shard.profile.settings import ProfileSettings
 from transport.edges import Edges
@@ -33,7 +35,8 @@ from transport.messages import (
 
 
 class Measuring:
-    """Answers questions in order, in a thread of its own; `ask` and `end` never block."""
+    """Answers questions in order, in a thread of its own; `ask` and `end` never block. `models` gets models that lie
+    on other hosts."""
 
     def __init__(
         self,
@@ -41,11 +44,13 @@ class Measuring:
         register: Register,
         *,
         edges: Edges,
+        models: ModelFetch | None = None,
         send: Callable[[ControlMessage], None],
     ) -> None:
         self._context = context
         self._register = register
         self._edges = edges
+        self._models = models
         self._send = send
         self._questions: queue.SimpleQueue[MeasureQuestion] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -108,7 +113,12 @@ class Measuring:
             memory_bytes=question.memory_bytes,
             weights=question.weights,
         )
-        profile = ProfileProcess(Path(question.model_path), settings, threads=self._register.threads)
+        model = Path(question.model_path)
+        if question.shared is not None and self._models is not None:
+            # Times do not depend on what the numbers are: the weights may stay where they lie.
+            model = self._models.skeleton(question.shared)
+            settings = replace(settings, unread=True)
+        profile = ProfileProcess(model, settings, threads=self._register.threads)
         self._profile = profile
         try:
             report = profile.report(lambda what: self._send(Doing(question.token, what)))

@@ -13,18 +13,23 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
 import zmq
 
+from shard.checkpoint import Checkpoint
 from shard.load import load_shard
 from shard.local_stage import LocalStage
 from shard.machine import machine_facts
 from shard.measuring import Measuring
+from shard.model_fetch import ModelFetch, PieceFolders
 from shard.open import open_checkpoint
 from shard.serve import StageServer
 from shard.stage import ShardBackend, ShardSpec
@@ -32,7 +37,7 @@ from transport.codec import EdgeLimits
 from transport.control import ControlClient
 from transport.curve import KeyPair
 from transport.edges import Edges
-from transport.errors import DeadlineExceeded, PotluckError, StageFailed
+from transport.errors import ConfigError, DeadlineExceeded, PotluckError, StageFailed
 from transport.key_file import read_keys
 from transport.lifeline import hold_lifeline
 from transport.messages import (
@@ -55,6 +60,7 @@ from transport.messages import (
     Unload,
     WorkerFault,
 )
+from transport.pieces.fetcher import FetchReport
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -66,13 +72,24 @@ class Worker:
     """One device's process between `run` and its return."""
 
     def __init__(
-        self, control_endpoint: str, register: Register, run_dir: Path, *, keys: KeyPair | None, head_key: str
+        self,
+        control_endpoint: str,
+        register: Register,
+        run_dir: Path,
+        *,
+        keys: KeyPair | None = None,
+        head_key: str = "",
+        folders: PieceFolders | None = None,
     ) -> None:
+        """`keys` are this host's; with the head on another one, `head_key` is its, and `folders` are where models that
+        come from it are kept."""
         self._register = register
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._edges = Edges(self._context, run_dir, keys=keys, address=register.address)
         self._commands: queue.SimpleQueue[Load | Connect | Unload | Stop] = queue.SimpleQueue()
         self._put_off: Load | Unload | Stop | None = None
+        self._orders = 0  # Commands that wait and end what is being done: all but Connect.
+        self._counting = threading.Lock()
         self._receiver: ZmqReceiver | None = None
         self._backend: ShardBackend | None = None
         self._server: StageServer | None = None
@@ -84,7 +101,10 @@ class Worker:
             on_lost=self._on_head_lost,
             prepare=self._edges.towards(control_endpoint, head_key),
         )
-        self._measuring = Measuring(self._context, register, edges=self._edges, send=self._control.send)
+        self._models = ModelFetch(self._context, self._edges, folders) if folders is not None else None
+        self._measuring = Measuring(
+            self._context, register, edges=self._edges, models=self._models, send=self._control.send
+        )
 
     def run(self) -> None:
         """Obey the head until it says stop or is gone."""
@@ -107,8 +127,41 @@ class Worker:
         self._control.close()
 
     def _serve(self, load: Load) -> None:
+        with ExitStack() as leases:
+            checkpoint = self._opened(load)
+            leases.callback(checkpoint.close)
+            self._serve_from(checkpoint, load, leases)
+
+    def _opened(self, load: Load) -> Checkpoint:
+        if load.shared is None:
+            return open_checkpoint(Path(load.model_path))
+        models = self._models_there()
+        models.skeleton(load.shared, self._has_orders)
+        return models.open(load.shared)
+
+    def _models_there(self) -> ModelFetch:
+        if self._models is None:
+            raise ConfigError("this worker has no folder for models of other hosts", hint="start potluck join anew")
+        return self._models
+
+    def _fetched(self, checkpoint: Checkpoint, load: Load, leases: ExitStack) -> FetchReport:
+        """What is missing here of the stage's weights comes from other hosts."""
+        if load.shared is None:
+            return FetchReport(is_complete=True, seconds=0.0)
+        report = self._models_there().stage(
+            load.shared,
+            checkpoint,
+            load.first,
+            load.last,
+            leases=leases,
+            progress=_Progress(self._control, load, "fetch"),
+            stop=self._has_orders,
+        )
+        log.info("fetched %s in %.1f s", report.bytes_by_peer or "nothing", report.seconds)
+        return report
+
+    def _serve_from(self, checkpoint: Checkpoint, load: Load, leases: ExitStack) -> None:
         spec = self._shard_spec(load)
-        checkpoint = open_checkpoint(Path(load.model_path))
         limits = EdgeLimits(
             fence=load.fence,
             hidden_size=checkpoint.spec.hidden_size,
@@ -122,9 +175,12 @@ class Worker:
         self._receiver = receiver = ZmqReceiver(self._context, endpoint, limits, guard=guard)
         try:
             self._control.send(Listening(load.fence, receiver.endpoint))
+            fetched = self._fetched(checkpoint, load, leases)
+            if not fetched.is_complete:
+                return
             started = time.monotonic()
             backend = load_shard(
-                checkpoint, spec, backend=self._register.backend, progress=_Progress(self._control, load)
+                checkpoint, spec, backend=self._register.backend, progress=_Progress(self._control, load, "read")
             )
             checkpoint.close()
             load_s = time.monotonic() - started
@@ -142,7 +198,16 @@ class Worker:
             try:
                 server = StageServer(LocalStage(backend), spec, receiver, sender, fence=load.fence, index=load.stage)
                 self._backend, self._server = backend, server
-                self._control.send(Loaded(load.fence, backend.weights_bytes, backend.kv_bytes(), load_s))
+                self._control.send(
+                    Loaded(
+                        load.fence,
+                        backend.weights_bytes,
+                        backend.kv_bytes(),
+                        load_s,
+                        fetch_s=fetched.seconds,
+                        fetched=fetched.bytes_by_peer,
+                    )
+                )
                 log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
                 server.run(self._is_interrupted)
             finally:
@@ -155,14 +220,25 @@ class Worker:
         command: Load | Connect | Unload | Stop | None = self._put_off
         self._put_off = None
         while command is None or isinstance(command, Connect | Unload):  # of a load that has failed
-            command = self._commands.get()
+            command = self._take_command(None)
         return command
+
+    def _take_command(self, timeout_s: float | None) -> Load | Connect | Unload | Stop:
+        """Raises queue.Empty."""
+        command = self._commands.get(timeout=timeout_s)
+        if not isinstance(command, Connect):
+            with self._counting:
+                self._orders -= 1
+        return command
+
+    def _has_orders(self) -> bool:
+        return self._put_off is not None or self._orders > 0
 
     def _wait_for_connect(self, fence: Fence) -> Connect | None:
         """None if something else is to be done first. Raises DeadlineExceeded."""
         while True:
             try:
-                command = self._commands.get(timeout=_CONNECT_WITHIN_S)
+                command = self._take_command(_CONNECT_WITHIN_S)
             except queue.Empty:
                 raise DeadlineExceeded(
                     f"the head did not say within {_CONNECT_WITHIN_S:.0f} s where the next stage is",
@@ -206,6 +282,9 @@ class Worker:
         self._interrupted_by(Stop("the head is gone"))
 
     def _interrupted_by(self, command: Load | Connect | Unload | Stop) -> None:
+        if not isinstance(command, Connect):
+            with self._counting:
+                self._orders += 1
         self._commands.put(command)
         receiver = self._receiver
         if receiver is not None:
@@ -240,16 +319,17 @@ class Worker:
 class _Progress:
     """Passes loading progress on, some times a second."""
 
-    def __init__(self, control: ControlClient, load: Load) -> None:
+    def __init__(self, control: ControlClient, load: Load, phase: Literal["fetch", "read"]) -> None:
         self._control = control
         self._load = load
+        self._phase = phase
         self._next_s = 0.0
 
     def __call__(self, read_bytes: int, total_bytes: int) -> None:
         now_s = time.monotonic()
         if now_s >= self._next_s or read_bytes == total_bytes:
             self._next_s = now_s + _PROGRESS_INTERVAL_S
-            self._control.send(Loading(self._load.fence, read_bytes, total_bytes))
+            self._control.send(Loading(self._load.fence, read_bytes, total_bytes, self._phase))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,6 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--register", required=True, help="the device, as a Register message in JSON")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder for sockets; deleted if the parent crashes")
     parser.add_argument("--keys", type=Path, default=None, help="file with this host's keys")
+    parser.add_argument("--pieces", type=Path, default=None, help="folder for pieces of models of other hosts")
+    parser.add_argument("--shared", type=Path, default=None, help="folder that such models are opened from")
     parser.add_argument("--head-key", default="", help="the head's public key, if it is on another host")
     options = parser.parse_args(arguments)
     # The parent decides when to stop: a Ctrl-C in its terminal must not cut a step in half here.
@@ -267,7 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
     register = msgspec.json.decode(options.register, type=Register)
     register = msgspec.structs.replace(register, pid=os.getpid(), machine=machine_facts(register.backend))
     keys = read_keys(options.keys) if options.keys is not None else None
-    Worker(options.control, register, options.run_dir, keys=keys, head_key=options.head_key).run()
+    folders = PieceFolders(pieces=options.pieces, shared=options.shared) if options.pieces is not None else None
+    Worker(options.control, register, options.run_dir, keys=keys, head_key=options.head_key, folders=folders).run()
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from devices.credentials import is_invite, parse_code
 from potluck.config import Settings
 from potluck.head_file import HeadFacts, running_head
 from potluck.head_search import find_again, pool_to_join
@@ -43,11 +44,15 @@ def register(app: typer.Typer) -> None:
 
 
 def join(
-    invite: Annotated[
-        str | None, typer.Argument(help='An invite, "potluck://…", as the head prints it. Default: find the head.')
+    secret: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CODE or INVITE]",
+            help='What the head shows: its code, or its invite, "potluck://…". Once; then neither is needed.',
+        ),
     ] = None,
     head: Annotated[str | None, typer.Option("--head", help="HOST:PORT of a head's door, as it prints it.")] = None,
-    code: Annotated[str | None, typer.Option("--code", help="The code that the head shows.")] = None,
+    code: Annotated[str | None, typer.Option("--code", help="The same as CODE.")] = None,
     device: DeviceOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
@@ -71,6 +76,9 @@ def join(
         lan_host=lan_host,
         host_name=host_name,
     )
+    invite = secret if secret is not None and is_invite(secret) else None
+    if secret is not None and invite is None:
+        code = code or parse_code(secret)
     if invite is not None and head is not None:
         raise ConfigError("an invite says where its head is", hint="leave out --head, or the invite")
     with ending_signals():

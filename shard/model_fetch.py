@@ -1,0 +1,131 @@
+"""A worker's way to a model that lies on other hosts: first what opening it takes, then the pieces of its own stage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from shard.checkpoint import Checkpoint
+from shard.needed_pieces import nameless_pieces, stage_pieces
+from shard.open import open_checkpoint
+from shard.piece_list_wire import decode_piece_list
+from shard.shared_model import materialize
+from transport.edges import Edges
+from transport.errors import BadMessage
+from transport.messages import PiecePeer, SharedModel
+from transport.pieces.fetcher import FetchReport, ReportProgress, fetch
+from transport.pieces.leases import Lease
+from transport.pieces.piece import MAX_LIST_BYTES, Piece, PieceList
+from transport.pieces.store import PieceStore, is_digest
+from transport.pieces.whole import fetch_bytes
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceFolders:
+    """Where this host keeps pieces of models, and the folders that such models are opened from, by digest."""
+
+    pieces: Path
+    shared: Path
+
+
+class ModelFetch:
+    """Gets models from the hosts that a `SharedModel` names, into this host's store. One thread at a time."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], edges: Edges, folders: PieceFolders) -> None:
+        self._context = context
+        self._edges = edges
+        self._folders = folders
+        self.store = PieceStore(folders.pieces)
+
+    def skeleton(self, shared: SharedModel, stop: Stop = lambda: False) -> Path:
+        """The folder that the model is opened from, without its weights. Raises DownloadFailed, BadMessage, NoSpace."""
+        self._list_of(shared, stop)
+        return self._folder(shared)
+
+    def open(self, shared: SharedModel) -> Checkpoint:
+        """After `skeleton`. A piece that is needed and not here is got when it is read."""
+
+        def fetch_one(piece: Piece) -> None:
+            self._fetch(shared, self._numbered(shared, piece))
+
+        return open_checkpoint(self._folder(shared), pieces=self.store, fetch=fetch_one)
+
+    def stage(
+        self,
+        shared: SharedModel,
+        checkpoint: Checkpoint,
+        first: int,
+        last: int,
+        *,
+        leases: contextlib.ExitStack,
+        progress: ReportProgress,
+        stop: Stop,
+    ) -> FetchReport:
+        """Get what a stage of layers [first, last) lacks; it stays on the disk as long as `leases` is open.
+
+        Raises NoSpace before anything is sent, DownloadFailed. Not complete if `stop` said so.
+        """
+        needed = stage_pieces(self._list_of(shared, stop), checkpoint.spec, first, last)
+        lease: Lease = self.store.lease(list(needed.values()))
+        leases.enter_context(lease)
+        return self._fetch(shared, needed, progress=progress, stop=stop)
+
+    def _list_of(self, shared: SharedModel, stop: Stop) -> PieceList:
+        if not is_digest(shared.digest):
+            raise BadMessage(f"{shared.digest[:80]!r} is no model's digest")
+        if self.store.has(shared.digest):
+            data = self.store.path(shared.digest).read_bytes()
+        else:
+            data = fetch_bytes(
+                shared.digest,
+                self._peers(shared),
+                MAX_LIST_BYTES,
+                curve=self._edges.curve,
+                context=self._context,
+                what=f"the list of {shared.name}'s pieces",
+                stop=stop,
+            )
+            self.store.put(data, shared.digest)
+        pieces = decode_piece_list(data)
+        if not self._folder(shared).is_dir():
+            self._fetch(shared, nameless_pieces(pieces), stop=stop)
+            materialize(pieces, self.store, self._folder(shared))
+        return pieces
+
+    def _fetch(
+        self,
+        shared: SharedModel,
+        pieces: dict[int, Piece],
+        *,
+        progress: ReportProgress = lambda done, total: None,
+        stop: Stop = lambda: False,
+    ) -> FetchReport:
+        return fetch(
+            pieces,
+            self.store,
+            self._peers(shared),
+            curve=self._edges.curve,
+            context=self._context,
+            model=shared.digest,
+            what=shared.name,
+            hints=shared.hints,
+            progress=progress,
+            stop=stop,
+        )
+
+    def _numbered(self, shared: SharedModel, piece: Piece) -> dict[int, Piece]:
+        pieces = decode_piece_list(self.store.path(shared.digest).read_bytes())
+        placed = (each for file in pieces.files for each in file.pieces)
+        return {number: piece for number, each in enumerate(placed) if each.digest == piece.digest}
+
+    def _peers(self, shared: SharedModel) -> list[PiecePeer]:
+        return [peer for peer in shared.peers if peer.key != self._edges.key]
+
+    def _folder(self, shared: SharedModel) -> Path:
+        return self._folders.shared / shared.digest
