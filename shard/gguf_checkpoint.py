@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from shard.affine import AffineRows
 from shard.checkpoint import TensorInfo
 from shard.float_formats import check_output, store_floats
 from shard.gguf_affine import affine_form, affine_rows
-from shard.gguf_dequantize import dequantize_rows, row_bytes
-from shard.gguf_index import IndexedTensor, read_index
+from shard.gguf_dequantize import check_format, dequantize_rows, row_bytes
+from shard.gguf_index import GgufIndex, IndexedTensor, read_index
 from shard.model_facts import read_config, spec_from
 from shard.row_ranges import check_rows, form_of, matrix_rows
 from shard.spec import ModelSpec
@@ -23,6 +25,7 @@ from transport.errors import BadCheckpoint
 from transport.messages import DType
 
 _BLOCK_ELEMENTS = 1 << 19
+_MAX_DIMENSIONS = 4
 
 
 class GgufCheckpoint:
@@ -31,6 +34,7 @@ class GgufCheckpoint:
     def __init__(self, folder: Path, *, weights: WeightFolder | None = None) -> None:
         """`weights` is where the file's bytes come from, if not from the file itself."""
         index = read_index(folder)
+        _check(folder, index)
         self._file = index.file
         self._path = folder / index.file
         self._tensors = {tensor.name: tensor for tensor in index.tensors}
@@ -124,6 +128,31 @@ class GgufCheckpoint:
 
     def close(self) -> None:
         self._weights.close()
+
+
+def _check(folder: Path, index: GgufIndex) -> None:
+    """Raise BadCheckpoint unless all tensors can lie where the index says. It may come from another host."""
+    for format in sorted({tensor.format for tensor in index.tensors}):
+        if format not in GGMLQuantizationType.__members__:
+            raise _lying(folder, f"no tensor is of type {format!r}")
+        check_format(format)
+    for tensor in index.tensors:
+        shape, heads = tensor.shape, tensor.rotary_heads
+        if not 1 <= len(shape) <= _MAX_DIMENSIONS or min(shape) < 1:
+            raise _lying(folder, f"{tensor.name!r} has the shape {shape}")
+        expected = math.prod(shape[:-1]) * row_bytes(tensor.format, shape[-1])
+        if tensor.file_bytes != expected or not 0 <= tensor.offset <= index.size_bytes - expected:
+            raise _lying(
+                folder,
+                f"{tensor.name!r} of shape {shape} can't be {tensor.file_bytes:,} bytes at byte "
+                f"{tensor.offset:,} of {index.size_bytes:,}",
+            )
+        if heads is not None and (heads < 1 or shape[0] % (2 * heads)):
+            raise _lying(folder, f"{tensor.name!r} has {shape[0]} rows, which {heads} heads can't share")
+
+
+def _lying(folder: Path, why: str) -> BadCheckpoint:
+    return BadCheckpoint(f"the index of {folder} is wrong: {why}", hint="pull the model again")
 
 
 def _undo_converter(tensor: IndexedTensor, values: np.ndarray) -> np.ndarray:

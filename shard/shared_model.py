@@ -127,7 +127,7 @@ def read_list(folder: Path) -> PieceList:
 
 
 def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiece) -> None:
-    if is_skeleton(folder):
+    if _is_whole(folder, pieces, data):
         return
     new = folder.with_name(f".{folder.name[:16]}-{secrets.token_hex(4)}")
     with translated_write_errors(folder.parent):
@@ -137,7 +137,12 @@ def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiec
                 if not file.name.endswith(".gguf"):
                     (new / file.name).write_bytes(_beginning(pieces, file, read))
             (new / LIST_FILE).write_bytes(data)
-            _move(new, folder)
+            if folder.exists():  # Somebody, or a power cut, has left only a part of it.
+                folder.rename(new / "old")
+            new.rename(folder)
+        except OSError:
+            if not _is_whole(folder, pieces, data):  # Else another process has made it meanwhile.
+                raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -158,12 +163,24 @@ def _beginning(pieces: PieceList, file: ListedFile, read: ReadPiece) -> bytes:
     raise BadMessage(f"the piece list of {pieces.model} lacks the header of {file.name}")
 
 
-def _move(new: Path, folder: Path) -> None:
+def _is_whole(folder: Path, pieces: PieceList, data: bytes) -> bool:
+    """Whether everything is there, as far as sizes tell."""
     try:
-        new.rename(folder)
-    except OSError:
-        if not is_skeleton(folder):  # Else another process has made it meanwhile: it has the same content.
-            raise
+        if (folder / LIST_FILE).read_bytes() != data:
+            return False
+        for file in pieces.files:
+            if file.name.endswith(".gguf"):
+                continue
+            size = (folder / file.name).stat().st_size
+            if file.name.endswith(".safetensors"):
+                with (folder / file.name).open("rb") as start:
+                    if size != header_bytes(Path(file.name), start.read(LENGTH_BYTES), file.num_bytes):
+                        return False
+            elif size != file.num_bytes:
+                return False
+    except (OSError, BadCheckpoint):
+        return False
+    return True
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True):

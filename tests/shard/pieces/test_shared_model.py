@@ -1,0 +1,223 @@
+"""A model that others open from pieces: whatever its files, they read from it what its owner reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shard import open_files
+from shard.gguf_index import INDEX_FILE
+from shard.open import open_checkpoint
+from shard.piece_list import make_piece_list
+from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
+from shard.shared_model import LIST_FILE, materialize, offer_model, read_list
+from shard.weight_folder import PiecedFolder, PlainFolder
+from tests.shard.pieces.given import pieced, stored
+from tests.shard.pieces.test_piece_list import ingested
+from tests.shard.tiny import save_tiny
+from tests.shard.tiny_gguf import write_gguf
+from transport.errors import BadCheckpoint, BadMessage
+from transport.pieces.piece import Piece, PieceList
+from transport.pieces.store import PieceStore
+
+
+def model_of(kind: str, folder: Path) -> Path:
+    if kind == "safetensors":
+        return save_tiny("llama", 0, folder / "model")
+    write_gguf(folder / "one.gguf")
+    return ingested(folder / "one.gguf", folder / "model")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_pieces_read_as_the_files_do(kind: str, tmp_path: Path) -> None:
+    folder = model_of(kind, tmp_path)
+    _, skeleton, store = pieced(folder, tmp_path / "scratch")
+    plain, shared = open_checkpoint(folder), open_checkpoint(skeleton, pieces=store)
+    assert (plain.spec, plain.config, plain.tensors) == (shared.spec, shared.config, shared.tensors)
+    for name, info in plain.tensors.items():
+        read = [np.empty(info.shape, np.float32) for _ in range(2)]
+        plain.read_into(name, read[0], "float32")
+        shared.read_into(name, read[1], "float32")
+        np.testing.assert_array_equal(*read)
+    assert sum(file.stat().st_size for file in skeleton.iterdir()) < plain.spec.file_bytes / 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PieceList, PieceStore]:
+    folder = save_tiny("llama", 0, tmp_path_factory.mktemp("model"))
+    pieces = make_piece_list(folder, "tiny")
+    return folder, pieces, stored(folder, tmp_path_factory.mktemp("store"), pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_range_of_a_file_comes_from_its_pieces(
+    data: st.DataObject, whole: tuple[Path, PieceList, PieceStore]
+) -> None:
+    folder, pieces, store = whole
+    file = next(file for file in pieces.files if file.name.endswith(".safetensors"))
+    begin = data.draw(st.integers(0, file.num_bytes - 1))
+    out = np.zeros(data.draw(st.integers(1, file.num_bytes - begin)), np.uint8)
+    wanted = out.copy()
+    PiecedFolder(folder, pieces, store).read(file.name, out, begin, "it")
+    PlainFolder(folder).read(file.name, wanted, begin, "it")
+    np.testing.assert_array_equal(out, wanted)
+    with pytest.raises(BadCheckpoint, match="no piece"):
+        PiecedFolder(folder, pieces, store).read(file.name, np.zeros(2, np.uint8), file.num_bytes - 1, "it")
+
+
+def test_a_piece_of_another_size_is_refused(tmp_path: Path) -> None:
+    folder = model_of("safetensors", tmp_path)
+    pieces, skeleton, store = pieced(folder, tmp_path / "scratch")
+    (norm,) = [piece for file in pieces.files for piece in file.pieces if piece.tensor == "model.norm.weight"]
+    store.path(norm.digest).write_bytes(b"short")
+    with pytest.raises(BadCheckpoint, match="has 5 bytes"):
+        open_checkpoint(skeleton, pieces=store).read_into("model.norm.weight", np.empty(64, np.float32), "float32")
+
+
+def test_a_piece_that_lacks_is_asked_for(tmp_path: Path) -> None:
+    folder = model_of("safetensors", tmp_path)
+    pieces, skeleton, store = pieced(folder, tmp_path / "scratch")
+    full = stored(folder, tmp_path / "full", pieces)
+    (norm,) = [piece for file in pieces.files for piece in file.pieces if piece.tensor == "model.norm.weight"]
+    store.path(norm.digest).unlink()
+    asked: list[Piece] = []
+
+    def fetch(piece: Piece) -> None:
+        asked.append(piece)
+        store.put(full.path(piece.digest).read_bytes(), piece.digest)
+
+    out, wanted = np.empty(64, np.float32), np.empty(64, np.float32)
+    open_checkpoint(skeleton, pieces=store, fetch=fetch).read_into("model.norm.weight", out, "float32")
+    open_checkpoint(folder).read_into("model.norm.weight", wanted, "float32")
+    np.testing.assert_array_equal(out, wanted)
+    assert asked == [Piece(norm.digest, norm.num_bytes)]
+
+
+def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_of("safetensors", tmp_path)
+    _, skeleton, store = pieced(folder, tmp_path / "scratch")
+    plain, shared = open_checkpoint(folder), open_checkpoint(skeleton, pieces=store)
+    wanted = {name: np.empty(info.shape, np.float32) for name, info in plain.tensors.items()}
+    for name, out in wanted.items():
+        plain.read_into(name, out, "float32")
+    open_now, most, lock = 0, 0, threading.Lock()
+    really_open, really_close = os.open, os.close
+
+    def counted_open(path: object, *arguments: int) -> int:
+        nonlocal open_now, most
+        with lock:
+            open_now += 1
+            most = max(most, open_now)
+        return really_open(path, *arguments)  # type: ignore[arg-type]
+
+    def counted_close(fd: int) -> None:
+        nonlocal open_now
+        with lock:
+            open_now -= 1
+        really_close(fd)
+
+    monkeypatch.setattr(open_files.os, "open", counted_open)
+    monkeypatch.setattr(open_files.os, "close", counted_close)
+    wrong: list[str] = []
+
+    def read(seed: int) -> None:
+        for name in np.random.default_rng(seed).permutation(list(wanted)).tolist():
+            out = np.empty_like(wanted[name])
+            shared.read_into(name, out, "float32")
+            if not np.array_equal(out, wanted[name]):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert 0 < most <= open_files.MOST_OPEN_FILES + len(threads)
+    shared.close()
+    assert open_now == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_an_offer_is_made_once_and_anew_when_a_file_changes(kind: str, tmp_path: Path) -> None:
+    folder = model_of(kind, tmp_path)
+    told: list[int] = []
+
+    def offer(model: str = "tiny") -> str:
+        told.clear()
+        made = offer_model(folder, model, tmp_path / "shared", lambda done, total: told.append(done))
+        assert list_digest(made.list_file.read_bytes()) == made.digest == list_digest(encode_piece_list(made.pieces))
+        assert set(made.weight_stamps) == {made.pieces.files[-1].name}
+        for file in made.pieces.files:
+            where = made.skeleton if file.name in made.skeleton_stamps else made.weights
+            assert (where / file.name).stat().st_size == file.num_bytes
+        return made.digest
+
+    first = offer()
+    assert told
+    assert offer() == first
+    assert not told, "nothing is hashed twice"
+    assert offer("other") != first
+    (tmp_path / "shared" / first / LIST_FILE).unlink()
+    assert offer() == first
+    file = tmp_path / "one.gguf" if kind == "gguf" else folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert offer() != first
+
+
+def test_materialize_is_done_once_and_takes_nothing_on_trust(tmp_path: Path) -> None:
+    folder = model_of("safetensors", tmp_path)
+    pieces, skeleton, store = pieced(folder, tmp_path / "scratch")
+    before = {path.name: path.read_bytes() for path in skeleton.iterdir()}
+    assert read_list(skeleton) == pieces
+    materialize(pieces, PieceStore(tmp_path / "empty"), skeleton)
+    assert {path.name: path.read_bytes() for path in skeleton.iterdir()} == before
+    with pytest.raises(BadCheckpoint, match="not on this host"):
+        materialize(pieces, PieceStore(tmp_path / "empty"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".new")]
+    headless = json.loads(encode_piece_list(pieces))
+    for file in headless["files"]:
+        if file["name"].endswith(".safetensors"):
+            file["pieces"] = [piece for piece in file["pieces"] if piece[0]]
+    with pytest.raises(BadMessage, match="header"):
+        materialize(decode_piece_list(json.dumps(headless).encode()), store, tmp_path / "new")
+    (skeleton / LIST_FILE).write_text("{}")
+    with pytest.raises(BadCheckpoint, match=r"pieces\.json"):
+        open_checkpoint(skeleton, pieces=store)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "Q9_9"},
+        {"shape": [1 << 40, 64]},
+        {"shape": []},
+        {"shape": [0, 64]},
+        {"shape": [-64, -64]},
+        {"offset": -1},
+        {"offset": 1 << 50},
+        {"file_bytes": 4},
+        {"rotary_heads": 0},
+        {"rotary_heads": 7},
+    ],
+)
+def test_an_index_of_another_host_is_checked(change: dict[str, object], tmp_path: Path) -> None:
+    folder = model_of("gguf", tmp_path)
+    index = json.loads((folder / INDEX_FILE).read_bytes())
+    tensor = next(one for one in index["tensors"] if one["name"].endswith("0.self_attn.q_proj.weight"))
+    tensor |= change
+    (folder / INDEX_FILE).write_bytes(msgspec.json.encode(index))
+    with pytest.raises(BadCheckpoint, match="index"):
+        open_checkpoint(folder)
