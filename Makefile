@@ -11,7 +11,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types imports bench-hops bench-memory bench-stage bench-quality bench-loading \
-	bench-scheduling bench-scheduling-lab test-gemma clean
+	bench-scheduling bench-scheduling-lab test-gemma fuzz clean
 
 demo: $(READY)
 	@$(BIN)/potluck demo $(ARGS)
@@ -51,6 +51,13 @@ bench-loading: $(READY)
 # Real quantized models beside the numbers in their files; GEMMA is a folder that `potluck pull file:…gguf` made.
 test-gemma: $(READY)
 	POTLUCK_TEST_GEMMA="$(GEMMA)" $(BIN)/python -m pytest tests/shard/test_real_quantized.py -rs -s $(ARGS)
+
+# Bytes from strangers, led by coverage: each target for so long. `pip install atheris` into .venv first.
+FUZZ_SECONDS ?= 600
+FUZZ := gguf-header safetensors-header wire-data wire-control chat-body
+fuzz: $(READY)
+	@for target in $(FUZZ); do \
+		$(BIN)/python -m tests.fuzz.run $$target $(FUZZ_SECONDS) .fuzz/$$target || exit 1; done
 
 # Whether every device is kept busy, beside llama.cpp over two RPC servers; and over emulated hosts (root).
 bench-scheduling: $(READY) llama-rpc

@@ -54,18 +54,23 @@ def read_header(path: Path, progress: Progress = lambda done, total: None) -> Gg
     """Metadata (arrays of numbers as NumPy arrays, of strings as lists) and tensors. Raises BadCheckpoint."""
     try:
         with path.open("rb", buffering=1 << 20) as file:
-            return _Parser(path, file, progress).parse()
+            return parse_header(path, file, path.stat().st_size, progress)
     except OSError as error:
         raise BadCheckpoint(
             f"can't read {path}: {error.strerror or error}", hint="check the path and its rights"
         ) from error
 
 
+def parse_header(path: Path, file: BinaryIO, size: int, progress: Progress = lambda done, total: None) -> GgufHeader:
+    """As `read_header`, of a file of `size` bytes that is open at its start; `path` is for errors alone."""
+    return _Parser(path, file, size, progress).parse()
+
+
 class _Parser:
-    def __init__(self, path: Path, file: BinaryIO, progress: Progress) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int, progress: Progress) -> None:
         self._path = path
         self._file = file
-        self._size = path.stat().st_size
+        self._size = size
         self._at = 0
         self._progress = progress
 
