@@ -9,26 +9,20 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Literal
 
-import msgspec
 import uvicorn
 import zmq
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from potluck.engine.book import failure
 from potluck.engine.client import EngineClient
+from potluck.head_routes import HeadControl, head_routes
 from potluck.http.access import Access
 from potluck.http.app import create_app
 from potluck.http.connections import MAX_CONNECTIONS
 from potluck.http.serving import server_for
 from potluck.http_access import own_url
-from potluck.plan_watch import BetterPlan
-from potluck.status import StatusReport, better_report
 from transport.curve import Prepare
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
 from transport.requests import EngineEvent, Pong, Submit
@@ -123,11 +117,11 @@ class Endpoint:
         """For programs of this host."""
         return own_url(*self._listener.getsockname()[:2])
 
-    def start(self, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]) -> None:
+    def start(self, head: HeadControl) -> None:
         """Serve from now on; requests are refused with a reason until an engine is connected."""
         _allow_connections()
         app = create_app(self._engine, model=self._model)
-        _add_head_routes(app, report, replan)
+        app.router.routes.extend(head_routes(head))
         self._server = server_for(app, self._access)
         self._thread = threading.Thread(target=self._serve, args=(self._server,), name="http", daemon=True)
         self._thread.start()
@@ -194,18 +188,3 @@ def _allow_connections() -> None:
         # A system may forbid it for reasons of its own: then there are fewer.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _add_head_routes(
-    app: Starlette, report: Callable[[], StatusReport], replan: Callable[[], BetterPlan | None]
-) -> None:
-    async def status(request: Request) -> Response:
-        facts = await asyncio.to_thread(report)
-        return Response(msgspec.json.encode(facts), media_type="application/json")
-
-    async def apply_better_plan(request: Request) -> Response:
-        better = better_report(replan())
-        return Response(msgspec.json.encode({"better_plan": better}), media_type="application/json")
-
-    app.router.routes.append(Route("/potluck/status", status))
-    app.router.routes.append(Route("/potluck/replan", apply_better_plan, methods=["POST"]))

@@ -30,14 +30,14 @@ from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.plan_watch import BetterPlan, PlanWatch
 from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
-from potluck.pool import Pool, PoolWorker
+from potluck.pool import Pool, PoolHost, PoolWorker
 from potluck.profiling import pool_times_for, remember_deviation
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from transport.endpoints import port_of
-from transport.errors import NeighbourGone, NotAllowed, PotluckError, RingDown
+from transport.errors import NeighbourGone, NotAllowed, NotRunning, PotluckError, RingDown
 from transport.messages import WeightsForm
 
 if TYPE_CHECKING:
@@ -135,6 +135,26 @@ class Head:
         self._wants_replan = better is not None
         return better
 
+    def invite(self) -> tuple[str, str]:
+        """A fresh invite and a fresh code for another host. Thread-safe. Raises NotRunning without a network."""
+        made, code = self._open_network().invite()
+        return str(made), str(code)
+
+    def answer(self, name: str, allow: bool) -> str:
+        """Let in, or refuse, the host that waits under that name. Thread-safe. Raises BadRequest, NotRunning."""
+        return self._open_network().approvals.answer(name, allow).name
+
+    def hosts(self) -> list[PoolHost]:
+        """The other hosts that are connected. Thread-safe."""
+        return self._pool.hosts()
+
+    def _open_network(self) -> Network:
+        if self.network is None or self.network.door is None:
+            raise NotRunning(
+                "this head keeps other hosts out", hint="start it without --no-lan, on a host with a network"
+            )
+        return self.network
+
     def _start(self) -> None:
         head_file = self._stack.enter_context(HeadFile())
         listener = bind_endpoint(self._settings.host, self._settings.port)
@@ -183,7 +203,7 @@ class Head:
         self._stack.callback(self._pool.stop_workers, "the head has stopped")
         self.endpoint = Endpoint(context, listener, model=self.model.name, access=self.opened.access)
         self._stack.callback(self.endpoint.stop)
-        self.endpoint.start(self.report, self.request_replan)
+        self.endpoint.start(self)
         self._open_door()
         head_file.publish(self._facts())
         self._gather(devices)

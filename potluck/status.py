@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from devices.identity import fingerprint
+from devices.members import clean_words
 from potluck.calibration import Deviation
 from potluck.paths import logs_dir
 from transport.messages import KVForm, WeightsForm
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from planner.plan import Plan, StagePlan
     from potluck.head import Head
     from potluck.plan_watch import BetterPlan
-    from potluck.pool import PoolWorker
+    from potluck.pool import PoolHost, PoolWorker
     from potluck.ring import Ring, RingStage
 
 
@@ -25,7 +27,8 @@ class StageReport(Struct, frozen=True, kw_only=True):
     """One stage. `kv_bytes` are held now, `kv_reserved_bytes` are the plan's; `ms_per_token` is the median compute of
     its last decode steps, None before the first, `predicted_ms_per_token` the plan's, for one chat. `ratio` is how
     many times slower than predicted it has been, by the steps it really ran; `is_off_s` for how long. `decode_…` and
-    `prefill_…` count compute since its load."""
+    `prefill_…` count compute since its load. `fetched` are the bytes of weights that came for it from other hosts, by
+    name, when it was last loaded, in `fetch_s`."""
 
     stage: int
     device: str
@@ -53,6 +56,8 @@ class StageReport(Struct, frozen=True, kw_only=True):
     prefill_s: float
     pid: int
     fault: str | None
+    fetched: dict[str, int]
+    fetch_s: float
 
 
 class DeviceReport(Struct, frozen=True, kw_only=True):
@@ -103,8 +108,19 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     cached_kv_tokens: int
 
 
+class HostReport(Struct, frozen=True, kw_only=True):
+    """Another host that is connected. `potluck` is its version of the package."""
+
+    name: str
+    fingerprint: str
+    platform: str
+    potluck: str
+    address: str
+    devices: list[str]
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
-    """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts join. `engine`
+    """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts knock. `engine`
     is None while it does not answer."""
 
     model: str
@@ -122,6 +138,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     better_plan: BetterPlanReport | None
     stages: list[StageReport]
     idle_devices: list[DeviceReport]
+    hosts: list[HostReport]
     logs: str
 
 
@@ -184,6 +201,8 @@ def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation) -> 
         is_off_s=time.time() - deviation.since_s if deviation.since_s is not None else None,
         pid=register.pid,
         fault=worker.fault.message if worker.fault else None,
+        fetched=loaded.fetched if loaded else {},
+        fetch_s=loaded.fetch_s if loaded else 0.0,
     )
 
 
@@ -233,5 +252,17 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Po
             for worker in workers
             if worker.register.device not in used
         ],
+        hosts=[_host_report(host, workers) for host in head.hosts()],
         logs=str(logs_dir()),
+    )
+
+
+def _host_report(host: PoolHost, workers: list[PoolWorker]) -> HostReport:
+    return HostReport(
+        name=host.name,
+        fingerprint=fingerprint(host.key),
+        platform=clean_words(host.arrive.platform),
+        potluck=clean_words(host.arrive.potluck),
+        address=clean_words(host.arrive.address),
+        devices=[worker.register.device for worker in workers if worker.peer.key == host.key],
     )

@@ -59,6 +59,16 @@ def show(report: StatusReport) -> None:
             )
     if report.better_plan is not None:
         show_better(report.better_plan)
+    for stage in report.stages:
+        if stage.fetched:
+            sources = ", ".join(f"{count / 1e6:,.0f} MB from {escape(name)}" for name, count in stage.fetched.items())
+            data.print(f"{escape(stage.device)} got {sources} in {stage.fetch_s:.1f} s", highlight=False)
+    for host in report.hosts:
+        data.print(
+            f"Connected: {escape(host.name)} ({escape(host.platform)}, {escape(host.address)}) with "
+            f"{escape(', '.join(host.devices) or 'no device yet')}",
+            highlight=False,
+        )
     for device in report.idle_devices:
         data.print(
             f"Not in the ring: {escape(device.device)} ({gib(device.free_bytes)} free): {escape(device.reason)}",
