@@ -11,7 +11,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types imports bench-hops bench-memory bench-stage bench-quality bench-loading \
-	bench-scheduling bench-scheduling-lab test-gemma fuzz clean
+	bench-scheduling bench-scheduling-lab bench-transfer test-gemma fuzz clean
 
 demo: $(READY)
 	@$(BIN)/potluck demo $(ARGS)
@@ -65,6 +65,10 @@ bench-scheduling: $(READY) llama-rpc
 
 bench-scheduling-lab: $(READY)
 	$(BIN)/python -m bench.lab_scheduling $(ARGS)
+
+# Pieces of a model from a head to three emulated hosts (root).
+bench-transfer: $(READY)
+	$(BIN)/python -m bench.piece_transfer $(ARGS)
 
 # llama.cpp, built here (some minutes each, a C++ compiler): the benches do without it where that fails. Its Python package
 # is one stage's peer; its RPC and HTTP servers, built from the source that comes with the package, are a ring's.

@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from transport.wake import Wake
 
-MOST_QUEUED_BYTES = 16 * 2**20
-"""Beyond that nothing more should be asked for: the disk is slower than the network."""
+MOST_QUEUED_BYTES = 4 * 2**20
+"""Beyond that nothing more should be asked for: the disk is slower than the network. What is queued is lost with the
+process."""
 
 Then = Callable[[BaseException | None], None]
 

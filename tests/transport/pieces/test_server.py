@@ -31,6 +31,7 @@ from transport.pieces.messages import (
     encode,
     is_held,
 )
+from transport.pieces.piece_source import Located, StoreSource
 from transport.pieces.speed import link_speed
 from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, MAX_WAITING
 
@@ -108,6 +109,21 @@ def test_a_server_says_what_it_holds(pool: Pool, stack: ExitStack) -> None:
     for unknown in ("0" * 64, MODEL.pieces[1].digest):
         client.say(encode(Holdings(4, unknown)))
         assert client.hear() == (Held(4, b""), b"")
+
+
+def test_a_piece_whose_file_has_become_shorter_is_missing(pool: Pool, stack: ExitStack) -> None:
+    class Stale(StoreSource):
+        def locate(self, digest: str) -> Located | None:
+            found = super().locate(digest)
+            return found and found._replace(num_bytes=found.num_bytes + 10)
+
+    server = pool.host("head", MODEL)
+    pool.serve(server, sources=[Stale(server.store)])
+    client = member(stack, pool, server)
+    digest = MODEL.pieces[1].digest
+    assert client.ask(digest) == (Missing(7, digest), b"")
+    server.store.path(digest).unlink()
+    assert client.ask(digest) == (Missing(7, digest), b"")
 
 
 def test_links_can_be_measured(pool: Pool) -> None:
