@@ -1,6 +1,7 @@
 """A model that is shared in pieces: what the host that has it offers, and the folder that others open it from.
 
-That folder holds config.json, the indexes, the headers of safetensors files, and the piece list: all but the weights.
+That folder holds config.json, the indexes, the headers of safetensors files, the few tensors that a reader looks at
+before it loads any, and the piece list: all but the weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from shard.piece_list import HashProgress, Stamp, make_piece_list, model_files, stamp_of
 from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
 from shard.safetensors_header import LENGTH_BYTES, header_bytes
+from shard.weight_folder import KEPT
 from transport.errors import BadCheckpoint, BadMessage
 from transport.pieces.disk_space import translated_write_errors
 from transport.pieces.piece import ListedFile, PieceList, PlacedPiece
@@ -134,8 +136,13 @@ def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiec
         new.mkdir(parents=True)
         try:
             for file in pieces.files:
-                if not file.name.endswith(".gguf"):
-                    (new / file.name).write_bytes(_beginning(pieces, file, read))
+                if file.name.endswith(".gguf"):
+                    continue
+                start = _beginning(pieces, file, read)
+                (new / file.name).write_bytes(start)
+                for piece in _kept(file, len(start)):
+                    (new / KEPT).mkdir(exist_ok=True)
+                    (new / KEPT / piece.digest).write_bytes(read(file, piece))
             (new / LIST_FILE).write_bytes(data)
             if folder.exists():  # Somebody, or a power cut, has left only a part of it.
                 folder.rename(new / "old")
@@ -163,6 +170,11 @@ def _beginning(pieces: PieceList, file: ListedFile, read: ReadPiece) -> bytes:
     raise BadMessage(f"the piece list of {pieces.model} lacks the header of {file.name}")
 
 
+def _kept(file: ListedFile, header_end: int) -> list[PlacedPiece]:
+    """What is looked at before a stage's tensors are read, beyond the header."""
+    return [piece for piece in file.pieces if not piece.tensor and piece.offset >= header_end]
+
+
 def _is_whole(folder: Path, pieces: PieceList, data: bytes) -> bool:
     """Whether everything is there, as far as sizes tell."""
     try:
@@ -176,6 +188,8 @@ def _is_whole(folder: Path, pieces: PieceList, data: bytes) -> bool:
                 with (folder / file.name).open("rb") as start:
                     if size != header_bytes(Path(file.name), start.read(LENGTH_BYTES), file.num_bytes):
                         return False
+                if any((folder / KEPT / one.digest).stat().st_size != one.num_bytes for one in _kept(file, size)):
+                    return False
             elif size != file.num_bytes:
                 return False
     except (OSError, BadCheckpoint):

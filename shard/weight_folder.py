@@ -79,13 +79,20 @@ class HeadersOnly:
         pass
 
 
+KEPT = "kept"
+"""The folder, beside the small files, of the nameless pieces of weight files: what opening the model looks at."""
+
+
 class PiecedFolder:
     """The weight files of `pieces`, read from a store; `path` is what `materialize` made.
 
     A piece that the store lacks is asked for from `fetch`, without which it is an error: nothing is ever made up.
+    Without a store the model can be opened, and none of its tensors read.
     """
 
-    def __init__(self, path: Path, pieces: PieceList, store: PieceStore, *, fetch: FetchPiece | None = None) -> None:
+    def __init__(
+        self, path: Path, pieces: PieceList, store: PieceStore | None, *, fetch: FetchPiece | None = None
+    ) -> None:
         self.path = path
         self._store = store
         self._fetch = fetch
@@ -123,13 +130,19 @@ class PiecedFolder:
         return file
 
     def _read_piece(self, piece: PlacedPiece, out: np.ndarray, offset: int, what: str) -> None:
-        path = self._store.path(piece.digest)
-        if not path.exists():
-            if self._fetch is None:
-                raise BadCheckpoint(
-                    f"{what}: piece {piece.digest[:12]} is not on this host",
-                    hint="it was removed meanwhile (potluck cache clear?): load the model again",
-                )
-            self._fetch(Piece(piece.digest, piece.num_bytes))
+        path = self._path(piece, what)
         with self._files.descriptor(path, piece.num_bytes) as fd:
             read_exactly(fd, out, offset, what)
+
+    def _path(self, piece: PlacedPiece, what: str) -> Path:
+        if not piece.tensor:
+            return self.path / KEPT / piece.digest
+        path = None if self._store is None else self._store.path(piece.digest)
+        if path is None or (self._fetch is None and not path.exists()):
+            raise BadCheckpoint(
+                f"{what}: piece {piece.digest[:12]} is not on this host",
+                hint="it was removed meanwhile (potluck cache clear?): load the model again",
+            )
+        if self._fetch is not None and not path.exists():
+            self._fetch(Piece(piece.digest, piece.num_bytes))
+        return path

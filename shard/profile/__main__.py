@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
-    from shard.open import open_checkpoint
+    from shard.open import open_checkpoint, open_unread
     from shard.profile.profile import Profiler
     from shard.profile.settings import ProfileSettings
 
@@ -55,8 +55,9 @@ def _run(options: argparse.Namespace, commands: queue.SimpleQueue[str]) -> None:
         budget_s=options.budget,
         memory_bytes=options.memory,
         weights=options.weights,
+        unread=options.unread,
     )
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = (open_unread if settings.unread else open_checkpoint)(options.model)
     tell = (lambda what: _say(doing=what)) if options.serve else (lambda what: None)
     profiler = Profiler(checkpoint, settings, tell=tell)
     report = msgspec.to_builtins(profiler.profile())
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds to measure for, after loading")
     parser.add_argument("--memory", type=int, default=None, help="most bytes of weights to hold at once")
+    parser.add_argument("--unread", action="store_true", help="make up the weights: only the rest is read")
     parser.add_argument("--serve", action="store_true", help="speak lines of JSON with a parent")
     return parser
 

@@ -33,6 +33,8 @@ class ProfileProcess:
         command += ["--threads", str(threads), "--budget", str(settings.budget_s), "--weights", settings.weights]
         if settings.memory_bytes is not None:
             command += ["--memory", str(settings.memory_bytes)]
+        if settings.unread:
+            command.append("--unread")
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ BUDGET_S = 5.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSettings:
     """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound),
-    `weights` how they are held."""
+    `weights` how they are held. `unread`: with made-up weights, of a model whose own need not be on this host."""
 
     backend: Backend
     device: str
@@ -21,3 +21,4 @@ class ProfileSettings:
     budget_s: float = BUDGET_S
     memory_bytes: int | None = None
     weights: WeightsForm = "stored"
+    unread: bool = False

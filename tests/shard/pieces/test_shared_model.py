@@ -64,7 +64,7 @@ def test_any_range_of_a_file_comes_from_its_pieces(
 ) -> None:
     folder, pieces, store = whole
     file = next(file for file in pieces.files if file.name.endswith(".safetensors"))
-    begin = data.draw(st.integers(0, file.num_bytes - 1))
+    begin = data.draw(st.integers(file.pieces[1].offset, file.num_bytes - 1))  # The header is not read like this.
     out = np.zeros(data.draw(st.integers(1, file.num_bytes - begin)), np.uint8)
     wanted = out.copy()
     PiecedFolder(folder, pieces, store).read(file.name, out, begin, "it")
