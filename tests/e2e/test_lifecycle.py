@@ -26,7 +26,7 @@ TWO_DEVICES = ("--device", "torch:cpu", "--device", "torch:cpu")
 def test_nothing_is_left_however_it_ends(home: Home, number: signal.Signals) -> None:
     running = Running(home, *up_arguments(devices=TWO_DEVICES))
     running.facts()
-    assert len(home.processes()) == 4  # head, engine, two workers
+    assert len(home.processes()) == 5  # head, engine, what renders its templates, two workers
     started = time.monotonic()
     running.stop(number)
     if number == signal.SIGKILL:
