@@ -23,6 +23,9 @@ from transport.pieces.window import Window
 
 SILENT_AFTER_S = 5.0
 HOLDINGS_AGAIN_S = 0.5
+"""How often a peer that a hint leads to is asked what it has by now."""
+
+_HOLDINGS_LAST_S = 4.0
 _MOST_ASKS = 32
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
@@ -85,6 +88,7 @@ class FetchPeer:
         self._idle_since_s = now_s
         self._knows_holdings = False
         self._holdings_due_s = now_s
+        self._holdings_again_s = HOLDINGS_AGAIN_S
 
     @property
     def is_usable(self) -> bool:
@@ -179,7 +183,7 @@ class FetchPeer:
         plan = self._shared.plan
         if now_s < self._holdings_due_s:
             return
-        self._holdings_due_s = now_s + HOLDINGS_AGAIN_S
+        self._holdings_due_s = now_s + self._holdings_again_s
         if (not self._knows_holdings or plan.is_wanted_of(self.peer.key)) and line.send(
             Holdings(next(self._tokens), self._shared.model)
         ):
@@ -234,7 +238,11 @@ class FetchPeer:
         match received.answer:
             case Held(bitmap=bitmap):
                 self._knows_holdings = True
-                self._shared.plan.note_held(self.peer.key, bitmap, now_s)
+                is_news = self._shared.plan.note_held(self.peer.key, bitmap, now_s)
+                again_s = (
+                    HOLDINGS_AGAIN_S if is_news or self._shared.plan.is_hinted(self.peer.key) else _HOLDINGS_LAST_S
+                )
+                self._holdings_again_s = min(2 * self._holdings_again_s, again_s)
             case Refused(reason=reason):
                 self.leave(f"it refused: {reason!r}", now_s)
             case Missing(token=token):

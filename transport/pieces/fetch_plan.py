@@ -6,6 +6,7 @@ head comes last for what others have too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,9 @@ IDLE_S = 2.0
 """The head, idle for so long, takes what a slower host has too."""
 
 
+_QUEUE_S = 0.2
+
+
 @dataclass(slots=True)
 class _Peer:
     bitmap: bytes = b""
@@ -39,6 +43,13 @@ class _Wanted:
     hinted: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    digests: deque[str]
+    version: int
+    made_at_s: float
+
+
 class FetchPlan:
     """Keys are those of peers. `pieces` are by their number in the model's list; one that is there twice is wanted
     once. A piece is pending, taken or done."""
@@ -50,10 +61,11 @@ class FetchPlan:
         self._head = keys[-1] if keys else ""
         self._peers = {key: _Peer(useful_at_s=now_s) for key in keys}
         self._wanted = _wanted(pieces, {hint for hint in hints if hint.peer in self._peers})
+        self._hinted = {wanted.hinted for wanted in self._wanted.values()}
         self._pending = dict.fromkeys(self._wanted)
         self._num_done = 0
         self._version = 0
-        self._nothing: dict[str, tuple[int, float]] = {}
+        self._queues: dict[str, _Queue] = {}
 
     @property
     def is_done(self) -> bool:
@@ -61,16 +73,15 @@ class FetchPlan:
 
     def take(self, key: str, now_s: float, *, usable: Collection[str], idle_s: float) -> Piece | None:
         """The next piece to ask `key` for, which has had nothing to do for `idle_s`. `usable` peers are connected."""
-        known = self._nothing.get(key)
-        # Looking costs as much as there are pieces: not again before anything has changed, or time has passed.
-        if known is not None and known[0] == self._version and now_s < known[1]:
-            return None
-        found = self._find(key, now_s, usable, idle_s)
-        if found is None:
-            self._nothing[key] = (self._version, now_s + 0.2)
-            return None
-        del self._pending[found]
-        return self._wanted[found].piece
+        queue = self._queues.get(key)
+        if queue is None or self._is_stale(queue, now_s):
+            queue = self._queues[key] = self._queue(key, now_s, usable, idle_s)
+        while queue.digests:
+            digest = queue.digests.popleft()
+            if digest in self._pending and digest not in self._peers[key].lacks:
+                del self._pending[digest]
+                return self._wanted[digest].piece
+        return None
 
     def give_back(self, digest: str) -> None:
         """A taken piece is pending again, before all others."""
@@ -80,17 +91,23 @@ class FetchPlan:
     def note_done(self, digest: str) -> None:
         self._num_done += 1
 
+    def is_hinted(self, key: str) -> bool:
+        """Whether a hint leads to it."""
+        return key in self._hinted
+
     def note_useful(self, key: str, now_s: float) -> None:
         """It gave something."""
         self._peers[key].useful_at_s = now_s
 
-    def note_held(self, key: str, bitmap: bytes, now_s: float) -> None:
-        """It says which pieces of the model it has."""
+    def note_held(self, key: str, bitmap: bytes, now_s: float) -> bool:
+        """It says which pieces of the model it has. Whether those are others than before."""
         peer = self._peers[key]
-        if bitmap != peer.bitmap:
-            peer.bitmap, peer.useful_at_s = bitmap, now_s
-            peer.lacks.clear()
-            self._version += 1
+        if bitmap == peer.bitmap:
+            return False
+        peer.bitmap, peer.useful_at_s = bitmap, now_s
+        peer.lacks.clear()
+        self._version += 1
+        return True
 
     def note_missing(self, key: str, digest: str) -> None:
         self._peers[key].lacks.add(digest)
@@ -118,26 +135,33 @@ class FetchPlan:
                 return self._wanted[digest].piece
         return None
 
-    def _find(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> str | None:
-        if self._peers[key].is_refused:
-            return None
-        second: str | None = None
-        for digest in self._pending:
-            wanted = self._wanted[digest]
-            if digest in self._peers[key].lacks:
-                continue
-            has_it = self._has(key, wanted)
-            if not has_it and self._others(key, wanted, usable):
-                continue  # Perhaps it has it all the same: asked for only if nobody says so.
-            if key != self._head:
-                if has_it:
-                    return digest
-                continue
-            if not self._is_left_to_others(wanted, now_s, usable):
-                return digest
-            if second is None and idle_s >= IDLE_S and self._others(key, wanted, usable):
-                second = digest
-        return second
+    def _is_stale(self, queue: _Queue, now_s: float) -> bool:
+        """To make one costs as much as there are pieces: not more often than things change, nor all the time."""
+        age_s = now_s - queue.made_at_s
+        if queue.digests:
+            return queue.version != self._version and age_s >= _QUEUE_S
+        return queue.version != self._version or age_s >= _QUEUE_S
+
+    def _queue(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> _Queue:
+        """What to ask `key` for as things are now, in order."""
+        peer, found, for_idle = self._peers[key], deque[str](), None
+        if not peer.is_refused:
+            for digest in self._pending:
+                wanted = self._wanted[digest]
+                if digest in peer.lacks:
+                    continue
+                if key != self._head:
+                    if self._has(key, wanted):
+                        found.append(digest)
+                elif not self._has(key, wanted) and self._others(key, wanted, usable):
+                    continue  # Perhaps it has it all the same: asked for only if nobody says so.
+                elif not self._is_left_to_others(wanted, now_s, usable):
+                    found.append(digest)
+                elif for_idle is None and idle_s >= IDLE_S and self._others(key, wanted, usable):
+                    for_idle = digest
+        if not found and for_idle is not None:
+            found.append(for_idle)
+        return _Queue(found, self._version, now_s)
 
     def _is_left_to_others(self, wanted: _Wanted, now_s: float, usable: Collection[str]) -> bool:
         """By the head."""

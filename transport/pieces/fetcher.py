@@ -24,6 +24,7 @@ log = logging.getLogger("potluck.pieces")
 
 PATIENCE_S = 30.0
 _NOWHERE_S = 5.0
+_NOWHERE_AGAIN_S = 0.2
 _TICK_S = 0.05
 _ELSEWHERE_AGAIN_S = 0.5
 _HINT = "is the head running, and reachable from here? potluck doctor says; what came so far is kept"
@@ -119,6 +120,7 @@ class _Fetch:
         self._what = what
         self._patience_s = patience_s
         self._nowhere_since_s: float | None = None
+        self._nowhere_due_s = 0.0
         self._elsewhere_due_s = 0.0
         self._elsewhere_bytes = 0
         self._logged: set[str] = set()
@@ -187,6 +189,11 @@ class _Fetch:
                 log.warning("nothing more is taken from %s: %s", peer.peer.name, peer.reason)
         if all(peer.is_refused for peer in self.peers) and self._shared.disk.is_idle and not self._shared.plan.is_done:
             raise self._failed("no host is left to get it from")
+        if now_s - self._done.last_s > self._patience_s:
+            raise self._failed(f"nothing came for {self._patience_s:.0f} s")
+        if now_s < self._nowhere_due_s:
+            return
+        self._nowhere_due_s = now_s + _NOWHERE_AGAIN_S
         nowhere: Piece | None = None
         if all(peer.is_idle for peer in self.peers):
             nowhere = self._shared.plan.nowhere({peer.peer.key for peer in self.peers if peer.is_usable})
@@ -194,10 +201,8 @@ class _Fetch:
             self._nowhere_since_s = None
         elif self._nowhere_since_s is None:
             self._nowhere_since_s = now_s
-        elif now_s - self._nowhere_since_s > min(_NOWHERE_S, self._patience_s):
+        elif now_s - self._nowhere_since_s > min(_NOWHERE_S, self._patience_s / 2):
             raise self._failed(f"no host has piece {nowhere.digest[:12]}")
-        if now_s - self._done.last_s > self._patience_s:
-            raise self._failed(f"nothing came for {self._patience_s:.0f} s")
 
     def _failed(self, why: str) -> DownloadFailed:
         tried = "; ".join(f"{peer.peer.name}: {_state(peer, self._shared.plan)}" for peer in self.peers)

@@ -6,8 +6,10 @@ Only files that one of this host's own piece lists names are ever opened: who as
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +20,8 @@ from transport.pieces.piece import MAX_LIST_BYTES, PieceList
 
 MAX_OPEN_FILES = 32
 _MAX_KNOWN_LISTS = 8
+_LACKING_AGAIN_S = 0.3
+_ALL_AGAIN_S = 30.0
 _lists = msgspec.json.Decoder(PieceList)
 
 
@@ -55,11 +59,12 @@ class KeptPieces(Protocol):
 
 
 class StoreSource:
-    """Pieces of a content-addressed store, piece lists included."""
+    """Pieces of a content-addressed store, piece lists included. What `held` says can be a moment old."""
 
-    def __init__(self, store: KeptPieces) -> None:
+    def __init__(self, store: KeptPieces, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
-        self._known: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._clock = clock
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def locate(self, digest: str) -> Located | None:
         if not self._store.has(digest):
@@ -68,24 +73,47 @@ class StoreSource:
         return Located(path, 0, path.stat().st_size)
 
     def held(self, model: str) -> bytes:
-        return bitmap_of([self._store.has(digest) for digest in self._pieces_of(model)])
-
-    def _pieces_of(self, model: str) -> tuple[str, ...]:
-        """In the list's order. Empty if its list is not in the store."""
-        known = self._known.get(model)
+        known = self._known.get(model) or self._read(model)
         if known is None:
-            located = self.locate(model)
-            if located is None or located.num_bytes > MAX_LIST_BYTES:
-                return ()
-            try:
-                pieces = _lists.decode(located.path.read_bytes())
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                return ()  # A piece like others, not a list.
-            known = tuple(piece.digest for file in pieces.files for piece in file.pieces)
-            self._known[model] = known
-            while len(self._known) > _MAX_KNOWN_LISTS:
-                self._known.popitem(last=False)
+            return b""
+        now_s = self._clock()
+        if now_s - known.all_looked_at_s >= _ALL_AGAIN_S:
+            known.all_looked_at_s, known.held = now_s, [False] * len(known.digests)
+            known.looked_at_s = None
+        # Each piece takes 10 µs, several hosts ask twice a second, and lists can be long.
+        if known.looked_at_s is None or now_s - known.looked_at_s >= _LACKING_AGAIN_S:
+            known.looked_at_s = now_s
+            known.held = [
+                held or self._store.has(digest) for digest, held in zip(known.digests, known.held, strict=True)
+            ]
+            known.bitmap = bitmap_of(known.held)
+        return known.bitmap
+
+    def _read(self, model: str) -> _Known | None:
+        """None if its list is not in the store."""
+        located = self.locate(model)
+        if located is None or located.num_bytes > MAX_LIST_BYTES:
+            return None
+        try:
+            pieces = _lists.decode(located.path.read_bytes())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None  # A piece like others, not a list.
+        digests = [piece.digest for file in pieces.files for piece in file.pieces]
+        known = self._known[model] = _Known(digests, [False] * len(digests), self._clock())
+        while len(self._known) > _MAX_KNOWN_LISTS:
+            self._known.popitem(last=False)
         return known
+
+
+@dataclass(slots=True)
+class _Known:
+    """A model's pieces, and which of them were in the store when it was last looked."""
+
+    digests: list[str]
+    held: list[bool]
+    all_looked_at_s: float
+    looked_at_s: float | None = None
+    bitmap: bytes = b""
 
 
 class FolderSource:

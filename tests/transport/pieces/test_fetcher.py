@@ -256,7 +256,7 @@ def test_what_a_peer_lacks_another_one_gives(pool: Pool) -> None:
 def test_a_piece_that_nobody_has_is_an_error_with_what_was_tried(pool: Pool) -> None:
     head, other = pool.server("head", SMALL, [0, 1, 2, 3]), pool.host("other")
     with pytest.raises(DownloadFailed, match=r"model random.*no host has piece.*head: it does not have") as failed:
-        other.fetch(SMALL, [head.peer], patience_s=0.5)
+        other.fetch(SMALL, [head.peer], patience_s=3.0)
     assert failed.value.hint
     assert other.has(SMALL, [0, 1, 2, 3])
     with pytest.raises(DownloadFailed, match="no other host offers it"):
@@ -271,7 +271,7 @@ def test_who_can_not_be_reached_and_who_does_not_let_us_in_are_told_apart(pool: 
     wrong_key = PiecePeer("wrong key", strict.peer.endpoint, new_key_pair().public)
     nonsense = PiecePeer("nonsense", "ipc:///tmp/x", new_key_pair().public)
     with pytest.raises(DownloadFailed) as failed:
-        other.fetch(SMALL, [nobody, strict.peer, wrong_key, nonsense], patience_s=1.5)
+        other.fetch(SMALL, [nobody, strict.peer, wrong_key, nonsense], patience_s=2.5)
     assert "strict: it does not let this host in" in failed.value.message
     assert "nobody: it was not reached" in failed.value.message
     assert "nonsense: refused" in failed.value.message
@@ -285,7 +285,7 @@ def test_who_is_revoked_in_the_middle_gets_no_more(pool: Pool, large: Model) -> 
             pool.members.discard(other.keys.public)
 
     with pytest.raises(DownloadFailed, match="does not let this host in"):
-        other.fetch(large, [head.peer], progress=progress, patience_s=1.0)
+        other.fetch(large, [head.peer], progress=progress, patience_s=2.5)
     assert sent_bytes(head) < large.num_bytes
 
 

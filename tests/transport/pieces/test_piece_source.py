@@ -100,15 +100,25 @@ def test_few_files_stay_open(tmp_path: Path, files: OpenFiles) -> None:
 
 
 def test_a_store_knows_a_model_by_its_list(tmp_path: Path) -> None:
+    now_s = 0.0
     store = PieceStore(tmp_path)
-    source = StoreSource(store)
+    source = StoreSource(store, clock=lambda: now_s)
+
+    def held() -> list[bool]:
+        return [is_held(source.held(MODEL.digest), index) for index in range(3)]
+
     assert source.held(MODEL.digest) == b""
     store.put(MODEL.list_bytes, MODEL.digest)
     store.put(MODEL.contents[2], MODEL.pieces[2].digest)
-    assert [is_held(source.held(MODEL.digest), index) for index in range(3)] == [False, False, True]
+    assert held() == [False, False, True]
     store.put(MODEL.contents[0], MODEL.pieces[0].digest)
-    assert is_held(source.held(MODEL.digest), 0)
-    assert source.held(MODEL.pieces[2].digest) == b"", "a piece is no list"
+    now_s = 1.0
+    assert held() == [True, False, True]
+    store.path(MODEL.pieces[2].digest).unlink()
+    assert source.locate(MODEL.pieces[2].digest) is None
+    now_s = 40.0
+    assert held() == [True, False, False]
+    assert source.held(MODEL.pieces[0].digest) == b"", "a piece is no list"
 
 
 def test_models_in_folders_are_given_beside_the_store(tmp_path: Path, source: FolderSource) -> None:
