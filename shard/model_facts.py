@@ -22,6 +22,7 @@ EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DECODER = re.compile(r"(?:model\.(?:layers\.\d+|embed_tokens|norm)|lm_head)\.")
 _MAX_LAYERS = 4096
 
 # State that is not 2 · kv_heads · head_dim per token and layer, or that layers share: sizes and cuts would be wrong.
@@ -106,6 +107,11 @@ def part_of(name: str, spec: ModelSpec) -> str | None:
     if name == HEAD and spec.tied_embeddings:
         return None
     return {EMBEDDING: "embed", NORM: "norm", HEAD: "head"}.get(name)
+
+
+def is_a_decoders(name: str) -> bool:
+    """Whether a stored tensor has a name that stages of some model load. Those of vision towers do not."""
+    return _DECODER.match(name) is not None
 
 
 def check_supported(config: dict[str, Any]) -> str:

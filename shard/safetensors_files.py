@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from shard.float_formats import from_bfloat16, store_floats
+from shard.model_facts import is_a_decoders
 from shard.safetensors_header import PlacedTensor, read_header
 from shard.weight_folder import WeightFolder
 from transport.errors import BadCheckpoint, UnsupportedModel
@@ -37,7 +38,7 @@ class SafetensorsFiles:
                         hint=f"keep one set of weights in {self.folder}",
                     )
                 self.placed[tensor.name] = tensor
-        self._check_against_index()
+        self._check_against_index({path.name for path in files})
         self.file_bytes = sum(weights.size_bytes(path.name) for path in files)
 
     def read_bytes(self, tensor: PlacedTensor, out: np.ndarray, first_byte: int = 0) -> None:
@@ -69,8 +70,10 @@ class SafetensorsFiles:
     def close(self) -> None:
         self._weights.close()
 
-    def _check_against_index(self) -> None:
+    def _check_against_index(self, chosen: set[str]) -> None:
         for name, file in _weight_map(self.folder).items():
+            if file not in chosen:
+                continue
             if name not in self.placed or self.placed[name].path.name != file:
                 raise BadCheckpoint(
                     f"{self.folder / WEIGHT_INDEX} says that {name!r} is in {file}, but it is not",
@@ -79,8 +82,9 @@ class SafetensorsFiles:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model. Raises BadCheckpoint or UnsupportedModel when there are none."""
-    mapped = sorted(set(_weight_map(folder).values()))
+    """The safetensors files that hold the model: of an index, those with tensors that stages may load; the others need
+    not be there. Raises BadCheckpoint or UnsupportedModel when there are none."""
+    mapped = sorted({file for name, file in _weight_map(folder).items() if is_a_decoders(name)})
     if mapped:
         missing = [file for file in mapped if not (folder / file).is_file()]
         if missing:

@@ -83,7 +83,7 @@ class Fetcher:
         what = f"{self._place.repository}: {file.name}"
         with (
             translated_write_errors(self._place.cache, what, setting="HF_HOME"),
-            locked(self._place.lock(file), self._progress),
+            locked(self._place.lock(file), self._tell),
         ):
             found = self._place.find(file)
             if found is not None:
@@ -260,6 +260,10 @@ class Fetcher:
             self._done_bytes += num_bytes
             self._progress(PullProgress(stage="download", done=self._done_bytes, total=self.total_bytes))
 
+    def _tell(self, event: PullProgress) -> None:
+        with self._counting:
+            self._progress(event)
+
     def _is_right(self, path: Path, file: HubFile) -> bool:
         digest = hashlib.sha256() if file.sha256 is not None else hashlib.sha1(b"blob %d\0" % file.num_bytes)
         done = 0
@@ -268,7 +272,7 @@ class Fetcher:
                 digest.update(block)
                 done += len(block)
                 if file.num_bytes > _BLOCK_BYTES:
-                    self._progress(PullProgress(stage="verify", done=done, total=file.num_bytes))
+                    self._tell(PullProgress(stage="verify", done=done, total=file.num_bytes))
         return digest.hexdigest() == file.checksum
 
 

@@ -65,7 +65,7 @@ class RangeClient:
                 else:
                     _check_range(response, first, end, num_bytes)
                 yield response.iter_raw()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Interrupted(str(error) or type(error).__name__) from error
 
     def read_on(self, url: str, start: bytes, count: int, num_bytes: int) -> bytes:
