@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from potluck.commands import (
     bench,
+    cache,
     chat,
     demo,
     devices,
@@ -67,6 +68,7 @@ for command in (
     replan,
     bench,
     models,
+    cache,
     key,
     service,
     uninstall,

@@ -128,6 +128,12 @@ def read_list(folder: Path) -> PieceList:
         ) from error
 
 
+def offered_digests(shared: Path) -> set[str]:
+    """Those of the models that this host has offered from its own files."""
+    offers = (_read_offer(path) for path in (shared / _OFFERS).glob("*.json"))
+    return {offer.digest for offer in offers if offer is not None}
+
+
 def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiece) -> None:
     if _is_whole(folder, pieces, data):
         return
