@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -124,3 +125,27 @@ def test_what_the_hub_does_not_have_or_cant_say_is_told(environment: dict[str, s
     answer = pull("hf:org/name", HF_ENDPOINT="http://127.0.0.1:9")
     assert answer.startswith("DownloadFailed")
     assert "check the network and HF_ENDPOINT" in answer
+
+
+def test_the_command_says_what_comes_and_keeps_to_this_host_when_told(
+    hub: FakeHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    def pull(home: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "potluck.cli", "pull", "hf:org/name", *options]
+        own = {"POTLUCK_HOME": str(tmp_path / home), "POTLUCK_RUNTIME": str(tmp_path / "run")}
+        return subprocess.run(
+            command, env=os.environ | environment | own, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    refused = pull("home", "--offline")
+    assert refused.returncode == 1
+    assert "can't be had offline" in refused.stderr and "hint: pull it once with a network" in refused.stderr
+    assert not hub.requests
+    done = pull("home")
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "repository" / "model.safetensors").stat().st_size
+    assert f"hf:org/name: 1 file of weights, {size / 1e6:.1f} MB; {size / 1e6:.1f} MB to fetch" in done.stderr
+    asked = len(hub.requests)
+    done = pull("another", "--offline", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["name"] == "org/name"
+    assert len(hub.requests) == asked
