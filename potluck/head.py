@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import zmq
 
 from devices.device import Device, LeftOut
+from devices.interfaces import lan_address
 from planner.measured import PoolTimes
 from planner.plan import Plan
 from potluck.config import Settings
@@ -48,6 +49,7 @@ _JOIN_TIMEOUT_S = 3600.0
 _READY_TIMEOUT_S = 300.0
 _CAUSE_WITHIN_S = 0.5
 _WATCH_INTERVAL_S = 5.0
+_ADDRESS_INTERVAL_S = 2.0
 State = Literal["starting", "ready", "down"]
 
 
@@ -60,6 +62,8 @@ class Head:
         self._stack = ExitStack()
         self._epoch = 0
         self._local_names: list[str] = []
+        self._devices: list[Device] = []
+        self._next_address_s = 0.0
         self._joined: list[PoolWorker] = []
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
         self._reporting = threading.Lock()
@@ -123,6 +127,8 @@ class Head:
                     self._wants_reload = isinstance(error, NotAllowed)
                 case PoolWorker() as worker:
                     self._joined.append(worker)
+            if self._address_changed():
+                self._move()
             if (self._joined or self._wants_replan or self._wants_reload) and self.endpoint.is_idle():
                 self._load_anew()
             elif time.monotonic() >= self._next_look_s:
@@ -189,15 +195,8 @@ class Head:
             giver = PieceGiver(self._here, self.network.pieces, self.network.roster.admits)
             self._stack.callback(giver.close)
             self._share = ModelShare(self.model, self._here, giver, self._pool)
-        self._node = Node(
-            control=self._pool.endpoint,
-            logs=logs_dir(),
-            run_dir=self._run_dir,
-            on_exit=self._pool.report_exit,
-            address=self._here.address,
-            keys_file=self._here.keys_file,
-        )
-        self._stack.callback(self._node.stop)
+        self._node = self._new_node()
+        self._stack.callback(lambda: self._node.stop())
         # Workers first hear that it is over: they would take an engine that stops before them for a fault.
         self._stack.callback(self._take_down_ring)
         self._stack.callback(self._pool.stop_workers, "the head has stopped")
@@ -208,6 +207,16 @@ class Head:
         head_file.publish(self._facts())
         self._gather(devices)
         self._bring_up()
+
+    def _new_node(self) -> Node:
+        return Node(
+            control=self._pool.endpoint,
+            logs=logs_dir(),
+            run_dir=self._run_dir,
+            on_exit=self._pool.report_exit,
+            address=self._here.address,
+            keys_file=self._here.keys_file,
+        )
 
     def _facts(self) -> HeadFacts:
         return HeadFacts(
@@ -231,6 +240,7 @@ class Head:
 
     def _gather(self, devices: list[Device]) -> None:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
+        self._devices = devices
         self._node.start(devices)
         names = self._local_names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
@@ -332,6 +342,38 @@ class Head:
                 f"{watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
             )
 
+    def _address_changed(self) -> bool:
+        """Whether other hosts reach this one somewhere else than before: another Wi-Fi, a new lease."""
+        network = self.network
+        if network is None or self._settings.lan_host is not None or time.monotonic() < self._next_address_s:
+            return False
+        self._next_address_s = time.monotonic() + _ADDRESS_INTERVAL_S
+        address = lan_address()
+        if address is None or address == self._here.address:
+            return False
+        self._here = replace(self._here, address=address)
+        return True
+
+    def _move(self) -> None:
+        """Go on at this host's new address: its workers listen there, and others are told."""
+        network, share = self.network, self._share
+        assert network is not None and share is not None
+        self._progress.say(f"This host's address is {self._here.address} now")
+        if self.ring is not None:
+            self._ring_lost(self.ring, RingDown("this host's address has changed", hint="try again in a moment"))
+        network.moved(self._here)
+        share.moved(self._here)
+        self._take_down_ring()
+        self._node.stop()
+        self._pool.dismiss([worker.child.pid for worker in self._node.workers])
+        self._node = self._new_node()
+        self._node.start(self._devices)
+        try:
+            self._pool.wait_for_devices(self._local_names, 0, _REGISTER_TIMEOUT_S)
+        except PotluckError as error:
+            self._events.put(error)
+        self._wants_reload = True
+
     def _load_anew(self) -> None:
         """Load the ring over all devices by a new plan; nobody waits for an answer now."""
         better = self.watch.better if self._wants_replan and self.watch is not None and not self._joined else None
@@ -340,7 +382,7 @@ class Head:
                 remember_deviation(self.model, self._pool, device, ratio, self._weights)
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
-        why = "Loading the ring without it" if self._wants_reload else "Loading the ring by the better plan"
+        why = "Loading the ring anew" if self._wants_reload else "Loading the ring by the better plan"
         self._wants_replan = self._wants_reload = False
         self._progress.say(f"{names} joined: loading the ring anew" if names else why)
         self.endpoint.disconnect()

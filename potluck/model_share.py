@@ -44,6 +44,10 @@ class PieceGiver:
         # It may listen at every address; others reach it at one.
         self.endpoint = tcp_endpoint(here.address, port_of(self._server.endpoint))
 
+    def moved(self, here: ThisHost) -> None:
+        assert here.address is not None
+        self.endpoint = tcp_endpoint(here.address, port_of(self._server.endpoint))
+
     @property
     def sent_bytes(self) -> int:
         """Of pieces, since it was started."""
@@ -78,6 +82,11 @@ class ModelShare:
         self._giver = giver
         self._pool = pool
         self._offered: OfferedModel | None = None
+
+    def moved(self, here: ThisHost) -> None:
+        """This host has another address."""
+        self._here = here
+        self._giver.moved(here)
 
     def offer(self, say: Callable[[str], object]) -> None:
         """Cut the model into pieces, if that is not done yet: its files are read once. Raises PotluckError."""

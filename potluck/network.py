@@ -91,6 +91,10 @@ class Network:
         assert self._door is not None and self._here.address is not None
         return self._door.new_invite(self._here.address), self._door.new_code()
 
+    def moved(self, here: ThisHost) -> None:
+        """This host has another address; what tells the network where it is finds that out by itself."""
+        self._here = here
+
     def close(self) -> None:
         if self._advertiser is not None:
             self._advertiser.close()

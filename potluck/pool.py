@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from potluck.lan import ThisHost
 from potluck.questions import Questions
 from transport.control import ControlServer, Peer
 from transport.curve import Guard, Prepare
-from transport.endpoints import local_endpoint
-from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, error_from_code
+from transport.edges import Where
+from transport.endpoints import is_host_endpoint, local_endpoint
+from transport.errors import BadMessage, DeadlineExceeded, NotAllowed, PotluckError, RingDown, error_from_code
 from transport.messages import (
     Arrive,
     Connect,
@@ -69,6 +71,7 @@ class PoolWorker:
 
     peer: Peer
     fence: Fence | None = None
+    listens: Where = "local"
     listening: Listening | None = None
     loading: Loading | None = None
     loaded: Loaded | None = None
@@ -180,7 +183,7 @@ class Pool:
         """
         with self._changed:
             for worker, load in assignments:
-                worker.fence = load.fence
+                worker.fence, worker.listens = load.fence, load.listen
                 worker.listening = worker.loading = worker.loaded = worker.fault = worker.stats = None
         for worker, load in assignments:
             self._server.send(worker.peer, load)
@@ -260,6 +263,14 @@ class Pool:
             with self._changed:
                 self._workers.pop(worker.peer.identity, None)
 
+    def dismiss(self, pids: Collection[int]) -> None:
+        """Forget workers of this host that are being replaced."""
+        with self._changed:
+            for worker in list(self._workers.values()):
+                if not worker.is_remote and worker.register.pid in pids:
+                    del self._workers[worker.peer.identity]
+            self._changed.notify_all()
+
     def stop_workers(self, reason: str) -> None:
         """Tell every worker to leave; does not wait."""
         for worker in self.workers():
@@ -280,7 +291,10 @@ class Pool:
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
-            case Listening(fence=fence) if worker and fence == worker.fence:
+            case Listening(fence=fence, endpoint=endpoint) if worker and fence == worker.fence:
+                if worker.is_remote and worker.listens == "network" and not is_host_endpoint(endpoint):
+                    self._fail(worker, BadMessage(f"{worker.register.device} listens at {endpoint[:80]!r}"))
+                    return
                 with self._changed:
                     worker.listening = message
                     self._changed.notify_all()
@@ -303,6 +317,8 @@ class Pool:
         name = self._roster.name_of(peer.key) if self._roster is not None else None
         if self._roster is None or name is None:
             return
+        if not is_host_endpoint(arrive.pieces):
+            arrive = msgspec.structs.replace(arrive, pieces="")  # Nobody is sent there.
         with self._changed:
             self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive)
             self._changed.notify_all()

@@ -6,6 +6,7 @@ Between processes of one host a socket is a file (ipc) in a folder that only its
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -24,6 +25,16 @@ def tcp_endpoint(address: str, port: int | None = None) -> str:
 
 def is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
+
+
+def is_host_endpoint(endpoint: str) -> bool:
+    """Whether it is an IPv4 address and a port, bound: what another host may say that it listens at."""
+    address, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        is_address = not ipaddress.IPv4Address(address).is_unspecified
+    except ValueError:
+        return False
+    return is_tcp(endpoint) and is_address and port.isascii() and port.isdecimal() and 0 < int(port) < 65536
 
 
 def has_ipc() -> bool:
