@@ -93,7 +93,7 @@ def _addresses(host: str) -> list[str]:
 
 def _known(value: str | None, what: str, text: str) -> str:
     if value is None:
-        raise ConfigError(f"{text!r} is not a name that a {what} has", hint=_HINTS[what])
+        raise ConfigError(f"{text!r} is no {what}", hint=_HINTS[what])
     return value
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import msgspec
 import typer
 
-from potluck.api_key import head_headers
+from potluck.ask import call
 from potluck.commands.status import show_better
 from potluck.head_file import running_head
 from potluck.options import JsonOption
 from potluck.status import BetterPlanReport
 from potluck.terminal import data
-from transport.errors import NotRunning
 
 
 class ReplanAnswer(msgspec.Struct, frozen=True):
@@ -28,15 +26,7 @@ def register(app: typer.Typer) -> None:
 def replan(json_output: JsonOption = False) -> None:
     """Apply the better plan, if there is one, as soon as nobody waits for an answer."""
     head = running_head()
-    try:
-        response = httpx.post(
-            f"{head.url}/potluck/replan", json={}, headers=head_headers(), timeout=10.0, trust_env=False
-        )
-        answer = msgspec.json.decode(response.content, type=ReplanAnswer)
-    except (httpx.HTTPError, msgspec.DecodeError) as error:
-        raise NotRunning(
-            f"the head (process {head.pid}) does not answer at {head.url}: {error}", hint="see: potluck status"
-        ) from error
+    answer = call(head, "POST", "/potluck/replan", ReplanAnswer)
     if json_output:
         data.file.write(json.dumps(msgspec.to_builtins(answer)) + "\n")
     elif answer.better_plan is None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 
-import httpx
 import msgspec
 import typer
 from rich.markup import escape
 
-from potluck.api_key import head_headers
+from potluck.ask import call
 from potluck.head_file import running_head
 from potluck.options import JsonOption
 from potluck.status import BetterPlanReport, EngineReport, StatusReport
 from potluck.terminal import data, gib, stage_table
-from transport.errors import NotRunning
 
 
 def register(app: typer.Typer) -> None:
@@ -24,13 +22,7 @@ def register(app: typer.Typer) -> None:
 def status(json_output: JsonOption = False) -> None:
     """Show the running head: its model, stages, memory, and times."""
     head = running_head()
-    try:
-        response = httpx.get(f"{head.url}/potluck/status", headers=head_headers(), timeout=10.0, trust_env=False)
-        report = msgspec.json.decode(response.content, type=StatusReport)
-    except (httpx.HTTPError, msgspec.DecodeError) as error:
-        raise NotRunning(
-            f"the head (process {head.pid}) does not answer at {head.url}: {error}", hint="is it still starting?"
-        ) from error
+    report = call(head, "GET", "/potluck/status", StatusReport)
     if json_output:
         data.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")
         return

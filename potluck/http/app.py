@@ -64,7 +64,7 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
             raise HTTPException(404)
         return FileResponse(path, headers=_PAGE_HEADERS)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(engine, model).__call__, methods=["POST"]),
             Route("/v1/models", list_models),
@@ -76,6 +76,9 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
         middleware=[Middleware(Bounded)],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
+    # A path with a slash too many is another path, also for who may ask.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _json(body: Any, *, status: int = 200) -> Response:
