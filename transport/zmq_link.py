@@ -205,7 +205,9 @@ class ZmqReceiver:
             elif (first := ready[0][0]) is self._socket:  # in the order of `_news`: messages before bad news
                 received = self._take()
                 if received is not None:
-                    self._cap.heard(self._peer_descriptor)
+                    if self._guard is not None:
+                        self._cap.heard(self._peer_descriptor)
+                        self._cap.look(time.monotonic())
                     return received
             elif first is self._monitor:
                 self._note_connection()

@@ -53,6 +53,7 @@ _QUEUED_REQUESTS = 64
 _MAX_REQUESTS_AT_ONCE = 64
 _ROUNDS_AT_ONCE = 4
 _TAKES_NOTHING_S = 30.0
+_UNREAD_BYTES = 2**20
 _LOOK_S = 0.25
 _UNBOUND_WITHIN_S = 0.5
 
@@ -79,7 +80,9 @@ class PieceServer:
         self._peers = Peers()
         self._files = OpenFiles()
         self._noise = os.urandom(PART_BYTES)
-        self._cap = ConnectionCap(most=MAX_CONNECTIONS, most_per_address=MAX_CONNECTIONS_PER_ADDRESS)
+        self._cap = ConnectionCap(
+            most=MAX_CONNECTIONS, most_per_address=MAX_CONNECTIONS_PER_ADDRESS, most_unread_bytes=_UNREAD_BYTES
+        )
         self._closing = threading.Event()
         self._next_look_s = 0.0
         self._socket = context.socket(zmq.ROUTER)
@@ -148,6 +151,7 @@ class PieceServer:
 
     def _look(self, now_s: float) -> None:
         """Forget connections that have ended; end those of keys that are not admitted now, or that take nothing."""
+        self._cap.look(now_s)
         for peer in self._peers.all():
             if not peer.connection.is_there():
                 self._peers.remove(peer)
@@ -171,6 +175,7 @@ class PieceServer:
         if peer is None or peer.is_refused:
             self.num_refused += 1
             return True
+        self._cap.heard(peer.connection.descriptor)
         try:
             if num_frames != 1:
                 raise BadMessage(f"a request of {num_frames} frames")
