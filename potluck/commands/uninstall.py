@@ -11,13 +11,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from devices.known_pools import load_known_pools
 from potluck.head_file import HeadFile
 from potluck.leaving.in_use import refuse_in_use
 from potluck.leaving.inventory import Inventory, Places, take_inventory
 from potluck.leaving.removal import Removed, remove, remove_if_empty
 from potluck.leaving.rules import DOWNLOADS, HUB_PARTS, MODELS, PIECES, RUNTIME, SERVICE
 from potluck.options import JsonOption
-from potluck.paths import config_file, home_dir, runtime_place
+from potluck.paths import config_file, home_dir, known_pools_file, runtime_place
 from potluck.service.keeper import keeper
 from potluck.store import Store, StoredModel
 from potluck.terminal import data, errors, gib
@@ -53,6 +54,7 @@ def uninstall(
     refuse_in_use(places.home)
     if not yes:
         _ask()
+    heads = _heads_that_know_this_host()
     with HeadFile():  # None starts meanwhile.
         if hub_cache and not keep_models:
             for model in hub:
@@ -61,9 +63,12 @@ def uninstall(
         removed = remove(take_inventory(places), stays=(*stays, SERVICE, RUNTIME))
     removed = _with_rest(removed, remove(take_inventory(places), stays=stays))
     remove_if_empty(places.runtime)
-    for line in told:
-        console.print(f"Service: {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{gib(removed.num_bytes)} freed. {PACKAGE_HINT}", markup=False, highlight=False, soft_wrap=True)
+    for line in (
+        *(f"Service: {line}" for line in told),
+        *heads,
+        f"{gib(removed.num_bytes)} freed. {PACKAGE_HINT}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     _write(json_output, _facts(inventory, hub, stays, removed=removed))
     if removed.failed:
         path, why = removed.failed[0]
@@ -82,6 +87,14 @@ def _places() -> Places:
         service=keeper().state().file,
         hub=Path(HF_HUB_CACHE),
     )
+
+
+def _heads_that_know_this_host() -> list[str]:
+    try:
+        pools = load_known_pools(known_pools_file())
+    except ConfigError:
+        return []
+    return [f"{pool.name} still knows this host. On it: potluck revoke {pool.my_name}" for pool in pools]
 
 
 def _ask() -> None:

@@ -84,7 +84,8 @@ def take_inventory(places: Places) -> Inventory:
         for kind in TITLES
         if kind in found
     ]
-    return Inventory(kept=tuple(kept), strange=tuple(strange), folders=tuple(dict.fromkeys(folders)))
+    deepest_first = sorted(set(folders), key=lambda folder: len(folder.parts), reverse=True)
+    return Inventory(kept=tuple(kept), strange=tuple(strange), folders=tuple(deepest_first))
 
 
 def refuse_common_folder(folder: Path, variable: str) -> None:

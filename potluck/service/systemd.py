@@ -4,6 +4,7 @@ lines: quoting, and what % and $ mean there)."""
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from potluck.service.files import remove_file, write_new
@@ -27,6 +28,8 @@ class Systemd:
         return unit_of(job)
 
     def install(self, job: Job, *, start: bool) -> Done:
+        if self._run(["systemctl", "--version"]).code is None:
+            raise ConfigError("there is no systemd here", hint=f"have this system run: {shlex.join(job.command)}")
         write_new(self.file, unit_of(job).encode())
         commands = [["systemctl", "--user", "daemon-reload"]]
         # Once running, a new file counts from its next start on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from devices.known_pools import KnownPool, save_known_pool
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.store import Store
 from tests.shard.tiny_gguf import write_gguf
+
+HAS_SYSTEMD = shutil.which("systemctl") is not None
 
 
 class User:
@@ -60,19 +64,24 @@ def user() -> Iterator[User]:
 
 def test_it_says_what_there_is_asks_and_removes_it(user: User) -> None:
     unit = user.folder / ".config" / "systemd" / "user" / "potluck.service"
-    assert user.run("service", "install", "--model", "tiny", "--no-start").returncode == 0
-    assert 'up" "tiny"' in unit.read_text(encoding="utf-8")
+    installed = user.run("service", "install", "--model", "tiny", "--no-start")
+    assert installed.returncode == (0 if HAS_SYSTEMD else 1), installed.stderr
+    assert not HAS_SYSTEMD or 'up" "tiny"' in unit.read_text(encoding="utf-8")
+    save_known_pool(user.data / "pools.json", KnownPool(pool="p", key="k" * 40, name="desk", my_name="my-laptop"))
     before = sorted(user.folder.rglob("*"))
     dry = user.facts("uninstall", "--dry-run", "--json")
     assert sorted(user.folder.rglob("*")) == before
-    assert {kept["kind"] for kept in dry["kept"]} >= {"models", "locks", "service"}
+    assert {kept["kind"] for kept in dry["kept"]} >= {"models", "locks", "pairing"} | (
+        {"service"} if HAS_SYSTEMD else set()
+    )
     assert dry["dry_run"] is True and dry["freed_bytes"] == 0
 
     unasked = user.run("uninstall")
     assert unasked.returncode == 1 and "--yes" in unasked.stderr and "models that were pulled" in unasked.stderr
     assert user.data.exists()
 
-    assert user.run("uninstall", "--yes", "--keep-models").returncode == 0
+    first = user.run("uninstall", "--yes", "--keep-models")
+    assert first.returncode == 0 and "potluck revoke my-laptop" in first.stdout
     assert (user.data / "models" / "tiny").exists() and not (user.data / "locks").exists()
     assert not unit.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def fill(places: Places, gguf: Path) -> None:
     make_key()
     (places.runtime / "run-x").mkdir(parents=True)
     (places.runtime / "head.lock").touch()
-    places.config.parent.mkdir(parents=True)
+    places.config.parent.mkdir(parents=True, exist_ok=True)
     places.config.write_text("port = 1\n")
     blobs = places.hub / "models--org--name" / "blobs"
     blobs.mkdir(parents=True)
@@ -123,6 +124,19 @@ def test_what_others_put_there_stays(places: Places, tmp_path: Path) -> None:
     remove(found)
     assert all(path.read_text() == "mine" for path in theirs)
     assert not (places.home / "identity").exists() and not (places.home / "models" / "tiny").exists()
+
+
+def test_runtime_and_settings_may_lie_in_the_same_folder(places: Places, tmp_path: Path) -> None:
+    """As on Windows, and settings on a Mac."""
+    inside = replace(
+        places, runtime=places.home / "run", config=places.home / "config.toml", service=places.home / "service.xml"
+    )
+    fill(inside, tmp_path / "tiny.gguf")
+    (places.home / "service.xml").touch()
+    found = take_inventory(inside)
+    assert found.strange == ()
+    remove(found)
+    assert not places.home.exists()
 
 
 @pytest.mark.parametrize("where", ["models", "models/linked", "pieces/ab", "logs/head.log", "identity"])

@@ -113,6 +113,13 @@ def test_without_a_session_it_says_what_to_do_by_hand() -> None:
     assert not systemd.file.exists()
 
 
+def test_without_systemd_it_says_what_to_run_instead() -> None:
+    systemd = Systemd(Scripted({"systemctl": Ran(code=None, output="No such file or directory")}))
+    with pytest.raises(ConfigError, match="no systemd") as refused:
+        systemd.install(JOB, start=True)
+    assert "potluck.cli up" in refused.value.hint and not systemd.file.exists()
+
+
 def test_a_link_in_its_place_is_replaced_not_followed(config: Path) -> None:
     systemd = Systemd(Scripted())
     other = config / "other"
