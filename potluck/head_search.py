@@ -52,7 +52,10 @@ def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say
     if known and code is None:
         return known[0]
     if not settings.discovery:
-        raise ConfigError("no head is named", hint="say potluck join INVITE, or potluck join --head HOST:PORT")
+        raise ConfigError(
+            "no head runs on this host, and no head is named",
+            hint="say potluck join INVITE, or potluck join --head HOST:PORT",
+        )
     say("Looking for a pool on this network")
     pools = _seen(None)
     if not pools:

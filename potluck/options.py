@@ -171,7 +171,7 @@ def settings_with(
         "host_name": host_name,
         "lan_host": lan_host,
         "lan_port": lan_port,
-        "lan": False if no_lan else None,
+        "lan": False if no_lan else True if lan_host is not None else None,
         "discovery": False if no_discovery else None,
         "approve_all": approve_all,
     }

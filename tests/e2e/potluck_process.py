@@ -31,6 +31,9 @@ class Home:
     runtime: Path
 
     def environment(self) -> dict[str, str]:
+        config = self.runtime / "config.toml"
+        if self.runtime.is_dir() and not config.exists():
+            config.write_text("lan = false\ndiscovery = false\n")  # No test speaks to this machine's own network.
         return {
             **os.environ,
             "POTLUCK_HOME": str(self.data),
@@ -72,11 +75,13 @@ class Home:
 
 
 class Running:
-    """A `potluck` command that serves. Its stdout lines of JSON are facts; `stop` ends it as Ctrl-C does."""
+    """A `potluck` command that serves. Its stdout lines of JSON are facts, the others `words`; `stop` ends it as Ctrl-C
+    does."""
 
     def __init__(self, home: Home, *arguments: str, command: Sequence[str] = COMMAND) -> None:
         self.home = home
         self.lines: list[str] = []
+        self.words: list[str] = []
         self.log = (home.runtime / f"{_SAID}{secrets.token_hex(4)}").open("w+")
         self.process = subprocess.Popen(
             [*command, *arguments],
@@ -97,7 +102,7 @@ class Running:
         return facts
 
     def said(self) -> str:
-        return Path(self.log.name).read_text()
+        return "".join(self.words) + Path(self.log.name).read_text()
 
     def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = 10.0) -> int:
         if self.process.poll() is None:
@@ -111,6 +116,8 @@ class Running:
         for line in self.process.stdout:
             if line.startswith("{"):
                 self.lines.append(line)
+            else:
+                self.words.append(line)
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[], object] = str) -> None:
@@ -123,6 +130,4 @@ def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[]
 def up_arguments(*extra: str, devices: Sequence[str] = DEMO_DEVICES) -> list[str]:
     # Quick, and the devices in the order given: what is measured and solved has tests of its own.
     plan = ("--use-all", "--estimate", "--objective", "proportional")
-    # Nothing leaves this machine unless a test has a network of its own.
-    alone = () if "--lan-host" in extra else ("--no-lan",)
-    return ["up", "smollm2", *devices, *plan, *alone, "--threads", "1", "--port", "0", "--json", *extra]
+    return ["up", "smollm2", *devices, *plan, "--threads", "1", "--port", "0", "--json", *extra]

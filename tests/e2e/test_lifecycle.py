@@ -113,7 +113,7 @@ def test_a_port_in_use(home: Home) -> None:
         (["up", "smollm2", "--memory", "lots"], ["lots", "hint"]),
         (["up", "smollm2", "--port", "99999"], ["99999"]),
         (["up"], ["no model", "hint"]),
-        (["join"], ["no head runs", "hint"]),
+        (["join"], ["no head runs on this host", "--head", "hint"]),
         (["chat"], ["no head runs", "hint"]),
         (["rm", "no-such-model"], ["no-such-model"]),
         (["show", "no-such-model"], ["no-such-model"]),
