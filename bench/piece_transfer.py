@@ -122,6 +122,11 @@ class Bench:
 
 
 def lab_round(bench: Bench, uplink_bytes_per_s: float) -> Round:
+    return load_round(bench, uplink_bytes_per_s) | shared_round(bench) | cut_round(bench)
+
+
+def load_round(bench: Bench, uplink_bytes_per_s: float) -> Round:
+    """Each stage alone, all at once, and once more."""
     model, found = bench.model, Round()
     stores = [bench.new_store() for _ in _HOSTS]
     all_bytes = sum(model.sizes)
@@ -144,7 +149,7 @@ def lab_round(bench: Bench, uplink_bytes_per_s: float) -> Round:
         bench.tell(number, stage, store=stores[number])
         bench.hosts[number].answer()
     found["second run bytes"] = bench.sent() - before
-    return found | shared_round(bench) | cut_round(bench)
+    return found
 
 
 def shared_round(bench: Bench) -> Round:

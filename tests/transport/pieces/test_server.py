@@ -15,6 +15,8 @@ import zmq
 
 from tests.transport.pieces.pool import Host, Model, Pool
 from transport.curve import Curve, KeyPair, new_key_pair
+from transport.errors import DeadlineExceeded, NotAllowed
+from transport.pieces import speed
 from transport.pieces.bulk_options import set_bulk_options
 from transport.pieces.messages import (
     MAX_ANSWER_FRAME_BYTES,
@@ -129,6 +131,18 @@ def test_a_piece_whose_file_has_become_shorter_is_missing(pool: Pool, stack: Exi
 def test_links_can_be_measured(pool: Pool) -> None:
     head, other = pool.server("head"), pool.host("other")
     assert link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e6
+
+
+def test_a_link_that_can_not_be_measured_says_why(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 0.3)
+    head, other = pool.server("head"), pool.host("other")
+    pool.members.discard(other.keys.public)
+    with pytest.raises(NotAllowed, match="head: it does not let this host in"):
+        link_speed(head.peer, other.curve, other.context)
+    assert head.server is not None
+    head.server.close()
+    with pytest.raises(DeadlineExceeded, match="nobody answers"):
+        link_speed(head.peer, other.curve, other.context)
 
 
 @pytest.mark.parametrize("digest", PATHS)
