@@ -127,6 +127,7 @@ class Head:
                     self._wants_reload = isinstance(error, NotAllowed)
                 case PoolWorker() as worker:
                     self._joined.append(worker)
+            self._pool.tell_members()
             if self._address_changed():
                 self._move()
             if (self._joined or self._wants_replan or self._wants_reload) and self.endpoint.is_idle():
@@ -166,6 +167,11 @@ class Head:
         listener = bind_endpoint(self._settings.host, self._settings.port)
         self._stack.callback(listener.close)
         self.opened = open_access(self._settings, listener.getsockname()[1])
+        if self._here.address is not None:
+            from potluck.network import Network  # Here, since it takes a while to import.
+
+            self.network = Network(self._here, self._settings, say=self._progress.say)
+            self._here = self.network.here
         # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
         self._progress.say("Measuring this host's devices")
         devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name, is_head=True)
@@ -176,10 +182,6 @@ class Head:
         # Not its context manager: that would wait for ever for a socket somebody forgot.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
-        if self._here.address is not None:
-            from potluck.network import Network  # Here, since it takes a while to import.
-
-            self.network = Network(self._here, self._settings, say=self._progress.say)
         self._pool = Pool(
             context,
             self._run_dir,
@@ -412,6 +414,9 @@ class Head:
         if ring.mark_down(error):
             # Nobody sends to a stage of it any more, or hears from one, whatever went wrong.
             ring.unload()
+            if isinstance(error, NotAllowed):
+                # What a revoked host still sends to the engine is not to be read. It takes a moment to end.
+                threading.Thread(target=ring.take_down, name="revoked", daemon=True).start()
             self._events.put(error)
 
     def _on_joined(self, worker: PoolWorker) -> None:

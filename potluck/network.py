@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -25,16 +26,18 @@ PIECES_PORT = DOOR_PORT + 2
 
 
 class Network:
-    """Of a head whose host has an address. `control` is the endpoint to bind for other hosts; `open` once it is."""
+    """Of a head whose host has an address. `here` is that host as the pool calls it. `control` is the endpoint to bind
+    for other hosts; `open` once it is."""
 
     def __init__(self, here: ThisHost, settings: Settings, *, say: Say) -> None:
         assert here.address is not None and here.keys is not None
-        self._here = here
         self._settings = settings
         self._say = say
         # At all addresses, so that the head is still there when its own one changes.
         self.bind_address = here.address if settings.lan_host is not None else "*"
         self.roster = RosterFile(roster_file(), name=here.name)
+        # What its owner has called it counts, unless the settings say otherwise.
+        self.here = here if settings.host_name is not None else replace(here, name=self.roster.read().name)
         self.approvals = Approvals(say, allow_all=settings.approve_all)
         self._door: FrontDoor | None = None
         self._advertiser: Advertiser | None = None
@@ -55,17 +58,17 @@ class Network:
     @property
     def door(self) -> str | None:
         """ "ADDRESS:PORT" where other hosts knock."""
-        return f"{self._here.address}:{self._door.port}" if self._door is not None else None
+        return f"{self.here.address}:{self._door.port}" if self._door is not None else None
 
     def open(self, control_port: int) -> None:
         """Let others knock. Raises PortInUse, ConfigError."""
-        keys, address = self._here.keys, self._here.address
+        keys, address = self.here.keys, self.here.address
         assert keys is not None and address is not None
 
         def facts() -> DoorFacts:
             return DoorFacts(
                 pool=self.pool,
-                name=self._here.name,
+                name=self.here.name,
                 key=keys.public,
                 protocol=PROTOCOL_VERSION,
                 potluck=version("potluck"),
@@ -88,12 +91,12 @@ class Network:
 
     def invite(self) -> tuple[Invite, Code]:
         """Fresh ones; those before are void."""
-        assert self._door is not None and self._here.address is not None
-        return self._door.new_invite(self._here.address), self._door.new_code()
+        assert self._door is not None and self.here.address is not None
+        return self._door.new_invite(self.here.address), self._door.new_code()
 
     def moved(self, here: ThisHost) -> None:
         """This host has another address; what tells the network where it is finds that out by itself."""
-        self._here = here
+        self.here = here
 
     def close(self) -> None:
         if self._advertiser is not None:

@@ -110,6 +110,7 @@ class Pool:
         self._pool = pool
         self._roster = roster
         self._hosts: dict[bytes, PoolHost] = {}
+        self._told: tuple[str, ...] = ()
         self._edges = here.edges(context, run_dir)
         self.own_key = self._edges.key
         self._on_fault = on_fault
@@ -322,16 +323,19 @@ class Pool:
         with self._changed:
             self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive)
             self._changed.notify_all()
-        members = (self.own_key, *self._roster.keys())
-        self._server.send(peer, Welcome(name=name, pool=self._pool, members=members))
-        self._tell_members()
+        self._told = (self.own_key, *self._roster.keys())
+        self._server.send(peer, Welcome(name=name, pool=self._pool, members=self._told))
+        self.tell_members(anew=True)
 
-    def _tell_members(self) -> None:
-        """Who may take pieces of models from whom."""
-        if self._roster is not None:
-            members = Members((self.own_key, *self._roster.keys()))
+    def tell_members(self, *, anew: bool = False) -> None:
+        """Tell the other hosts who may take pieces of models from them, if that has changed (or `anew`)."""
+        if self._roster is None:
+            return
+        members = (self.own_key, *self._roster.keys())
+        if anew or members != self._told:
+            self._told = members
             for host in self.hosts():
-                self._server.send(host.peer, members)
+                self._server.send(host.peer, Members(members))
 
     def _add(self, worker: PoolWorker) -> None:
         reason = self._why_not(worker)
@@ -362,7 +366,7 @@ class Pool:
             host = self._hosts.pop(peer.identity, None)
             self._changed.notify_all()
         if host is not None:
-            self._tell_members()
+            self.tell_members()
         if worker is None:
             return
         if peer.key and self._roster is not None and self._roster.name_of(peer.key) is None:
