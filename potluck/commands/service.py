@@ -12,7 +12,10 @@ from potluck.options import JsonOption
 from potluck.service.job import job_of
 from potluck.service.keeper import keeper
 from potluck.service.state import Done
+from potluck.store import Store
+from potluck.store.sources import parse_source
 from potluck.terminal import data, errors
+from transport.errors import ModelNotFound
 
 _group = typer.Typer(no_args_is_help=True, help="Keep Potluck running: started when you log in, and should it fail.")
 
@@ -35,8 +38,10 @@ def install(
         errors.print(f"{kept_by.file} would be:", soft_wrap=True, markup=False, highlight=False)
         data.file.write(kept_by.text(job))
         return
+    if model is not None:
+        _check(model)
     done = kept_by.install(job, start=start)
-    _say(f"The service {job.what}: {kept_by.file}", data)
+    _say(f"Installed, and {job.what}: {kept_by.file}", data)
     _tell(done, data)
 
 
@@ -68,6 +73,15 @@ def status(json_output: JsonOption = False) -> None:
     _say(f"{runs} ({state.detail})" if state.detail else runs, data)
     if state.is_running and state.starts_by_itself is False:
         _say("It will not be started when you log in.", data)
+
+
+def _check(model: str) -> None:
+    """Raises PotluckError for what the service could only fail with, again and again."""
+    try:
+        Store().show(model)
+    except ModelNotFound:
+        parse_source(model)
+        _say(f"{model} is not here yet: the service pulls it when it is first started.", errors)
 
 
 def _tell(done: Done, console: Console) -> None:

@@ -66,7 +66,7 @@ def uninstall(
     for line in (
         *(f"Service: {line}" for line in told),
         *heads,
-        f"{gib(removed.num_bytes)} freed. {PACKAGE_HINT}",
+        f"{_size(removed.num_bytes)} freed. {PACKAGE_HINT}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     _write(json_output, _facts(inventory, hub, stays, removed=removed))
@@ -116,10 +116,10 @@ def _show(inventory: Inventory, hub: list[StoredModel], *, stays: tuple[str, ...
         table.add_column(heading, overflow="fold", justify="right" if heading == "size" else "left")
     for kept in inventory.kept:
         fate = "stays" if kept.kind in stays else "goes"
-        table.add_row(fate, kept.title, gib(kept.num_bytes), escape(str(kept.place)))
+        table.add_row(fate, kept.title, _size(kept.num_bytes), escape(str(kept.place)))
     for model in hub:
         fate = "goes" if hub_goes else "stays"
-        table.add_row(fate, f"{model.name}, in the hub's cache", gib(model.num_bytes), escape(str(model.path)))
+        table.add_row(fate, f"{model.name}, in the hub's cache", _size(model.num_bytes), escape(str(model.path)))
     if table.row_count:
         errors.print(table, highlight=False)
     else:
@@ -127,6 +127,10 @@ def _show(inventory: Inventory, hub: list[StoredModel], *, stays: tuple[str, ...
     if hub and not hub_goes:
         errors.print("The hub's cache is other programs' as well; --hub-cache removes what Potluck pulled into it.")
     _show_strange(inventory.strange)
+
+
+def _size(num_bytes: int) -> str:
+    return gib(num_bytes) if num_bytes >= 2**20 else f"{-(-num_bytes // 1024)} KiB"
 
 
 def _show_strange(strange: tuple[Path, ...]) -> None:

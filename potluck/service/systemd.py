@@ -31,18 +31,19 @@ class Systemd:
         if self._run(["systemctl", "--version"]).code is None:
             raise ConfigError("there is no systemd here", hint=f"have this system run: {shlex.join(job.command)}")
         write_new(self.file, unit_of(job).encode())
-        commands = [["systemctl", "--user", "daemon-reload"]]
+        reload = ["systemctl", "--user", "daemon-reload"]
         # Once running, a new file counts from its next start on.
-        commands += [["systemctl", "--user", "enable", UNIT], ["systemctl", "--user", "restart", UNIT]] if start else []
+        starting = [["systemctl", "--user", "enable", UNIT], ["systemctl", "--user", "restart", UNIT]]
         linger = "loginctl enable-linger    (to have it run while you are not logged in)"
+        commands = [reload, *(starting if start else ())]
         for number, command in enumerate(commands):
             ran = self._run(command)
             if not ran.is_well:
-                rest = tuple(" ".join(left) for left in commands[number:])
+                rest = tuple(" ".join(left) for left in [reload, *starting][number:])
                 return Done(said=(f"systemd could not be told: {_last_line(ran.output)}",), to_do=(*rest, linger))
-        said = ("It is started, and will be whenever you log in.",) if start else ()
-        to_do = () if start else (f"systemctl --user enable --now {UNIT}",)
-        return Done(said=said, to_do=(*to_do, linger))
+        if start:
+            return Done(said=("It is started, and will be whenever you log in.",), to_do=(linger,))
+        return Done(to_do=(*(" ".join(command) for command in starting), linger))
 
     def uninstall(self) -> Done:
         if not self.file.is_file() and not self.file.is_symlink():
