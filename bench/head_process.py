@@ -23,12 +23,13 @@ Popen = Callable[..., "subprocess.Popen[Any]"]
 
 
 class CommandProcess:
-    """`potluck` with some arguments, started by `popen` (subprocess.Popen, or a lab's). What it says is in `said`."""
+    """`potluck` with some arguments, started by `popen` (subprocess.Popen, or a lab's). `heard` are the lines that it
+    says, each with the second of `time.monotonic` when it came."""
 
     def __init__(self, arguments: Sequence[str], popen: Popen = subprocess.Popen) -> None:
         self._lines: list[str] = []
         self._ready = threading.Event()
-        self.said: list[str] = []
+        self.heard: list[tuple[float, str]] = []
         self.facts: dict[str, Any] | None = None
         self._process = popen(
             [*CLI, *arguments],
@@ -62,8 +63,16 @@ class CommandProcess:
                 raise RuntimeError(f"it did not start: {self.last_words()}")
             time.sleep(0.1)
 
+    @property
+    def said(self) -> str:
+        return "".join(line for _, line in list(self.heard))
+
     def last_words(self) -> str:
-        return " ".join(line.strip() for line in self.said[-6:])
+        return " ".join(line.strip() for _, line in self.heard[-6:])
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
 
     def stop(self) -> None:
         """As Ctrl-C does."""
@@ -82,12 +91,12 @@ class CommandProcess:
                 self.facts = json.loads(line)
                 self._ready.set()
             else:
-                self.said.append(line)
+                self.heard.append((time.monotonic(), line))
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self.said.append(line)
+            self.heard.append((time.monotonic(), line))
 
 
 def status_of(url: str) -> dict[str, Any]:

@@ -14,13 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from bench.lab.errors import LabError
 from bench.lab.groups import hierarchy, make_groups, remove_groups
 from bench.lab.network import (
     CARD,
     RELAY_READY,
+    CardBytes,
     addresses,
     build_network,
+    card_bytes,
+    change_address,
     ip,
     missing_tools,
     namespace,
@@ -82,9 +87,11 @@ def take_down(lab: str) -> None:
 class Lab:
     """`with Lab(spec) as lab: lab.run("fast", [...])`. Every host has a POTLUCK_HOME of its own, with one store."""
 
-    def __init__(self, spec: LabSpec, *, store: Path | None = None) -> None:
-        """`store` is the POTLUCK_HOME whose models the hosts share; this user's by default."""
+    def __init__(self, spec: LabSpec, *, store: Path | None = None, models_on: Sequence[str] | None = None) -> None:
+        """`store` is the POTLUCK_HOME whose models the hosts share, this user's by default; `models_on` are the hosts
+        that have them, all by default."""
         self._spec = spec
+        self._models_on = frozenset(host.name for host in spec.hosts) if models_on is None else frozenset(models_on)
         self._store = (store or home_dir()).resolve()
         self._children: list[subprocess.Popen[Any]] = []
         self.id = _new_id()
@@ -127,6 +134,19 @@ class Lab:
         """Back onto the network."""
         self._spec.host(host)
         ip("-n", self.facts.hosts[host].namespace, "link", "set", CARD, "up")
+
+    def move(self, host: str, number: int) -> None:
+        """Give the host another address: 10.77.0.`number`."""
+        facts = self.facts.hosts[host]
+        new = f"10.77.0.{number}"
+        change_address(facts.namespace, facts.address, new)
+        self.facts.hosts[host] = msgspec.structs.replace(facts, address=new)
+        remember(self.facts)
+
+    def card(self, host: str) -> CardBytes:
+        """What has passed the host's network card so far."""
+        self._spec.host(host)
+        return card_bytes(self.facts.hosts[host].namespace)
 
     def environment(self) -> dict[str, str]:
         """For a process outside of the hosts: `python -m bench.lab exec` finds the lab by it."""
@@ -181,6 +201,7 @@ class Lab:
                 namespace=namespace(self.id, host.name),
                 groups=[str(group) for group in make_groups(groups, self.id, host)],
                 free_groups=[str(group) for group in free],
+                has_models=host.name in self._models_on,
             )
             self.facts.hosts[host.name] = facts
         remember(self.facts)

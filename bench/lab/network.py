@@ -6,9 +6,11 @@ through a TUN device whose other end is the relay (`bench.lab.relay`).
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.lab.errors import LabError
@@ -22,6 +24,14 @@ _SWITCH = "_switch"  # no host can be called that
 _NO_LIMIT_BITS_PER_S = 40e9
 _MTU_BYTES = 1500
 _HTB_BURST_S = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardBytes:
+    """What a host's card has received and sent since it was made, headers included."""
+
+    received: int
+    sent: int
 
 
 def addresses(spec: LabSpec) -> dict[str, str]:
@@ -89,8 +99,21 @@ def try_network(lab: str) -> None:
         ip("netns", "delete", own)
 
 
-def ip(*arguments: str) -> None:
-    _run(("ip", *arguments))
+def card_bytes(own: str) -> CardBytes:
+    """Of the host with that namespace."""
+    counted = json.loads(ip("-n", own, "-s", "-j", "link", "show", "dev", CARD))[0]["stats64"]
+    return CardBytes(received=counted["rx"]["bytes"], sent=counted["tx"]["bytes"])
+
+
+def change_address(own: str, old: str, new: str) -> None:
+    """As a router does that hands out another one: connections of the old one break without a word."""
+    ip("-n", own, "address", "delete", f"{old}/24", "dev", CARD)
+    ip("-n", own, "address", "add", f"{new}/24", "dev", CARD)
+
+
+def ip(*arguments: str) -> str:
+    """What it says. Raises LabError."""
+    return _run(("ip", *arguments))
 
 
 def _limit_rates(own: str, spec: LabSpec, host: HostSpec) -> None:
@@ -126,9 +149,10 @@ def _tc(where: str, *arguments: str) -> None:
     _run(("tc", "-n", where, *arguments))
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(
             f"{' '.join(command)}: {done.stderr.strip()}", hint="root and the kernel's tun, veth and sch_htb"
         )
+    return done.stdout

@@ -25,12 +25,14 @@ _LAUNCH = 'for group in $LAB_GROUPS; do echo $$ > "$group/cgroup.procs" || exit 
 
 
 class HostFacts(Struct, frozen=True, kw_only=True):
-    """One host: processes in `groups` have its limits, those in `free_groups` only its network."""
+    """One host: processes in `groups` have its limits, those in `free_groups` only its network; `has_models`: those of
+    the lab's store."""
 
     address: str
     namespace: str
     groups: list[str]
     free_groups: list[str]
+    has_models: bool = True
 
 
 class LabFacts(Struct, frozen=True, kw_only=True):
@@ -152,6 +154,8 @@ def _make_home(facts: LabFacts, host: str) -> None:
     home = facts.folder / host / "home"
     home.mkdir(parents=True, exist_ok=True)
     models = home / "models"
-    if not models.is_symlink():
+    if not facts.hosts[host].has_models:
+        models.mkdir(exist_ok=True)
+    elif not models.is_symlink():
         (Path(facts.store) / "models").mkdir(parents=True, exist_ok=True)
         models.symlink_to(Path(facts.store) / "models")
