@@ -16,12 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from msgspec.structs import replace
+from rich.markup import escape
+
 from devices.credentials import Code, Invite, Offered, Refusal
 from devices.identity import fingerprint
 from devices.interfaces import lan_address
 from devices.lines import HungUp, Lines
 from devices.members import clean_name, clean_words
 from devices.pairing import (
+    MAX_WORDS,
     Begin,
     Candidate,
     Confirm,
@@ -56,7 +60,8 @@ Approve = Callable[[Candidate], bool]
 class FrontDoor:
     """Listens at `host` and `port`; None is 11501, or any free one if that is taken. Raises PortInUse, ConfigError.
 
-    `facts` are told to anyone; whoever pairs and is approved of goes into the `roster`. `say` gets lines for the user.
+    `facts` are told to anyone; whoever pairs and is approved of goes into the `roster`. `say` gets lines of rich
+    markup for the user.
     """
 
     def __init__(
@@ -156,7 +161,9 @@ class FrontDoor:
         except (HungUp, BadMessage, DeadlineExceeded):
             pass
         except PotluckError as error:
-            self._warn(f"A host at {address} could not pair: {error.message}")
+            self._warn(f"A host at {address} could not pair: {escape(error.message)}")
+        except Exception as error:  # noqa: BLE001 - the root of the thread: one guest's trouble is not the door's
+            self._warn(f"A host at {address} could not pair: {escape(repr(error))}")
         finally:
             lines.close()
             with self._lock:
@@ -166,6 +173,7 @@ class FrontDoor:
     def _talk(self, lines: Lines, address: str) -> None:
         knock = lines.receive(Knock, self._line_timeout_s)
         facts = self._facts()
+        facts = replace(facts, name=facts.name[:MAX_WORDS])
         lines.send(facts, self._line_timeout_s)
         begin = lines.receive(Begin, self._line_timeout_s)
         if knock.protocol != facts.protocol:
@@ -257,7 +265,7 @@ class FrontDoor:
         try:
             member = self._roster.add(candidate.key, candidate.name, candidate.platform)
         except PotluckError as error:
-            self._say(f"{candidate.name} could not be let in: {error.message}")
+            self._say(f"{candidate.name} could not be let in: {escape(error.message)}")
             return Outcome(decision="failed")
         self._say(f"{member.name} ({fingerprint(member.key)}) has paired")
         return Outcome(decision="allowed", name=member.name)

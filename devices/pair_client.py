@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from devices.credentials import MAX_GUESSES, Invite, Kind, parse_code
 from devices.known_pools import KnownPool
@@ -60,7 +61,7 @@ def ask_door(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) -> DoorFa
     """
     lines = _connected(host, port, timeout)
     try:
-        return _facts(lines, host, port, timeout)
+        return _printable(_facts(lines, host, port, timeout))
     finally:
         lines.close()
 
@@ -96,7 +97,7 @@ def pair(
         _check_head(facts, credential, keys, f"{host}:{port}")
         side = JoinerSide(secret, facts, kind=kind, key=keys.public, name=name, platform=platform)
         _exchange(lines, side, kind)
-        on_waiting(facts)
+        on_waiting(_printable(facts))
         outcome = _decision(lines, side, decision_timeout_s)
         _check_outcome(outcome, facts)
         door = f"{host}:{port}"
@@ -131,6 +132,11 @@ def _mismatch(head: str, protocol: int, potluck: str) -> VersionMismatch:
         f"{clean_words(potluck)} (protocol {protocol}); they do not understand each other",
         hint=f"update Potluck on {older}",
     )
+
+
+def _printable(facts: DoorFacts) -> DoorFacts:
+    """As a user may see them: anyone can send anything. The exchange is about what was really said."""
+    return replace(facts, name=clean_name(facts.name), pool=clean_words(facts.pool), potluck=clean_words(facts.potluck))
 
 
 def _connected(host: str, port: int, timeout_s: float) -> Lines:

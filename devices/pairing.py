@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 from spake2 import SPAKE2_A, SPAKE2_B, SPAKEError
+from spake2.ed25519_basic import NotOnCurve
 
 from devices.credentials import Code, Invite, Kind, Reason
 from transport.curve import KEY_CHARACTERS
@@ -187,7 +188,7 @@ def _encoded(message: Begin | DoorFacts) -> bytes:
 def _finished(spake: SPAKE2_A | SPAKE2_B, message: bytes) -> bytes:
     try:
         session: bytes = spake.finish(message)
-    except (SPAKEError, ValueError, AssertionError) as error:  # The library's own checks of a point.
+    except (SPAKEError, NotOnCurve, ValueError) as error:
         raise BadMessage("the other side's part of the key exchange is none") from error
     return session
 

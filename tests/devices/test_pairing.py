@@ -105,6 +105,8 @@ def test_the_heads_own_proof_sent_back_proves_nothing() -> None:
 @example(b"A" + bytes(32))
 @example(b"A\x01" + bytes(31))  # the neutral element
 @example(b"A" + b"\xff" * 32)
+@example(b"A" + bytes(31) + b"\x01")  # not on the curve
+@example(b"A" + b"\xec" + b"\xff" * 30 + b"\x7f")  # of order 2
 @example(b"B" + bytes(32))
 @settings(max_examples=30, deadline=None)
 def test_a_point_that_is_none_is_refused(spake: bytes) -> None:
