@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -150,7 +150,12 @@ class Pool:
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are there, by name."""
         with self._changed:
-            return sorted(self._hosts.values(), key=lambda host: host.name)
+            found = [replace(host, name=self._name_now(host)) for host in self._hosts.values()]
+        return sorted(found, key=lambda host: host.name)
+
+    def _name_now(self, host: PoolHost) -> str:
+        """It may have been renamed since it arrived."""
+        return (self._roster.name_of(host.key) if self._roster is not None else None) or host.name
 
     def workers(self) -> list[PoolWorker]:
         """In order of registration names, so that plans do not depend on who was first."""
