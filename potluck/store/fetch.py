@@ -20,7 +20,7 @@ from potluck.store.locking import locked
 from potluck.store.progress import Progress, PullProgress
 from potluck.store.range_client import CONNECTIONS, Interrupted, NoRanges, RangeClient
 from potluck.store.segments import SEGMENT_BYTES, PartialFile, Segment, discard_partial, here_bytes, journal_of
-from potluck.store.supply import Supply
+from potluck.store.supply import PeerFiles, Supply
 from transport.errors import DownloadFailed, PotluckError
 
 _BLOCK_BYTES = 1 << 20
@@ -74,13 +74,19 @@ class Fetcher:
         with self._counting:
             self._done_bytes, self.total_bytes = 0, num_bytes
 
-    def here_bytes(self, file: HubFile) -> int:
-        """What an earlier pull has left of a file that is not whole."""
-        return here_bytes(self._place.partial(file), file.num_bytes, self._segment_bytes)
+    def lacking_bytes(self, file: HubFile) -> int:
+        """What of a file that is not in its place has yet to come: less what an earlier pull has left; nothing if
+        another model's file can be linked."""
+        folder = next(path for path in (self._place.folder, *self._place.folder.parents) if path.exists())
+        if any(path.stat().st_dev == folder.stat().st_dev for path in self._candidates(file)):
+            return 0
+        return file.num_bytes - here_bytes(self._place.partial(file), file.num_bytes, self._segment_bytes)
 
     def fetch(self, file: HubFile, start: bytes = b"") -> Path:
         """The file's path in the snapshot. `start`: what is known of its beginning. Raises PotluckError."""
         what = f"{self._place.repository}: {file.name}"
+        if (found := self._place.find(file)) is not None:
+            return found
         with (
             translated_write_errors(self._place.cache, what, setting="HF_HOME"),
             locked(self._place.lock(file), self._tell),
@@ -127,17 +133,22 @@ class Fetcher:
         self._persist(file, go_on, lambda: len(start))
         return start
 
+    def _candidates(self, file: HubFile) -> list[Path]:
+        """Files on this host that should be the same."""
+        if file.sha256 is None:
+            return []
+        copies = [path for path in self._supply.copies(file.sha256) if path.stat().st_size == file.num_bytes]
+        return [*self._place.find_elsewhere(file), *copies]
+
     def _copied(self, file: HubFile) -> Path | None:
         """From another repository of the cache or another model of the store: linked if that can be, and checked."""
-        if file.sha256 is None:
-            return None
         path = self._place.partial(file).with_suffix(".copy.incomplete")
-        for candidate in (*self._place.find_elsewhere(file), *self._supply.copies(file.sha256)):
+        for candidate in self._candidates(file):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             with suppress(OSError):
                 _link_or_copy(candidate.resolve(), path)
-                if path.stat().st_size == file.num_bytes and self._is_right(path, file):
+                if self._is_right(path, file):
                     discard_partial(self._place.partial(file))
                     return self._place.adopt(file, path)
         path.unlink(missing_ok=True)
@@ -146,7 +157,7 @@ class Fetcher:
     def _from_peers(self, file: HubFile, path: Path) -> bool:
         """Whether they gave what lacked, and all is right. What they gave stays if they stop; what is wrong goes."""
         peers, sha256 = self._supply.peers, file.sha256
-        if peers is None or sha256 is None or not peers.holds(sha256):
+        if peers is None or sha256 is None or not _holds(peers, sha256):
             return False
 
         def take(segment: Segment) -> None:
@@ -274,6 +285,13 @@ class Fetcher:
                 if file.num_bytes > _BLOCK_BYTES:
                     self._tell(PullProgress(stage="verify", done=done, total=file.num_bytes))
         return digest.hexdigest() == file.checksum
+
+
+def _holds(peers: PeerFiles, sha256: str) -> bool:
+    try:
+        return peers.holds(sha256)
+    except PotluckError:
+        return False
 
 
 def _raise_first(futures: Sequence[Future[_T]]) -> None:

@@ -116,7 +116,7 @@ class _Pull:
     def _say_and_check_room(self, files: list[HubFile]) -> None:
         """Before the large files come: how much of them is lacking, and whether the disk has room for it."""
         lacking = [file for file in files if self.place.find(file) is None]
-        to_come = sum(file.num_bytes - self.fetcher.here_bytes(file) for file in lacking)
+        to_come = sum(self.fetcher.lacking_bytes(file) for file in lacking)
         total = sum(file.num_bytes for file in files)
         require_space(self.place.folder, to_come, self.source.text, setting="HF_HOME")
         says = f"{self.source.text}: {len(files)} file{'s' * (len(files) != 1)} of weights, {_mb(total)}; " + (

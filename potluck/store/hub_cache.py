@@ -65,6 +65,8 @@ class CachedRepository:
         if revision == self.commit:
             return
         path = self.folder / "refs" / revision
+        if path.is_file() and path.read_text() == self.commit:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         new.write_text(self.commit)

@@ -15,8 +15,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from potluck.store import PullProgress, Store
@@ -24,6 +26,7 @@ from potluck.store.disk import MARGIN_BYTES
 from potluck.store.hub_files import Hub
 from potluck.store.segments import here_bytes
 from shard.open import open_checkpoint
+from tests.shard import test_awq_gptq
 from tests.shard.test_safetensors import CONFIG, tensors, write_folder, write_parts
 from tests.shard.tiny_gguf import write_gguf
 from tests.store.hub_server import REPOSITORY, TOKEN, FakeHub, checksum_of, serve_hub
@@ -269,6 +272,33 @@ def test_files_of_nothing_that_stages_load_do_not_come(hub: FakeHub, repository:
         assert checkpoint.tensors.keys() == tensors().keys()
     with closing(open_checkpoint(repository)) as checkpoint:
         assert checkpoint.tensors.keys() == tensors().keys()
+
+
+@pytest.mark.parametrize("form", ["MLX", "GPTQ", "AWQ"])
+def test_quantized_folders_are_judged_by_their_headers_too(
+    hub: FakeHub, repository: Path, store: Store, form: str
+) -> None:
+    if form == "MLX":
+        draw = np.random.default_rng(0)
+        parts: dict[str, np.ndarray] = {"model.norm.weight": np.ones(32, np.float16)}
+        names = ("model.embed_tokens", *(f"model.layers.{layer}.mlp.up_proj" for layer in range(2)))
+        for name in names:
+            parts[f"{name}.weight"] = draw.integers(0, 2**32, (16, 4), np.uint32)
+            parts |= {f"{name}.{leaf}": np.ones((16, 1), np.float16) for leaf in ("scales", "biases")}
+        facts = CONFIG | {"hidden_size": 32, "quantization": {"bits": 4, "group_size": 32}, "tie_word_embeddings": True}
+        (repository / "config.json").write_text(json.dumps(facts))
+        save_arrays(parts, repository / WEIGHTS)
+    else:
+        numbers = test_awq_gptq.draw(4, 128)
+        quantized = test_awq_gptq.awq(*numbers) if form == "AWQ" else test_awq_gptq.gptq(*numbers, 4)
+        if form == "GPTQ":
+            quantized["bias"] = np.zeros(quantized["qweight"].shape[1], np.float16)
+        test_awq_gptq.write(repository, quantized, getattr(test_awq_gptq, form))
+    model = store.pull(SOURCE)
+    assert_right(model.path, repository)
+    with closing(open_checkpoint(model.path)) as checkpoint:
+        assert any(info.format.startswith(form) for info in checkpoint.tensors.values())
+    assert hub.file_bytes == size_of(*repository.iterdir())
 
 
 def _odd(repository: Path, what: str) -> None:
