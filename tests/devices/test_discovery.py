@@ -56,7 +56,7 @@ def ask(lab: Lab, host: str, *arguments: str) -> Any:
 
 
 def ip(lab: Lab, host: str, *arguments: str) -> None:
-    lab.run(host, ["ip", *arguments])
+    assert lab.run(host, ["ip", *arguments]).returncode == 0
 
 
 def door(lab: Lab, host: str, pool: str, port: int) -> dict[str, Any]:
@@ -72,9 +72,10 @@ def until_found(lab: Lab, host: str, expected: list[dict[str, Any]]) -> None:
 
 @in_a_lab
 def test_pools_are_found_by_their_fingerprints_and_only_at_addresses_of_the_lan(lab: Lab) -> None:
-    ip(lab, "den", "link", "add", "docker0", "type", "dummy")
+    ip(lab, "den", "link", "add", "docker0", "type", "veth", "peer", "name", "veth1")
     ip(lab, "den", "address", "add", "172.17.0.1/16", "dev", "docker0")
-    ip(lab, "den", "link", "set", "docker0", "up")
+    for container in ("docker0", "veth1"):
+        ip(lab, "den", "link", "set", container, "up")
     assert ask(lab, "den", "addresses") == {
         "names": ["eth0"],
         "addresses": [lab.address("den")],

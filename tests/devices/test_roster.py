@@ -159,12 +159,13 @@ def test_many_writers_lose_nobody_while_others_read(file: RosterFile) -> None:
             except ConfigError as error:
                 failures.append(error)
 
-    watcher = threading.Thread(target=read)
+    watcher = threading.Thread(target=read, daemon=True)
     watcher.start()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda key: RosterFile(file.path).add(key, "mac", "macOS"), keys))
+        added = [pool.submit(RosterFile(file.path).add, key, "mac", "macOS") for key in keys]
     done.set()
     watcher.join(10.0)
+    assert len([future.result() for future in added]) == len(keys)
     assert not failures
     roster = RosterFile(file.path).read()
     assert {member.key for member in roster.members} == set(keys)
