@@ -52,10 +52,13 @@ class OpenFiles:
             self._close_beyond(0)
 
     def _close_beyond(self, most: int) -> None:
-        for path in [path for path, one in self._open.items() if not one.num_readers]:
-            if len(self._open) <= most:
-                break
-            os.close(self._open.pop(path).fd)
+        if len(self._open) <= most:
+            return
+        for path, one in list(self._open.items()):  # The one that was read longest ago comes first.
+            if not one.num_readers:
+                os.close(self._open.pop(path).fd)
+                if len(self._open) <= most:
+                    return
 
 
 def _opened(path: Path, num_bytes: int | None) -> int:
