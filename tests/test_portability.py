@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.simulated_system import SYSTEMS, program
+from tests.simulated.sitecustomize import NOT_YET
+from tests.simulated_system import SYSTEMS, environment_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("transport", "devices", "planner", "shard", "potluck")
@@ -88,36 +90,24 @@ ALLOWED = {
 }
 """Where such a name is used behind a question whether the system has it."""
 
-NOT_YET = {"potluck/endpoint.py": "resource"}
-"""Modules that keep Windows from starting the program so far, and what they lack there."""
-
 IN_THE_SYSTEMS_ENCODING = {
     "devices/interfaces.py": "what a tool of the system says",
     "potluck/store/pypi.py": "what pip says",
     "potluck/store/hub_cache.py": "a commit, which is digits",
 }
 
-_PROGRAM = """
-import importlib, json, pkgutil, sys
-PACKAGES = {packages!r}
-def load():
-    failed = {{}}
-    for package in PACKAGES:
-        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-            if not module.name.endswith(("__main__", "pip_locate")):
-                try:
-                    importlib.import_module(module.name)
-                except Exception as error:
-                    failed[module.name] = f"{{type(error).__name__}}: {{error}}"
-    return failed
+_IMPORTS = """
+import importlib, json, pkgutil
+failed = {}
+for package in PACKAGES:
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if not module.name.endswith(("__main__", "pip_locate")):
+            try:
+                importlib.import_module(module.name)
+            except Exception as error:
+                failed[module.name] = f"{type(error).__name__}: {error}"
+print(json.dumps(failed))
 """
-_BEFORE = """
-here = load()
-for name in list(sys.modules):
-    if name.partition(".")[0] in PACKAGES:
-        del sys.modules[name]
-"""
-_AFTER = "print(json.dumps({name: why for name, why in load().items() if name not in here}))"
 
 
 def _sources() -> Iterator[tuple[str, ast.Module]]:
@@ -150,7 +140,10 @@ def test_no_module_needs_a_posix_module_to_be_imported() -> None:
     found = {
         path: needed
         for path, tree in _sources()
-        if (needed := POSIX_MODULES.intersection(imported_when_loaded(tree)) - {NOT_YET.get(path)})
+        if (
+            needed := POSIX_MODULES.intersection(imported_when_loaded(tree))
+            - {NOT_YET.get(path.removesuffix(".py").replace("/", "."))}
+        )
     }
     assert found == {}, "import it inside the function that asks for the system"
 
@@ -193,18 +186,13 @@ def _is_of_text(call: ast.Call) -> bool:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_module_can_be_imported_as_if_on(system: str) -> None:
-    """Third-party libraries are loaded before, as they are here."""
-    before = _PROGRAM.format(packages=PACKAGES) + _BEFORE
     done = subprocess.run(
-        program(system, before=before, after=_AFTER),
-        cwd=ROOT,
-        env=None,
+        [sys.executable, "-P", "-c", f"PACKAGES = {PACKAGES}\n{_IMPORTS}"],
+        env=environment_of(system),
         capture_output=True,
         encoding="utf-8",
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    failed = json.loads(done.stdout.splitlines()[-1])
-    lacking = tuple(f"ModuleNotFoundError: No module named {name!r}" for name in NOT_YET.values())
-    assert {name: why for name, why in failed.items() if not why.startswith(lacking)} == {}
+    assert json.loads(done.stdout.splitlines()[-1]) == {}

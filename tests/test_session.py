@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.simulated_system import program
+from tests.simulated_system import environment_of
 
 _WAITS = """
 import signal, time
@@ -47,14 +47,13 @@ def test_under_nohup_a_closed_terminal_does_not() -> None:
 
 
 def test_windows_has_other_signals() -> None:
-    after = """
-signal.SIGBREAK = 21
-from potluck.session import _ENDING
-print(sorted(map(int, _ENDING)))
-"""
-    # What libraries do with this system's signals is not asked here.
-    before = "import potluck.session, sys\ndel sys.modules['potluck.session']"
+    code = "import signal; signal.SIGBREAK = 21; from potluck.session import _ENDING; print(sorted(map(int, _ENDING)))"
     done = subprocess.run(
-        program("Windows", before=before, after=after), capture_output=True, encoding="utf-8", timeout=60, check=False
+        [sys.executable, "-P", "-c", code],
+        env=environment_of("Windows"),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
     )
     assert done.stdout.strip() == "[2, 15, 21]", done.stderr
