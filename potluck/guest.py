@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import zmq
 
+from devices.interfaces import lan_interfaces
 from transport.control import ControlClient
 from transport.curve import Curve
 from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, VersionMismatch
-from transport.messages import PROTOCOL_VERSION, Arrive, ControlMessage, Members, Stop, Welcome
+from transport.messages import PROTOCOL_VERSION, Arrive, ControlMessage, Members, Reach, Reached, Stop, Welcome
 
 _WELCOME_S = 15.0
 
@@ -52,6 +54,7 @@ class Guest:
         self._changed = threading.Condition()
         self._membership = membership
         self._welcome: Welcome | None = None
+        self._reached: Reached | None = None
         self._end: PotluckError | None = None
         arrive = Arrive(
             version=PROTOCOL_VERSION,
@@ -59,6 +62,8 @@ class Guest:
             platform=platform,
             address=address,
             pieces=pieces,
+            is_wifi=any(one.is_wifi and one.address == address for one in lan_interfaces()),
+            clock_s=time.time(),
         )
         self._control = ControlClient(
             context,
@@ -82,6 +87,17 @@ class Guest:
                 )
             raise self._end
 
+    def reach(self, port: int, timeout_s: float) -> str:
+        """Ask the head to connect to a port of this host; why it can't, or nothing. Raises DeadlineExceeded, or what
+        has ended the stay."""
+        with self._changed:
+            self._reached = None
+            self._control.send(Reach(port))
+            self._changed.wait_for(lambda: self._reached is not None or self._end is not None, timeout_s)
+            if self._reached is not None:
+                return self._reached.problem
+            raise self._end or DeadlineExceeded(f"the head did not say within {timeout_s:.0f} s", hint="try again")
+
     @property
     def end(self) -> PotluckError | None:
         """Why it is over, if it is: NotAllowed and VersionMismatch for good, RingDown until the head is back."""
@@ -99,6 +115,8 @@ class Guest:
                     self._membership.keys = frozenset(message.members)
                 case Members(members=members):
                     self._membership.keys = frozenset(members)
+                case Reached():
+                    self._reached = message
                 case Stop(reason=reason):
                     self._end = _stopped(reason)
             self._changed.notify_all()

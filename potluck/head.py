@@ -73,6 +73,7 @@ class Head:
         self.state: State = "starting"
         self.ring: Ring | None = None
         self.watch: PlanWatch | None = None
+        self._giver: PieceGiver | None = None
         self._share: ModelShare | None = None
         self._wants_replan = False
         self._wants_reload = False
@@ -155,6 +156,9 @@ class Head:
         """The other hosts that are connected. Thread-safe."""
         return self._pool.hosts()
 
+    def _pieces_endpoint(self) -> str:
+        return self._giver.endpoint if self._giver is not None else ""
+
     def _open_network(self) -> Network:
         if self.network is None or self.network.door is None:
             raise NotRunning(
@@ -191,10 +195,11 @@ class Head:
             roster=self.network.roster if self.network is not None else None,
             control=self.network.control if self.network is not None else None,
             pool=self.network.pool if self.network is not None else "",
+            pieces=self._pieces_endpoint,
         )
         self._stack.callback(self._pool.close)
         if self.network is not None:
-            giver = PieceGiver(self._here, self.network.pieces, self.network.roster.admits)
+            giver = self._giver = PieceGiver(self._here, self.network.pieces, self.network.roster.admits)
             self._stack.callback(giver.close)
             self._share = ModelShare(self.model, self._here, giver, self._pool)
         self._node = self._new_node()

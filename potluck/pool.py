@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +18,7 @@ from potluck.questions import Questions
 from transport.control import ControlServer, Peer
 from transport.curve import Guard, Prepare
 from transport.edges import Where
-from transport.endpoints import is_host_endpoint, local_endpoint
+from transport.endpoints import is_host_endpoint, local_endpoint, tcp_endpoint
 from transport.errors import BadMessage, DeadlineExceeded, NotAllowed, PotluckError, RingDown, error_from_code
 from transport.messages import (
     Arrive,
@@ -29,6 +30,8 @@ from transport.messages import (
     Loaded,
     Loading,
     Members,
+    Reach,
+    Reached,
     Register,
     Stats,
     StatsRequest,
@@ -36,6 +39,8 @@ from transport.messages import (
     Welcome,
     WorkerFault,
 )
+
+_REACH_S = 5.0
 
 
 class Roster(Protocol):
@@ -51,11 +56,12 @@ class Roster(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolHost:
-    """Another host that has arrived. Its workers register by themselves."""
+    """Another host that has arrived, at `arrived_s` since 1970. Its workers register by themselves."""
 
     peer: Peer
     name: str
     arrive: Arrive
+    arrived_s: float
 
     @property
     def key(self) -> str:
@@ -103,11 +109,13 @@ class Pool:
         roster: Roster | None = None,
         control: str | None = None,
         pool: str = "",
+        pieces: Callable[[], str] = lambda: "",
     ) -> None:
         """`here` is the head's host. Hosts of the `roster` may come in at `control`, a TCP endpoint; `pool` is the id
-        that they are told."""
+        that they are told, `pieces` where this host gives them pieces of models."""
         self._here = here
         self._pool = pool
+        self._pieces = pieces
         self._roster = roster
         self._hosts: dict[bytes, PoolHost] = {}
         self._told: tuple[str, ...] = ()
@@ -294,6 +302,8 @@ class Pool:
                 self._add(PoolWorker(peer=peer))
             case Arrive():
                 self._welcome(peer, message)
+            case Reach(port=port) if isinstance(peer.introduction, Arrive) and 0 < port < 65536:
+                threading.Thread(target=self._reach, args=(peer, peer.introduction.address, port), daemon=True).start()
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
@@ -326,11 +336,23 @@ class Pool:
         if not is_host_endpoint(arrive.pieces):
             arrive = msgspec.structs.replace(arrive, pieces="")  # Nobody is sent there.
         with self._changed:
-            self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive)
+            self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive, arrived_s=time.time())
             self._changed.notify_all()
         self._told = (self.own_key, *self._roster.keys())
-        self._server.send(peer, Welcome(name=name, pool=self._pool, members=self._told))
+        welcome = Welcome(name=name, pool=self._pool, members=self._told, pieces=self._pieces(), clock_s=time.time())
+        self._server.send(peer, welcome)
         self.tell_members(anew=True)
+
+    def _reach(self, peer: Peer, address: str, port: int) -> None:
+        """Try to connect to a host that asked for it, at the address that it says is its own."""
+        problem = ""
+        try:
+            if not is_host_endpoint(tcp_endpoint(address, port)):
+                raise OSError(f"{address!r} is no address")
+            socket.create_connection((address, port), _REACH_S).close()
+        except OSError as error:
+            problem = error.strerror or str(error) or "no answer in time"
+        self._server.send(peer, Reached(port, problem))
 
     def tell_members(self, *, anew: bool = False) -> None:
         """Tell the other hosts who may take pieces of models from them, if that has changed (or `anew`)."""

@@ -109,13 +109,17 @@ class EngineReport(Struct, frozen=True, kw_only=True):
 
 
 class HostReport(Struct, frozen=True, kw_only=True):
-    """Another host that is connected. `potluck` is its version of the package."""
+    """Another host that is connected. `potluck` is its version of the package, `pieces` where it gives pieces of
+    models; its clock was `clock_off_s` ahead of the head's when it arrived."""
 
     name: str
     fingerprint: str
     platform: str
     potluck: str
     address: str
+    is_wifi: bool
+    clock_off_s: float
+    pieces: str
     devices: list[str]
 
 
@@ -264,5 +268,8 @@ def _host_report(host: PoolHost, workers: list[PoolWorker]) -> HostReport:
         platform=clean_words(host.arrive.platform),
         potluck=clean_words(host.arrive.potluck),
         address=clean_words(host.arrive.address),
+        is_wifi=host.arrive.is_wifi,
+        clock_off_s=host.arrive.clock_s - host.arrived_s,
+        pieces=host.arrive.pieces,
         devices=[worker.register.device for worker in workers if worker.peer.key == host.key],
     )

@@ -185,21 +185,40 @@ DataMessage = Hello | Tokens | Hidden | Sampled | Failed
 
 class Arrive(Struct, frozen=True, tag="arrive", kw_only=True):
     """A host says that it is there, before its workers register. `potluck` is the version of the package, `platform`
-    that of the system; `pieces` is where it gives pieces of models to members of the pool."""
+    that of the system; `pieces` is where it gives pieces of models to members of the pool; `clock_s` is its time of
+    day, in seconds since 1970."""
 
     version: int
     potluck: str
     platform: str
     address: str
     pieces: str
+    is_wifi: bool = False
+    clock_s: float = 0.0
 
 
 class Welcome(Struct, frozen=True, tag="welcome", kw_only=True):
-    """`name` is what the roster calls the host; `members` may take pieces from it."""
+    """`name` is what the roster calls the host; `members` may take pieces from it; `pieces` and `clock_s` are the
+    head's."""
 
     name: str
     pool: str
     members: tuple[str, ...]
+    pieces: str = ""
+    clock_s: float = 0.0
+
+
+class Reach(Struct, frozen=True, tag="reach"):
+    """A host asks the head to connect to `port` of the address that it arrived with, to see whether it can."""
+
+    port: int
+
+
+class Reached(Struct, frozen=True, tag="reached"):
+    """`problem` is empty if the head could."""
+
+    port: int
+    problem: str
 
 
 class Members(Struct, frozen=True, tag="members"):
@@ -484,6 +503,8 @@ ControlMessage = (
     Arrive
     | Welcome
     | Members
+    | Reach
+    | Reached
     | Register
     | Load
     | Listening
