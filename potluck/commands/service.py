@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from devices.known_pools import load_known_pools
 from potluck.options import JsonOption
+from potluck.paths import known_pools_file
 from potluck.service.job import job_of
 from potluck.service.keeper import keeper
 from potluck.service.state import Done
 from potluck.store import Store
 from potluck.store.sources import parse_source
 from potluck.terminal import data, errors
-from transport.errors import ModelNotFound
+from transport.errors import ConfigError, ModelNotFound
 
 _group = typer.Typer(no_args_is_help=True, help="Keep Potluck running: started when you log in, and should it fail.")
 
@@ -40,6 +42,8 @@ def install(
         return
     if model is not None:
         _check(model)
+    elif not load_known_pools(known_pools_file()):
+        raise ConfigError("this host is paired with no head yet", hint="pair it once, by hand: potluck join CODE")
     done = kept_by.install(job, start=start)
     _say(f"Installed, and {job.what}: {kept_by.file}", data)
     _tell(done, data)

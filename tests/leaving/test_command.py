@@ -113,6 +113,8 @@ def test_a_service_is_shown_before_it_is_installed(user: User) -> None:
     shown = user.run("service", "install", "--join", "--dry-run")
     assert shown.returncode == 0 and "[Service]" in shown.stdout and '"join"' in shown.stdout
     assert user.facts("service", "status", "--json")["installed"] is False
+    unpaired = user.run("service", "install", "--join")
+    assert unpaired.returncode == 1 and "potluck join CODE" in unpaired.stderr
     assert not (user.folder / ".config").exists()
 
 
