@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +18,14 @@ from potluck.store.hub_cache import CachedRepository
 from potluck.store.hub_files import HubFile
 from potluck.store.locking import locked
 from potluck.store.progress import Progress, PullProgress
-from potluck.store.range_client import CONNECTIONS, Interrupted, NoRanges, RangeClient
+from potluck.store.range_client import CONNECTIONS, RangeClient
 from potluck.store.segments import SEGMENT_BYTES, PartialFile, Segment, discard_partial, here_bytes, journal_of
 from potluck.store.supply import PeerFiles, Supply
+from potluck.store.transfer import Transfer, raise_first
 from transport.errors import DownloadFailed, PotluckError
 
 _BLOCK_BYTES = 1 << 20
 _T = TypeVar("_T")
-# Waits before the next try; the count starts again whenever something new has come.
-WAITS_S = (0.2, 1.0, 3.0)
-
-
-class Stopped(Exception):
-    """Another thread of the same pull failed, or the user ended it."""
 
 
 class Fetcher:
@@ -45,16 +40,12 @@ class Fetcher:
         progress: Progress,
     ) -> None:
         self._place = place
-        self._client = client
         self._supply = supply
-        self._url = url
         self._progress = progress
-        # Two pools: a file waits for its segments.
+        # Not the segments' own pool: a file waits for its segments.
         self._files = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull-file")
-        self._segments = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull-segment")
-        self._stopping = threading.Event()
+        self.transfer = Transfer(client, url, self._count)
         self._counting = threading.Lock()
-        self._has_ranges = True
         self._segment_bytes = SEGMENT_BYTES
         self._done_bytes = 0
         self.total_bytes: int | None = None
@@ -65,9 +56,9 @@ class Fetcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping.set()
+        self.transfer.stop()
         self._files.shutdown(wait=True, cancel_futures=True)
-        self._segments.shutdown(wait=True, cancel_futures=True)
+        self.transfer.close()
 
     def expect(self, num_bytes: int) -> None:
         """The files that are fetched from now on have so many bytes together, for progress."""
@@ -104,7 +95,7 @@ class Fetcher:
                 with PartialFile(path, file.num_bytes, self._segment_bytes) as partial:
                     partial.seed(start)
                     self._count(partial.here_bytes)
-                    self._from_hub(file, partial)
+                    self.transfer.fetch(file, partial)
                 if not self._is_right(path, file):
                     discard_partial(path)
                     raise _wrong(what, file)
@@ -115,23 +106,11 @@ class Fetcher:
         """What `act` makes of each file, several at once. Raises what the first of them that fails raises."""
         futures = [self._files.submit(act, file) for file in files]
         try:
-            _raise_first(futures)
+            raise_first(futures)
             return [future.result() for future in futures]
         except BaseException:
-            self._stopping.set()
+            self.transfer.stop()
             raise
-
-    def start_of(self, file: HubFile, count: int) -> bytes:
-        """The file's first `count` bytes, from the hub. Raises PotluckError."""
-        start = b""
-
-        def go_on() -> bool:
-            nonlocal start
-            start = self._client.read_on(self._url(file.name), start, count, file.num_bytes)
-            return len(start) == count
-
-        self._persist(file, go_on, lambda: len(start))
-        return start
 
     def _candidates(self, file: HubFile) -> list[Path]:
         """Files on this host that should be the same."""
@@ -162,17 +141,16 @@ class Fetcher:
 
         def take(segment: Segment) -> None:
             for offset in range(segment.first, segment.end, _BLOCK_BYTES):
-                self._check_going_on(partial)
+                self.transfer.check_going_on(partial)
                 block = memoryview(bytearray(min(_BLOCK_BYTES, segment.end - offset)))
                 peers.read(sha256, offset, block)
                 partial.write(segment.index, block)
                 self._count(len(block))
 
         with PartialFile(path, file.num_bytes, self._segment_bytes) as partial:
-            before = partial.here_bytes
-            self._count(before)
+            self._count(partial.here_bytes)
             try:
-                self._each_segment(take, partial)
+                self.transfer.each_segment(take, partial)
             except PotluckError:
                 self._count(-partial.here_bytes)
                 return False
@@ -181,90 +159,6 @@ class Fetcher:
         discard_partial(path)
         self._count(-file.num_bytes)
         return False
-
-    def _from_hub(self, file: HubFile, partial: PartialFile) -> None:
-        url = self._url(file.name)
-        if self._has_ranges:
-            try:
-                self._each_segment(lambda segment: self._segment(url, file, partial, segment), partial)
-                return
-            except NoRanges:
-                self._has_ranges = False
-        self._from_the_beginning(url, file, partial)
-
-    def _each_segment(self, act: Callable[[Segment], None], partial: PartialFile) -> None:
-        """Several at once. When one fails, the others end before its error is raised."""
-        missing = partial.missing()
-        if len(missing) == 1:
-            act(missing[0])
-            return
-        futures = [self._segments.submit(act, segment) for segment in missing]
-        try:
-            _raise_first(futures)
-        finally:
-            partial.is_halted = True
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            partial.is_halted = False
-
-    def _segment(self, url: str, file: HubFile, partial: PartialFile, segment: Segment) -> None:
-        first = segment.first
-
-        def go_on() -> bool:
-            nonlocal first
-            with self._client.stream(url, first, segment.end, file.num_bytes) as blocks:
-                for block in blocks:
-                    self._check_going_on(partial)
-                    partial.write(segment.index, block[: segment.end - first])
-                    first += len(block)
-                    self._count(len(block))
-                    if first >= segment.end:
-                        break
-            return first >= segment.end
-
-        self._persist(file, go_on, lambda: first)
-
-    def _from_the_beginning(self, url: str, file: HubFile, partial: PartialFile) -> None:
-        """From a server without ranges: what is here already comes again, and is passed over."""
-
-        def go_on() -> bool:
-            offset = 0
-            with self._client.stream(url, 0, file.num_bytes, file.num_bytes) as blocks:
-                for block in blocks:
-                    self._check_going_on(partial)
-                    self._count(partial.write_at(offset, block))
-                    offset += len(block)
-            return not partial.missing()
-
-        self._persist(file, go_on, lambda: partial.here_bytes)
-
-    def _persist(self, file: HubFile, go_on: Callable[[], bool], position: Callable[[], int]) -> None:
-        """Until `go_on` says that all is here; not for ever where nothing new comes."""
-        tries = 0
-        while True:
-            before, wait_s = position(), 0.0
-            try:
-                if go_on():
-                    return
-                why = "the connection closed early"
-            except Interrupted as error:
-                why, wait_s = str(error), error.wait_s
-            tries = 0 if position() > before else tries + 1
-            if tries > len(WAITS_S):
-                raise DownloadFailed(
-                    f"downloading {file.name} failed: {why}; what came is kept",
-                    hint="check the connection and pull again: it continues where it stopped",
-                )
-            self._wait(max(wait_s, WAITS_S[max(tries - 1, 0)]))
-
-    def _wait(self, seconds: float) -> None:
-        if self._stopping.wait(seconds):
-            raise Stopped
-
-    def _check_going_on(self, partial: PartialFile) -> None:
-        if self._stopping.is_set() or partial.is_halted:
-            raise Stopped
 
     def _count(self, num_bytes: int) -> None:
         with self._counting:
@@ -292,14 +186,6 @@ def _holds(peers: PeerFiles, sha256: str) -> bool:
         return peers.holds(sha256)
     except PotluckError:
         return False
-
-
-def _raise_first(futures: Sequence[Future[_T]]) -> None:
-    """Wait for all, or raise what the first one raises that fails."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        if (error := future.exception()) is not None:
-            raise error
 
 
 def _wrong(what: str, file: HubFile) -> DownloadFailed:

@@ -105,7 +105,9 @@ class _Pull:
     def _header(self, model: RemoteModel, file: HubFile) -> bytes:
         here = self.place.find(file)
         if here is None:
-            return model.read_header(file.name, file.num_bytes, lambda count: self.fetcher.start_of(file, count))
+            return model.read_header(
+                file.name, file.num_bytes, lambda count: self.fetcher.transfer.start_of(file, count)
+            )
 
         def from_disk(count: int) -> bytes:
             with here.open("rb") as stream:

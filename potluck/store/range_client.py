@@ -13,7 +13,7 @@ from potluck.store.hub_files import gated
 from transport.errors import DownloadFailed, ModelNotFound, PotluckError
 
 CONNECTIONS = 4
-_TIMEOUT = httpx.Timeout(10.0, connect=15.0)
+_TIMEOUT = httpx.Timeout(10.0, connect=15.0, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _LONGEST_WAIT_S = 30.0
 
