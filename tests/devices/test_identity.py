@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import msgspec
 import pytest
 
 from devices.identity import fingerprint, load_keys
-from transport.curve import new_key_pair
+from transport.curve import KeyPair, new_key_pair
 from transport.errors import ConfigError
-from transport.key_file import KEY_FILE
+from transport.key_file import KEY_FILE, write_keys
 
 
 def test_keys_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
@@ -22,7 +23,12 @@ def test_keys_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
     assert keys.secret not in repr(keys)
 
 
-def test_processes_that_start_together_have_the_same_keys(tmp_path: Path) -> None:
+def test_processes_that_start_together_have_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_slowly(path: Path, keys: KeyPair) -> None:
+        time.sleep(0.05)
+        write_keys(path, keys)
+
+    monkeypatch.setattr("devices.identity.write_keys", write_slowly)
     with ThreadPoolExecutor(8) as pool:
         assert len({keys.public for keys in pool.map(load_keys, [tmp_path / "identity"] * 8)}) == 1
 
