@@ -144,7 +144,9 @@ class Page:
 
     def wait_for(self, condition: str, timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self.value(f"Boolean({condition})"):
+        # A page that is still on its way has none of its parts.
+        attempt = f"(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"
+        while not self.value(attempt):
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}; {self.value(_SHOWN)}"
             time.sleep(0.05)
 
