@@ -44,7 +44,7 @@ def users_of(home: Path) -> Iterator[User]:
     for process in psutil.process_iter():
         try:
             does = told(process.cmdline()) if process.pid not in own else None
-            if does is not None and _home_of(process.environ()) == home.resolve():
+            if does is not None and _uses(process.environ(), home):
                 yield User(pid=process.pid, does=does)
         except (psutil.Error, OSError):
             continue  # Another user's, or just gone.
@@ -65,8 +65,13 @@ def _first_word(words: Sequence[str], otherwise: str) -> str:
     return f"potluck {next((word for word in words if not word.startswith('-')), '')}".strip() or otherwise
 
 
-def _home_of(environment: dict[str, str]) -> Path:
-    return Path(environment.get("POTLUCK_HOME") or own_data_dir()).resolve()
+def _uses(environment: dict[str, str], home: Path) -> bool:
+    chosen = environment.get("POTLUCK_HOME")
+    if chosen:
+        return Path(chosen).resolve() == home.resolve()
+    # Where its data lie follows from these.
+    is_alike = all(environment.get(name) == os.environ.get(name) for name in ("HOME", "XDG_DATA_HOME", "LOCALAPPDATA"))
+    return is_alike and own_data_dir().resolve() == home.resolve()
 
 
 def _with_parents(pid: int) -> Iterable[int]:

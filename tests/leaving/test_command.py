@@ -4,48 +4,62 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devices.known_pools import KnownPool, save_known_pool
+from potluck.cli import main
 from potluck.head_file import HeadFacts, HeadFile
+from potluck.service.systemd import Systemd
 from potluck.store import Store
+from tests.service.scripted import Scripted
 from tests.shard.tiny_gguf import write_gguf
 
-HAS_SYSTEMD = shutil.which("systemctl") is not None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 class User:
     """Somebody with a home of his own, where nothing of Potluck's is yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         self.data = folder / ".local" / "share" / "potluck"
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("POTLUCK_", "XDG_", "HF_")) or name == "POTLUCK_TEST_HOME"
-        } | {"HOME": str(folder), "XDG_RUNTIME_DIR": str(folder / "r"), "COLUMNS": "200"}
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        for name in list(os.environ):
+            if name.startswith(("POTLUCK_", "XDG_")):
+                monkeypatch.delenv(name)
+        for name, value in (("HOME", folder), ("XDG_RUNTIME_DIR", folder / "r"), ("COLUMNS", "200")):
+            monkeypatch.setenv(name, str(value))
+        # Never the developer's own.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+        for command in ("service", "uninstall"):
+            monkeypatch.setattr(f"potluck.commands.{command}.keeper", lambda: Systemd(Scripted()))
+        monkeypatch.chdir(folder)
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-m", "potluck.cli", *arguments]
-        return subprocess.run(
-            command,
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-        )
+    def run(self, *arguments: str) -> Ended:
+        """`potluck ARGUMENTS`, in this process: to start one takes longer than all that it does here."""
+        self._monkeypatch.setattr(sys, "argv", ["potluck", *arguments])
+        self._capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = self._capsys.readouterr()
+        return Ended(returncode=code, stdout=said.out, stderr=said.err)
 
     def facts(self, *arguments: str) -> Any:
         done = self.run(*arguments)
@@ -54,26 +68,24 @@ class User:
 
 
 @pytest.fixture
-def user() -> Iterator[User]:
-    with tempfile.TemporaryDirectory(prefix="pl-") as name:
-        user = User(Path(name))
+def user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[User]:
+    with tempfile.TemporaryDirectory(prefix="pl-") as name:  # A socket's path is short: pytest's own are not.
+        user = User(Path(name), monkeypatch, capsys)
         write_gguf(user.folder / "tiny.gguf")
         Store(user.data).pull(str(user.folder / "tiny.gguf"))
         yield user
+        monkeypatch.undo()
 
 
 def test_it_says_what_there_is_asks_and_removes_it(user: User) -> None:
     unit = user.folder / ".config" / "systemd" / "user" / "potluck.service"
-    installed = user.run("service", "install", "--model", "tiny", "--no-start")
-    assert installed.returncode == (0 if HAS_SYSTEMD else 1), installed.stderr
-    assert not HAS_SYSTEMD or 'up" "tiny"' in unit.read_text(encoding="utf-8")
+    assert user.run("service", "install", "--model", "tiny", "--no-start").returncode == 0
+    assert 'up" "tiny"' in unit.read_text(encoding="utf-8")
     save_known_pool(user.data / "pools.json", KnownPool(pool="p", key="k" * 40, name="desk", my_name="my-laptop"))
     before = sorted(user.folder.rglob("*"))
     dry = user.facts("uninstall", "--dry-run", "--json")
     assert sorted(user.folder.rglob("*")) == before
-    assert {kept["kind"] for kept in dry["kept"]} >= {"models", "locks", "pairing"} | (
-        {"service"} if HAS_SYSTEMD else set()
-    )
+    assert {kept["kind"] for kept in dry["kept"]} >= {"models", "locks", "pairing", "service"}
     assert dry["dry_run"] is True and dry["freed_bytes"] == 0
 
     unasked = user.run("uninstall")
@@ -92,8 +104,7 @@ def test_it_says_what_there_is_asks_and_removes_it(user: User) -> None:
     assert (user.folder / "tiny.gguf").exists()
 
 
-def test_it_refuses_while_a_head_runs(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POTLUCK_RUNTIME", str(user.folder / "r" / "potluck"))
+def test_it_refuses_while_a_head_runs(user: User) -> None:
     facts = HeadFacts(pid=os.getpid(), url="http://127.0.0.1:1", model="tiny", control="c", host="here")
     with HeadFile() as file:
         file.publish(facts)
@@ -102,8 +113,8 @@ def test_it_refuses_while_a_head_runs(user: User, monkeypatch: pytest.MonkeyPatc
     assert (user.data / "models" / "tiny").exists()
 
 
-def test_a_home_that_is_not_potlucks_alone_is_refused(user: User) -> None:
-    user.environment["POTLUCK_HOME"] = "."  # The command runs in the user's home.
+def test_a_home_that_is_not_potlucks_alone_is_refused(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTLUCK_HOME", ".")  # The command runs in the user's home.
     refused = user.run("uninstall", "--yes")
     assert refused.returncode == 1 and "nothing is removed" in refused.stderr
     assert (user.data / "models" / "tiny").exists()
@@ -123,7 +134,13 @@ def test_versions(user: User) -> None:
     assert facts["potluck"] and facts["torch"] and facts["curve"] is True and isinstance(facts["protocol"], int)
 
 
-def test_what_a_terminal_can_not_say_is_no_crash(user: User) -> None:
-    user.environment |= {"PYTHONIOENCODING": "latin-1"}
-    done = user.run("show", "日本")
+def test_what_a_terminal_can_not_say_is_no_crash() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "potluck.cli", "show", "日本"],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "POTLUCK_HOME": "/nowhere"},
+        capture_output=True,
+        encoding="latin-1",
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "hint" in done.stderr
