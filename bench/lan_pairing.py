@@ -1,13 +1,14 @@
 """Do three hosts become one pool as the README says? Paired by invite and by code, with the model on one of them.
 
-python -m bench.lan_pairing [--model smollm2] [--rate 200mbit] [--only shared alone moved ports] --json FILE
+python -m bench.lan_pairing [--model smollm2] [--rate 200mbit] [--only SECTION …] --json FILE
 
 Three emulated hosts whose network cards have that rate, each with a namespace, an address and a POTLUCK_HOME of its
-own. The model lies on the head's; one host pairs by invite, one by code and multicast DNS. Measured are the first start,
+own. The model lies on the head's; one host pairs by invite, one by code and multicast DNS. Measured: the first start,
 what each host was sent beside the bytes of its own tensors (by what hosts report, and by the counters of their cards,
 where headers count), and a second start. alone: each host's stage while the other one has its own already. moved: hosts
 get other addresses while the ring is up, and must come back by themselves. ports: the same pool without ipc, as on
-Windows, where processes of a host talk over loopback ports with CURVE. Needs root.
+Windows, where processes of a host talk over loopback ports with CURVE. revoked: how long a host that is put out still
+serves, and that the others serve again without it. Needs root.
 """
 
 from __future__ import annotations
@@ -34,11 +35,25 @@ from shard.open import open_checkpoint
 from transport.errors import PotluckError
 
 HEAD, BY_INVITE, BY_CODE = HOSTS = ("desk", "left", "right")
-SECTIONS = ("shared", "alone", "moved", "ports")
+SECTIONS = ("alone", "moved", "ports", "revoked")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _UP_WITHIN_S = 300.0
 _BACK_WITHIN_S = 180.0
 _NEW_NUMBERS = {BY_INVITE: 22, HEAD: 21}
+# The moment of the change in the roster's file, and the first one at which the head says that it can't serve.
+_REVOKE = """
+import sys, time, httpx
+from devices.roster import RosterFile
+from potluck.paths import roster_file
+roster = RosterFile(roster_file())
+with httpx.Client(trust_env=False) as client:
+    assert client.get(sys.argv[1] + "/health").status_code == 200
+    roster.revoke(sys.argv[2])
+    began = time.perf_counter()
+    while client.get(sys.argv[1] + "/health").status_code == 200 and time.perf_counter() < began + 30:
+        time.sleep(0.005)
+    print(time.perf_counter() - began)
+"""
 
 TARGETS = (
     Target(name="reported bytes over own tensors", limit=1.01, sense="at most", value=lambda found: found["fetched"]),
@@ -70,9 +85,9 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start of the whole pool. `load_s` is what the ring took to load, `fetch_s` the longest that a host waited for
-    others. `fetched` are reported bytes by host, `received` those of its card, `own` those of its stage's tensors in the
-    model's files."""
+    """One start of the pool. `load_s` is what the ring took to load, `fetch_s` the longest that a host waited for
+    others. `fetched` are reported bytes by host, `received` those of its card, `own` those of its stage's tensors in
+    the model's files."""
 
     load_s: float
     fetch_s: float
@@ -93,10 +108,6 @@ class Experiment:
         self._lab = lab
         self._model = model
         self._say = say
-        third = model.spec.num_layers // 3
-        layers = (model.spec.num_layers - 2 * third, third, third)
-        devices = ("cpu", f"{BY_INVITE}/cpu", f"{BY_CODE}/cpu")
-        self._layers = ",".join(f"{name}={count}" for name, count in zip(devices, layers, strict=True))
 
     def start(
         self,
@@ -106,7 +117,7 @@ class Experiment:
         meanwhile: Callable[[LabPool, dict[str, Any]], None] = lambda pool, report: None,
     ) -> Start:
         """Until the ring has answered; then `meanwhile`. `pairs`: by invite and by code. Raises RuntimeError."""
-        options = ("--layers", self._layers, "--estimate", "--wait-for", str(len(HOSTS)))
+        options = ("--objective", "even", "--use-all", "--estimate", "--wait-for", str(len(HOSTS)))
         before = {host: self._lab.card(host) for host in HOSTS}
         with LabPool(self._lab, HEAD, self._model.name, options, environment=environment) as pool:
             shown = pool.invitation()
@@ -144,6 +155,16 @@ class Experiment:
             pool.wait_for_ring(HOSTS, _BACK_WITHIN_S, loads=loads + 1)
             if pool.answer(report["url"]) != text:
                 raise RuntimeError(f"another answer after {host} moved")
+
+    def revoke(self, pool: LabPool, report: dict[str, Any]) -> float:
+        """How long the ring goes on with a host that is put out; the others must serve again without it."""
+        command = [sys.executable, "-c", _REVOKE, report["url"], BY_CODE]
+        done = self._lab.run(HEAD, command, limited=False)
+        if done.returncode:
+            raise RuntimeError(f"{BY_CODE} can't be revoked: {done.stderr.strip()}")
+        pool.wait_for_ring((HEAD, BY_INVITE), _BACK_WITHIN_S, loads=2)
+        pool.answer(report["url"])
+        return float(done.stdout)
 
     def _own_bytes(self, first: int, last: int) -> int:
         checkpoint = open_checkpoint(self._model.path)
@@ -200,7 +221,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a model of the store")
     parser.add_argument("--rate", default="200mbit", help="of each host's network card")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS)
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(arguments)
 
@@ -229,6 +252,11 @@ def main(arguments: Sequence[str]) -> int:
             if "ports" in options.only:
                 say("without ipc")
                 result["ports"] = experiment.start(environment={"POTLUCK_NO_IPC": "1"}).text == first.text
+            if "revoked" in options.only:
+                say("a host is revoked")
+                served_s: list[float] = []
+                experiment.start(meanwhile=lambda pool, report: served_s.append(experiment.revoke(pool, report)))
+                result["served_after_revoke_s"] = served_s[0]
     except (PotluckError, RuntimeError) as error:
         say(f"error: {error}")
         return 1

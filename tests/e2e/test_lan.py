@@ -1,102 +1,169 @@
-"""Several hosts, here all on the loopback address: their ring runs over TCP, and never leaves the host unasked."""
+"""Several hosts of one pool, here on loopback addresses: they pair, share the model that lies on one of them, come back
+by themselves, and are put out."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
 
-import httpx
 import pytest
 
-from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
+from tests.e2e.lan_hosts import (
+    LOADED_S,
+    answer,
+    hosts_of,
+    is_down,
+    join,
+    join_arguments,
+    members,
+    new_code,
+    new_home,
+    shown_invite,
+    stages,
+    up,
+)
+from tests.e2e.potluck_process import Home, wait_until
 
-ONE_DEVICE = ("--device", "torch:cpu")
-LOOPBACK = ("--lan-host", "127.0.0.1")
-
-
-def stages(url: str) -> list[dict[str, Any]]:
-    report: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=10).json()
-    return report["stages"] if report["state"] == "ready" else []
-
-
-def answer(url: str) -> str:
-    body = {
-        "model": "smollm2",
-        "messages": [{"role": "user", "content": "Name three fruits."}],
-        "max_tokens": 12,
-        "temperature": 0,
-    }
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-    assert response.status_code == 200, response.text
-    text: str = response.json()["choices"][0]["message"]["content"]
-    return text
+HEAD, BETA, GAMMA = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
 
-def join(home: Home, lan: str, host: str) -> Running:
-    return Running(home, "join", "--head", lan, *LOOPBACK, "--host-name", host, *ONE_DEVICE, "--threads", "1")
+class Hosts(Protocol):
+    def __call__(self, *, has_models: bool = False) -> Home: ...
 
 
-def test_two_hosts_answer_as_one_does_and_the_head_notices_when_one_goes(home: Home) -> None:
-    running = Running(home, *up_arguments(*LOOPBACK, "--host-name", "alpha", devices=ONE_DEVICE))
-    facts = running.facts()
-    url, lan = facts["url"], facts["lan"]
-    alone = answer(url)
-    joined = join(home, lan, "beta")
-    wait_until(lambda: len(stages(url)) == 2, 90.0, running.said)
-    assert [(stage["host"], stage["device"]) for stage in stages(url)] == [("alpha", "cpu"), ("beta", "beta/cpu")]
-    assert answer(url) == alone
-    joined.stop()
-    wait_until(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 503, 15.0)
-    running.stop()
-    left = home.leftovers()
-    assert left == []
+@pytest.fixture
+def hosts(data_home: Path) -> Iterator[Hosts]:
+    """Makes hosts of one test; whatever they leave running is ended."""
+    made: list[Home] = []
+
+    def host(*, has_models: bool = False) -> Home:
+        made.append(new_home(data_home / "models" if has_models else None))
+        return made[-1]
+
+    yield host
+    for home in made:
+        for process in home.processes():
+            process.kill()
+        shutil.rmtree(home.data.parent, ignore_errors=True)
 
 
-def test_a_second_host_of_the_same_name_is_told_so(home: Home) -> None:
-    running = Running(home, *up_arguments(*LOOPBACK, "--host-name", "alpha", devices=ONE_DEVICE))
-    lan = running.facts()["lan"]
-    same = home.run("join", "--head", lan, "--lan-host", "127.0.0.2", "--host-name", "alpha", *ONE_DEVICE)
-    assert same.returncode == 1
-    assert "another host called alpha" in same.stderr
-    assert "--host-name" in same.stderr
-    running.stop()
+def test_a_host_pairs_by_code_once_and_comes_back_by_itself_also_to_a_head_that_was_away(hosts: Hosts) -> None:
+    head_home, beta_home = hosts(has_models=True), hosts()
+    head = up(head_home, "alpha", HEAD, "--yes")
+    door = head.facts()["lan"]
+    alone = answer(head)
+    beta = join(beta_home, "beta", BETA, "--head", door, "--code", new_code(head_home))
+    wait_until(lambda: len(stages(head)) == 2, LOADED_S, head.said)
+    assert stages(head) == [("alpha", "cpu"), ("beta", "beta/cpu")]
+    assert answer(head) == alone
+    assert members(head_home)["beta"]["connected"] is True
+
+    assert head_home.run("rename", "beta", "kitchen").returncode == 0
+    beta.stop()
+    wait_until(lambda: is_down(head), 20.0, head.said)
+    # Paired once: neither the code nor the door again.
+    beta = join(beta_home, "beta", BETA)
+    wait_until(lambda: stages(head) == [("alpha", "cpu"), ("kitchen", "kitchen/cpu")], LOADED_S, head.said)
+
+    head.stop()
+    head = up(head_home, "alpha", HEAD, port=int(door.rpartition(":")[2]))
+    head.facts()
+    wait_until(lambda: len(stages(head)) == 2, LOADED_S, lambda: head.said() + beta.said())
+    assert answer(head) == alone
+    assert list(members(head_home)) == ["kitchen"]
+    assert beta.process.poll() is None
+
+    os.kill(beta.process.pid, signal.SIGKILL)  # Its workers end with it.
+    beta.process.wait()
+    wait_until(lambda: is_down(head), 20.0, head.said)
+    head.stop()
+    for home in (head_home, beta_home):
+        assert home.leftovers() == []
 
 
-def test_a_joined_host_that_crashes_leaves_nothing(home: Home) -> None:
-    running = Running(home, *up_arguments(*LOOPBACK, "--host-name", "alpha", devices=ONE_DEVICE))
-    facts = running.facts()
-    joined = join(home, facts["lan"], "beta")
-    wait_until(lambda: len(stages(facts["url"])) == 2, 90.0, running.said)
-    os.kill(joined.process.pid, signal.SIGKILL)
-    joined.process.wait()
-    wait_until(lambda: httpx.get(f"{facts['url']}/health", timeout=5).status_code == 503, 15.0)
-    running.stop()
-    left = home.leftovers()
-    assert left == []
+def test_hosts_pair_by_invite_when_they_are_approved_and_one_that_is_revoked_is_out_at_once(hosts: Hosts) -> None:
+    head_home, beta_home, other_home = hosts(has_models=True), hosts(), hosts()
+    head = up(head_home, "alpha", HEAD)
+    door = head.facts()["lan"]
+    beta = join(beta_home, "beta", BETA, shown_invite(head))
+    wait_until(lambda: "potluck approve beta" in head.said(), 20.0, beta.said)
+    assert members(head_home) == {}
+    assert head_home.run("approve", "beta").returncode == 0
+    wait_until(lambda: len(stages(head)) == 2, LOADED_S, head.said)
+
+    # The invite was used; and who is called like another gets another name.
+    again = other_home.run(*join_arguments("beta", GAMMA, shown_invite(head)))
+    assert again.returncode == 1
+    assert "used already" in again.stderr and "Traceback" not in again.stderr
+    second = join(other_home, "beta", GAMMA, "--head", door, "--code", new_code(head_home))
+    wait_until(lambda: head_home.run("approve", "beta").returncode == 0, 20.0, head.said)
+    wait_until(lambda: set(hosts_of(head)) == {"alpha", "beta", "beta-2"}, LOADED_S, head.said)
+
+    text = answer(head)
+    assert head_home.run("revoke", "beta", "--yes").returncode == 0
+    wait_until(lambda: is_down(head), 5.0, head.said)
+    wait_until(lambda: hosts_of(head) == ["alpha", "beta-2"], LOADED_S, head.said)
+    assert answer(head) == text
+    assert beta.process.wait(15.0) == 1
+    assert "revoked" in beta.said() and "Traceback" not in beta.said()
+    back = beta_home.run(*join_arguments("beta", BETA))
+    assert back.returncode == 1
+    assert "revoked" in back.stderr
+    for running in (second, head):
+        running.stop()
+    for home in (head_home, beta_home, other_home):
+        assert home.leftovers() == []
 
 
-def test_the_status_says_where_hosts_join(home: Home) -> None:
-    running = Running(home, *up_arguments(devices=ONE_DEVICE))
-    running.facts()
-    assert json.loads(home.run("status", "--json").stdout)["lan"] is None
-    running.stop()
+def test_three_wrong_codes_lock_the_right_one_and_a_code_is_good_once(hosts: Hosts) -> None:
+    head_home, beta_home, other_home = hosts(has_models=True), hosts(), hosts()
+    head = up(head_home, "alpha", HEAD, "--yes")
+    door = head.facts()["lan"]
+    code = new_code(head_home)
+    wrong = code[:-1] + ("0" if code[-1] != "0" else "1")
+
+    def tried(home: Home, guess: str) -> str:
+        done = home.run(*join_arguments("beta", BETA, "--head", door, "--code", guess), timeout_s=30.0)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "guesses left: 2" in tried(beta_home, wrong)
+    assert "guesses left: 1" in tried(other_home, wrong)
+    assert "locked" in tried(beta_home, wrong)
+    assert "locked" in tried(beta_home, code)
+    assert members(head_home) == {}
+
+    code = new_code(head_home)
+    beta = join(beta_home, "beta", BETA, "--head", door, "--code", code)
+    wait_until(lambda: "beta" in members(head_home), 20.0, beta.said)
+    assert "used already" in tried(other_home, code)
+    assert "not paired" in other_home.run(*join_arguments("gamma", GAMMA, "--head", door)).stderr
+    beta.stop()
+    head.stop()
+    assert head_home.leftovers() == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["up", "smollm2", "--port", "0", "--lan-host", "0.0.0.0"], ["0.0.0.0", "hint"]),
-        (["up", "smollm2", "--port", "0", "--lan-host", "203.0.113.7", "--insecure-lan"], ["203.0.113.7", "hint"]),
+        (["up", "smollm2", "--port", "0", "--lan-host", "203.0.113.7"], ["203.0.113.7", "hint"]),
         (["up", "smollm2", "--port", "0", "--lan-host", "kitchen"], ["kitchen", "IPv4"]),
-        (["up", "smollm2", "--port", "0", "--host-name", "a/b"], ["a/b", "hint"]),
+        (["up", "smollm2", "--port", "0", "--no-lan", "--host-name", "a/b"], ["a/b", "hint"]),
         (["up", "smollm2", "--port", "0", "--lan-host", "127.0.0.1", "--lan-port", "70000"], ["70000"]),
-        (["join", "--head", "203.0.113.7:11501"], ["203.0.113.7:11501", "--insecure-lan"]),
         (["join", "--head", "127.0.0.1:1"], ["127.0.0.1:1", "hint"]),
-        (["join", "--head", "127.0.0.1"], ["127.0.0.1", "HOST:PORT"]),
+        (["join", "--head", "127.0.0.1:0"], ["127.0.0.1:0", "HOST:PORT"]),
         (["join", "--head", "no-such-host.invalid:5"], ["no-such-host.invalid", "hint"]),
-        (["join", "--host-name", "other"], ["--host-name", "--head"]),
+        (["join", "--head", "127.0.0.1:1", "--code", "hello"], ["hello", "code"]),
+        (["join", "hello"], ["hello", "hint"]),
+        (["join", "potluck://127.0.0.1:1?key=short&token=1&pool=2"], ["invite", "hint"]),
+        (["join", "potluck://127.0.0.1:1", "--head", "127.0.0.1:1"], ["--head", "hint"]),
+        (["join", "--no-discovery"], ["--head", "hint"]),
     ],
 )
 def test_bad_input_ends_with_the_next_step(home: Home, arguments: list[str], words: list[str]) -> None:
