@@ -12,7 +12,7 @@ import zmq
 from transport.curve import Curve
 from transport.errors import BadMessage, WrongBytes
 from transport.messages import PiecePeer
-from transport.pieces.disk_thread import DiskThread
+from transport.pieces.disk_threads import DiskThreads
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.messages import Ask, Held, Holdings, Missing, Part, Refused
 from transport.pieces.partial import PartialPiece
@@ -55,16 +55,21 @@ class _Asked:
 class Shared:
     """What the peers of a fetch share. `doubtful` pieces had wrong bytes of more than one origin: from now on each
     comes from one peer alone, so that it is clear whose they are. `elsewhere` are those another process is getting.
-    `count` is told of bytes that came, or that were thrown away."""
+    `count` is told of bytes that came, or that were thrown away.
+
+    `writing` appends to partial pieces, and `syncing` puts whole ones into the store: what is written survives this
+    process, so that more of it may wait. `open` are those that are neither closed nor in the store yet."""
 
     context: zmq.Context[zmq.Socket[bytes]]
     curve: Curve
     store: PieceStore
-    disk: DiskThread
+    writing: DiskThreads
+    syncing: DiskThreads
     plan: FetchPlan
     model: str
     doubtful: set[str]
     elsewhere: list[Piece]
+    open: set[PartialPiece]
     count: Callable[[int], None]
 
 
@@ -194,7 +199,7 @@ class FetchPeer:
 
     def _fill(self, line: PeerLine, now_s: float, usable: Collection[str]) -> None:
         while self._asked_bytes < self._window.num_bytes and len(self._asked) < _MOST_ASKS:
-            if self._shared.disk.is_full:
+            if self._shared.writing.is_full or self._shared.syncing.is_full:
                 return
             active = self._asking or self._begin(now_s, usable)
             if active is None:
@@ -223,6 +228,7 @@ class FetchPeer:
             if partial is None:
                 shared.elsewhere.append(piece)
                 continue
+            shared.open.add(partial)
             if piece.digest in shared.doubtful and partial.num_bytes:
                 shared.count(-partial.num_bytes)
                 partial.restart()
@@ -232,7 +238,8 @@ class FetchPeer:
             if had_bytes < piece.num_bytes:
                 self._asking = active
                 return active
-            self._finish(active)
+            self._end(active)
+            self._commit(active)
 
     def _take(self, received: Received, now_s: float) -> None:
         match received.answer:
@@ -272,27 +279,34 @@ class FetchPeer:
         if active.is_over:
             return
         shared, num_bytes = self._shared, len(buffer)
+        active.received += num_bytes
+        is_last = active.received == active.piece.num_bytes
+        if is_last:
+            self._end(active)
 
         def written(error: BaseException | None) -> None:
             if error is not None:
                 raise error
             shared.count(num_bytes)
+            if is_last:
+                self._commit(active)
 
-        shared.disk.submit(lambda: active.partial.write(buffer), written, num_bytes)
-        active.received += num_bytes
+        shared.writing.submit(lambda: active.partial.write(buffer), written, num_bytes)
         self.num_bytes += num_bytes
         self._retry_s = _FIRST_RETRY_S
         shared.plan.note_useful(self.peer.key, now_s)
-        if active.received == active.piece.num_bytes:
-            self._finish(active)
 
-    def _finish(self, active: _Active) -> None:
-        """All of it has come."""
-        shared, digest = self._shared, active.piece.digest
+    def _end(self, active: _Active) -> None:
+        """Nothing more is asked for, or written."""
         active.is_over = True
-        del self._active[digest]
+        del self._active[active.piece.digest]
+
+    def _commit(self, active: _Active) -> None:
+        """All of it is written."""
+        shared, digest = self._shared, active.piece.digest
 
         def committed(error: BaseException | None) -> None:
+            shared.open.discard(active.partial)
             if error is None:
                 shared.plan.note_done(digest)
             elif not isinstance(error, WrongBytes):
@@ -305,7 +319,7 @@ class FetchPeer:
                 else:
                     shared.doubtful.add(digest)
 
-        shared.disk.submit(active.partial.commit, committed)
+        shared.syncing.submit(active.partial.commit, committed, active.piece.num_bytes)
 
     def _drop(self, active: _Active) -> None:
         """Not from this peer, or not now. Pending again as soon as it is closed: another peer may open it then."""
@@ -313,12 +327,12 @@ class FetchPeer:
             self._asking = None
         if active.is_over:
             return
-        active.is_over = True
-        del self._active[active.piece.digest]
+        self._end(active)
 
         def closed(error: BaseException | None) -> None:
+            self._shared.open.discard(active.partial)
             if error is not None:
                 raise error
             self._shared.plan.give_back(active.piece.digest)
 
-        self._shared.disk.submit(active.partial.close, closed)
+        self._shared.writing.submit(active.partial.close, closed)

@@ -14,10 +14,10 @@ from transport.awake import Awake
 from transport.curve import Curve
 from transport.errors import DownloadFailed
 from transport.messages import PieceHint, PiecePeer
-from transport.pieces.disk_thread import DiskThread
+from transport.pieces.disk_threads import DiskThreads
 from transport.pieces.fetch_peer import FetchPeer, Shared
 from transport.pieces.fetch_plan import FetchPlan
-from transport.pieces.piece import Piece
+from transport.pieces.piece import MAX_PIECE_BYTES, Piece
 from transport.pieces.store import PieceStore
 
 log = logging.getLogger("potluck.pieces")
@@ -26,6 +26,13 @@ PATIENCE_S = 30.0
 _NOWHERE_S = 5.0
 _NOWHERE_AGAIN_S = 0.2
 _TICK_S = 0.05
+MOST_UNWRITTEN_BYTES = 4 * 2**20
+"""What waits to be written is lost with the process."""
+
+_MOST_UNWRITTEN_PARTS = 64
+_SYNC_THREADS = 4
+_MOST_UNSYNCED_BYTES = 3 * MAX_PIECE_BYTES
+_MOST_UNSYNCED_PIECES = 64
 _ELSEWHERE_AGAIN_S = 0.5
 _HINT = "is the head running, and reachable from here? potluck doctor says; what came so far is kept"
 
@@ -76,8 +83,9 @@ def fetch(
     store.require_space(sum(piece.num_bytes - left_bytes[piece.digest] for piece in once))
     plan = FetchPlan(missing, [peer.key for peer in peers], hints, began_s)
     done = _Done(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
-    disk = DiskThread()
-    shared = Shared(context, curve, store, disk, plan, model, set(), [], done.add)
+    writing = DiskThreads(threads=1, most_bytes=MOST_UNWRITTEN_BYTES, most_jobs=_MOST_UNWRITTEN_PARTS)
+    syncing = DiskThreads(threads=_SYNC_THREADS, most_bytes=_MOST_UNSYNCED_BYTES, most_jobs=_MOST_UNSYNCED_PIECES)
+    shared = Shared(context, curve, store, writing, syncing, plan, model, set(), [], set(), done.add)
     running = _Fetch(shared, [FetchPeer(peer, shared, began_s) for peer in peers], done, what, patience_s)
     try:
         is_complete = running.run(stop)
@@ -143,7 +151,8 @@ class _Fetch:
             for peer in self.peers:
                 peer.forgive(slept_s)
                 peer.receive(now_s)
-            self._shared.disk.settle()
+            self._shared.writing.settle()
+            self._shared.syncing.settle()
             self._done.last_s += slept_s
             self._check(now_s)
             if now_s >= self._tell_at_s:
@@ -155,11 +164,15 @@ class _Fetch:
     def close(self) -> None:
         for peer in self.peers:
             peer.close()
-        self._shared.disk.close()
+        self._shared.writing.close()
+        self._shared.syncing.close(cancel=True)
+        for partial in self._shared.open:
+            partial.close()
 
     def _news(self) -> list[tuple[Any, int]]:
         lines = [peer.line for peer in self.peers if peer.line is not None]
-        sources = [self._shared.disk.fileno(), *(source for line in lines for source in (line.socket, line.monitor))]
+        sources: list[Any] = [self._shared.writing.fileno(), self._shared.syncing.fileno()]
+        sources += [source for line in lines for source in (line.socket, line.monitor)]
         return [(source, zmq.POLLIN) for source in sources]
 
     def _look_elsewhere(self, now_s: float) -> None:
@@ -187,7 +200,9 @@ class _Fetch:
             if peer.is_refused and peer.peer.key not in self._logged:
                 self._logged.add(peer.peer.key)
                 log.warning("nothing more is taken from %s: %s", peer.peer.name, peer.reason)
-        if all(peer.is_refused for peer in self.peers) and self._shared.disk.is_idle and not self._shared.plan.is_done:
+        shared = self._shared
+        is_settled = shared.writing.is_idle and shared.syncing.is_idle
+        if all(peer.is_refused for peer in self.peers) and is_settled and not shared.plan.is_done:
             raise self._failed("no host is left to get it from")
         if now_s - self._done.last_s > self._patience_s:
             raise self._failed(f"nothing came for {self._patience_s:.0f} s")

@@ -23,7 +23,7 @@ from transport.curve import new_key_pair
 from transport.errors import DownloadFailed, NoSpace
 from transport.messages import PieceHint, PiecePeer
 from transport.pieces import fetch_peer, fetch_plan
-from transport.pieces.disk_thread import MOST_QUEUED_BYTES
+from transport.pieces.fetcher import MOST_UNWRITTEN_BYTES
 from transport.pieces.messages import PART_BYTES
 from transport.pieces.piece import MAX_PIECE_BYTES, Piece
 from transport.pieces.piece_source import Located, StoreSource
@@ -137,7 +137,7 @@ def test_a_fetch_that_was_killed_is_gone_on_with(pool: Pool, large: Model, tmp_p
     assert report.is_complete and other.has(large)
     assert sum(report.bytes_by_peer.values()) <= large.num_bytes - marks[-1]
     # What was on its way, or not on the disk yet.
-    assert sent_bytes(head) - large.num_bytes <= len(marks) * (2 * MOST_BYTES + MOST_QUEUED_BYTES)
+    assert sent_bytes(head) - large.num_bytes <= len(marks) * (2 * MOST_BYTES + MOST_UNWRITTEN_BYTES)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")

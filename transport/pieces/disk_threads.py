@@ -1,4 +1,4 @@
-"""Hashes, writes and syncs in a thread of its own, so that the network does not wait for the disk."""
+"""Hashes, writes and syncs in threads of their own, so that the network does not wait for the disk."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from transport.wake import Wake
 
-MOST_QUEUED_BYTES = 4 * 2**20
-"""Beyond that nothing more should be asked for: the disk is slower than the network. What is queued is lost with the
-process."""
-
 Then = Callable[[BaseException | None], None]
 
 
-class DiskThread:
-    """Does what it is given in order. All methods are for the thread that made it."""
+class DiskThreads:
+    """With one thread, work is done in order. All methods are for the thread that made it.
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="pieces-disk")
+    Full at `most_bytes` or `most_jobs` that wait: then nothing more should be asked for.
+    """
+
+    def __init__(self, *, threads: int, most_bytes: int, most_jobs: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="pieces-disk")
+        self._most_bytes = most_bytes
+        self._most_jobs = most_jobs
         self._wake = Wake()
         self._jobs: deque[tuple[Future[None], int, Then]] = deque()
         self._queued_bytes = 0
 
     @property
     def is_full(self) -> bool:
-        return self._queued_bytes > MOST_QUEUED_BYTES
+        return self._queued_bytes > self._most_bytes or len(self._jobs) > self._most_jobs
 
     @property
     def is_idle(self) -> bool:
@@ -37,7 +38,7 @@ class DiskThread:
         return self._wake.fileno()
 
     def submit(self, work: Callable[[], None], then: Then, num_bytes: int = 0) -> None:
-        """`then` is called by a later `settle`, with what `work` raised."""
+        """`then` is called by a later `settle`, in the order of submission, with what `work` raised."""
         future = self._executor.submit(work)
         self._jobs.append((future, num_bytes, then))
         self._queued_bytes += num_bytes
@@ -51,8 +52,8 @@ class DiskThread:
             self._queued_bytes -= num_bytes
             then(future.exception())
 
-    def close(self) -> None:
-        """Finish what is queued, without calling any `then`."""
-        self._executor.shutdown(wait=True)
+    def close(self, *, cancel: bool = False) -> None:
+        """Finish what is queued, or only what has begun, without calling any `then`."""
+        self._executor.shutdown(wait=True, cancel_futures=cancel)
         self._jobs.clear()
         self._wake.close()
