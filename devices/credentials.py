@@ -34,7 +34,7 @@ _SCHEME = "potluck"
 class Code:
     """40 bits to type: `text` as it is shown, "7K3M-9XQ2"."""
 
-    text: str
+    text: str = field(repr=False)
     lifetime_s: float = CODE_LIFETIME_S
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ def is_invite(text: str) -> bool:
 class _Secret:
     """One that the head gave out at `made_at`."""
 
-    text: str
+    text: str = field(repr=False)
     made_at: float
     lifetime_s: float
     max_guesses: int | None
