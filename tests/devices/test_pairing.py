@@ -149,7 +149,7 @@ LINES = st.one_of(
 @example(b'{"type":"hello","protocol":1e400,"potluck":""}')
 @example(b'{"type":"hello","protocol":' + b"9" * 4000 + b"}")
 @example(b'{"type":"hello","protocol":1,"potluck":"\\ud800"}')
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_comes_in_is_a_message_or_is_refused(line: bytes) -> None:
     for kind in (Knock, Begin, Confirm, JoinerMessage, HeadMessage, Outcome):
         try:
