@@ -87,7 +87,10 @@ class Network:
         if self._settings.discovery and not is_loopback(address):
             from devices.discovery import Advertiser  # Here, since zeroconf takes a while to import.
 
-            self._advertiser = Advertiser(self._door.port, self.pool)
+            if self._settings.lan_host is not None:
+                self._advertiser = Advertiser(self._door.port, self.pool, addresses=lambda: (address,))
+            else:
+                self._advertiser = Advertiser(self._door.port, self.pool)
 
     def invite(self) -> tuple[Invite, Code]:
         """Fresh ones; those before are void."""

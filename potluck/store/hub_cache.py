@@ -1,7 +1,7 @@
 """The hub's cache on this host, which other tools use too: whole files only, where they look for them.
 
-Layout, meant for any program: the page "Local cache" of the hub's documentation. A file lies under its checksum in `blobs`,
-`snapshots/COMMIT` links to it by name, and `refs` says which commit a branch was last.
+Layout, meant for any program: the page "Local cache" of the hub's documentation. A file lies under its checksum in
+`blobs`, `snapshots/COMMIT` links to it by name, and `refs` says which commit a branch was last.
 """
 
 from __future__ import annotations
