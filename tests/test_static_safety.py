@@ -16,7 +16,7 @@ _MODULES = {
     "pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "code",
     "codeop", "imp", "runpy", "xmlrpc", "telnetlib", "ftplib", "yaml",
 }  # fmt: skip
-_BUILTINS = {"eval", "exec", "compile", "__import__", "input", "execfile"}
+_BUILTINS = {"eval", "exec", "compile", "__import__"}
 # The last parts of dotted names, however the module was imported.
 _CALLS = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "torch.jit.load",

@@ -53,6 +53,8 @@ def demo(
         quantize=quantize,
         kv_cache=kv_cache,
         no_prefix_cache=no_prefix_cache,
+        # For this computer alone, whatever the config file opens.
+        host="127.0.0.1",
         port=port,
         use_all_devices=True,
         objective="proportional",

@@ -63,6 +63,8 @@ def run(
         kv_cache=kv_cache,
         no_prefix_cache=no_prefix_cache,
         context=context,
+        # For this answer alone, whatever the config file opens.
+        host="127.0.0.1",
         port=0,
     )
     options = {"max_tokens": max_tokens, "temperature": temperature}
