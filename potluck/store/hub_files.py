@@ -76,7 +76,7 @@ class Hub:
             info = HfApi(endpoint=self.endpoint, library_name="potluck").model_info(
                 source.repository, revision=source.revision, files_metadata=True, timeout=_TIMEOUT_S
             )
-        except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
+        except (HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._translated(source, error) from error
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
             raise DownloadFailed(f"{self.endpoint} names no commit of {source.text}", hint="check HF_ENDPOINT")

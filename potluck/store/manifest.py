@@ -62,6 +62,13 @@ class StoredModel:
             return []
         return [path for path, file in zip(self._paths(), self.files, strict=True) if file.sha256 == sha256]
 
+    def weight_paths(self) -> list[Path]:
+        """Where its weight files lie; empty if its index can't be read."""
+        try:
+            return [path for path in self._paths() if path.suffix in (".gguf", ".safetensors")]
+        except BadCheckpoint:
+            return []
+
     def _paths(self) -> list[Path]:
         """Where `files` lie. Raises BadCheckpoint."""
         if (self.path / INDEX_FILE).is_file():

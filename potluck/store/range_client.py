@@ -79,7 +79,7 @@ class RangeClient:
                 return _taken(b"", blocks, count)
 
     def _check(self, response: httpx.Response, url: str) -> None:
-        """By the hub's own words where it says them: https://huggingface.co/docs/hub/api (X-Error-Code)."""
+        """By the hub's own words where it says them (the header X-Error-Code)."""
         status, code = response.status_code, response.headers.get("X-Error-Code", "")
         if status in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
             return

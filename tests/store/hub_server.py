@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -88,6 +89,12 @@ def serve_hub(folder: Path, **options: Any) -> Iterator[FakeHub]:
 
 def checksum_of(path: Path) -> str:
     """What the hub calls a file by: SHA-256, or git's id of a small one."""
+    status = path.stat()
+    return _checksum(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=100)
+def _checksum(path: Path, modified_ns: int, size: int) -> str:
     data = path.read_bytes()
     return hashlib.sha256(data).hexdigest() if path.name.endswith(_LARGE) else git_id(data)
 
@@ -168,19 +175,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(path, {"ETag": f'"{checksum_of(path)}"'} | common)
 
     def _content(self, path: Path, headers: dict[str, str] | None = None) -> None:
-        hub, body = self.served, path.read_bytes()
-        if path.name in hub.wrong:
-            body = body[:-1] + bytes([body[-1] ^ 1])
+        hub, size = self.served, path.stat().st_size
         is_large = path.name.endswith(_LARGE)
         if is_large and hub.statuses:
             self._refuse(hub.statuses.pop(0), "", "")
             return
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self._request.range or "") if hub.has_ranges else None
-        first, end = 0, len(body)
+        first, end = 0, size
         headers = dict(headers or {}) | ({"Accept-Ranges": "bytes"} if hub.has_ranges else {})
         if wanted:
             first, end = int(wanted[1]), min(end, int(wanted[2]) + 1 if wanted[2] else end)
-            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(body)}"
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(end - first))
         for key, value in headers.items():
@@ -189,15 +194,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             with hub.lock:
                 cut = hub.cuts.pop(0) if is_large and hub.cuts else None
-            self._send(body, first, end if cut is None else min(end, first + cut), is_cut=cut is not None)
+            self._send(path, first, end if cut is None else min(end, first + cut), is_cut=cut is not None)
 
-    def _send(self, body: bytes, first: int, end: int, *, is_cut: bool) -> None:
-        for at in range(first, end, 1 << 16):
-            block = body[at : min(at + (1 << 16), end)]
-            self.wfile.write(block)
-            self._request.served += len(block)
-            if self.served.delay_s:
-                time.sleep(self.served.delay_s)
+    def _send(self, path: Path, first: int, end: int, *, is_cut: bool) -> None:
+        with path.open("rb") as file:
+            file.seek(first)
+            for at in range(first, end, 1 << 16):
+                block = file.read(min(1 << 16, end - at))
+                if path.name in self.served.wrong:
+                    block = block[:-1] + bytes([block[-1] ^ 1])
+                self.wfile.write(block)
+                self._request.served += len(block)
+                if self.served.delay_s:
+                    time.sleep(self.served.delay_s)
         if is_cut:
             self.close_connection = True
             self.wfile.flush()
