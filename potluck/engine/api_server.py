@@ -88,8 +88,9 @@ class EngineApi:
         self._clients: dict[bytes, _Client] = {}
         self._behind: dict[bytes, _Client] = {}
         self._routes: dict[str, _Client] = {}
-        # One thread: tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair.
-        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=give_way)
+        # Tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair. A second thread,
+        # since the model's template may take seconds for a chat.
+        self._preparer = ThreadPoolExecutor(2, thread_name_prefix="prepare", initializer=give_way)
         self._preparing: dict[str, tuple[Future[None], int]] = {}
         self._num_probes = 0
         self._is_closing = False

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import msgspec
@@ -22,6 +22,7 @@ from transport.errors import BadCheckpoint, BadRequest
 RENDER_WITHIN_S = 5.0
 START_WITHIN_S = 30.0
 _MAX_RESIDENT_BYTES = 2**30
+_MAX_PROCESSES = 2
 _LOOK_EVERY_S = 0.1
 _KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "TZ")
 _PREFIX = "POTLUCK_"
@@ -31,32 +32,34 @@ _HINT = "send a shorter chat, or use a model with another chat template"
 class TemplateRenderer:
     """Thread-safe. Starts its process at once, so that it is there for the first chat, and again after it was killed.
 
-    Renderings that come together take turns; none takes longer than `within_s`.
+    A second process is started when the first is busy: a chat that the template is slow with holds up one that it is
+    not slow with only where two are. None takes longer than `within_s`.
     """
 
     def __init__(self, source: str, *, within_s: float = RENDER_WITHIN_S) -> None:
         self._source = source
         self._within_s = within_s
+        self._places = threading.Semaphore(_MAX_PROCESSES)
         self._lock = threading.Lock()
-        self._literals: str | None = None
         self._encoder = msgspec.msgpack.Encoder()
-        self._process = _Process(source, within_s)
-        weakref.finalize(self, _stop, self._process)
+        self._idle: list[_Process] = []
+        self._made: list[_Process] = []
+        self._idle.append(self._make())
+        weakref.finalize(self, _stop, self._made)
 
     @property
     def literals(self) -> str:
         """The text that the template itself writes. Raises BadCheckpoint."""
-        with self._lock:
-            return self._ready()
+        with self._process() as process:
+            return self._ready(process)
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises BadRequest where the template refuses the messages, or takes too long or too much memory for them, and
         BadCheckpoint where it can't be read."""
-        request = Render({**variables, "messages": messages}, self._within_s)
-        frame = self._encoder.encode(request)
-        with self._lock:
-            self._ready()
-            answer = self._process.ask(frame, self._within_s)
+        frame = self._encoder.encode(Render({**variables, "messages": messages}, self._within_s))
+        with self._process() as process:
+            self._ready(process)
+            answer = process.ask(frame, self._within_s)
         if answer is None:
             raise BadRequest(
                 f"the model's chat template took longer than {self._within_s:.0f} s, or more memory than it may",
@@ -78,12 +81,29 @@ class TemplateRenderer:
         return answer.text
 
     def close(self) -> None:
-        _stop(self._process)
+        _stop(self._made)
 
-    def _ready(self) -> str:
-        if not self._process.is_alive:
-            self._process.start()
-        answer = self._process.read_answer()
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[_Process]:
+        """A process for the caller alone, which may have to be started, or to be waited for."""
+        with self._places:
+            with self._lock:
+                process = self._idle.pop() if self._idle else self._make()
+            try:
+                yield process
+            finally:
+                with self._lock:
+                    self._idle.append(process)
+
+    def _make(self) -> _Process:
+        process = _Process(self._source, self._within_s)
+        self._made.append(process)
+        return process
+
+    def _ready(self, process: _Process) -> str:
+        if not process.is_alive:
+            process.start()
+        answer = process.read_answer()
         if answer is None:
             raise BadCheckpoint(
                 f"the model's chat template took longer than {self._within_s:.0f} s to read, or too much memory",
@@ -195,5 +215,6 @@ def _read_answers(stream: IO[bytes], answers: queue.SimpleQueue[Answer | None]) 
     answers.put(None)
 
 
-def _stop(process: _Process) -> None:
-    process.kill()
+def _stop(processes: list[_Process]) -> None:
+    for process in processes:
+        process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Tokenizer:
         special = self._tokenizer.special_tokens_map
         self._template_variables = {"add_generation_prompt": True, "tools": None, "documents": None, **special}
         self._control: re.Pattern[str] | None = None
+        # The library changes its own state while it encodes.
+        self._encoding = threading.Lock()
 
     @property
     def has_chat_template(self) -> bool:
@@ -81,7 +84,8 @@ class Tokenizer:
         marked = mark_control_tokens([dict(message) for message in messages], self._control_tokens(self._renderer))
         rendered = self._renderer.render(marked, self._template_variables)
         try:
-            ids = encode_marked_chat(self._tokenizer, rendered)
+            with self._encoding:
+                ids = encode_marked_chat(self._tokenizer, rendered)
         except ValueError as error:
             raise BadRequest(
                 f"the chat can't be told from the marks around it: {error}",
@@ -92,7 +96,8 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The text as the model's training began one: with its begin-of-text token, if it has one."""
-        return tuple(self._tokenizer.encode(text))
+        with self._encoding:
+            return tuple(self._tokenizer.encode(text))
 
     def token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -177,6 +178,27 @@ def test_a_process_that_died_is_replaced() -> None:
     child.kill()
     child.wait(5.0)
     assert renderer.render(_CHAT, _VARIABLES).startswith("<|system|>")
+    renderer.close()
+
+
+def test_a_slow_chat_does_not_hold_up_another() -> None:
+    slow = "{% if messages[0].content == 'slow' %}" + _BOMBS["a loop"] + "{% endif %}{{ messages[0].content }}"
+    renderer = TemplateRenderer(slow, within_s=3.0)
+    renderer.render([{"role": "user", "content": "first"}], _VARIABLES)
+    ended: list[str] = []
+
+    def ask(content: str) -> None:
+        with contextlib.suppress(BadRequest):
+            renderer.render([{"role": "user", "content": content}], _VARIABLES)
+        ended.append(content)
+
+    threads = [threading.Thread(target=ask, args=(content,)) for content in ("slow", "quick")]
+    threads[0].start()
+    _wait(lambda: not renderer._idle)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30.0)
+    assert ended == ["quick", "slow"]
     renderer.close()
 
 
