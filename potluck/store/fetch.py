@@ -22,7 +22,7 @@ from potluck.store.range_client import CONNECTIONS, RangeClient
 from potluck.store.segments import SEGMENT_BYTES, PartialFile, Segment, discard_partial, here_bytes, journal_of
 from potluck.store.supply import PeerFiles, Supply
 from potluck.store.transfer import Transfer, raise_first
-from transport.errors import DownloadFailed, PotluckError
+from transport.errors import PotluckError, WrongBytes
 
 _BLOCK_BYTES = 1 << 20
 _T = TypeVar("_T")
@@ -74,7 +74,8 @@ class Fetcher:
         return file.num_bytes - here_bytes(self._place.partial(file), file.num_bytes, self._segment_bytes)
 
     def fetch(self, file: HubFile, start: bytes = b"") -> Path:
-        """The file's path in the snapshot. `start`: what is known of its beginning. Raises PotluckError."""
+        """The file's path in the snapshot. `start`: what is known of its beginning. Raises PotluckError;
+        WrongBytes where its checksum is not what the hub says, and then nothing is kept of it."""
         what = f"{self._place.repository}: {file.name}"
         if (found := self._place.find(file)) is not None:
             return found
@@ -188,8 +189,8 @@ def _holds(peers: PeerFiles, sha256: str) -> bool:
         return False
 
 
-def _wrong(what: str, file: HubFile) -> DownloadFailed:
-    return DownloadFailed(
+def _wrong(what: str, file: HubFile) -> WrongBytes:
+    return WrongBytes(
         f"{what} has the wrong checksum: expected {file.checksum}; what was downloaded of it is removed",
         hint="pull again; if it happens twice, the file was changed at its source",
     )

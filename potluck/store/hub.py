@@ -18,7 +18,7 @@ from potluck.store.remote_model import CONFIG_FILE, INDEX_FILE, RemoteModel
 from potluck.store.sources import HubSource
 from potluck.store.supply import Supply
 from shard.safetensors_files import weight_files
-from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
+from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel, WrongBytes
 
 _SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
@@ -96,7 +96,11 @@ class _Pull:
         model.check({file.name: file.num_bytes for file in weights})
         self._say_and_check_room(weights)
         for file in weights:
-            self.fetcher.fetch(file, model.start(file.name))
+            try:
+                self.fetcher.fetch(file, model.start(file.name))
+            except WrongBytes:
+                model.forget(file.name)  # It may have been the beginning that was wrong.
+                raise
         return self.place.snapshot
 
     def _file(self, name: str) -> HubFile:

@@ -63,6 +63,10 @@ class RemoteModel:
         """What is here of a file's beginning."""
         return (self.folder / name).read_bytes()
 
+    def forget(self, name: str) -> None:
+        """What is here of a file's beginning is not to be trusted."""
+        (self.folder / name).unlink()
+
     def read_header(self, name: str, num_bytes: int, read: ReadStart) -> bytes:
         """The beginning of a file of `num_bytes`, its header and maybe more; `read` gives its first so many bytes.
         Raises BadCheckpoint where the header can't be one, and what `read` raises."""

@@ -17,7 +17,7 @@ from potluck.store import PullProgress, Store
 from potluck.store.segments import here_bytes
 from tests.store.hub_checks import SEGMENT_BYTES, SOURCE, WEIGHTS, assert_right, incomplete, size_of
 from tests.store.hub_server import TOKEN, FakeHub, checksum_of
-from transport.errors import DownloadFailed, ModelNotFound, NoSpace, PotluckError
+from transport.errors import DownloadFailed, ModelNotFound, NoSpace, PotluckError, WrongBytes
 
 PULL = (
     "import sys; from pathlib import Path; from potluck.store import Store; import potluck.store.fetch as fetch; "
@@ -108,14 +108,14 @@ def test_a_server_without_ranges_is_read_whole(hub: FakeHub, repository: Path, s
 
 def test_wrong_bytes_are_named_and_removed(hub: FakeHub, repository: Path, store: Store, tmp_path: Path) -> None:
     hub.wrong = {WEIGHTS}
-    with pytest.raises(DownloadFailed, match=r"org/name: model\.safetensors has the wrong checksum") as raised:
+    with pytest.raises(WrongBytes, match=r"org/name: model\.safetensors has the wrong checksum") as raised:
         store.pull(SOURCE)
     assert checksum_of(repository / WEIGHTS) in raised.value.message
     assert not incomplete(tmp_path)
     assert store.list() == []
     shutil.rmtree(tmp_path / "cache")
     hub.wrong = {"config.json"}
-    with pytest.raises(DownloadFailed, match=r"config\.json has the wrong checksum"):
+    with pytest.raises(WrongBytes, match=r"config\.json has the wrong checksum"):
         store.pull(SOURCE)
     hub.wrong = set()
     assert_right(store.pull(SOURCE).path, repository)
