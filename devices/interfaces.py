@@ -127,6 +127,8 @@ def wifi_in_hardware_ports(text: str) -> frozenset[str]:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TOOL_TIMEOUT_S, check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

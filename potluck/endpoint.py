@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -39,13 +39,15 @@ def bind_endpoint(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol by name: asyncio turns Nagle's delay off, 40 ms an answer, only where it is known to be TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # On Windows the usual option would let another program take the same port.
+    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if exclusive is None else exclusive, 1)
     try:
         listener.bind((host, port))
         listener.listen(128)
     except OSError as error:
         listener.close()
-        if error.errno == errno.EADDRINUSE:
+        if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEACCES", errno.EADDRINUSE)):
             raise PortInUse(
                 f"port {port} of {host} is in use", hint="choose another one with --port, or 0 for any free one"
             ) from error
@@ -182,6 +184,10 @@ class Endpoint:
 
 def _allow_connections() -> None:
     """Each connection is a file to the system, and its default may be 256 of them."""
+    if sys.platform == "win32":
+        return
+    import resource  # Not there on Windows.
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

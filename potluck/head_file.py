@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +9,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Struct
 
+from devices.private_file import write_private
 from potluck.paths import runtime_dir
 from transport.errors import AlreadyRunning, NotRunning
 
@@ -60,9 +60,7 @@ class HeadFile:
         self._lock.release()
 
     def publish(self, facts: HeadFacts) -> None:
-        temporary = _file().with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(facts))
-        temporary.replace(_file())
+        write_private(_file(), msgspec.json.encode(facts))
 
 
 def running_head() -> HeadFacts:

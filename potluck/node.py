@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from devices.device import Device
-from potluck.paths import pieces_dir, shared_dir
+from potluck.paths import file_name, pieces_dir, shared_dir
 from potluck.planning import register_of
 from potluck.processes import Child, stop_all
+from potluck.store import Store
 from transport.errors import PotluckError, RingDown
 
 _WATCH_INTERVAL_S = 0.1
@@ -60,9 +62,11 @@ class Node:
                 arguments += ["--keys", str(self._keys_file)]
             if self._head_key:
                 arguments += ["--pieces", str(pieces_dir()), "--shared", str(shared_dir())]
+                arguments += [f"--own={path}" for model in Store().list() for path in model.weight_paths()]
                 arguments.append(f"--head-key={self._head_key}")  # A key may begin with a dash.
-            log = self._logs / f"worker-{device.name.replace('/', '-')}.log"
-            log.unlink(missing_ok=True)
+            log = self._logs / f"worker-{file_name(device.name)}.log"
+            with contextlib.suppress(OSError):  # Windows, while somebody looks at it.
+                log.unlink(missing_ok=True)
             child = Child("shard.worker", arguments, log=log, threads=device.threads)
             self.workers.append(NodeWorker(device=device, child=child))
         threading.Thread(target=self._watch, name="node", daemon=True).start()

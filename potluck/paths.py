@@ -38,7 +38,7 @@ def logs_dir() -> Path:
 
 
 def file_name(text: str) -> str:
-    """`text` as part of a file's name that every system takes: on Windows "cuda:0" would be a stream of a file "cuda"."""
+    """`text` as part of a file's name that every system takes: on Windows "cuda:0" would be a stream of "cuda"."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", text)
 
 

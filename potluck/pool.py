@@ -84,15 +84,12 @@ class PoolWorker:
     fault: PotluckError | None = None
     stats: Stats | None = None
     last_progress_s: float = 0.0
+    is_remote: bool = False
+    """Whether it is on another host, where the head's files are not."""
 
     @property
     def register(self) -> Register:
         return self.peer.register
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it is on another host, where the head's files are not."""
-        return bool(self.peer.key)
 
 
 class Pool:
@@ -299,7 +296,7 @@ class Pool:
             worker = self._workers.get(peer.identity)
         match message:
             case Register():
-                self._add(PoolWorker(peer=peer))
+                self._add(PoolWorker(peer=peer, is_remote=peer.key not in ("", self.own_key)))
             case Arrive():
                 self._welcome(peer, message)
             case Reach(port=port) if isinstance(peer.introduction, Arrive) and 0 < port < 65536:
@@ -396,7 +393,7 @@ class Pool:
             self.tell_members()
         if worker is None:
             return
-        if peer.key and self._roster is not None and self._roster.name_of(peer.key) is None:
+        if worker.is_remote and self._roster is not None and self._roster.name_of(peer.key) is None:
             what = f"{worker.register.device} was revoked"
             self._fail(worker, NotAllowed(what, hint="its host can pair again with a new code"))
             return

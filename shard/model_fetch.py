@@ -12,6 +12,7 @@ import zmq
 from shard.checkpoint import Checkpoint
 from shard.needed_pieces import nameless_pieces, stage_pieces
 from shard.open import open_checkpoint
+from shard.own_copies import take_from_own_files
 from shard.piece_list_wire import decode_piece_list
 from shard.shared_model import materialize
 from transport.edges import Edges
@@ -28,10 +29,12 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceFolders:
-    """Where this host keeps pieces of models, and the folders that such models are opened from, by digest."""
+    """Where this host keeps pieces of models, and the folders that such models are opened from, by digest; `own` are
+    weight files of models that it has by itself."""
 
     pieces: Path
     shared: Path
+    own: tuple[Path, ...] = ()
 
 
 class ModelFetch:
@@ -71,9 +74,11 @@ class ModelFetch:
 
         Raises NoSpace before anything is sent, DownloadFailed. Not complete if `stop` said so.
         """
-        needed = stage_pieces(self._list_of(shared, stop), checkpoint.spec, first, last)
+        pieces = self._list_of(shared, stop)
+        needed = stage_pieces(pieces, checkpoint.spec, first, last)
         lease: Lease = self.store.lease(list(needed.values()))
         leases.enter_context(lease)
+        take_from_own_files(pieces, needed, self.store, self._folders.own)
         return self._fetch(shared, needed, progress=progress, stop=stop)
 
     def _list_of(self, shared: SharedModel, stop: Stop) -> PieceList:

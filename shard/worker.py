@@ -101,6 +101,7 @@ class Worker:
             on_lost=self._on_head_lost,
             prepare=self._edges.towards(control_endpoint, head_key),
         )
+        self._is_guest = bool(head_key)
         self._models = ModelFetch(self._context, self._edges, folders) if folders is not None else None
         self._measuring = Measuring(
             self._context, register, edges=self._edges, models=self._models, send=self._control.send
@@ -134,6 +135,8 @@ class Worker:
 
     def _opened(self, load: Load) -> Checkpoint:
         if load.shared is None:
+            if self._is_guest:
+                raise ConfigError("another host's head named a folder of this one", hint="update Potluck on both")
             return open_checkpoint(Path(load.model_path))
         models = self._models_there()
         models.skeleton(load.shared, self._has_orders)
@@ -339,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder for sockets; deleted if the parent crashes")
     parser.add_argument("--keys", type=Path, default=None, help="file with this host's keys")
     parser.add_argument("--pieces", type=Path, default=None, help="folder for pieces of models of other hosts")
+    parser.add_argument("--own", type=Path, action="append", default=[], help="a weight file that this host has")
     parser.add_argument("--shared", type=Path, default=None, help="folder that such models are opened from")
     parser.add_argument("--head-key", default="", help="the head's public key, if it is on another host")
     options = parser.parse_args(arguments)
@@ -349,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
     register = msgspec.json.decode(options.register, type=Register)
     register = msgspec.structs.replace(register, pid=os.getpid(), machine=machine_facts(register.backend))
     keys = read_keys(options.keys) if options.keys is not None else None
-    folders = PieceFolders(pieces=options.pieces, shared=options.shared) if options.pieces is not None else None
+    folders = None
+    if options.pieces is not None:
+        folders = PieceFolders(pieces=options.pieces, shared=options.shared, own=tuple(options.own))
     Worker(options.control, register, options.run_dir, keys=keys, head_key=options.head_key, folders=folders).run()
     return 0
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -17,6 +16,7 @@ import msgspec
 import psutil
 
 from potluck.engine.template_messages import Answer, Read, Render, read_frame, write_frame
+from transport.child_process import apart, python_command, python_environment
 from transport.errors import BadCheckpoint, BadRequest
 
 RENDER_WITHIN_S = 5.0
@@ -138,12 +138,13 @@ class _Process:
             name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES or name.startswith(_PREFIX)
         }
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "potluck.engine.template_process"],
+            [*python_command(), "potluck.engine.template_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A traceback may show what was rendered.
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env={**environment, **python_environment()},
+            **apart(),
         )
         self._answers = queue.SimpleQueue()
         assert self._child.stdout is not None

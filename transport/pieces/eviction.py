@@ -60,7 +60,10 @@ def evict(files: Sequence[StoredFile], at_least_bytes: int) -> int:
         if freed >= at_least_bytes:
             break
         if file.is_whole:
-            file.path.unlink(missing_ok=True)
+            try:
+                file.path.unlink(missing_ok=True)
+            except PermissionError:  # Windows, while somebody reads it.
+                continue
         elif not _remove_part(file.path):
             continue
         freed += file.num_bytes
