@@ -70,6 +70,10 @@ class CommandProcess:
     def last_words(self) -> str:
         return " ".join(line.strip() for _, line in self.heard[-6:])
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()

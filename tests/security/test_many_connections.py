@@ -1,0 +1,18 @@
+"""200 hostile connections at every port that a ring of two hosts has open, opened anew as soon as they are ended: the
+short form of `make bench-hostile`."""
+
+from __future__ import annotations
+
+from bench.hostile import MOST_GROWTH_BYTES, attack
+from bench.loopback_hosts import LoopbackHosts
+
+
+def test_service_goes_on_and_memory_does_not_grow(hosts: LoopbackHosts) -> None:
+    report = attack(hosts, seconds=5.0, connections=200)
+    assert report.ports >= 5  # door, control, pieces, and the edges between two hosts
+    assert report.opened > 200
+    assert report.growth_bytes <= MOST_GROWTH_BYTES
+    assert report.during.answered > 0
+    assert report.during.failed == 0
+    assert report.num_joins > 0
+    assert report.descriptors_back_s is not None
