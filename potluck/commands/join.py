@@ -26,6 +26,7 @@ from potluck.options import (
     LanHostOption,
     MemoryOption,
     NoDiscoveryOption,
+    OfflineOption,
     ThreadsOption,
     settings_with,
 )
@@ -57,6 +58,7 @@ def join(
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
     no_discovery: NoDiscoveryOption = False,
+    offline: OfflineOption = False,
     lan_host: LanHostOption = None,
     host_name: HostNameOption = None,
     config: ConfigOption = None,
@@ -73,14 +75,17 @@ def join(
         memory=memory,
         threads=threads,
         no_discovery=no_discovery,
+        offline=offline,
         lan_host=lan_host,
         host_name=host_name,
     )
     invite = secret if secret is not None and is_invite(secret) else None
-    if secret is not None and invite is None:
-        code = code or parse_code(secret)
-    if invite is not None and head is not None:
-        raise ConfigError("an invite says where its head is", hint="leave out --head, or the invite")
+    if invite is not None and (head is not None or code is not None):
+        raise ConfigError(
+            "an invite says where its head is, and needs no code", hint="leave out --head and --code, or the invite"
+        )
+    if invite is None and (code is not None or secret is not None):
+        code = parse_code(code or secret or "")
     with ending_signals():
         local = _head_here() if invite is None and head is None and code is None else None
         if local is not None:
