@@ -211,6 +211,7 @@ def test_the_own_commands_bring_the_key(home: Home, running: Running, url: str) 
             assert "Traceback" not in refused.stderr
     finally:
         (home.data / "hidden").rename(home.data / "api-key")
+        time.sleep(1.0)
 
 
 def test_no_log_holds_a_prompt_an_answer_or_a_key(home: Home, url: str, running: Running) -> None:
