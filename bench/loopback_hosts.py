@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from bench.head_process import CommandProcess, status_of
+from bench.head_process import CommandProcess
 from devices.identity import load_keys
 from devices.known_pools import KnownPool, save_known_pool
 from devices.platform_name import platform_name
 from devices.roster import RosterFile
 from transport.curve import KeyPair
+from transport.endpoints import free_port
 
 HEAD_ADDRESS, OTHER_ADDRESS = "127.0.0.1", "127.0.0.2"
 _UP_WITHIN_S = 120.0
@@ -74,13 +75,15 @@ def loopback_hosts(model: str, models: Path, *, options: Sequence[str] = ()) -> 
             stack.callback(process.stop)
             return process
 
-        head = start("alpha", HEAD_ADDRESS, "up", model, *_PLAN, "--lan-port", "0", "--port", "0", "--json", *options)
-        found = head.wait_for_facts(_UP_WITHIN_S)
-        door = found["lan"]
+        port = str(free_port(HEAD_ADDRESS))
+        door = f"{HEAD_ADDRESS}:{port}"
         pool = KnownPool(pool=roster.read().pool, key=key, name="alpha", my_name="beta", doors=(door,))
         save_known_pool(homes["beta"] / "pools.json", pool)
+        served = ("--wait-for", "2", "--lan-port", port, "--port", "0", "--json")
+        head = start("alpha", HEAD_ADDRESS, "up", model, *_PLAN, *served, *options)
+        _wait_for_door(head)
         other = start("beta", OTHER_ADDRESS, "join", "--head", door)
-        _wait_for_ring(found["url"], other)
+        found = head.wait_for_facts(_UP_WITHIN_S)
         yield LoopbackHosts(
             head=head,
             other=other,
@@ -93,12 +96,9 @@ def loopback_hosts(model: str, models: Path, *, options: Sequence[str] = ()) -> 
         )
 
 
-def _wait_for_ring(url: str, other: CommandProcess) -> None:
+def _wait_for_door(head: CommandProcess) -> None:
     deadline = time.monotonic() + _UP_WITHIN_S
-    while True:
-        report = status_of(url)
-        if report["state"] == "ready" and len(report["stages"]) == 2:
-            return
-        if time.monotonic() > deadline or other.exit_code() is not None:
-            raise RuntimeError(f"no ring over two hosts: {other.last_words()}")
-        time.sleep(0.2)
+    while "potluck join" not in head.said:
+        if time.monotonic() > deadline or head.exit_code() is not None:
+            raise RuntimeError(f"it lets nobody in: {head.last_words()}")
+        time.sleep(0.1)

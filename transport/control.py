@@ -285,15 +285,25 @@ class ControlServer:
             if guard is not None and not guard.admits(peer.key):
                 self._outbox.append((peer.identity, Stop("this host was revoked by the head's owner")))
                 self._flush()
-                self._peers.pop(peer.identity, None)
-                self._on_lost(peer)
+                if self._peers.pop(peer.identity, None) is not None:  # Else it has just been found to be gone.
+                    self._on_lost(peer)
 
     def _flush(self) -> None:
         while self._outbox:
             identity, message = self._outbox.popleft()
+            if not self._may_get(identity, message):
+                continue
             try:
                 self._sockets[identity[0]].send_multipart([identity[1:], encode(message)], flags=zmq.DONTWAIT)
             except zmq.ZMQError:
                 peer = self._peers.pop(identity, None)
                 if peer is not None:
                     self._on_lost(peer)
+
+    def _may_get(self, identity: bytes, message: ControlMessage) -> bool:
+        """Whoever is put out, or was never let in, gets no more than that word."""
+        guard = self._guards[identity[0]]
+        if guard is None or isinstance(message, Stop):
+            return True
+        peer = self._peers.get(identity)
+        return peer is not None and guard.admits(peer.key)
