@@ -124,7 +124,14 @@ class Guest:
     def _on_lost(self) -> None:
         with self._changed:
             self._membership.keys = frozenset()
-            self._end = self._end or RingDown("the head is gone", hint="is it up, and this network the same as its?")
+            if self._welcome is not None:
+                lost = RingDown("the head is gone", hint="is it up, and this network the same as its?")
+            else:  # As it looks where a key is not admitted: nothing is said, the connection just ends.
+                lost = RingDown(
+                    "the head does not let this host in",
+                    hint="was it revoked there (potluck devices)? Then: potluck forget, and join with a new code",
+                )
+            self._end = self._end or lost
             self._changed.notify_all()
 
 

@@ -105,21 +105,24 @@ def _join_there(where: str | None, code: str | None, settings: Settings, prefix:
     """Until the user ends it, or the head for good; while the head is away, wait for it."""
     pool = pool_to_join(where, code, settings, say=_say)
     wishes = Wishes(settings=settings, prefix=prefix)
-    is_waiting = False
+    said: set[str] = set()
     while True:
         try:
             found = find_again(pool, settings)
-            pool, is_waiting = found.pool, False
+            pool = found.pool
             error = stay(found, wishes, say=_say)
+            said.clear()  # It was in.
         except _FOR_GOOD:
             raise
         except PotluckError as problem:
             error = problem
         if isinstance(error, _FOR_GOOD):
             raise error
-        if not is_waiting:
+        if error.message not in said:
             _say(f"[yellow]{escape(error.message)}[/yellow]: waiting for {escape(pool.name)}; Ctrl-C ends it")
-        is_waiting = True
+            if error.hint:
+                _say(f"[dim]hint: {escape(error.hint)}[/dim]")
+        said.add(error.message)
         time.sleep(_TRY_AGAIN_S)
 
 
