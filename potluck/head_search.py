@@ -80,7 +80,7 @@ def find_again(pool: KnownPool, settings: Settings) -> Found:
         except (NotRunning, ConfigError, NotAllowed):
             continue
     if settings.discovery:
-        for seen in _seen(pool.fingerprint):
+        for seen in _seen_if_it_can_be(pool.fingerprint):
             for address in seen.addresses:
                 try:
                     return _found(pool, address, seen.port)
@@ -150,6 +150,14 @@ def _seen(fingerprint: str | None) -> list[FoundPool]:
     from devices.discovery import find_pools  # Here, since zeroconf takes a while to import.
 
     return find_pools(_FIND_S, pool_fingerprint=fingerprint)
+
+
+def _seen_if_it_can_be(fingerprint: str) -> list[FoundPool]:
+    """None without a network or multicast: then the head is as little to be found as if nobody had answered."""
+    try:
+        return _seen(fingerprint)
+    except ConfigError:
+        return []
 
 
 def _door(pool: FoundPool) -> str:
