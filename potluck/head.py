@@ -65,6 +65,7 @@ class Head:
         self._devices: list[Device] = []
         self._next_address_s = 0.0
         self._joined: list[PoolWorker] = []
+        self._planned: set[bytes] = set()
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
         self._reporting = threading.Lock()
         self._here = this_host(settings)
@@ -126,7 +127,7 @@ class Head:
                     self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
                     self._wants_reload = isinstance(error, NotAllowed)
-                case PoolWorker() as worker:
+                case PoolWorker() as worker if worker.peer.identity not in self._planned:
                     self._joined.append(worker)
             self._pool.tell_members()
             if self._address_changed():
@@ -260,6 +261,8 @@ class Head:
         """Plan with `times`, or with what is measured now, load every stage, and warm the ring up."""
         self.state = "starting"
         self._epoch += 1
+        # Whoever registers from here on may come too late for this plan.
+        self._planned = {worker.peer.identity for worker in self._pool.workers()}
         unmeasured: tuple[LeftOut, ...] = ()
         share = self._share
         if share is not None and any(worker.is_remote for worker in self._pool.workers()):
@@ -425,5 +428,4 @@ class Head:
             self._events.put(error)
 
     def _on_joined(self, worker: PoolWorker) -> None:
-        if self.state != "starting":
-            self._events.put(worker)
+        self._events.put(worker)
