@@ -6,12 +6,10 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-import psutil
-
+from devices.interfaces import lan_interfaces
 from potluck.api_key import KeyWatch, make_key, read_key
 from potluck.config import Settings
 from potluck.http.access import LOOPBACK_HOSTS, Access, as_host, host_of, origin_of
-from transport.errors import ConfigError
 
 _MAX_ADDRESSES = 8
 
@@ -83,21 +81,4 @@ def _addresses(host: str) -> list[str]:
     """Where other hosts reach what listens at `host`."""
     if not ipaddress.ip_address(host).is_unspecified:
         return [host]
-    found = []
-    for addresses in psutil.net_if_addrs().values():
-        for one in addresses:
-            if one.family == socket.AF_INET and not ipaddress.ip_address(one.address).is_loopback:
-                found.append(str(one.address))
-    return sorted(found)[:_MAX_ADDRESSES]
-
-
-def _known(value: str | None, what: str, text: str) -> str:
-    if value is None:
-        raise ConfigError(f"{text!r} is no {what}", hint=_HINTS[what])
-    return value
-
-
-_HINTS = {
-    "host": "write a name or an address without a port, such as potluck.home",
-    "origin": "write it as a browser does, such as https://chat.example or http://localhost:3000",
-}
+    return [interface.address for interface in lan_interfaces()][:_MAX_ADDRESSES]

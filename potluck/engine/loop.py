@@ -98,7 +98,8 @@ class Engine:
             self._emit(failure(submit.request, error))
         except Exception as error:
             # Templates and tokenizers are the model's; whatever they do, this request ends and the others go on.
-            log.exception("request %s could not be prepared", submit.request)
+            # Its text may show the prompt, which belongs into no log.
+            log.error("request %s could not be prepared: %s", submit.request, type(error).__name__)
             self._emit(failure(submit.request, PotluckError(f"{type(error).__name__}: {error}")))
         else:
             self._post(_Add(request))
