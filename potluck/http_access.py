@@ -82,3 +82,15 @@ def _addresses(host: str) -> list[str]:
     if not ipaddress.ip_address(host).is_unspecified:
         return [host]
     return [interface.address for interface in lan_interfaces()][:_MAX_ADDRESSES]
+
+
+def _known(value: str | None, what: str, text: str) -> str:
+    if value is None:
+        raise ConfigError(f"{text!r} is no {what}", hint=_HINTS[what])
+    return value
+
+
+_HINTS = {
+    "host": "write a name or an address without a port, such as potluck.home",
+    "origin": "write it as a browser does, such as https://chat.example or http://localhost:3000",
+}

@@ -96,7 +96,7 @@ class Engine:
             request = self._preparer.request(submit, self._clock())
         except PotluckError as error:
             self._emit(failure(submit.request, error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is told to who asked
             # Templates and tokenizers are the model's; whatever they do, this request ends and the others go on.
             # Its text may show the prompt, which belongs into no log.
             log.error("request %s could not be prepared: %s", submit.request, type(error).__name__)
