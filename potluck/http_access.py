@@ -10,6 +10,7 @@ from devices.interfaces import lan_interfaces
 from potluck.api_key import KeyWatch, make_key, read_key
 from potluck.config import Settings
 from potluck.http.access import LOOPBACK_HOSTS, Access, as_host, host_of, origin_of
+from transport.errors import ConfigError
 
 _MAX_ADDRESSES = 8
 
