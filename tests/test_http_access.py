@@ -118,7 +118,13 @@ def network() -> Iterator[str]:
     if subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode:
         pytest.skip("no network namespaces here")
     try:
-        for arguments in (("link", "set", "lo", "up"), ("address", "add", "10.77.0.1/24", "dev", "lo")):
+        for arguments in (
+            ("link", "set", "lo", "up"),
+            ("link", "add", "eth0", "type", "veth", "peer", "name", "eth1"),
+            ("address", "add", "10.77.0.1/24", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+            ("link", "set", "eth1", "up"),
+        ):
             subprocess.run(["ip", "-n", name, *arguments], check=True)
         yield name
     finally:
