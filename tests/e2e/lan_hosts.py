@@ -56,7 +56,9 @@ def new_code(head: Home) -> str:
 def stages(head: Running) -> list[tuple[str, str]]:
     """Host and device of each, once the ring is ready."""
     assert head.process.poll() is None, f"the head has ended: {head.said()}"
-    report: dict[str, Any] = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=30).json()
+    response = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=30)
+    assert response.status_code == 200, f"{response.text}: {head.said()}"
+    report: dict[str, Any] = response.json()
     return [(stage["host"], stage["device"]) for stage in report["stages"]] if report["state"] == "ready" else []
 
 
