@@ -1,20 +1,21 @@
-"""What it costs that a model lies in pieces: loading from them beside the plain file; profiles with made-up weights.
+"""What it costs that a model lies in pieces: loading from them beside the plain file, and made-up weights.
 
-python -m bench.pieces [--model FOLDER ...] [--rounds 9] [--backend torch mlx] [--budget 3] [--cold] [--json FILE]
+python -m bench.pieces [--model FOLDER ...] [--rounds 9] [--backend torch mlx] [--steps 200] [--cold] [--json FILE]
 Both ways are taken in turn, round after round, because the machine drifts; ratios are medians over rounds of ratios
-within a round. Without a model: SmolLM2 from the store, and 1 GB of random weights. `--cold` empties the system's page
-cache before each load (root, Linux). Profiles are of the first model.
+within a round. Without a model: SmolLM2 from the store, and 1 GB of random weights. `--cold` has the files put out of
+the system's page cache before each load (Linux). Steps with made-up weights are of the first model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +28,12 @@ from shard.checkpoint import Checkpoint
 from shard.load import Backend, load_shard
 from shard.open import open_checkpoint, open_unread
 from shard.piece_list import make_piece_list, model_files
-from shard.profile.profile import Profiler
-from shard.profile.report import ProfileReport
-from shard.profile.settings import ProfileSettings
+from shard.profile.kinds import Span
+from shard.profile.stage import TimedStage
 from shard.shared_model import materialize
 from shard.stage import ShardSpec
 from transport.pieces.store import PieceStore
 
-_DROP = Path("/proc/sys/vm/drop_caches")
 _ONE_GB = LlamaShape(hidden=2048, intermediate=5632, layers=8, heads=32, kv_heads=4, vocab=32_000)
 _ALIGNMENT = 64
 """That of torch's memory. NumPy's, 16 bytes into a page, takes twice the time to copy to from the start of a file's
@@ -76,14 +75,15 @@ def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -
 
         ways: dict[str, Callable[[Checkpoint], None]] = {"reading": _read}
         ways |= {backend: partial(_load, backend) for backend in backends}
+        kept_out = [*model_files(folder).weights.values(), *store.root.rglob("*.piece")] if cold else []
         report: dict[str, object] = {"model": folder.name, **found}
         for name, use in ways.items():
             for opened in (plain, pieced):
-                _timed(opened, use, cold=cold)
+                _timed(opened, use, [])
             pairs = []
             for number in range(rounds):
                 order = (plain, pieced) if number % 2 == 0 else (pieced, plain)
-                taken = {opened.__name__: _timed(opened, use, cold=cold) for opened in order}
+                taken = {opened.__name__: _timed(opened, use, kept_out) for opened in order}
                 pairs.append((taken["plain"], taken["pieced"]))
             report[name] = {
                 "plain_s": statistics.median(plain[0] for plain, _ in pairs),
@@ -96,10 +96,15 @@ def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -
         return report
 
 
-def _timed(opened: Callable[[], Checkpoint], use: Callable[[Checkpoint], None], *, cold: bool) -> tuple[float, float]:
+def _timed(
+    opened: Callable[[], Checkpoint], use: Callable[[Checkpoint], None], kept_out: Sequence[Path]
+) -> tuple[float, float]:
     """Seconds of the clock, and of the processor: where others use the machine too, the latter say more."""
-    if cold:
-        _DROP.write_text("3")
+    for path in kept_out:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)  # Pages that are still to be written would stay.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
     started, started_cpu = time.perf_counter(), time.process_time()
     checkpoint = opened()
     use(checkpoint)
@@ -135,38 +140,44 @@ def _load(backend: Backend, checkpoint: Checkpoint) -> None:
     load_shard(checkpoint, spec, backend=backend)
 
 
-def profiles(folder: Path, backend: Backend, rounds: int, budget_s: float) -> dict[str, object]:
-    """What profiles say with the model's weights, again with them, and with made-up ones; the first two tell the
-    noise."""
-    settings = ProfileSettings(
-        backend=backend, device="mlx" if backend == "mlx" else "cpu", dtype="bfloat16", budget_s=budget_s
-    )
-    found: dict[str, list[dict[str, float]]] = {"real": [], "again": [], "unread": []}
-    for number in range(rounds):
-        for kind in sorted(found, reverse=number % 2 == 1):
-            checkpoint = open_unread(folder) if kind == "unread" else open_checkpoint(folder)
-            found[kind].append(_summary(Profiler(checkpoint, settings, tell=lambda what: None).profile()))
-            checkpoint.close()
+def steps(folder: Path, backend: Backend, rounds: int) -> dict[str, object]:
+    """Steps of a few layers, in turn: with the model's weights, with the same loaded again, and with made-up ones. The
+    first two tell the noise."""
+    last = open_checkpoint(folder).spec.num_layers
+    spans = {"layers": Span(first=1, last=min(5, last - 1)), "head": Span(first=last - 1, last=last)}
     report: dict[str, object] = {"model": folder.name, "backend": backend}
-    for quantity in found["real"][0]:
-        times = {kind: [one[quantity] for one in some] for kind, some in found.items()}
-        report[quantity] = {
-            "real_s": statistics.median(times["real"]),
-            "again_over_real": statistics.median(b / a for a, b in zip(times["real"], times["again"], strict=True)),
-            "unread_over_real": statistics.median(b / a for a, b in zip(times["real"], times["unread"], strict=True)),
-        }
-        print(f"{backend} {quantity}: {report[quantity]}", file=sys.stderr)
+    for name, span in spans.items():
+        stages = [
+            TimedStage(
+                opened(folder), span, backend=backend, device="mlx" if backend == "mlx" else "cpu", dtype="bfloat16"
+            )
+            for opened in (open_checkpoint, open_checkpoint, open_unread)
+        ]
+        for rows, tokens in ((1, 1), (8, 1), (1, 64)):
+            held = [stage.open(rows) for stage in stages]
+            taken: list[list[float]] = [[], [], []]
+            for number in range(-3, rounds):
+                for index in np.random.default_rng(number + 3).permutation(3).tolist():
+                    seconds = stages[index].step(held[index], tokens)
+                    if number >= 0:
+                        taken[index].append(seconds)
+            for stage, sequences in zip(stages, held, strict=True):
+                stage.release(sequences)
+            real, again, unread = (np.array(some) for some in taken)
+            found = {
+                "real_s": float(np.median(real)),
+                "again": _ratios(real, again),
+                "unread": _ratios(real, unread),
+            }
+            report[f"{name}, {rows} x {tokens}"] = found
+            print(f"{backend} {name}, {rows} x {tokens}: {found}", file=sys.stderr)
     return report
 
 
-def _summary(report: ProfileReport) -> dict[str, float]:
-    layer = report.layers[0]
+def _ratios(real: np.ndarray, other: np.ndarray) -> dict[str, float]:
     return {
-        "decode_layer_1": layer.decode.seconds[0][0],
-        "decode_layer_most": layer.decode.seconds[-1][0],
-        "prefill_layer_most": layer.prefill.seconds[-1][0],
-        "head_1": report.head.seconds[0][0],
-        "steady": report.steady_s,
+        "of_medians": float(np.median(other) / np.median(real)),
+        "of_fastest_tenth": float(np.quantile(other, 0.1) / np.quantile(real, 0.1)),
     }
 
 
@@ -175,7 +186,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="*", default=None)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", nargs="*", choices=("torch", "mlx"), default=["torch"])
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds a profile; 0: none")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each kind with made-up weights; 0: none")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -187,8 +198,8 @@ def main() -> None:
             "hardware": facts(),
             "cold": options.cold,
             "loading": [loading(folder, options.backend, options.rounds, cold=options.cold) for folder in folders],
-            "profiles": [profiles(folders[0], backend, options.rounds, options.budget) for backend in options.backend]
-            if options.budget
+            "made_up": [steps(folders[0], backend, options.steps) for backend in options.backend]
+            if options.steps
             else [],
         }
     text = json.dumps(result, indent=1)

@@ -19,6 +19,11 @@ from transport.errors import BadCheckpoint
 from transport.pieces.piece import ListedFile, Piece, PieceList, PlacedPiece
 from transport.pieces.store import PieceStore
 
+_AHEAD_BYTES = 32 << 20
+_AHEAD_PIECES = 16
+# Linux reads no more than this ahead of one request, where its device's setting is the usual one.
+_ADVICE_BYTES = 128 << 10
+
 FetchPiece = Callable[[Piece], None]
 """Puts the piece into the store, or raises a PotluckError."""
 
@@ -99,6 +104,8 @@ class PiecedFolder:
         self._listed = {file.name: file for file in pieces.files}
         self._starts = {file.name: [piece.offset for piece in file.pieces] for file in pieces.files}
         self._files = OpenFiles()
+        self._last_read: dict[str, int] = {}
+        self._advised: set[tuple[str, int]] = set()
 
     def size_bytes(self, file: str) -> int:
         return self._file(file).num_bytes
@@ -115,6 +122,7 @@ class PiecedFolder:
                 raise BadCheckpoint(
                     f"{what}: no piece of the model has byte {begin:,} of {file}", hint="share the model anew"
                 )
+            self._look_ahead(listed, index)
             count = min(view.size - done, piece.offset + piece.num_bytes - begin)
             self._read_piece(piece, view[done : done + count], begin - piece.offset, what)
             done += count
@@ -122,6 +130,22 @@ class PiecedFolder:
 
     def close(self) -> None:
         self._files.close()
+
+    def _look_ahead(self, file: ListedFile, index: int) -> None:
+        """Have the system read the pieces that follow: within a file it does so by itself, from one to the next it does
+        not. Two threads may do it twice, which costs little."""
+        if self._store is None or self._last_read.get(file.name) == index or not hasattr(os, "posix_fadvise"):
+            return
+        self._last_read[file.name] = index
+        ahead_bytes = 0
+        for number in range(index + 1, min(index + 1 + _AHEAD_PIECES, len(file.pieces))):
+            piece = file.pieces[number]
+            if piece.tensor and (file.name, number) not in self._advised:
+                self._advised.add((file.name, number))
+                _advise(self._store.path(piece.digest), piece.num_bytes)
+            ahead_bytes += piece.num_bytes
+            if ahead_bytes >= _AHEAD_BYTES:
+                break
 
     def _file(self, name: str) -> ListedFile:
         file = self._listed.get(name)
@@ -146,3 +170,18 @@ class PiecedFolder:
         if self._fetch is not None and not path.exists():
             self._fetch(Piece(piece.digest, piece.num_bytes))
         return path
+
+
+def _advise(path: Path, num_bytes: int) -> None:
+    """Have the file read into the system's page cache, if it is there."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        for offset in range(0, num_bytes, _ADVICE_BYTES):
+            os.posix_fadvise(fd, offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)
+    except OSError:  # A file system that takes no advice.
+        pass
+    finally:
+        os.close(fd)

@@ -1,27 +1,33 @@
-"""Models in pieces, for tests: a store that holds all of a model, or some of it, and notes what is read."""
+"""Models in pieces, for tests: a store that holds all of a model, or some of it, and what is read of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from shard.piece_list import make_piece_list, model_files
 from shard.shared_model import materialize
-from transport.pieces.piece import Piece, PieceList
+from shard.weight_folder import PiecedFolder
+from transport.pieces.piece import Piece, PieceList, PlacedPiece
 from transport.pieces.store import PieceStore
 
 
-class NotingStore(PieceStore):
-    """`read` are the digests of the pieces whose files were asked for."""
+@contextmanager
+def noted_reads() -> Iterator[set[str]]:
+    """The digests of the pieces of weights that are read meanwhile."""
+    noted: set[str] = set()
+    path_of = PiecedFolder._path
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.read: set[str] = set()
+    def noting(self: PiecedFolder, piece: PlacedPiece, what: str) -> Path:
+        noted.add(piece.digest)
+        return path_of(self, piece, what)
 
-    def path(self, digest: str) -> Path:
-        if hasattr(self, "read"):
-            self.read.add(digest)
-        return super().path(digest)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PiecedFolder, "_path", noting)
+        yield noted
 
 
 def contents(folder: Path, pieces: PieceList) -> dict[str, bytes]:
@@ -35,20 +41,18 @@ def contents(folder: Path, pieces: PieceList) -> dict[str, bytes]:
     return found
 
 
-def stored(folder: Path, root: Path, pieces: PieceList, only: Iterable[Piece] | None = None) -> NotingStore:
+def stored(folder: Path, root: Path, pieces: PieceList, only: Iterable[Piece] | None = None) -> PieceStore:
     """A store with all pieces of the model, or `only` some."""
-    store = NotingStore(root)
+    store = PieceStore(root)
     found = contents(folder, pieces)
     for digest in found if only is None else {piece.digest for piece in only}:
         store.put(found[digest], digest)
-    store.read.clear()
     return store
 
 
-def pieced(folder: Path, scratch: Path) -> tuple[PieceList, Path, NotingStore]:
+def pieced(folder: Path, scratch: Path) -> tuple[PieceList, Path, PieceStore]:
     """The model's list, its skeleton, and a store with all of it."""
     pieces = make_piece_list(folder, "tiny")
     store = stored(folder, scratch / "store", pieces)
     materialize(pieces, store, scratch / "skeleton")
-    store.read.clear()
     return pieces, scratch / "skeleton", store
