@@ -11,7 +11,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint types imports bench-hops bench-memory bench-stage bench-quality bench-loading \
-	bench-scheduling bench-scheduling-lab bench-transfer test-gemma fuzz clean
+	bench-scheduling bench-scheduling-lab bench-transfer bench-hostile test-gemma fuzz clean
 
 demo: $(READY)
 	@$(BIN)/potluck demo $(ARGS)
@@ -65,6 +65,10 @@ bench-scheduling: $(READY) llama-rpc
 
 bench-scheduling-lab: $(READY)
 	$(BIN)/python -m bench.lab_scheduling $(ARGS)
+
+# 200 hostile connections at every port of a ring of two hosts on this machine.
+bench-hostile: $(READY)
+	$(BIN)/python -m bench.hostile $(ARGS)
 
 # Pieces of a model from a head to three emulated hosts (root).
 bench-transfer: $(READY)

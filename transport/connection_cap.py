@@ -18,7 +18,7 @@ from typing import Any
 import zmq
 
 MONITORED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-LOOK_EVERY_S = 0.25
+LOOK_EVERY_S = 0.1
 # Heartbeats come for ever and never as messages.
 _HEARTBEATS_BYTES_PER_S = 1024.0
 # tcpi_bytes_received in Linux's struct tcp_info.
@@ -77,7 +77,9 @@ class ConnectionCap:
 
     def look(self, now_s: float) -> None:
         """To be called when no message waits, every `LOOK_EVERY_S` or more often: shut down what piles up."""
-        if self._most_unread_bytes is None or (self._looked_s is not None and now_s < self._looked_s + LOOK_EVERY_S):
+        if self._most_unread_bytes is None or (
+            self._looked_s is not None and now_s < self._looked_s + LOOK_EVERY_S / 2
+        ):
             return
         passed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
         self._looked_s = now_s

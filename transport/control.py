@@ -27,7 +27,7 @@ REACH_WITHIN_S = 20.0
 _RETRY_S = 0.02
 _MOST_AT_ONCE = 1000
 # Who is revoked is out within this time, and what waits is sent.
-_LOOK_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.1
 # From the network: a stranger can make the head keep as much before it has proved who it is.
 _NETWORK_BYTES = 2**18
 _UNREAD_BYTES = 2**20

@@ -57,6 +57,8 @@ class Capture:
         return float(num_dropped / max(1, num_packets))
 
     def close(self) -> None:
+        """Forget all of it. May be called again."""
+        self._payloads.clear()
         self._ending.set()
         self._thread.join()
         self._socket.close()
@@ -102,6 +104,8 @@ class Windows:
 
     def _num_in(self, data: bytes) -> int:
         found = 0
+        if len(data) < 32:
+            return 0
         for shift in range(8):
             words = np.frombuffer(data, np.uint64, max(0, (len(data) - shift) // 8), shift)
             maybe = np.nonzero(self._is_key[words & np.uint64(2**_KEY_BITS - 1)])[0]

@@ -77,12 +77,13 @@ def is_served(target: Target) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Who the two sides are, who is admitted in place of `members`, and where the honest member connects to reach an
-    endpoint."""
+    """Who the two sides are, who is admitted in place of `members`, what comes before the honest member at an edge, and
+    where that one connects to reach an endpoint."""
 
     keys: KeyPair = field(default_factory=new_key_pair)
     honest: KeyPair = field(default_factory=new_key_pair)
     admits: Callable[[str], bool] | None = None
+    first: Callable[[Target], object] = id
     way: Callable[[str], str] = str
 
 
@@ -121,6 +122,7 @@ class DataEdge(Socket):
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
+        setting.first(self)
         self._sender = ZmqSender(
             self.honest_context, setting.way(self.endpoint), LIMITS, name="honest", prepare=self.prepare
         )

@@ -159,6 +159,20 @@ def test_who_takes_the_name_of_a_member_of_a_piece_server_gets_nothing_of_it() -
         target.close()
 
 
+def test_strangers_do_not_take_the_place_of_a_neighbour_that_is_still_to_come() -> None:
+    def come_first(target: Target) -> None:
+        for keys in (None, new_key_pair()):
+            with dealer(target.endpoint, keys, target.keys.public) as sock:
+                insist(sock, target.says, for_s=0.3)
+
+    target = DataEdge(Setting(first=come_first))
+    try:
+        assert is_served(target)
+        assert not target.is_reached()
+    finally:
+        target.close()
+
+
 def test_on_an_edge_the_first_to_greet_is_the_only_one() -> None:
     target = DataEdge()
     try:
@@ -250,7 +264,12 @@ def test_a_member_with_frames_that_are_too_large_loses_its_connection(target: Ta
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel does not say what has come by a connection")
 @pytest.mark.parametrize(
     ("kind", "frame_bytes", "num_frames", "most_mib"),
-    [(DataEdge, 50_000, 6000, 96), (Control, 50_000, 2000, 48), (Control, 0, 200_000, 16), (Pieces, 1000, 100_000, 48)],
+    [
+        (DataEdge, 50_000, 8000, 160),
+        (Control, 50_000, 6000, 128),
+        (Control, 0, 600_000, 40),
+        (Pieces, 1000, 300_000, 128),
+    ],
 )
 def test_a_message_without_end_costs_a_bounded_amount(
     kind: Any, frame_bytes: int, num_frames: int, most_mib: int

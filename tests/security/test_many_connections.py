@@ -3,11 +3,16 @@ short form of `make bench-hostile`."""
 
 from __future__ import annotations
 
+import pytest
+
 from bench.hostile import MOST_GROWTH_BYTES, attack
 from bench.loopback_hosts import LoopbackHosts
+from tests.security.capture import why_not
 
 
-def test_service_goes_on_and_memory_does_not_grow(hosts: LoopbackHosts) -> None:
+def test_service_goes_on_and_memory_does_not_grow(hosts: LoopbackHosts, request: pytest.FixtureRequest) -> None:
+    if why_not() is None:
+        request.getfixturevalue("capture").close()  # What comes now would fill the memory.
     report = attack(hosts, seconds=5.0, connections=200)
     assert report.ports >= 5  # door, control, pieces, and the edges between two hosts
     assert report.opened > 200
