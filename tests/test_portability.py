@@ -71,6 +71,7 @@ SOME_SYSTEMS_HAVE = {
 ALLOWED = {
     "devices/discover.py": {"os.sched_getaffinity"},  # hasattr
     "devices/identity.py": {"os.getuid"},  # os.name
+    "potluck/doctor/multicast.py": {"socket.SO_REUSEPORT"},  # hasattr
     "potluck/engine/template_process.py": {"signal.setitimer"},  # hasattr
     "potluck/paths.py": {"os.getuid"},  # sys.platform
     "potluck/service/launchd.py": {"os.getuid"},  # used on macOS only

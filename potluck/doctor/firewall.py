@@ -29,7 +29,7 @@ def active_firewalls() -> tuple[str, ...]:
     if sys.platform == "linux":
         states = dict(zip(_LINUX, _said("systemctl", "is-active", *_LINUX).split(), strict=False))
         try:
-            ufw = _UFW_SETTINGS.read_text()
+            ufw = _UFW_SETTINGS.read_text(encoding="utf-8", errors="replace")
         except OSError:
             ufw = ""
         return linux_firewalls(states, ufw)
@@ -65,8 +65,9 @@ def how_to_open(firewalls: Sequence[str], network: str) -> str:
 
 def _said(*command: str) -> str:
     try:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False
-        ).stdout
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.decode("ascii", "replace")

@@ -235,14 +235,14 @@ def search_check(
 
 
 def _search_hint(pool: KnownPool, outcomes: set[Outcome]) -> str:
-    on_head = f"on {pool.name}, let Potluck through the firewall: potluck doctor there says how"
+    on_head = f"see that {pool.name} is on; there, let Potluck through the firewall: potluck doctor on it says how"
     for outcome in ("timed out", "refused", "unreachable"):
         if outcome in outcomes:
             step = next_step(outcome, whose=pool.name, firewall=on_head)
             break
     else:
         step = f"is {pool.name} up, and on the same network?"
-    return f"{step} If it has another address now: potluck join --head HOST:PORT"
+    return f"{step}{'' if step.endswith('?') else '.'} If it has another address now: potluck join --head HOST:PORT"
 
 
 def _door_words(pool: KnownPool, tried: Tried) -> str:
@@ -259,7 +259,7 @@ def control_check(pool: KnownPool, control: Reach) -> Check:
     name = f"{pool.name}: control"
     if control.outcome == "open":
         return Check(name=name, state="ok", what=f"listens at {control.place}")
-    on_head = f"its door is open and this port is not: on {pool.name}, let TCP port {control.port} through its firewall"
+    on_head = f"its door is open and this port is not: on {pool.name}, let TCP port {control.port} through the firewall"
     hint = next_step(control.outcome, whose=pool.name, firewall=on_head)
     return Check(name=name, state="problem", what=f"{control.place}: {control.meaning}", hint=hint)
 

@@ -81,8 +81,8 @@ def gather_pool(head: HeadFacts, head_ports: Collection[int]) -> PoolFacts:
     if PIECES_PORT in head_ports:
         ports.append(("pieces", connect(address, PIECES_PORT, _CONNECT_S)))
     status = get_from_head("/potluck/status", StatusReport, timeout_s=_STATUS_S)
-    # A host that gives nothing is only visiting: somebody asks the doctor there.
-    hosts = [host for host in status.hosts if host.pieces or host.devices]
+    # Who gives no pieces is only visiting: somebody asks the doctor there.
+    hosts = [host for host in status.hosts if host.pieces]
     is_wifi = any(one.is_wifi and one.address == address for one in lan_interfaces())
     members = _members(roster_file())
     keys = {fingerprint(member.key): member.key for member in members}
@@ -100,7 +100,7 @@ def _members(path: Path) -> Sequence[Member]:
 
 
 def _link(host: HostReport, key: str | None, is_wifi: bool, within_s: float) -> HostLink:
-    if not host.pieces or within_s < _SHORTEST_S:
+    if within_s < _SHORTEST_S:
         return HostLink(report=host, is_wifi=is_wifi)
     address = host.pieces.removeprefix("tcp://").rpartition(":")[0]
     reach = connect(address, port_of(host.pieces), min(within_s, _CONNECT_S))
@@ -123,10 +123,10 @@ def pool_checks(facts: PoolFacts, *, own_version: str, firewall: str) -> list[Ch
     if facts.away:
         hint = "start potluck join on them"
         if not facts.links:
-            hint += f". If they can't reach this host: {firewall}"
+            hint += f". If they do not reach this host: {firewall}"
         checks.append(Check(name="away", state="ok", what=", ".join(facts.away), hint=hint))
     elif not facts.links:
-        hint = "add one: potluck invite, and there potluck join"
+        hint = f"add one: potluck invite, and there potluck join. If it does not reach this host: {firewall}"
         checks.append(Check(name="devices", state="ok", what="no other host has paired", hint=hint))
     return checks
 
@@ -149,7 +149,7 @@ def _host_checks(link: HostLink, own_version: str) -> list[Check]:
         hint = next_step(
             link.reach.outcome,
             whose=host.name,
-            firewall=f"on {host.name}, let Potluck through the firewall: potluck doctor there says how",
+            firewall=f"on {host.name}, let Potluck through the firewall: potluck doctor on it says how",
         )
         checks.append(Check(name=name, state="problem", what=f"{link.reach.place}: {link.reach.meaning}", hint=hint))
     elif isinstance(link.speed, PotluckError):

@@ -7,7 +7,8 @@ import socket
 from dataclasses import dataclass
 from typing import Literal
 
-CONNECT_S = 3.0
+# A little more than Linux takes to find that nobody on the LAN has an address.
+CONNECT_S = 3.5
 
 Outcome = Literal["open", "refused", "timed out", "unreachable", "failed"]
 
@@ -86,7 +87,7 @@ def next_step(outcome: Outcome, *, whose: str, firewall: str) -> str:
         case "refused":
             return f"is potluck running on {whose}, and does it still use this port?"
         case "timed out":
-            return f"{firewall}. If there is none, see that neither host is on a guest network of the router"
+            return f"{firewall}. Without a firewall, see that neither host is on a guest network of the router"
         case "unreachable":
             return f"is {whose} switched on and on the same network? Both need the same router, and no guest Wi-Fi"
         case _:

@@ -148,7 +148,7 @@ def test_a_head_measures_the_links_to_its_hosts_and_sees_who_is_away(
     change = msgspec.structs.replace
     url = f"http://127.0.0.1:{status.server_address[1]}"
     connected = change(BETA, fingerprint=fingerprint(beta.public), pieces=giver.endpoint, address="127.0.0.1")
-    asks = change(BETA, name="visitor", fingerprint=fingerprint(visitor.public), pieces="", devices=[])
+    asks = change(BETA, name="visitor", fingerprint=fingerprint(visitor.public), pieces="")
     status.report = report_with(url, head.door, connected, asks)  # type: ignore[attr-defined]
     facts = HeadFacts(pid=os.getpid(), url=url, model="tiny", control="ipc://c", host="alpha", lan=head.door)
     try:
