@@ -27,7 +27,7 @@ LimitOption = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    cache_app = typer.Typer(help="Show what is kept of models that lie on other hosts.")
+    cache_app = typer.Typer()
     cache_app.callback(invoke_without_command=True)(cache)
     cache_app.command("clear")(clear)
     app.add_typer(cache_app, name="cache")
