@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from potluck.config import Settings
 from potluck.doctor.check import Check, failed
-from potluck.doctor.guest_side import discover
+from potluck.doctor.search import discover
 from transport.errors import PotluckError
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from devices.roster import RosterFile
 from potluck.config import Settings
 from potluck.doctor.check import Check
 from potluck.doctor.examine import examine
-from potluck.doctor.guest_side import StayFacts, Tried, control_check, search_check, stay_checks
+from potluck.doctor.guest_side import StayFacts, control_check, stay_checks
 from potluck.doctor.reach import Outcome, Reach
+from potluck.doctor.search import Tried, search_check
 from potluck.head_search import find_again
 from tests.doctor.small_head import SmallHead
 from transport.curve import new_key_pair
