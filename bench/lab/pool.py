@@ -82,8 +82,11 @@ class LabPool:
         return min(at for at, line in heard if line.startswith("Warming up") and at >= began) - began
 
     def wait_until_up(self, timeout_s: float) -> dict[str, Any]:
-        """What the head says of itself. Raises RuntimeError."""
-        return self._process.wait_for_facts(timeout_s)
+        """What the head says of itself. Raises RuntimeError, also with what the hosts say."""
+        try:
+            return self._process.wait_for_facts(timeout_s)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; {self._joined_say()}") from error
 
     def status(self) -> dict[str, Any]:
         """Raises RuntimeError."""
@@ -108,10 +111,8 @@ class LabPool:
             if report["state"] == "ready" and found == list(hosts) and self.num_loads() >= loads:
                 return report
             if time.monotonic() > deadline:
-                words = {name: process.last_words() for name, process in self.joined.items()}
-                raise RuntimeError(
-                    f"{report['state']} with {found} after {timeout_s:.0f} s: {self._process.last_words()}; {words}"
-                )
+                what = f"{report['state']} with {found} after {timeout_s:.0f} s"
+                raise RuntimeError(f"{what}: {self._process.last_words()}; {self._joined_say()}")
             time.sleep(0.5)
 
     def answer(self, url: str) -> str:
@@ -121,6 +122,9 @@ class LabPool:
         if done.returncode:
             raise RuntimeError(f"no answer: {(done.stderr.strip().splitlines() or [''])[-1]}")
         return done.stdout.strip()
+
+    def _joined_say(self) -> str:
+        return "; ".join(f"{name}: {process.last_words()}" for name, process in self.joined.items())
 
     def _wait_for(self, pattern: str) -> re.Match[str]:
         deadline = time.monotonic() + _SHOWN_WITHIN_S
