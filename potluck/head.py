@@ -154,8 +154,8 @@ class Head:
         return self._open_network().approvals.answer(name, allow).name
 
     def hosts(self) -> list[PoolHost]:
-        """The other hosts that are connected. Thread-safe."""
-        return self._pool.hosts()
+        """The other hosts that are connected, but for those that only visit (`potluck doctor`). Thread-safe."""
+        return [host for host in self._pool.hosts() if host.arrive.pieces]
 
     def _pieces_endpoint(self) -> str:
         return self._giver.endpoint if self._giver is not None else ""
@@ -235,6 +235,7 @@ class Head:
             host=self._here.name,
             address=self._here.address,
             lan=self.lan,
+            pieces=self._pieces_endpoint() or None,
         )
 
     def _open_door(self) -> None:

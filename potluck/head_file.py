@@ -20,7 +20,8 @@ _MOMENT_S = 0.3
 class HeadFacts(Struct, frozen=True, kw_only=True):
     """What another process of this user needs to reach the head.
 
-    `control` is for this host, `lan` ("ADDRESS:PORT") for others; `host` and `address` are this host's in the pool.
+    `control` is for this host, `lan` ("ADDRESS:PORT") and `pieces` (an endpoint) for others; `host` and `address` are
+    this host's in the pool.
     """
 
     pid: int
@@ -30,6 +31,7 @@ class HeadFacts(Struct, frozen=True, kw_only=True):
     host: str
     address: str | None = None
     lan: str | None = None
+    pieces: str | None = None
 
 
 def _file() -> Path:

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from devices.device import Device
+from devices.identity import load_keys
 from planner.measured import PoolTimes
 from potluck.calibration import Learned
 from potluck.lan import ThisHost
@@ -26,6 +27,7 @@ from shard.open import open_checkpoint
 from tests.planner.pool import device
 from tests.shard.tiny import save_tiny
 from transport.errors import ConfigError, NeighbourGone, StageFailed
+from transport.key_file import read_keys, write_keys
 from transport.messages import LinkProbed, WeightsForm
 
 from .made_up import MadeUpProbes, model, report
@@ -42,10 +44,12 @@ class MadeUpEnd:
     apart: tuple[str, ...] = ()
     probed: list[str] = field(default_factory=list)
 
-    def listen(self, where: str, shape: Any) -> str:
+    key = ""
+
+    def listen(self, where: str, shape: Any, upstream: str) -> str:
         return self.host
 
-    def probe(self, next: str, *, leads: bool) -> LinkProbed:
+    def probe(self, next: str, key: str, *, leads: bool) -> LinkProbed:
         self.probed.append(next)
         if self.host != next and {self.host, next} <= set(self.apart):
             raise NeighbourGone(f"the neighbour at {next} does not take messages")
@@ -224,19 +228,56 @@ def test_this_hosts_devices_without_a_pool(tiny: Any) -> None:
     assert again.devices == times.devices
 
 
+class TwoHosts:
+    """A roster of one other host."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def admits(self, key: str) -> bool:
+        return key == self._key
+
+    def name_of(self, key: str) -> str | None:
+        return "far" if key == self._key else None
+
+    def keys(self) -> tuple[str, ...]:
+        return (self._key,)
+
+
 @pytest.fixture
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pool, Path]]:
     run_dir = Path(tempfile.mkdtemp(prefix="pl-"))
+    here, far_keys = (load_keys(tmp_path_factory.mktemp(name)) for name in ("here", "far"))
+    far_file = run_dir / "far.json"
+    write_keys(far_file, far_keys)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     one = Pool(
         context,
         run_dir,
         on_fault=lambda worker, error: None,
         on_joined=lambda worker: None,
-        here=ThisHost(name="here", address="127.0.0.1"),
+        here=ThisHost(name="here", address="127.0.0.1", keys=here),
+        roster=TwoHosts(far_keys.public),
+        control="tcp://127.0.0.1:*",
     )
-    node = Node(control=one.endpoint, logs=run_dir, run_dir=run_dir, on_exit=one.report_exit, address="127.0.0.1")
-    far = Node(control=f"tcp://{one.lan}", logs=run_dir, run_dir=run_dir, on_exit=one.report_exit, address="127.0.0.2")
+    assert one.control is not None
+    here_file = run_dir / "here.json"
+    write_keys(here_file, here)
+    node, far = (
+        Node(
+            control=control,
+            logs=run_dir,
+            run_dir=run_dir,
+            on_exit=one.report_exit,
+            address=address,
+            keys_file=keys_file,
+            head_key=head_key,
+        )
+        for control, address, keys_file, head_key in (
+            (one.endpoint, "127.0.0.1", here_file, ""),
+            (one.control, "127.0.0.2", far_file, here.public),
+        )
+    )
     try:
         node.start([cpu("a"), device("b", kind="cuda:63", memory_pool="here/gpu")])
         far.start([cpu("c", host="far")])
@@ -251,7 +292,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pool, Path]
 
 def test_a_pool_measures_itself(pool: tuple[Pool, Path], tiny: Any) -> None:
     one, run_dir = pool
-    here = ThisHost(name="here", address="127.0.0.1")
+    here = ThisHost(name="here", address="127.0.0.1", keys=read_keys(run_dir / "here.json"))
     times, left_out = pool_times_for(tiny, one, here, run_dir=run_dir, say=print)
     assert [times.device.name for times in times.devices] == ["a", "c"]
     assert [gone.name for gone in left_out] == ["b"] and "cuda:63" in left_out[0].reason
