@@ -54,11 +54,11 @@ class OpenFiles:
     def _close_beyond(self, most: int) -> None:
         if len(self._open) <= most:
             return
-        for path, one in list(self._open.items()):  # The one that was read longest ago comes first.
-            if not one.num_readers:
-                os.close(self._open.pop(path).fd)
-                if len(self._open) <= most:
-                    return
+        # The one that was read longest ago comes first.
+        idle = (path for path, one in self._open.items() if not one.num_readers)
+        while len(self._open) > most and (path := next(idle, None)) is not None:
+            os.close(self._open.pop(path).fd)
+            idle = (path for path, one in self._open.items() if not one.num_readers)
 
 
 def _opened(path: Path, num_bytes: int | None) -> int:
