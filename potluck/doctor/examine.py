@@ -81,7 +81,7 @@ def _multicast() -> Iterator[Check]:
 def _pool(settings: Settings, head: HeadFacts | NotRunning, firewalls: Later[tuple[str, ...]]) -> Iterator[Check]:
     firewall = _opening(firewalls, lan_interfaces())
     if isinstance(head, HeadFacts):
-        yield from head_checks(head, listening_ports(head.pid), firewall=firewall)
+        yield from head_checks(head, firewall=firewall)
         return
     pools = load_known_pools(known_pools_file())
     if pools:

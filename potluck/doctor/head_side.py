@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from potluck.doctor.reach import Reach, connect, next_step
 from potluck.head_api import get_from_head
 from potluck.head_file import HeadFacts
 from potluck.lan import parse_door
-from potluck.network import CONTROL_PORT, PIECES_PORT
+from potluck.network import CONTROL_PORT
 from potluck.paths import identity_dir, roster_file
 from potluck.status import HostReport, StatusReport
 from transport.endpoints import port_of
@@ -53,22 +53,22 @@ class PoolFacts:
     away: tuple[str, ...]
 
 
-def head_checks(head: HeadFacts, head_ports: Collection[int], *, firewall: str) -> Iterator[Check]:
-    """`head_ports` are those that its process listens at; `firewall` says what to do about one on this host."""
+def head_checks(head: HeadFacts, *, firewall: str) -> Iterator[Check]:
+    """`firewall` says what to do about one on this host."""
     if head.lan is None:
         hint = "to let others in, start it without --no-lan"
         yield Check(name="head", state="ok", what=f"serves {head.model}; closed to other hosts", hint=hint)
         return
     yield Check(name="head", state="ok", what=f"serves {head.model}, open to other hosts at {head.lan}")
     try:
-        facts = gather_pool(head, head_ports)
+        facts = gather_pool(head)
     except PotluckError as error:
         yield failed("head", error)
         return
     yield from pool_checks(facts, own_version=version("potluck"), firewall=firewall)
 
 
-def gather_pool(head: HeadFacts, head_ports: Collection[int]) -> PoolFacts:
+def gather_pool(head: HeadFacts) -> PoolFacts:
     """Raises PotluckError if the head does not say how it is."""
     assert head.lan is not None
     deadline = time.monotonic() + _HOSTS_S
@@ -78,8 +78,8 @@ def gather_pool(head: HeadFacts, head_ports: Collection[int]) -> PoolFacts:
         ports.append(("control", connect(address, ask_door(address, door, _CONNECT_S).control_port, _CONNECT_S)))
     except PotluckError:
         ports.append(("control", Reach(address=address, port=CONTROL_PORT, outcome="failed", words="no door")))
-    if PIECES_PORT in head_ports:
-        ports.append(("pieces", connect(address, PIECES_PORT, _CONNECT_S)))
+    if head.pieces is not None:
+        ports.append(("pieces", connect(address, port_of(head.pieces), _CONNECT_S)))
     status = get_from_head("/potluck/status", StatusReport, timeout_s=_STATUS_S)
     # Who gives no pieces is only visiting: somebody asks the doctor there.
     hosts = [host for host in status.hosts if host.pieces]

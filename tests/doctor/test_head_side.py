@@ -85,7 +85,7 @@ def test_a_port_of_the_head_that_is_not_open_is_a_problem() -> None:
 
 def test_a_head_that_keeps_others_out_is_well() -> None:
     facts = HeadFacts(pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://c", host="alpha")
-    checks = list(head_checks(facts, (), firewall=""))
+    checks = list(head_checks(facts, firewall=""))
     assert [check.state for check in checks] == ["ok"]
     assert "--no-lan" in checks[0].hint
 
