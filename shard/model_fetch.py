@@ -98,9 +98,10 @@ class ModelFetch:
             )
             self.store.put(data, shared.digest)
         pieces = decode_piece_list(data)
-        if not self._folder(shared).is_dir():
-            self._fetch(shared, nameless_pieces(pieces), stop=stop)
-            materialize(pieces, self.store, self._folder(shared))
+        nameless = nameless_pieces(pieces)
+        with self.store.lease(list(nameless.values())):
+            self._fetch(shared, nameless, stop=stop)
+            materialize(pieces, self.store, self._folder(shared))  # Nothing, if it is there and whole.
         return pieces
 
     def _fetch(
