@@ -142,7 +142,9 @@ class Experiment:
         arguments = ["--control", _control(lab, door), "--run-dir", str(run_dir)]
         arguments += ["--register", msgspec.json.encode(register).decode()]
         head_key = load_keys(home_of(lab, _HEAD) / "identity").public
-        arguments += ["--keys", str(home_of(lab, _SECOND) / "identity" / KEY_FILE), f"--head-key={head_key}"]
+        home = home_of(lab, _SECOND)
+        arguments += ["--keys", str(home / "identity" / KEY_FILE), f"--head-key={head_key}"]
+        arguments += ["--pieces", str(home / "pieces"), "--shared", str(home / "shared")]
         command = [sys.executable, "-P", "-m", "shard.worker", *arguments]
         worker = lab.popen(
             _SECOND, command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, environment={"OMP_NUM_THREADS": "1"}
