@@ -38,7 +38,7 @@ from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from transport.endpoints import port_of
-from transport.errors import NeighbourGone, NotAllowed, NotRunning, PotluckError, RingDown
+from transport.errors import DeadlineExceeded, NeighbourGone, NotAllowed, NotRunning, PotluckError, RingDown
 from transport.messages import WeightsForm
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Head:
         self._share: ModelShare | None = None
         self._wants_replan = False
         self._wants_reload = False
+        self._tried_again = False
         self._weights: WeightsForm = "stored"
         self._next_look_s = 0.0
         self.endpoint: Endpoint
@@ -126,7 +127,7 @@ class Head:
                     self.state = "down"
                     self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
-                    self._wants_reload = isinstance(error, NotAllowed)
+                    self._wants_reload = self._wants_reload or isinstance(error, NotAllowed)
                 case PoolWorker() as worker if worker.peer.identity not in self._planned:
                     self._joined.append(worker)
             self._pool.tell_members()
@@ -406,7 +407,11 @@ class Head:
             if self.ring is not None:
                 self.ring.mark_down(error)
             self._events.put(error)
+            # Once more: a host that joined may have been busy, or another one may have left meanwhile.
+            self._wants_reload = isinstance(error, RingDown | DeadlineExceeded) and not self._tried_again
+            self._tried_again = self._wants_reload
             return
+        self._tried_again = False
         self._progress.say(f"Ready at {self.url}")
 
     def _on_fault(self, worker: PoolWorker, error: PotluckError) -> None:

@@ -97,11 +97,12 @@ class ZmqSender:
         set_options(self._socket, max_message_bytes=limits.max_message_bytes, on_network=is_tcp(endpoint))
         if prepare is not None:
             prepare(self._socket)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._bad_news = [(self._monitor, _POLL_IN)]
         self._any_news = [(self._socket, _POLL_OUT), *self._bad_news]
         self._socket.connect(endpoint)
         try:
+            self._wait_until_connected()
             self.send(Hello(PROTOCOL_VERSION, limits.fence, name))
         except NeighbourGone:
             self.close()
@@ -123,6 +124,16 @@ class ZmqSender:
         # Afterwards, since asking takes as long as sending and the neighbour need not wait for it.
         if zmq.zmq_poll(self._bad_news, 0):
             raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
+
+    def _wait_until_connected(self) -> None:
+        """Connections that end before both ends know each other don't count: a process that has just bound may need
+        longer to start than a handshake may take, and libzmq tries again."""
+        deadline = time.monotonic() + self._timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._monitor.poll(int(left_s * 1000)):
+                if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    return
+        raise NeighbourGone(f"the neighbour at {self._endpoint} does not answer")
 
     def _wait_until_it_takes_messages(self) -> None:
         """Raises NeighbourGone: at once if it has gone, since then there is nothing to wait for."""
