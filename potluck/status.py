@@ -56,8 +56,8 @@ class StageReport(Struct, frozen=True, kw_only=True):
     prefill_s: float
     pid: int
     fault: str | None
-    fetched: dict[str, int]
-    fetch_s: float
+    fetched: dict[str, int] = {}
+    fetch_s: float = 0.0
 
 
 class DeviceReport(Struct, frozen=True, kw_only=True):
@@ -142,7 +142,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     better_plan: BetterPlanReport | None
     stages: list[StageReport]
     idle_devices: list[DeviceReport]
-    hosts: list[HostReport]
+    hosts: list[HostReport] = []
     logs: str
 
 

@@ -29,7 +29,7 @@ def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Pa
         plan = pool.plan(model, settings)
         assert [stage.num_layers for stage in plan.stages] == [17, 13]
         with engine_ring("ring", pool, model, plan, prompts.eos_ids) as ring:
-            rate, steps = run_streams(ring, prompts, 2, 16)
+            rate, steps = run_streams(ring, prompts, 2, 64)
             assert rate > 0 and len(steps) == 2 and all(1 <= step.rows <= 2 and step.seconds > 0 for step in steps)
             rate, steps = run_steadily(ring, prompts, 2, seconds=0.5)
             assert rate > 0 and len(steps) == 2
