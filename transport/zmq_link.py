@@ -130,9 +130,10 @@ class ZmqSender:
         longer to start than a handshake may take, and libzmq tries again."""
         deadline = time.monotonic() + self._timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if self._monitor.poll(int(left_s * 1000)):
-                if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    return
+            if not self._monitor.poll(int(left_s * 1000)):
+                break
+            if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
         raise NeighbourGone(f"the neighbour at {self._endpoint} does not answer")
 
     def _wait_until_it_takes_messages(self) -> None:
