@@ -38,7 +38,7 @@ from potluck.ring import Ring
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from transport.endpoints import port_of
-from transport.errors import DeadlineExceeded, NeighbourGone, NotAllowed, NotRunning, PotluckError, RingDown
+from transport.errors import DeadlineExceeded, HostRevoked, NeighbourGone, NotRunning, PotluckError, RingDown
 from transport.messages import WeightsForm
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Head:
                     self.state = "down"
                     self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
-                    self._wants_reload = self._wants_reload or isinstance(error, NotAllowed)
+                    self._wants_reload = self._wants_reload or isinstance(error, HostRevoked)
                 case PoolWorker() as worker if worker.peer.identity not in self._planned:
                     self._joined.append(worker)
             self._pool.tell_members()
@@ -428,7 +428,7 @@ class Head:
         if ring.mark_down(error):
             # Nobody sends to a stage of it any more, or hears from one, whatever went wrong.
             ring.unload()
-            if isinstance(error, NotAllowed):
+            if isinstance(error, HostRevoked):
                 # What a revoked host still sends to the engine is not to be read. It takes a moment to end.
                 threading.Thread(target=ring.take_down, name="revoked", daemon=True).start()
             self._events.put(error)

@@ -21,7 +21,7 @@ from potluck.guest import HeadAddress
 from potluck.lan import parse_door
 from potluck.paths import identity_dir, known_pools_file
 from transport.endpoints import tcp_endpoint
-from transport.errors import ConfigError, NotAllowed, NotRunning, PotluckError
+from transport.errors import ConfigError, NotAllowed, NotRunning, PairingFailed, PotluckError
 
 if TYPE_CHECKING:
     from devices.discovery import FoundPool
@@ -44,7 +44,15 @@ def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say
     None: any that is found. Raises PotluckError."""
     if where is not None and is_invite(where):
         invite = parse_invite(where)
-        return _known_by_key(invite.key) or _paired(invite.host, invite.port, invite, settings, say)
+        before = _known_by_key(invite.key)
+        try:
+            # Also where the pool is known: this host may have been revoked there.
+            return _paired(invite.host, invite.port, invite, settings, say)
+        except PairingFailed as error:
+            if before is None:
+                raise
+            say(f"{escape(error.message)}; this host has paired with {escape(before.name)} before, and tries that")
+            return before
     if where is not None:
         host, port = parse_door(where)
         return _at_door(host, port, code, settings, say)

@@ -19,7 +19,7 @@ from transport.control import ControlServer, Peer
 from transport.curve import Guard, Prepare
 from transport.edges import Where
 from transport.endpoints import is_host_endpoint, local_endpoint, tcp_endpoint
-from transport.errors import BadMessage, DeadlineExceeded, NotAllowed, PotluckError, RingDown, error_from_code
+from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
 from transport.messages import (
     Arrive,
     Connect,
@@ -395,7 +395,7 @@ class Pool:
             return
         if worker.is_remote and self._roster is not None and self._roster.name_of(peer.key) is None:
             what = f"{worker.register.device} was revoked"
-            self._fail(worker, NotAllowed(what, hint="its host can pair again with a new code"))
+            self._fail(worker, HostRevoked(what, hint="its host can pair again with a new code"))
             return
         what = f"{worker.register.device} left or went silent"
         self._fail(worker, RingDown(what, hint="wake it up, let it join again, or start this head without it"))

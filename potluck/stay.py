@@ -88,6 +88,13 @@ def stay(found: Found, wishes: Wishes, *, say: Say) -> PotluckError:
 
 
 def last_words(node: Node, lost: list[PotluckError]) -> str:
-    """Why its workers ended: a worker's log ends with what the head said."""
-    said = [words for worker in node.workers if (words := worker.child.last_words())]
+    """Why its workers ended: what the head said or what went wrong, as the end of a worker's log has it; else how its
+    process ended."""
+    said = [why for worker in node.workers if (why := _reason(worker.child.last_words()))]
     return said[0] if said else str(lost[0]) if lost else ""
+
+
+def _reason(line: str) -> str:
+    """Of a log's last line; empty if that is about something else, as where the process was killed."""
+    _, stopped, reason = line.partition(" INFO stopping: ")
+    return reason if stopped else "" if " INFO " in line else line

@@ -14,6 +14,7 @@ PotluckError
 ├── PortInUse             the endpoint's port is taken
 ├── Busy                  the queue is full; try again (429)
 ├── RingDown              a stage is gone; requests can't be served (503)
+├── HostRevoked           a RingDown: a host was put out of the pool while its devices served (503)
 ├── StageFailed           a stage could not load or could not run a step
 ├── BadMessage            a message that breaks the protocol or a limit
 ├── NotAllowed            who asks is not paired, was revoked, or has no key (403)
@@ -109,6 +110,10 @@ class RingDown(PotluckError):
 
 class NeighbourGone(RingDown):
     code = "neighbour_gone"
+
+
+class HostRevoked(RingDown):
+    code = "host_revoked"
 
 
 class StageFailed(PotluckError):

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from transport.errors import Busy, ModelNotFound, PotluckError, RingDown, error_from_code
+from transport.errors import Busy, HostRevoked, ModelNotFound, PotluckError, RingDown, error_from_code
 from transport.requests import RequestFailed
 
-_RETRY_AFTER_S = {Busy.code: 2, RingDown.code: 10}
+_RETRY_AFTER_S = {Busy.code: 2, RingDown.code: 10, HostRevoked.code: 10}
 # Messages and names repeat what was sent, which may be megabytes.
 _MAX_CHARS = 1000
 
