@@ -172,11 +172,39 @@ def start_child(stack: ExitStack, role: str, host: Host, **told: Any) -> Any:
     return child
 
 
+class Asked(StoreSource):
+    """Tells when it was asked first."""
+
+    def __init__(self, store: PieceStore) -> None:
+        super().__init__(store)
+        self.asked = threading.Event()
+
+    def locate(self, digest: str) -> Located | None:
+        self.asked.set()
+        return super().locate(digest)
+
+
+class Behind(StoreSource):
+    """Answers nothing until `first` was asked: who connects sooner makes no difference."""
+
+    def __init__(self, store: PieceStore, first: Asked) -> None:
+        super().__init__(store)
+        self._first = first
+
+    def locate(self, digest: str) -> Located | None:
+        assert self._first.asked.wait(20.0)
+        return super().locate(digest)
+
+
 def test_who_sends_wrong_bytes_is_refused_by_name_and_another_is_used(
     pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    liar, head, other = pool.server("liar", SMALL), pool.server("head", SMALL), pool.host("other")
-    spoil(liar, SMALL.pieces[0])
+    liar, head, other = pool.host("liar", SMALL), pool.host("head", SMALL), pool.host("other")
+    for piece in SMALL.pieces.values():
+        spoil(liar, piece)
+    lies = Asked(liar.store)
+    pool.serve(liar, sources=[lies])
+    pool.serve(head, sources=[Behind(head.store, lies)])
     report = other.fetch(SMALL, [liar.peer, head.peer])
     assert report.is_complete and other.has(SMALL)
     assert list(report.refused_peers) == ["liar"] and "wrong bytes" in report.refused_peers["liar"]
@@ -203,14 +231,15 @@ def test_nobody_is_blamed_for_what_an_earlier_fetch_has_left(pool: Pool) -> None
 
 
 def test_a_short_or_misplaced_part_refuses_the_peer(pool: Pool, tmp_path: Path) -> None:
-    class Short(StoreSource):
+    class Short(Asked):
         def locate(self, digest: str) -> Located | None:
             found = super().locate(digest)
             return found and found._replace(num_bytes=found.num_bytes - 1)
 
-    head, other = pool.server("head", SMALL), pool.host("other")
-    store = PieceStore(head.store.root)
-    short = pool.server("short", sources=[Short(store)])
+    head, other = pool.host("head", SMALL), pool.host("other")
+    lies = Short(PieceStore(head.store.root))
+    short = pool.server("short", sources=[lies])
+    pool.serve(head, sources=[Behind(head.store, lies)])
     report = other.fetch(SMALL, [short.peer, head.peer])
     assert report.is_complete and other.has(SMALL)
     assert "bytes where" in report.refused_peers["short"]
