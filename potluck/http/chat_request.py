@@ -63,6 +63,8 @@ _MAX_PARTS = 1024
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
+# An answer's parts are made for as many before the engine has said a word.
+_MAX_CHOICES = 128
 
 
 _Stop = Annotated[str, Meta(max_length=_MAX_STOP_CHARS)]
@@ -97,7 +99,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=_MOST)] | None = None
-    n: Annotated[int, Meta(ge=1, le=_MOST)] = 1
+    n: Annotated[int, Meta(ge=1, le=_MAX_CHOICES)] = 1
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOPS)] = []
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0

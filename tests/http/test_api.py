@@ -199,6 +199,7 @@ def test_what_asks_for_nothing_is_accepted(client: TestClient, fields: dict[str,
         ({"max_completion_tokens": 2**64}, "max_completion_tokens"),
         ({"top_k": 2**64}, "top_k"),
         ({"n": 2**64}, "n"),
+        ({"n": 129}, "n"),  # each is made room for before the engine is asked
         ({"logit_bias": {str(2**64): 1}}, "logit_bias"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"n": 0}, "n"),
