@@ -27,13 +27,14 @@ _RECEIVED_AT = 128
 
 @dataclass(slots=True)
 class _Connection:
+    endpoint: bytes
     address: str
     counted_bytes: float = 0.0
     is_heard: bool = False
 
 
 class ConnectionCap:
-    """Fed with a socket's monitor events by the thread that owns it.
+    """Fed with a socket's monitor events, by one thread at a time.
 
     A message comes out of libzmq when its last frame is there: one that never ends would pile up. On Linux a connection
     that has sent more than `most_unread_bytes` since its last whole message is shut down; elsewhere the kernel does not
@@ -63,7 +64,7 @@ class ConnectionCap:
                 self._connections.pop(descriptor, None)
                 return
             address = str(connection.getpeername()[0])
-            self._connections[descriptor] = _Connection(address)
+            self._connections[descriptor] = _Connection(event["endpoint"], address)
             addresses = Counter(each.address for each in self._connections.values())
             if len(self._connections) > self._most or addresses[address] > self._most_per_address:
                 self.num_refused += 1
@@ -85,7 +86,7 @@ class ConnectionCap:
         self._looked_s = now_s
         for descriptor, connection in self._connections.items():
             with _borrowed(descriptor) as sock:
-                if sock is None:
+                if sock is None or not _is_at(sock, connection.endpoint):
                     continue
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
                 received = struct.unpack_from("=Q", info, _RECEIVED_AT)[0]

@@ -11,10 +11,11 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.codec import MAX_HEADER_BYTES, EdgeLimits, decode_data, encode
-from transport.connection_cap import LOOK_EVERY_S, MONITORED, ConnectionCap
+from transport.connection_cap import LOOK_EVERY_S, ConnectionCap
+from transport.connection_watch import ConnectionWatch
 from transport.curve import Guard, Prepare, descriptor_of, is_given, user_id
 from transport.endpoints import bind, is_tcp
-from transport.errors import BadMessage, NeighbourGone
+from transport.errors import BadMessage, ConfigError, NeighbourGone
 from transport.framing import FRAME_BYTES, MAX_FRAME_BYTES, cut, joined
 from transport.link import Received
 from transport.messages import PROTOCOL_VERSION, DataMessage, Hello
@@ -172,11 +173,6 @@ class ZmqReceiver:
         self._guard = guard if on_network else None
         self._most_bytes = MAX_HEADER_BYTES + limits.max_message_bytes
         self._most_frames = _PARTIAL_FRAMES + self._most_bytes // FRAME_BYTES
-        # What CURVE adds to frames is far below an eighth.
-        unread_bytes = self._most_bytes + self._most_bytes // 8
-        self._cap = ConnectionCap(
-            most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS, most_unread_bytes=unread_bytes
-        )
         self._peer: bytes | None = None
         self._peer_descriptor = -1
         self._peer_name = ""
@@ -190,14 +186,30 @@ class ZmqReceiver:
             self._guard.prepare(self._socket)
         if listener is not None:
             self._socket.setsockopt(zmq.USE_FD, listener)
-        self._monitor = self._socket.get_monitor_socket(MONITORED if on_network else zmq.EVENT_DISCONNECTED)
-        self.endpoint = bind(self._socket, endpoint)
+        self._watch: ConnectionWatch | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        if on_network:
+            # What CURVE adds to frames is far below an eighth.
+            unread_bytes = self._most_bytes + self._most_bytes // 8
+            cap = ConnectionCap(
+                most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS, most_unread_bytes=unread_bytes
+            )
+            self._watch = ConnectionWatch(context, self._socket, cap)
+            ends: Any = self._watch.fileno()
+        else:
+            ends = self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self.endpoint = bind(self._socket, endpoint)
+        except ConfigError:
+            self._end_watch()
+            raise
         self._wake = Wake()
         self._news: list[tuple[Any, int]] = [
             (self._socket, _POLL_IN),
-            (self._monitor, _POLL_IN),
+            (ends, _POLL_IN),
             (self._wake.fileno(), _POLL_IN),
         ]
+        self._ends = ends
 
     @property
     def is_connected(self) -> bool:
@@ -208,7 +220,7 @@ class ZmqReceiver:
         while True:
             remaining_s = deadline - time.monotonic()
             wait_s = min(remaining_s, _PROBE_INTERVAL_S) if self._probes_left else remaining_s
-            if self._guard is not None:
+            if self._watch is not None:
                 wait_s = min(wait_s, LOOK_EVERY_S)
             ready = zmq.zmq_poll(self._news, max(0, int(wait_s * 1000 + 0.999)))
             if not ready:
@@ -217,18 +229,18 @@ class ZmqReceiver:
             elif (first := ready[0][0]) is self._socket:  # in the order of `_news`: messages before bad news
                 received = self._take()
                 if received is not None:
-                    if self._guard is not None:
-                        self._cap.heard(self._peer_descriptor)
-                        self._cap.look(time.monotonic())
+                    if self._watch is not None:
+                        self._watch.heard(self._peer_descriptor)
+                        self._watch.look(time.monotonic())
                     return received
-            elif first is self._monitor:
-                self._note_connection()
+            elif first == self._ends:
+                self._note_end()
             else:
                 self._wake.clear()
                 return None
             now_s = time.monotonic()
-            if self._guard is not None:
-                self._cap.look(now_s)
+            if self._watch is not None:
+                self._watch.look(now_s)
             if now_s >= deadline:
                 return None
 
@@ -236,10 +248,17 @@ class ZmqReceiver:
         self._wake.set()
 
     def close(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(0)
+        self._end_watch()
         self._socket.close(0)
         self._wake.close()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        elif self._monitor is not None:
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+            self._monitor.close(0)
 
     def _take(self) -> Received | None:
         receive = self._socket.recv
@@ -276,16 +295,20 @@ class ZmqReceiver:
             self.num_refused += 1
             return
         self._peer, self._peer_name, self._peer_descriptor = peer, hello.sender, descriptor
+        if self._watch is not None:
+            self._watch.follow(descriptor)
 
-    def _note_connection(self) -> None:
-        event = parse_monitor_message(self._monitor.recv_multipart())
-        if self._guard is not None:
-            self._cap.note(event)
-            # Strangers come and go, and the peer must not get a question for each: it reads none of them.
-            if event["value"] != self._peer_descriptor:
-                return
-        # ROUTER does not say who went: ask for the peer. More than once, because this news can be ahead of ROUTER's.
-        if self._peer is not None and event["event"] == zmq.EVENT_DISCONNECTED:
+    def _note_end(self) -> None:
+        """The peer's connection has ended, or another one of this host: ROUTER does not say whose.
+
+        Strangers come and go, and the peer must not get a question for each: it reads none of them.
+        """
+        if self._watch is not None:
+            self._watch.clear()
+        elif self._monitor is not None:
+            self._monitor.recv_multipart()
+        # More than once, because this news can be ahead of ROUTER's.
+        if self._peer is not None:
             self._probes_left = _NUM_PROBES
             self._probe()
 
