@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import zmq
 
-from devices.device import Device, LeftOut
+from devices.device import Device
 from devices.interfaces import lan_address
-from planner.measured import PoolTimes
-from planner.plan import Plan
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
@@ -30,16 +28,15 @@ from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.plan_watch import BetterPlan, PlanWatch
-from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
-from potluck.pool import Pool, PoolHost, PoolWorker
-from potluck.profiling import pool_times_for, remember_deviation
+from potluck.pool import Pool, PoolWorker
+from potluck.pool_hosts import PoolHost
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
+from potluck.ring_loader import RingLoader
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from transport.endpoints import port_of
 from transport.errors import DeadlineExceeded, HostRevoked, NeighbourGone, NotRunning, PotluckError, RingDown
-from transport.messages import WeightsForm
 
 if TYPE_CHECKING:
     from potluck.network import Network
@@ -60,31 +57,25 @@ class Head:
         self._settings = settings
         self._progress = progress
         self._stack = ExitStack()
-        self._epoch = 0
-        self._local_names: list[str] = []
         self._devices: list[Device] = []
         self._next_address_s = 0.0
         self._joined: list[PoolWorker] = []
-        self._planned: set[bytes] = set()
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
         self._reporting = threading.Lock()
         self._here = this_host(settings)
         self.network: Network | None = None
         self.model = model
         self.state: State = "starting"
-        self.ring: Ring | None = None
-        self.watch: PlanWatch | None = None
         self._giver: PieceGiver | None = None
         self._share: ModelShare | None = None
         self._wants_replan = False
         self._wants_reload = False
         self._tried_again = False
-        self._weights: WeightsForm = "stored"
         self._next_look_s = 0.0
         self.endpoint: Endpoint
         self.opened: OpenedAccess
-        self.plan: Plan
         self._pool: Pool
+        self._loader: RingLoader | None = None
         self._node: Node
         self._run_dir: Path
 
@@ -105,6 +96,15 @@ class Head:
     @property
     def url(self) -> str:
         return self.endpoint.url
+
+    @property
+    def ring(self) -> Ring | None:
+        """The newest; None before the first plan."""
+        return self._loader.ring if self._loader is not None else None
+
+    @property
+    def watch(self) -> PlanWatch | None:
+        return self._loader.watch if self._loader is not None else None
 
     @property
     def lan(self) -> str | None:
@@ -128,7 +128,7 @@ class Head:
                     self.endpoint.mark_down(error)
                     self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
                     self._wants_reload = self._wants_reload or isinstance(error, HostRevoked)
-                case PoolWorker() as worker if worker.peer.identity not in self._planned:
+                case PoolWorker() as worker if self._loader is None or not self._loader.is_planned(worker):
                     self._joined.append(worker)
             self._pool.tell_members()
             if self._address_changed():
@@ -215,7 +215,19 @@ class Head:
         self._open_door()
         head_file.publish(self._facts())
         self._gather(devices)
-        self._bring_up()
+        self._loader = RingLoader(
+            self.model,
+            self._settings,
+            self._progress,
+            pool=self._pool,
+            endpoint=self.endpoint,
+            here=self._here,
+            run_dir=self._run_dir,
+            share=self._share,
+            first_devices=[device.name for device in devices],
+        )
+        self._loader.load()
+        self.state = "ready"
 
     def _new_node(self) -> Node:
         return Node(
@@ -237,6 +249,7 @@ class Head:
             address=self._here.address,
             lan=self.lan,
             pieces=self._pieces_endpoint() or None,
+            secret=self.endpoint.secret,
         )
 
     def _open_door(self) -> None:
@@ -252,92 +265,22 @@ class Head:
         """Start this host's workers and wait until they, and as many others as were asked for, have registered."""
         self._devices = devices
         self._node.start(devices)
-        names = self._local_names = [device.name for device in devices]
+        names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
         missing = self._settings.wait_for_devices - len(names)
         if missing > 0:
             self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
             self._pool.wait_for_devices(names, self._settings.wait_for_devices, _JOIN_TIMEOUT_S)
 
-    def _bring_up(self, times: PoolTimes | None = None) -> None:
-        """Plan with `times`, or with what is measured now, load every stage, and warm the ring up."""
-        self.state = "starting"
-        self._epoch += 1
-        # Whoever registers from here on may come too late for this plan.
-        self._planned = {worker.peer.identity for worker in self._pool.workers()}
-        unmeasured: tuple[LeftOut, ...] = ()
-        share = self._share
-        if share is not None and any(worker.is_remote for worker in self._pool.workers()):
-            share.offer(self._progress.say)
-        if times is None:
-            times, unmeasured = self._measured()
-        self.plan = plan_for(self.model, times, self._settings, weights=self._weights, left_out=unmeasured)
-        self.watch = PlanWatch(self.model, times, self.plan, self._settings)
-        self.ring = Ring(
-            self._pool,
-            self.model,
-            self.plan,
-            here=self._here,
-            run_dir=self._run_dir,
-            logs=logs_dir(),
-            epoch=self._epoch,
-            prefix_cache=self._settings.prefix_cache,
-            shared=share.for_stages if share is not None else lambda stages: {},
-        )
-        num_stages = len(self.plan.stages)
-        self._progress.say(f"Loading {self.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
-        self.ring.bring_up(self._progress.tick)
-        self._progress.say("Warming up")
-        client = self.endpoint.connect(self.ring.api_endpoint, self._pool.towards(self.ring.api_endpoint))
-        try:
-            client.wait_ready(_READY_TIMEOUT_S)
-        except PotluckError as error:
-            # A worker or the engine that died says more than the engine's client can.
-            raise self.ring.error or self.ring.engine_exit() or error from error
-        self.state = "ready"
-
     def _take_down_ring(self) -> None:
-        if self.ring is not None:
-            self.ring.take_down()
-
-    def _workers_in_order(self) -> list[PoolWorker]:
-        """This host's devices in the order they were asked for, then those that joined."""
-        order = {name: index for index, name in enumerate(self._local_names)}
-        return sorted(self._pool.workers(), key=lambda worker: order.get(worker.register.device, len(order)))
+        if self._loader is not None:
+            self._loader.take_down()
 
     def _next_event(self) -> PotluckError | PoolWorker | None:
         try:
             return self._events.get(timeout=0.5)
         except queue.Empty:
-            ring = self.ring
-            error = ring.engine_exit() if ring is not None else None
-            return error if error is not None and ring is not None and ring.mark_down(error) else None
-
-    def _measured(self) -> tuple[PoolTimes, tuple[LeftOut, ...]]:
-        """Times of all devices with this model, this host's first, in the order they were asked for. Chooses the form
-        of its weights first."""
-        workers = self._workers_in_order()
-        devices = [device_of(worker.register) for worker in workers]
-        self._weights = chosen_weights(
-            profile_of(self.model), devices, self._here.name, self._settings, self._progress.say
-        )
-        if self._settings.estimate:
-            return estimated_times(self.model, devices, self._here.name, self._weights), ()
-        times, unmeasured = pool_times_for(
-            self.model,
-            self._pool,
-            self._here,
-            run_dir=self._run_dir,
-            say=self._progress.say,
-            doing=self._progress.doing,
-            weights=self._weights,
-            fresh=self._settings.fresh,
-            in_turn=self._settings.measure_in_turn,
-            shared=self._share.for_worker if self._share is not None else lambda worker: None,
-        )
-        order = {worker.register.device: index for index, worker in enumerate(workers)}
-        in_order = sorted(times.devices, key=lambda one: order[one.device.name])
-        return replace(times, devices=tuple(in_order)), unmeasured
+            return self._loader.engine_exit() if self._loader is not None else None
 
     def _look(self) -> None:
         """Compare what the stages do with the plan."""
@@ -373,6 +316,8 @@ class Head:
         self._progress.say(f"This host's address is {self._here.address} now")
         if self.ring is not None:
             self._ring_lost(self.ring, RingDown("this host's address has changed", hint="try again in a moment"))
+        if self._loader is not None:
+            self._loader.here = self._here
         network.moved(self._here)
         share.moved(self._here)
         self._take_down_ring()
@@ -381,37 +326,37 @@ class Head:
         self._node = self._new_node()
         self._node.start(self._devices)
         try:
-            self._pool.wait_for_devices(self._local_names, 0, _REGISTER_TIMEOUT_S)
+            self._pool.wait_for_devices([device.name for device in self._devices], 0, _REGISTER_TIMEOUT_S)
         except PotluckError as error:
             self._events.put(error)
         self._wants_reload = True
 
     def _load_anew(self) -> None:
         """Load the ring over all devices by a new plan; nobody waits for an answer now."""
-        better = self.watch.better if self._wants_replan and self.watch is not None and not self._joined else None
-        if self.watch is not None:
-            for device, ratio in self.watch.off(time.time()).items():
-                remember_deviation(self.model, self._pool, device, ratio, self._weights)
+        loader = self._loader
+        assert loader is not None, "it is up"
+        better = loader.watch.better if self._wants_replan and loader.watch is not None and not self._joined else None
+        loader.remember_deviations()
         names = ", ".join(worker.register.device for worker in self._joined)
         self._joined.clear()
         why = "Loading the ring anew" if self._wants_reload else "Loading the ring by the better plan"
         self._wants_replan = self._wants_reload = False
         self._progress.say(f"{names} joined: loading the ring anew" if names else why)
         self.endpoint.disconnect()
-        if self.ring is not None:
-            self.ring.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
-        self._take_down_ring()
+        loader.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
+        loader.take_down()
+        self.state = "starting"
         try:
-            self._bring_up(better.times if better is not None else None)
+            loader.load(better.times if better is not None else None)
         except PotluckError as error:
-            if self.ring is not None:
-                self.ring.mark_down(error)
+            loader.mark_down(error)
             self._events.put(error)
             # Once more: a host that joined may have been busy, or another one may have left meanwhile.
             self._wants_reload = isinstance(error, RingDown | DeadlineExceeded) and not self._tried_again
             self._tried_again = self._wants_reload
             return
         self._tried_again = False
+        self.state = "ready"
         self._progress.say(f"Ready at {self.url}")
 
     def _on_fault(self, worker: PoolWorker, error: PotluckError) -> None:

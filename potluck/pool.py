@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import msgspec
 import zmq
 
 from potluck.lan import ThisHost
+from potluck.pool_hosts import PoolHost, PoolHosts, Roster
 from potluck.questions import Questions
 from transport.control import ControlServer, Peer
 from transport.curve import Guard, Prepare
 from transport.edges import Where
-from transport.endpoints import is_host_endpoint, local_endpoint, tcp_endpoint
+from transport.endpoints import is_host_endpoint, local_endpoint
 from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
 from transport.messages import (
     Arrive,
@@ -29,43 +27,13 @@ from transport.messages import (
     Load,
     Loaded,
     Loading,
-    Members,
     Reach,
-    Reached,
     Register,
     Stats,
     StatsRequest,
     Stop,
-    Welcome,
     WorkerFault,
 )
-
-_REACH_S = 5.0
-
-
-class Roster(Protocol):
-    """Who may be in the pool, by public key; a name is a host's alone."""
-
-    def admits(self, key: str) -> bool: ...
-
-    def name_of(self, key: str) -> str | None:
-        """None for a key that it does not admit."""
-
-    def keys(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolHost:
-    """Another host that has arrived, at `arrived_s` since 1970. Its workers register by themselves."""
-
-    peer: Peer
-    name: str
-    arrive: Arrive
-    arrived_s: float
-
-    @property
-    def key(self) -> str:
-        return self.peer.key
 
 
 @dataclass(slots=True)
@@ -111,13 +79,16 @@ class Pool:
         """`here` is the head's host. Hosts of the `roster` may come in at `control`, a TCP endpoint; `pool` is the id
         that they are told, `pieces` where this host gives them pieces of models."""
         self._here = here
-        self._pool = pool
-        self._pieces = pieces
         self._roster = roster
-        self._hosts: dict[bytes, PoolHost] = {}
-        self._told: tuple[str, ...] = ()
         self._edges = here.edges(context, run_dir)
         self.own_key = self._edges.key
+        self._hosts = PoolHosts(
+            own_key=self.own_key,
+            roster=roster,
+            pool=pool,
+            pieces=pieces,
+            send=lambda peer, message: self._server.send(peer, message),
+        )
         self._on_fault = on_fault
         self._on_joined = on_joined
         self._workers: dict[bytes, PoolWorker] = {}
@@ -154,13 +125,11 @@ class Pool:
 
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are there, by name."""
-        with self._changed:
-            found = [replace(host, name=self._name_now(host)) for host in self._hosts.values()]
-        return sorted(found, key=lambda host: host.name)
+        return self._hosts.all()
 
-    def _name_now(self, host: PoolHost) -> str:
-        """It may have been renamed since it arrived."""
-        return (self._roster.name_of(host.key) if self._roster is not None else None) or host.name
+    def tell_members(self) -> None:
+        """Tell the other hosts who may take pieces of models from them, if that has changed."""
+        self._hosts.tell_members()
 
     def workers(self) -> list[PoolWorker]:
         """In order of registration names, so that plans do not depend on who was first."""
@@ -297,10 +266,8 @@ class Pool:
         match message:
             case Register():
                 self._add(PoolWorker(peer=peer, is_remote=peer.key not in ("", self.own_key)))
-            case Arrive():
-                self._welcome(peer, message)
-            case Reach(port=port) if isinstance(peer.introduction, Arrive) and 0 < port < 65536:
-                threading.Thread(target=self._reach, args=(peer, peer.introduction.address, port), daemon=True).start()
+            case Arrive() | Reach():
+                self._hosts.hear(peer, message)
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
@@ -325,41 +292,6 @@ class Pool:
                     self._changed.notify_all()
             case _ if worker is not None:
                 self.questions.hear(message)
-
-    def _welcome(self, peer: Peer, arrive: Arrive) -> None:
-        name = self._roster.name_of(peer.key) if self._roster is not None else None
-        if self._roster is None or name is None:
-            return
-        if not is_host_endpoint(arrive.pieces):
-            arrive = msgspec.structs.replace(arrive, pieces="")  # Nobody is sent there.
-        with self._changed:
-            self._hosts[peer.identity] = PoolHost(peer=peer, name=name, arrive=arrive, arrived_s=time.time())
-            self._changed.notify_all()
-        self._told = (self.own_key, *self._roster.keys())
-        welcome = Welcome(name=name, pool=self._pool, members=self._told, pieces=self._pieces(), clock_s=time.time())
-        self._server.send(peer, welcome)
-        self.tell_members(anew=True)
-
-    def _reach(self, peer: Peer, address: str, port: int) -> None:
-        """Try to connect to a host that asked for it, at the address that it says is its own."""
-        problem = ""
-        try:
-            if not is_host_endpoint(tcp_endpoint(address, port)):
-                raise OSError(f"{address!r} is no address")
-            socket.create_connection((address, port), _REACH_S).close()
-        except OSError as error:
-            problem = error.strerror or str(error) or "no answer in time"
-        self._server.send(peer, Reached(port, problem))
-
-    def tell_members(self, *, anew: bool = False) -> None:
-        """Tell the other hosts who may take pieces of models from them, if that has changed (or `anew`)."""
-        if self._roster is None:
-            return
-        members = (self.own_key, *self._roster.keys())
-        if anew or members != self._told:
-            self._told = members
-            for host in self.hosts():
-                self._server.send(host.peer, Members(members))
 
     def _add(self, worker: PoolWorker) -> None:
         reason = self._why_not(worker)
@@ -387,10 +319,8 @@ class Pool:
     def _on_lost(self, peer: Peer) -> None:
         with self._changed:
             worker = self._workers.pop(peer.identity, None)
-            host = self._hosts.pop(peer.identity, None)
             self._changed.notify_all()
-        if host is not None:
-            self.tell_members()
+        self._hosts.lose(peer)
         if worker is None:
             return
         if worker.is_remote and self._roster is not None and self._roster.name_of(peer.key) is None:

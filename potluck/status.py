@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from planner.plan import Plan, StagePlan
     from potluck.head import Head
     from potluck.plan_watch import BetterPlan
-    from potluck.pool import PoolHost, PoolWorker
+    from potluck.pool import PoolWorker
+    from potluck.pool_hosts import PoolHost
     from potluck.ring import Ring, RingStage
 
 

@@ -1,0 +1,154 @@
+"""From a pool's devices to a ring that serves: measure, plan, load, warm up. Again whenever the pool has changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from devices.device import LeftOut
+from planner.measured import PoolTimes
+from potluck.config import Settings
+from potluck.endpoint import Endpoint
+from potluck.lan import ThisHost
+from potluck.model_share import ModelShare
+from potluck.paths import logs_dir
+from potluck.plan_watch import PlanWatch
+from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
+from potluck.pool import Pool, PoolWorker
+from potluck.profiling import pool_times_for, remember_deviation
+from potluck.progress import HeadProgress
+from potluck.ring import Ring
+from potluck.store import StoredModel
+from transport.errors import PotluckError
+from transport.messages import WeightsForm
+
+_READY_TIMEOUT_S = 300.0
+
+
+class RingLoader:
+    """One model's rings, one after the other. `ring` is the newest, `watch` compares it with its plan; both are None
+    before the first plan. `here` is the head's host, also after it has moved."""
+
+    def __init__(
+        self,
+        model: StoredModel,
+        settings: Settings,
+        progress: HeadProgress,
+        *,
+        pool: Pool,
+        endpoint: Endpoint,
+        here: ThisHost,
+        run_dir: Path,
+        share: ModelShare | None,
+        first_devices: Sequence[str],
+    ) -> None:
+        """`first_devices` are the names of this host's, in the order they were asked for; `share` gives the model to
+        other hosts."""
+        self._model = model
+        self._settings = settings
+        self._progress = progress
+        self._pool = pool
+        self._endpoint = endpoint
+        self._run_dir = run_dir
+        self._share = share
+        self._first_devices = {name: index for index, name in enumerate(first_devices)}
+        self._epoch = 0
+        self._planned: set[bytes] = set()
+        self._weights: WeightsForm = "stored"
+        self.here = here
+        self.ring: Ring | None = None
+        self.watch: PlanWatch | None = None
+
+    def load(self, times: PoolTimes | None = None) -> None:
+        """Plan with `times`, or with what is measured now, load every stage, and warm the ring up.
+
+        Raises PotluckError; the ring that failed is then `ring`, if it had come so far.
+        """
+        self._epoch += 1
+        # Whoever registers from here on may come too late for this plan.
+        self._planned = {worker.peer.identity for worker in self._pool.workers()}
+        unmeasured: tuple[LeftOut, ...] = ()
+        share = self._share
+        if share is not None and any(worker.is_remote for worker in self._pool.workers()):
+            share.offer(self._progress.say)
+        if times is None:
+            times, unmeasured = self._measured()
+        plan = plan_for(self._model, times, self._settings, weights=self._weights, left_out=unmeasured)
+        self.watch = PlanWatch(self._model, times, plan, self._settings)
+        self.ring = Ring(
+            self._pool,
+            self._model,
+            plan,
+            here=self.here,
+            run_dir=self._run_dir,
+            logs=logs_dir(),
+            epoch=self._epoch,
+            prefix_cache=self._settings.prefix_cache,
+            shared=share.for_stages if share is not None else lambda stages: {},
+        )
+        num_stages = len(plan.stages)
+        self._progress.say(f"Loading {self._model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
+        self.ring.bring_up(self._progress.tick)
+        self._progress.say("Warming up")
+        client = self._endpoint.connect(self.ring.api_endpoint, self._pool.towards(self.ring.api_endpoint))
+        try:
+            client.wait_ready(_READY_TIMEOUT_S)
+        except PotluckError as error:
+            # A worker or the engine that died says more than the engine's client can.
+            raise self.ring.error or self.ring.engine_exit() or error from error
+
+    def is_planned(self, worker: PoolWorker) -> bool:
+        """Whether the newest plan was made with that worker in the pool."""
+        return worker.peer.identity in self._planned
+
+    def remember_deviations(self) -> None:
+        """How far stages are off their plan counts in the next one."""
+        if self.watch is not None:
+            for device, ratio in self.watch.off(time.time()).items():
+                remember_deviation(self._model, self._pool, device, ratio, self._weights)
+
+    def engine_exit(self) -> PotluckError | None:
+        """Why the ring's engine is gone, if that is news."""
+        error = self.ring.engine_exit() if self.ring is not None else None
+        return error if error is not None and self.mark_down(error) else None
+
+    def mark_down(self, error: PotluckError) -> bool:
+        """Remember why the ring can't serve, if there is one; True if that is news."""
+        return self.ring is not None and self.ring.mark_down(error)
+
+    def take_down(self) -> None:
+        if self.ring is not None:
+            self.ring.take_down()
+
+    def _workers_in_order(self) -> list[PoolWorker]:
+        """This host's devices in the order they were asked for, then those that joined."""
+        last = len(self._first_devices)
+        return sorted(self._pool.workers(), key=lambda worker: self._first_devices.get(worker.register.device, last))
+
+    def _measured(self) -> tuple[PoolTimes, tuple[LeftOut, ...]]:
+        """Times of all devices with this model, this host's first, in the order they were asked for. Chooses the form
+        of its weights first."""
+        workers = self._workers_in_order()
+        devices = [device_of(worker.register) for worker in workers]
+        self._weights = chosen_weights(
+            profile_of(self._model), devices, self.here.name, self._settings, self._progress.say
+        )
+        if self._settings.estimate:
+            return estimated_times(self._model, devices, self.here.name, self._weights), ()
+        times, unmeasured = pool_times_for(
+            self._model,
+            self._pool,
+            self.here,
+            run_dir=self._run_dir,
+            say=self._progress.say,
+            doing=self._progress.doing,
+            weights=self._weights,
+            fresh=self._settings.fresh,
+            in_turn=self._settings.measure_in_turn,
+            shared=self._share.for_worker if self._share is not None else lambda worker: None,
+        )
+        order = {worker.register.device: index for index, worker in enumerate(workers)}
+        in_order = sorted(times.devices, key=lambda one: order[one.device.name])
+        return replace(times, devices=tuple(in_order)), unmeasured
