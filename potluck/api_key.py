@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from potluck.head_file import running_head
+from potluck.head_file import HeadFacts, running_head
 from potluck.paths import home_dir
 from transport.errors import ConfigError, NotRunning
 
@@ -20,6 +20,7 @@ _KEY = re.compile(re.escape(PREFIX) + r"[A-Za-z0-9_-]{43}")
 _BITS = 256
 _HINT = "make a new one: potluck key --new"
 _LOOK_EVERY_S = 0.5
+SECRET_HEADER = "X-Potluck-Secret"
 
 
 def key_file() -> Path:
@@ -71,9 +72,14 @@ def make_key() -> str:
 
 
 def head_headers() -> dict[str, str]:
-    """What a command of this user sends to the head of this host. Raises ConfigError."""
+    """What this user's programs send to the head of this host to be answered. Raises ConfigError."""
     key = read_key()
     return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def command_headers(head: HeadFacts) -> dict[str, str]:
+    """What this user's commands send to the head of this host to be obeyed. Raises ConfigError."""
+    return {**head_headers(), SECRET_HEADER: head.secret}
 
 
 def key_at(url: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from potluck.api_key import head_headers
+from potluck.api_key import command_headers, head_headers
 from potluck.head_file import HeadFacts
 from transport.errors import DeadlineExceeded, NotRunning, PotluckError, RingDown, error_from_code
 
@@ -39,7 +39,7 @@ def call(head: HeadFacts, method: str, path: str, answer: type[T]) -> T:
             method,
             f"{head.url}{path}",
             json={} if method == "POST" else None,
-            headers=head_headers(),
+            headers=command_headers(head),
             timeout=_CALL_TIMEOUT_S,
             trust_env=False,
         )

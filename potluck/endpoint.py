@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import secrets
 import socket
 import sys
 import threading
@@ -105,6 +106,8 @@ class Endpoint:
         access: Access | None = None,
     ) -> None:
         """`access` None: for this host alone, without a key."""
+        # What the head's own commands show, to be told from everybody else who may ask.
+        self.secret = secrets.token_urlsafe(32)
         self._context = context
         self._listener = listener
         self._access = access or Access(port=listener.getsockname()[1])
@@ -123,7 +126,7 @@ class Endpoint:
         """Serve from now on; requests are refused with a reason until an engine is connected."""
         _allow_connections()
         app = create_app(self._engine, model=self._model)
-        app.router.routes.extend(head_routes(head))
+        app.router.routes.extend(head_routes(head, self.secret))
         self._server = server_for(app, self._access)
         self._thread = threading.Thread(target=self._serve, args=(self._server,), name="http", daemon=True)
         self._thread.start()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from potluck.api_key import head_headers
+from potluck.api_key import command_headers
 from potluck.head_file import HeadFacts, running_head
 from transport.errors import NotRunning, error_from_code
 
@@ -39,7 +39,7 @@ def _ask(method: str, path: str, body: dict[str, Any] | None, answer: type[Answe
     head = running_head()
     try:
         response = httpx.request(
-            method, f"{head.url}{path}", json=body, headers=head_headers(), timeout=timeout_s, trust_env=False
+            method, f"{head.url}{path}", json=body, headers=command_headers(head), timeout=timeout_s, trust_env=False
         )
         if response.is_success:
             return msgspec.json.decode(response.content, type=answer)

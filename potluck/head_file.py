@@ -21,7 +21,7 @@ class HeadFacts(Struct, frozen=True, kw_only=True):
     """What another process of this user needs to reach the head.
 
     `control` is for this host, `lan` ("ADDRESS:PORT") and `pieces` (an endpoint) for others; `host` and `address` are
-    this host's in the pool.
+    this host's in the pool. `secret` is what this user's commands show the head.
     """
 
     pid: int
@@ -32,6 +32,7 @@ class HeadFacts(Struct, frozen=True, kw_only=True):
     address: str | None = None
     lan: str | None = None
     pieces: str | None = None
+    secret: str = ""
 
 
 def _file() -> Path:

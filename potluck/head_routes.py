@@ -1,23 +1,30 @@
-"""What the head's own commands ask it: its status, a better plan, an invite, and whether a host may come in."""
+"""What the head's own commands ask it: its status, a better plan, an invite, and whether a host may come in.
+
+Whoever may chat may see the status. The rest is for the head's own user: being given the API key, or an account on the
+head's computer, lets nobody decide who is in the pool. What shows it is the secret in the head's file.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 from typing import Any, Protocol
 
 import msgspec
 from msgspec import Struct
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from devices.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S
+from potluck.api_key import SECRET_HEADER
 from potluck.http.errors import ApiError
 from potluck.plan_watch import BetterPlan
 from potluck.status import StatusReport, better_report
-from transport.errors import PotluckError
+from transport.errors import NotAllowed, PotluckError
 
 _MAX_BODY_BYTES = 4096
+_BODY_WITHIN_S = 5.0
 
 
 class HeadControl(Protocol):
@@ -39,14 +46,25 @@ class Approval(Struct, frozen=True, forbid_unknown_fields=True):
     allow: bool
 
 
-def head_routes(head: HeadControl) -> list[Route]:
+def head_routes(head: HeadControl, secret: str) -> list[Route]:
+    """`secret` is what requests have to show that change something."""
+
+    def check(request: Request) -> None:
+        shown = request.headers.get(SECRET_HEADER, "")
+        if not hmac.compare_digest(shown.encode(), secret.encode()):
+            raise ApiError.of(
+                NotAllowed("only the user who runs the head may do this", hint="use that user's potluck command")
+            )
+
     async def status(request: Request) -> Response:
         return _json(await asyncio.to_thread(head.report))
 
     async def replan(request: Request) -> Response:
+        check(request)
         return _json({"better_plan": better_report(head.request_replan())})
 
     async def invite(request: Request) -> Response:
+        check(request)
         try:
             made, code = await asyncio.to_thread(head.invite)
         except PotluckError as error:
@@ -61,6 +79,7 @@ def head_routes(head: HeadControl) -> list[Route]:
         )
 
     async def approve(request: Request) -> Response:
+        check(request)
         asked = await _body(request)
         try:
             return _json({"name": head.answer(asked.name, asked.allow)})
@@ -77,10 +96,14 @@ def head_routes(head: HeadControl) -> list[Route]:
 
 async def _body(request: Request) -> Approval:
     data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > _MAX_BODY_BYTES:
-            raise ApiError(413, f"more than {_MAX_BODY_BYTES} bytes", code="too_large")
+    try:
+        async with asyncio.timeout(_BODY_WITHIN_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > _MAX_BODY_BYTES:
+                    raise ApiError(413, f"more than {_MAX_BODY_BYTES} bytes", code="body_too_large")
+    except (TimeoutError, ClientDisconnect):
+        raise ApiError(408, f"the request's body did not come within {_BODY_WITHIN_S:.0f} s") from None
     try:
         return msgspec.json.decode(data, type=Approval)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
