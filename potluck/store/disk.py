@@ -12,8 +12,8 @@ from transport.errors import NoSpace, PotluckError
 
 # Room for the index, the tokenizer and the file system's own book-keeping.
 MARGIN_BYTES = 32 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 def require_space(folder: Path, need_bytes: int, what: str, *, setting: str = "POTLUCK_HOME") -> None:
@@ -29,7 +29,7 @@ def translated_write_errors(folder: Path, what: str, *, setting: str = "POTLUCK_
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise _no_space(folder, f"the disk filled up while writing {what}", _free_bytes(folder), setting) from error
         if error.errno in _REFUSED:
             raise PotluckError(

@@ -69,7 +69,8 @@ class Fetcher:
         """What of a file that is not in its place has yet to come: less what an earlier pull has left; nothing if
         another model's file can be linked."""
         folder = next(path for path in (self._place.folder, *self._place.folder.parents) if path.exists())
-        if any(path.stat().st_dev == folder.stat().st_dev for path in self._candidates(file)):
+        device = folder.stat().st_dev
+        if any((found := _status(path)) is not None and found.st_dev == device for path in self._candidates(file)):
             return 0
         return file.num_bytes - here_bytes(self._place.partial(file), file.num_bytes, self._segment_bytes)
 
@@ -117,8 +118,9 @@ class Fetcher:
         """Files on this host that should be the same."""
         if file.sha256 is None:
             return []
-        copies = [path for path in self._supply.copies(file.sha256) if path.stat().st_size == file.num_bytes]
-        return [*self._place.find_elsewhere(file), *copies]
+        copies = [(path, _status(path)) for path in self._supply.copies(file.sha256)]
+        same = [path for path, found in copies if found is not None and found.st_size == file.num_bytes]
+        return [*self._place.find_elsewhere(file), *same]
 
     def _copied(self, file: HubFile) -> Path | None:
         """From another repository of the cache or another model of the store: linked if that can be, and checked."""
@@ -180,6 +182,14 @@ class Fetcher:
                 if file.num_bytes > _BLOCK_BYTES:
                     self._tell(PullProgress(stage="verify", done=done, total=file.num_bytes))
         return digest.hexdigest() == file.checksum
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None for what another process has removed meanwhile."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _holds(peers: PeerFiles, sha256: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from potluck.store.disk import require_space
+from potluck.store.disk import require_space, translated_write_errors
 from potluck.store.fetch import Fetcher
 from potluck.store.hub_cache import CachedRepository
 from potluck.store.hub_files import Hub, HubFile, Listing
@@ -39,7 +39,12 @@ def fetch_snapshot(source: HubSource, downloads: Path, supply: Supply, progress:
         ) as fetcher,
     ):
         pull = _Pull(source=source, hub=hub, listing=listing, place=place, fetcher=fetcher, progress=progress)
-        path = pull.whole_folder(downloads / listing.commit) if source.file is None else pull.one_file(source.file)
+        if source.file is not None:
+            path = pull.one_file(source.file)
+        else:
+            aside = downloads / listing.commit
+            with translated_write_errors(aside, f"what {source.text} is"):
+                path = pull.whole_folder(aside)
     place.note_revision(source.revision)
     return path
 
@@ -50,9 +55,10 @@ def delete_snapshot(path: Path) -> None:
     from huggingface_hub.errors import CacheNotFound
 
     parts = path.parts
-    if "snapshots" not in parts[:-1]:
+    found = [at for at, part in enumerate(parts[:-1]) if part == "snapshots" and parts[at - 1].startswith("models--")]
+    if not found:
         return
-    snapshots = parts.index("snapshots")
+    snapshots = found[-1]
     repository = Path(*parts[:snapshots]).resolve()
     try:
         scanned = scan_cache_dir(repository.parent)

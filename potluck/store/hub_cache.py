@@ -6,11 +6,13 @@ Layout, meant for any program: the page "Local cache" of the hub's documentation
 
 from __future__ import annotations
 
-import contextlib
 import os
+import secrets
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from potluck.store.disk import FULL, translated_write_errors
 from potluck.store.hub_files import HubFile
 
 
@@ -67,26 +69,34 @@ class CachedRepository:
         path = self.folder / "refs" / revision
         if path.is_file() and path.read_text() == self.commit:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        new.write_text(self.commit)
-        new.replace(path)
+        with self._translated(f"refs/{revision}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f"{path.name}.{os.getpid()}.new")
+            new.write_text(self.commit)
+            new.replace(path)
 
     def _blob(self, file: HubFile) -> Path:
         return self.folder / "blobs" / file.checksum
 
     def _link(self, file: HubFile) -> Path:
-        path = self.snapshot / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        blob = self._blob(file)
-        try:
-            path.symlink_to(os.path.relpath(blob, path.parent))
-        except OSError:
-            # As the hub's client does where links are not allowed (Windows): the snapshot has the file itself.
-            blob.replace(path)
+        path, blob = self.snapshot / file.name, self._blob(file)
+        with self._translated(file.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Put in place at once: another process may be doing the same.
+            new = path.with_name(f".{secrets.token_hex(4)}.incomplete")
+            try:
+                new.symlink_to(os.path.relpath(blob, path.parent))
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                # As the hub's client does where links are not allowed (Windows): the snapshot has the file itself.
+                blob.replace(path)
+                return path
+            new.replace(path)
         return path
+
+    def _translated(self, name: str) -> AbstractContextManager[None]:
+        return translated_write_errors(self.cache, f"{self.repository}: {name}", setting="HF_HOME")
 
 
 def _is_whole(path: Path, file: HubFile) -> bool:

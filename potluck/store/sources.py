@@ -11,7 +11,9 @@ from transport.errors import BadRequest, ModelNotFound
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(rf"{_SEGMENT}(/{_SEGMENT})?")
 _PYPI = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,95}))==([A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})")
-_HUB = re.compile(rf"({_SEGMENT}/{_SEGMENT})(?:/([A-Za-z0-9._/-]+\.gguf))?(?:@([A-Za-z0-9._/-]+))?")
+# Of a file's path or a branch's name. Joined to a folder, it stays below it.
+_STEP = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
+_HUB = re.compile(rf"({_SEGMENT}/{_SEGMENT})(?:/((?:{_STEP}/)*{_STEP}\.gguf))?(?:@({_STEP}(?:/{_STEP})*))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
