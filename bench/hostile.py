@@ -33,8 +33,9 @@ from potluck.paths import home_dir
 from transport.control import ControlClient
 from transport.curve import Curve, KeyPair, new_key_pair
 from transport.errors import PotluckError
-from transport.messages import PROTOCOL_VERSION, Arrive, PiecePeer, Welcome
+from transport.messages import PROTOCOL_VERSION
 from transport.pieces.speed import link_speed
+from transport.pool_messages import Arrive, PiecePeer, Welcome
 
 THIRD_ADDRESS = "127.0.0.3"
 MIB = 2**20

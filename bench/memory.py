@@ -22,7 +22,8 @@ from potluck.lan import ThisHost
 from potluck.node import Node
 from potluck.pool import Pool, PoolWorker
 from shard.open import open_checkpoint
-from transport.messages import Fence, Load
+from transport.control_messages import Load
+from transport.messages import Fence
 
 _BASE = LlamaShape(hidden=2048, intermediate=5632, layers=6, heads=16, kv_heads=8, vocab=8192)
 _NOTHING = LlamaShape(hidden=64, intermediate=64, layers=3, heads=4, kv_heads=2, vocab=64)

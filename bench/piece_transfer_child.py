@@ -16,13 +16,13 @@ import zmq
 from bench.piece_bare import bare_give, bare_take
 from transport.curve import Curve, new_key_pair
 from transport.endpoints import tcp_endpoint
-from transport.messages import PieceHint, PiecePeer
 from transport.pieces.fetcher import fetch
 from transport.pieces.piece import Piece, PieceList
 from transport.pieces.piece_source import FolderSource, Stamp, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.speed import link_speed
 from transport.pieces.store import PieceStore
+from transport.pool_messages import PieceHint, PiecePeer
 
 MODEL_FILE = "model"
 LIST_FILE = "list.json"

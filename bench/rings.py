@@ -30,9 +30,10 @@ from shard.serve import StageServer
 from shard.spec import ModelSpec
 from shard.stage import ShardSpec
 from transport.codec import EdgeLimits
+from transport.control_messages import Connect, Load
 from transport.link import Received, Receiver, Sender
 from transport.memory_link import memory_link
-from transport.messages import Connect, DataMessage, DType, Fence, Load, Sampled, Sampling, Tokens
+from transport.messages import DataMessage, DType, Fence, Sampled, Sampling, Tokens
 from transport.requests import Delta, EngineDown, EngineEvent, EngineReady, Finished, RequestFailed, Submit
 from transport.zmq_link import ZmqReceiver, ZmqSender
 

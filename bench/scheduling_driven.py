@@ -17,21 +17,9 @@ from planner.plan import Plan
 from potluck.pool import PoolWorker
 from potluck.store import StoredModel
 from transport.codec import EdgeLimits
+from transport.control_messages import Connect, Load
 from transport.edges import Where
-from transport.messages import (
-    Connect,
-    Entry,
-    Failed,
-    Fence,
-    Load,
-    Op,
-    Open,
-    Release,
-    Sampled,
-    Sampling,
-    SequenceId,
-    Tokens,
-)
+from transport.messages import Entry, Failed, Fence, Op, Open, Release, Sampled, Sampling, SequenceId, Tokens
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 _STEP_WITHIN_S = 300.0

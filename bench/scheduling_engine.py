@@ -19,8 +19,9 @@ from planner.plan import Plan
 from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.ring import Ring
 from potluck.store import StoredModel
+from transport.control_messages import Stats
 from transport.curve import Prepare
-from transport.messages import Sampling, Stats
+from transport.messages import Sampling
 from transport.requests import (
     Aborted,
     Cancel,

@@ -21,8 +21,8 @@ from potluck.planning import device_of, estimated_times, plan_for
 from potluck.pool import Pool, PoolWorker
 from potluck.profiling import pool_times_for
 from potluck.store import StoredModel
+from transport.control_messages import Stats
 from transport.endpoints import port_of
-from transport.messages import Stats
 
 if TYPE_CHECKING:
     from potluck.network import Network

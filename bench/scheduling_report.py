@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from bench.stage_report import Round, Target, ratio
-from transport.messages import Stats
+from transport.control_messages import Stats
 
 STREAMS = (2, 4, 8)
 PEER_STREAMS = (1, 2, 4)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from planner.measured import DeviceTimes, Grid, LayerTimes
-from transport.messages import DecodeBucket, Stats
+from transport.control_messages import DecodeBucket, Stats
 
 OFF = 0.25
 """A stage is off if it takes this much more or less than predicted."""

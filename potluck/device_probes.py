@@ -17,16 +17,9 @@ from shard.profile.process import SILENCE_S, ProfileProcess
 from shard.profile.report import ProfileReport, decode_report
 from shard.profile.settings import BUDGET_S, ProfileSettings
 from transport.errors import PotluckError, StageFailed
-from transport.messages import (
-    EndProfile,
-    MeasureQuestion,
-    Profile,
-    Profiled,
-    SharedModel,
-    Steady,
-    SteadyTime,
-    WeightsForm,
-)
+from transport.measure_messages import EndProfile, MeasureQuestion, Profile, Profiled, Steady, SteadyTime
+from transport.messages import WeightsForm
+from transport.pool_messages import SharedModel
 
 Doing = Callable[[str, str], None]
 """Called with a device's name and what is being measured of it."""

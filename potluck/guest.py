@@ -11,9 +11,11 @@ import zmq
 
 from devices.interfaces import lan_interfaces
 from transport.control import ControlClient
+from transport.control_messages import ControlMessage, Stop
 from transport.curve import Curve
 from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, VersionMismatch
-from transport.messages import PROTOCOL_VERSION, Arrive, ControlMessage, Members, Reach, Reached, Stop, Welcome
+from transport.messages import PROTOCOL_VERSION
+from transport.pool_messages import Arrive, Members, Reach, Reached, Welcome
 
 _WELCOME_S = 15.0
 

@@ -15,8 +15,7 @@ from potluck.pool import Pool, PoolWorker
 from transport.edges import Edges, Where
 from transport.errors import PotluckError, StageFailed
 from transport.link_probe import LinkEnd, LinkFigures, figures
-from transport.messages import (
-    Fence,
+from transport.measure_messages import (
     LinkListen,
     LinkListening,
     LinkProbe,
@@ -25,6 +24,7 @@ from transport.messages import (
     MeasureAnswer,
     MeasureQuestion,
 )
+from transport.messages import Fence
 
 _SILENCE_S = 60.0
 _LARGE_LOCAL = 17

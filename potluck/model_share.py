@@ -17,11 +17,11 @@ from shard.needed_pieces import stage_pieces
 from shard.shared_model import OfferedModel, offer_model
 from transport.curve import Admits, Curve
 from transport.endpoints import port_of, tcp_endpoint
-from transport.messages import PiecePeer, SharedModel
 from transport.pieces.piece_source import FolderSource, PieceSource, Stamp, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.sources import share_hints
 from transport.pieces.store import PieceStore
+from transport.pool_messages import PiecePeer, SharedModel
 
 _IO_THREADS = 2
 

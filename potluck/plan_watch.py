@@ -13,8 +13,8 @@ from potluck.calibration import Deviation, Observed, Predict, corrected, observe
 from potluck.config import Settings
 from potluck.planning import plan_with, profile_of, workload_of
 from potluck.store import StoredModel
+from transport.control_messages import Stats
 from transport.errors import PotluckError
-from transport.messages import Stats
 
 _LEAST_GAIN = 1.05
 """A plan that gives less than this times what there is now is not worth loading the ring for."""

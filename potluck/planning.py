@@ -21,8 +21,9 @@ from potluck.store import StoredModel
 from potluck.store.facts import config_of
 from shard.stored_bytes import weights_on
 from shard.weight_blocks import Backend
+from transport.control_messages import Register
 from transport.errors import DoesNotFit
-from transport.messages import PROTOCOL_VERSION, DType, KVForm, Register, WeightsForm
+from transport.messages import PROTOCOL_VERSION, DType, KVForm, WeightsForm
 
 _FORM_OF: dict[str, WeightsForm] = {option: form for form, option in OPTION_OF.items()}
 _AUTO: tuple[WeightsForm, ...] = ("stored", "8-bit", "4-bit")

@@ -14,26 +14,25 @@ from potluck.lan import ThisHost
 from potluck.pool_hosts import PoolHost, PoolHosts, Roster
 from potluck.questions import Questions
 from transport.control import ControlServer, Peer
-from transport.curve import Guard, Prepare
-from transport.edges import Where
-from transport.endpoints import is_host_endpoint, local_endpoint
-from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
-from transport.messages import (
-    Arrive,
+from transport.control_messages import (
     Connect,
     ControlMessage,
-    Fence,
     Listening,
     Load,
     Loaded,
     Loading,
-    Reach,
     Register,
     Stats,
     StatsRequest,
     Stop,
     WorkerFault,
 )
+from transport.curve import Guard, Prepare
+from transport.edges import Where
+from transport.endpoints import is_host_endpoint, local_endpoint
+from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
+from transport.messages import Fence
+from transport.pool_messages import Arrive, Reach
 
 
 @dataclass(slots=True)

@@ -12,8 +12,9 @@ from typing import Protocol
 import msgspec
 
 from transport.control import Peer
+from transport.control_messages import ControlMessage
 from transport.endpoints import is_host_endpoint, tcp_endpoint
-from transport.messages import Arrive, ControlMessage, Members, Reach, Reached, Welcome
+from transport.pool_messages import Arrive, Members, Reach, Reached, Welcome
 
 _REACH_S = 5.0
 

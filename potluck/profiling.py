@@ -26,7 +26,8 @@ from potluck.profile_devices import DeviceMeasuring, device_key
 from potluck.store import StoredModel
 from transport.errors import ConfigError, PotluckError
 from transport.link_probe import LinkFigures
-from transport.messages import SharedModel, WeightsForm
+from transport.messages import WeightsForm
+from transport.pool_messages import SharedModel
 
 Say = Callable[[str], object]
 Found = tuple[PoolTimes, tuple[LeftOut, ...]]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from transport.control import Peer
+from transport.control_messages import ControlMessage
 from transport.errors import DeadlineExceeded, PotluckError, RingDown, error_from_code
-from transport.messages import ControlMessage, Doing, MeasureAnswer, MeasureFault, MeasureQuestion
+from transport.measure_messages import Doing, MeasureAnswer, MeasureFault, MeasureQuestion
 
 if TYPE_CHECKING:
     from potluck.pool import PoolWorker

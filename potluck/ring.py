@@ -16,10 +16,12 @@ from potluck.lan import ThisHost
 from potluck.pool import Pool, PoolWorker
 from potluck.processes import Child, stop_all
 from potluck.store import StoredModel
+from transport.control_messages import Connect, Load, Unload
 from transport.edges import Where
 from transport.endpoints import free_port, has_ipc, is_tcp, known_local_endpoint, tcp_endpoint
 from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
-from transport.messages import Connect, Fence, Load, SharedModel, Unload
+from transport.messages import Fence
+from transport.pool_messages import SharedModel
 
 MAX_STEP_TOKENS = 2048
 """A bound for what stages accept, more than the scheduler sends: a chunk of a prompt (`EngineLimits`) and decodes."""

@@ -14,11 +14,11 @@ import zmq
 from shard.model_fetch import ModelFetch
 from shard.profile.process import ProfileProcess
 from shard.profile.settings import ProfileSettings
+from transport.control_messages import ControlMessage, Register
 from transport.edges import Edges
 from transport.errors import PotluckError, StageFailed
 from transport.link_probe import LinkEnd
-from transport.messages import (
-    ControlMessage,
+from transport.measure_messages import (
     Doing,
     LinkListen,
     LinkListening,
@@ -28,7 +28,6 @@ from transport.messages import (
     MeasureQuestion,
     Profile,
     Profiled,
-    Register,
     Steady,
     SteadyTime,
 )

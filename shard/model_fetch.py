@@ -17,12 +17,12 @@ from shard.piece_list_wire import decode_piece_list
 from shard.shared_model import materialize
 from transport.edges import Edges
 from transport.errors import BadMessage
-from transport.messages import PiecePeer, SharedModel
 from transport.pieces.fetcher import FetchReport, ReportProgress, fetch
 from transport.pieces.leases import Lease
 from transport.pieces.piece import MAX_LIST_BYTES, Piece, PieceList
 from transport.pieces.store import PieceStore, is_digest
 from transport.pieces.whole import fetch_bytes
+from transport.pool_messages import PiecePeer, SharedModel
 
 Stop = Callable[[], bool]
 

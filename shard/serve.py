@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from shard.stage import ShardSpec, Stage, StageInput, StageOutput, TokenOutput
+from transport.control_messages import DecodeBucket
 from transport.errors import PotluckError, StageFailed
 from transport.link import Received, Receiver, Sender
-from transport.messages import DataMessage, DecodeBucket, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
+from transport.messages import DataMessage, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
 
 WIRE_NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -35,31 +35,27 @@ from shard.serve import StageServer
 from shard.stage import ShardBackend, ShardSpec
 from transport.codec import EdgeLimits
 from transport.control import ControlClient
+from transport.control_messages import (
+    Connect,
+    ControlMessage,
+    Listening,
+    Load,
+    Loaded,
+    Loading,
+    Register,
+    Stats,
+    StatsRequest,
+    Stop,
+    Unload,
+    WorkerFault,
+)
 from transport.curve import KeyPair
 from transport.edges import Edges
 from transport.errors import ConfigError, DeadlineExceeded, PotluckError, StageFailed
 from transport.key_file import read_keys
 from transport.lifeline import hold_lifeline
-from transport.messages import (
-    Connect,
-    ControlMessage,
-    EndProfile,
-    Fence,
-    LinkListen,
-    LinkProbe,
-    Listening,
-    Load,
-    Loaded,
-    Loading,
-    Profile,
-    Register,
-    Stats,
-    StatsRequest,
-    Steady,
-    Stop,
-    Unload,
-    WorkerFault,
-)
+from transport.measure_messages import EndProfile, LinkListen, LinkProbe, Profile, Steady
+from transport.messages import Fence
 from transport.pieces.fetcher import FetchReport
 from transport.zmq_link import ZmqReceiver, ZmqSender
 

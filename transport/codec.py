@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import msgspec
 
+from transport.control_messages import ControlMessage
 from transport.errors import BadMessage
 from transport.link import Received
 from transport.messages import (
     DTYPE_BYTES,
-    ControlMessage,
     DataMessage,
     DType,
     Entry,

@@ -14,10 +14,12 @@ from zmq.utils.monitor import parse_monitor_message
 from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
 from transport.connection_cap import MONITORED, ConnectionCap
+from transport.control_messages import Alive, ControlMessage, Register, Stop
 from transport.curve import Guard, Prepare, descriptor_of, is_given, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
-from transport.messages import PROTOCOL_VERSION, Alive, Arrive, ControlMessage, Register, Stop
+from transport.messages import PROTOCOL_VERSION
+from transport.pool_messages import Arrive
 from transport.wake import Wake
 from transport.zmq_link import set_options
 

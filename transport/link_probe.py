@@ -19,7 +19,8 @@ from transport.codec import EdgeLimits
 from transport.curve import Guard, Prepare
 from transport.errors import DeadlineExceeded, NeighbourGone
 from transport.link import Received
-from transport.messages import DTYPE_BYTES, Entry, Hidden, LinkProbed, LinkShape, SequenceId
+from transport.measure_messages import LinkProbed, LinkShape
+from transport.messages import DTYPE_BYTES, Entry, Hidden, SequenceId
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
 CONNECT_S = 10.0

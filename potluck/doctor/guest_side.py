@@ -26,7 +26,7 @@ from potluck.lan import ThisHost, this_host
 from transport.curve import Curve, KeyPair
 from transport.endpoints import tcp_endpoint
 from transport.errors import ConfigError, DeadlineExceeded, PotluckError
-from transport.messages import PiecePeer, Welcome
+from transport.pool_messages import PiecePeer, Welcome
 
 _WELCOME_S = 5.0
 _REACH_S = 6.0

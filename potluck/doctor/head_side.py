@@ -24,7 +24,7 @@ from potluck.paths import identity_dir, roster_file
 from potluck.status import HostReport, StatusReport
 from transport.endpoints import port_of
 from transport.errors import PotluckError
-from transport.messages import PiecePeer
+from transport.pool_messages import PiecePeer
 
 _STATUS_S = 4.0
 _HOSTS_S = 10.0

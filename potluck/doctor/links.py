@@ -7,8 +7,8 @@ import zmq
 from potluck.doctor.check import Check
 from transport.curve import Curve, KeyPair
 from transport.errors import DeadlineExceeded
-from transport.messages import PiecePeer
 from transport.pieces.speed import link_speed
+from transport.pool_messages import PiecePeer
 
 _SLOW_BYTES_PER_S = 20e6
 _LOAD_BYTES = 10e9

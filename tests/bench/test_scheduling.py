@@ -23,7 +23,7 @@ from bench.scheduling_report import (
 )
 from bench.stage_report import judged
 from tests.engine.fakes import VOCAB, ByteTokenizer
-from transport.messages import DecodeBucket, Stats
+from transport.control_messages import DecodeBucket, Stats
 
 LABS = Path(__file__).parents[2] / "bench" / "labs"
 

@@ -23,7 +23,7 @@ from potluck.head_search import find_again
 from tests.doctor.small_head import SmallHead
 from transport.curve import new_key_pair
 from transport.errors import ConfigError, DeadlineExceeded, NotRunning
-from transport.messages import Welcome
+from transport.pool_messages import Welcome
 
 SETTINGS = Settings(lan_host="127.0.0.1", discovery=False)
 POOL = KnownPool(pool="ab" * 16, key="k" * 40, name="alpha", my_name="beta", doors=("192.168.1.20:11501",))

@@ -12,7 +12,7 @@ from potluck.lan import ThisHost
 from potluck.model_share import PieceGiver
 from transport.curve import new_key_pair
 from transport.errors import NotAllowed
-from transport.messages import PiecePeer
+from transport.pool_messages import PiecePeer
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from potluck.http.chat_request import decode_chat_request
 from potluck.http.errors import ApiError
 from shard import gguf_header, safetensors_header
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
+from transport.control_messages import Listening, Register, Stop
 from transport.errors import BadCheckpoint, BadMessage, UnsupportedModel
 from transport.messages import (
     Entry,
@@ -25,16 +26,13 @@ from transport.messages import (
     Fence,
     Fork,
     Hidden,
-    Listening,
     Open,
-    Register,
     Release,
     Result,
     Sampled,
     SampledToken,
     Sampling,
     SequenceId,
-    Stop,
     Tokens,
 )
 

@@ -23,7 +23,8 @@ from potluck.calibration import (
 )
 from shard.serve import StageClock
 from tests.planner.pool import device
-from transport.messages import DecodeBucket, Entry, SequenceId, Stats
+from transport.control_messages import DecodeBucket, Stats
+from transport.messages import Entry, SequenceId
 
 DAY_S = 86400.0
 

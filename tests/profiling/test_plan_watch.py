@@ -13,7 +13,7 @@ from potluck.plan_watch import PlanWatch
 from potluck.planning import plan_for, profile_of
 from potluck.store import Store
 from tests.conftest import models_home
-from transport.messages import DecodeBucket, Stats
+from transport.control_messages import DecodeBucket, Stats
 
 
 def device(name: str, bandwidth: float) -> Device:

@@ -28,7 +28,8 @@ from tests.planner.pool import device
 from tests.shard.tiny import save_tiny
 from transport.errors import ConfigError, NeighbourGone, StageFailed
 from transport.key_file import read_keys, write_keys
-from transport.messages import LinkProbed, WeightsForm
+from transport.measure_messages import LinkProbed
+from transport.messages import WeightsForm
 
 from .made_up import MadeUpProbes, model, report
 

@@ -18,8 +18,10 @@ import zmq
 
 from transport.codec import EdgeLimits, encode
 from transport.control import ControlClient, ControlServer, Peer
+from transport.control_messages import ControlMessage, Register
 from transport.curve import Curve, KeyPair, new_key_pair
-from transport.messages import PROTOCOL_VERSION, ControlMessage, Doing, Fence, Hello, Register, Tokens
+from transport.measure_messages import Doing
+from transport.messages import PROTOCOL_VERSION, Fence, Hello, Tokens
 from transport.pieces.messages import Ask
 from transport.pieces.messages import encode as encode_request
 from transport.pieces.piece_source import Located

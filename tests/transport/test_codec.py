@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
+from transport.control_messages import Register
 from transport.errors import BadMessage
 from transport.messages import (
     Entry,
@@ -19,7 +20,6 @@ from transport.messages import (
     Hidden,
     Op,
     Open,
-    Register,
     Release,
     Result,
     Sampled,

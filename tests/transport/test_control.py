@@ -14,18 +14,12 @@ import zmq
 
 from transport import control
 from transport.control import ControlClient, ControlServer, Introduction, Peer
+from transport.control_messages import ControlMessage, Register, StatsRequest, Stop
 from transport.curve import Curve, Guard, KeyPair, new_key_pair
 from transport.errors import ConfigError
-from transport.messages import (
-    PROTOCOL_VERSION,
-    Arrive,
-    ControlMessage,
-    Doing,
-    Members,
-    Register,
-    StatsRequest,
-    Stop,
-)
+from transport.measure_messages import Doing
+from transport.messages import PROTOCOL_VERSION
+from transport.pool_messages import Arrive, Members
 
 WITHIN_S = 10.0
 REGISTER = Register(

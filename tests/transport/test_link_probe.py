@@ -18,7 +18,8 @@ from tests.transport.kept import edges_of, kept_context
 from transport import link_probe
 from transport.errors import DeadlineExceeded, NeighbourGone
 from transport.link_probe import LinkEnd, figures
-from transport.messages import Fence, LinkProbed, LinkShape
+from transport.measure_messages import LinkProbed, LinkShape
+from transport.messages import Fence
 
 SHAPE = LinkShape(fence=Fence("probe", 0, "probe"), hidden_size=576, dtype="bfloat16", num_large=4)
 

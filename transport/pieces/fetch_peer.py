@@ -11,7 +11,6 @@ import zmq
 
 from transport.curve import Curve
 from transport.errors import BadMessage, WrongBytes
-from transport.messages import PiecePeer
 from transport.pieces.disk_threads import DiskThreads
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.messages import Ask, Held, Holdings, Missing, Part, Refused
@@ -20,6 +19,7 @@ from transport.pieces.peer_line import PeerLine, Received
 from transport.pieces.piece import Piece
 from transport.pieces.store import PieceStore
 from transport.pieces.window import Window
+from transport.pool_messages import PiecePeer
 
 SILENT_AFTER_S = 5.0
 HOLDINGS_AGAIN_S = 0.5

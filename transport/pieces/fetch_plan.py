@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transport.messages import PieceHint
 from transport.pieces.messages import is_held
 from transport.pieces.piece import Piece
+from transport.pool_messages import PieceHint
 
 HINT_PATIENCE_S = 10.0
 """A hinted host that has got nothing new for so long, and gave nothing, is not waited for. At a third of 100 Mbit/s a

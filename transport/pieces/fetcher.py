@@ -13,12 +13,12 @@ import zmq
 from transport.awake import Awake
 from transport.curve import Curve
 from transport.errors import DownloadFailed
-from transport.messages import PieceHint, PiecePeer
 from transport.pieces.disk_threads import DiskThreads
 from transport.pieces.fetch_peer import FetchPeer, Shared
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.piece import MAX_PIECE_BYTES, Piece
 from transport.pieces.store import PieceStore
+from transport.pool_messages import PieceHint, PiecePeer
 
 log = logging.getLogger("potluck.pieces")
 

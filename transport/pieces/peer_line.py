@@ -11,9 +11,9 @@ from zmq.utils.monitor import parse_monitor_message
 from transport.curve import Curve
 from transport.endpoints import is_tcp
 from transport.errors import BadMessage
-from transport.messages import PiecePeer
 from transport.pieces.bulk_options import set_bulk_options
 from transport.pieces.messages import MAX_ANSWER_FRAME_BYTES, Answer, Request, decode_answer, encode
+from transport.pool_messages import PiecePeer
 
 _AUTH_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _FAILED = _AUTH_FAILED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from transport.messages import PieceHint
+from transport.pool_messages import PieceHint
 
 
 def share_hints(needs: Mapping[str, Sequence[int]], sizes: Sequence[int]) -> dict[str, tuple[PieceHint, ...]]:

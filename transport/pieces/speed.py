@@ -8,9 +8,9 @@ import zmq
 
 from transport.curve import Curve
 from transport.errors import BadMessage, DeadlineExceeded, NotAllowed
-from transport.messages import PiecePeer
 from transport.pieces.messages import MAX_SPEED_TEST_BYTES, Part, Refused, SpeedTest
 from transport.pieces.peer_line import PeerLine
+from transport.pool_messages import PiecePeer
 
 SPEED_TEST_BYTES = 8 * 2**20
 CONNECT_WITHIN_S = 5.0

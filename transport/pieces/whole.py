@@ -11,9 +11,9 @@ import zmq
 
 from transport.curve import Curve
 from transport.errors import BadMessage, DownloadFailed
-from transport.messages import PiecePeer
 from transport.pieces.messages import PART_BYTES, Ask, Missing, Part, Refused
 from transport.pieces.peer_line import PeerLine
+from transport.pool_messages import PiecePeer
 
 log = logging.getLogger("potluck.pieces")
 

@@ -14,12 +14,12 @@ from typing import Any
 import zmq
 
 from transport.curve import Curve, KeyPair, only
-from transport.messages import PiecePeer
 from transport.pieces.fetcher import fetch
 from transport.pieces.piece import Piece
 from transport.pieces.piece_source import StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
+from transport.pool_messages import PiecePeer
 
 
 def say(line: object) -> None:

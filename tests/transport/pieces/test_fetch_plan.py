@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from transport.messages import PieceHint
 from transport.pieces.fetch_plan import AWAY_PATIENCE_S, HINT_PATIENCE_S, IDLE_S, FetchPlan
 from transport.pieces.messages import bitmap_of
 from transport.pieces.piece import Piece
+from transport.pool_messages import PieceHint
 
 PIECES = {number: Piece(f"{number:064x}", 10) for number in range(6)}
 HEAD, A, B = "head", "a", "b"

@@ -21,7 +21,6 @@ import pytest
 from tests.transport.pieces.pool import Host, Model, Pool, digest_of
 from transport.curve import new_key_pair
 from transport.errors import DownloadFailed, NoSpace
-from transport.messages import PieceHint, PiecePeer
 from transport.pieces import fetch_peer, fetch_plan
 from transport.pieces.fetcher import MOST_UNWRITTEN_BYTES
 from transport.pieces.messages import PART_BYTES
@@ -31,6 +30,7 @@ from transport.pieces.sources import share_hints
 from transport.pieces.store import PieceStore
 from transport.pieces.whole import fetch_bytes
 from transport.pieces.window import MOST_BYTES
+from transport.pool_messages import PieceHint, PiecePeer
 
 SMALL = Model(3 * PART_BYTES + 5, 1, 1000, PART_BYTES, 2 * PART_BYTES)
 

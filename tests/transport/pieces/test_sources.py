@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transport.messages import PieceHint
 from transport.pieces.sources import share_hints
+from transport.pool_messages import PieceHint
 
 
 def taken_from_head(needs: dict[str, list[int]], hints: dict[str, tuple[PieceHint, ...]]) -> dict[str, list[int]]:

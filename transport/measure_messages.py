@@ -1,0 +1,107 @@
+"""Between the head and its workers before a ring is loaded: what is measured. An answer has its question's token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from transport.messages import DType, Fence, WeightsForm
+from transport.pool_messages import SharedModel
+
+
+class Profile(Struct, frozen=True, tag="profile", kw_only=True):
+    """Measure layers of a model (see `shard.profile`); answered by `Doing` now and then, and `Profiled`."""
+
+    token: int = 0
+    model_path: str
+    dtype: DType
+    budget_s: float
+    memory_bytes: int
+    weights: WeightsForm = "stored"
+    shared: SharedModel | None = None
+
+
+class Doing(Struct, frozen=True, tag="doing"):
+    """What is being measured now."""
+
+    token: int
+    what: str
+
+
+class Profiled(Struct, frozen=True, tag="profiled"):
+    """A ProfileReport in JSON. The layers stay loaded until `EndProfile`, or until something else is to be done."""
+
+    token: int
+    report: bytes
+
+
+class Steady(Struct, frozen=True, tag="steady", kw_only=True):
+    """Run the profiled layers over and over for `seconds`, while other devices do so too; answered by `SteadyTime`."""
+
+    token: int = 0
+    seconds: float
+
+
+class SteadyTime(Struct, frozen=True, tag="steady_time"):
+    token: int
+    step_s: float
+
+
+class EndProfile(Struct, frozen=True, tag="end_profile"):
+    """Free what the profile holds."""
+
+
+class LinkShape(Struct, frozen=True, kw_only=True):
+    """What crosses a link that is measured: hidden states as wide as the model's, `num_large` messages in a row."""
+
+    fence: Fence
+    hidden_size: int
+    dtype: DType
+    num_large: int
+
+
+class LinkListen(Struct, frozen=True, tag="link_listen", kw_only=True):
+    """Be one end of a link that is measured; answered by `LinkListening`. From the network only whoever has the key
+    `upstream` comes in."""
+
+    token: int = 0
+    listen: Literal["local", "network"]
+    shape: LinkShape
+    upstream: str = ""
+
+
+class LinkListening(Struct, frozen=True, tag="link_listening"):
+    token: int
+    endpoint: str
+
+
+class LinkProbe(Struct, frozen=True, tag="link_probe", kw_only=True):
+    """Both ends listen: exchange messages with the one at `next`. One of them leads; answered by `LinkProbed`."""
+
+    token: int = 0
+    next: str
+    leads: bool
+    key: str = ""
+
+
+class LinkProbed(Struct, frozen=True, tag="link_probed", kw_only=True):
+    """`bytes_per_s` came in. The one that leads has round trips, the other how long it held each message."""
+
+    token: int = 0
+    round_trips_s: tuple[float, ...]
+    held_s: tuple[float, ...]
+    bytes_per_s: float
+
+
+class MeasureFault(Struct, frozen=True, tag="measure_fault"):
+    """What was asked for could not be measured."""
+
+    token: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+MeasureQuestion = Profile | Steady | LinkListen | LinkProbe
+MeasureAnswer = Profiled | SteadyTime | LinkListening | LinkProbed | MeasureFault

@@ -1,0 +1,79 @@
+"""Messages between the head and another host's node, and what names a host that gives pieces of models.
+
+Keys are public CURVE keys in Z85, 40 characters.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class Arrive(Struct, frozen=True, tag="arrive", kw_only=True):
+    """A host says that it is there, before its workers register. `potluck` is the version of the package, `platform`
+    that of the system; `pieces` is where it gives pieces of models to members of the pool; `clock_s` is its time of
+    day, in seconds since 1970."""
+
+    version: int
+    potluck: str
+    platform: str
+    address: str
+    pieces: str
+    is_wifi: bool = False
+    clock_s: float = 0.0
+
+
+class Welcome(Struct, frozen=True, tag="welcome", kw_only=True):
+    """`name` is what the roster calls the host; `members` may take pieces from it; `pieces` and `clock_s` are the
+    head's."""
+
+    name: str
+    pool: str
+    members: tuple[str, ...]
+    pieces: str = ""
+    clock_s: float = 0.0
+
+
+class Reach(Struct, frozen=True, tag="reach"):
+    """A host asks the head to connect to `port` of the address that it arrived with, to see whether it can."""
+
+    port: int
+
+
+class Reached(Struct, frozen=True, tag="reached"):
+    """`problem` is empty if the head could."""
+
+    port: int
+    problem: str
+
+
+class Members(Struct, frozen=True, tag="members"):
+    """The pool's members have changed."""
+
+    members: tuple[str, ...]
+
+
+class PiecePeer(Struct, frozen=True, array_like=True):
+    """A host that gives pieces of models at `endpoint` and has the key `key`."""
+
+    name: str
+    endpoint: str
+    key: str
+
+
+class PieceHint(Struct, frozen=True, array_like=True):
+    """Pieces [first, last) of the model's list are best had from the host with the key `peer`: it is getting them from
+    the head now."""
+
+    peer: str
+    first: int
+    last: int
+
+
+class SharedModel(Struct, frozen=True, kw_only=True):
+    """A model that lies on other hosts. `digest` is the SHA-256 of its piece list; `peers` are asked for what is
+    missing, the head last."""
+
+    name: str
+    digest: str
+    peers: tuple[PiecePeer, ...]
+    hints: tuple[PieceHint, ...] = ()
