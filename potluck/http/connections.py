@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -17,6 +18,9 @@ MAX_CONNECTIONS = 1024
 """Twice as many as answers that can be open; each is a file to the system."""
 HEAD_WITHIN_S = 10.0
 TAKEN_WITHIN_S = 60.0
+# Each chunk of a body costs about as much time as a packet, however little is in it.
+_MAX_CRUMBS = 256
+_MIN_CHUNK_BYTES = 64
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n"
@@ -43,6 +47,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Requests(h11.SERVER)
         self._head_deadline: asyncio.TimerHandle | None = None
         self._read_deadline: asyncio.TimerHandle | None = None
 
@@ -87,6 +92,17 @@ class Connection(H11Protocol):
         if not self.is_under_way and self._head_deadline is None:
             self._wait_for_head()
 
+    def send_400_response(self, msg: str) -> None:
+        """For what is not HTTP: an answer that is there already, or about to be, stays the only one."""
+        is_answered = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
+        if self.is_under_way:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if is_answered:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._read_deadline is None:
@@ -117,6 +133,26 @@ class Connection(H11Protocol):
     def _wait_for_head(self) -> None:
         if not self.transport.is_closing():
             self._head_deadline = self.loop.call_later(HEAD_WITHIN_S, self.leave)
+
+
+class _Requests(h11.Connection):
+    """Reads requests, and takes a body that comes in crumbs for none: a few connections full of them, with no key,
+    would hold up everybody's answers."""
+
+    def __init__(self, our_role: type[h11.SERVER]) -> None:
+        super().__init__(our_role)
+        self._num_chunks = self._num_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_chunks = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_chunks += event.chunk_end
+            self._num_bytes += len(event.data)
+            if self._num_chunks > _MAX_CRUMBS and self._num_bytes < self._num_chunks * _MIN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("a body in crumbs")
+        return event
 
 
 def _longest(connections: list[tuple[asyncio.TimerHandle | None, Connection]]) -> Connection | None:

@@ -45,7 +45,11 @@ class Gate:
             self._check_host(scope, headers)
             origin = self._check_origin(scope, headers)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            response = error.response()
+            if error.code == "bad_header":
+                # Whoever stands between may take what follows for something else than we do.
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
             return
         if origin is not None:
             send = _sender_for(origin, send)
