@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from potluck.store import Store
+
+
+def pytest_configure() -> None:
+    """Under `nohup` a closed terminal is ignored, by all that the tests start too: they are about what it does."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # A process that is started begins without it.
 
 
 def models_home() -> Path:

@@ -19,7 +19,7 @@ _STUBBORN = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 _WITH_A_LIFELINE = """
 import sys, time
@@ -29,7 +29,7 @@ if "slowly" in sys.argv:
 from transport.lifeline import hold_lifeline
 hold_lifeline(Path(sys.argv[1]))
 print("ready é", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 _PARENT = """
 import sys, time
@@ -37,7 +37,7 @@ from pathlib import Path
 from potluck.processes import Child
 child = Child("with_a_lifeline", sys.argv[1:], log=Path(sys.argv[1]).parent / "child.log")
 print(child.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -56,11 +56,11 @@ def children() -> Iterator[list[Child]]:
     yield started
     for child in started:
         child.kill()
-        child.wait(5.0)
+        child.wait(60.0)
 
 
 def _wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 120.0
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -104,8 +104,8 @@ def test_a_parent_that_dies_takes_its_child_with_it(tmp_path: Path, number: sign
     if not how:
         _wait_until(lambda: "ready" in (tmp_path / "child.log").read_text(encoding="utf-8"))
     parent.send_signal(number)
-    parent.wait(20.0)
-    psutil.wait_procs([child], timeout=20.0)
+    parent.wait(120.0)
+    psutil.wait_procs([child], timeout=120.0)
     assert not child.is_running()
     assert not run.exists()
 
@@ -123,6 +123,6 @@ def test_a_ctrl_c_in_the_terminal_is_the_parents_alone(tmp_path: Path) -> None:
     os.killpg(parent.pid, signal.SIGINT)
     assert child.is_running() and parent.poll() is None
     parent.kill()
-    parent.wait(20.0)
-    psutil.wait_procs([child], timeout=20.0)
+    parent.wait(120.0)
+    psutil.wait_procs([child], timeout=120.0)
     assert not child.is_running()

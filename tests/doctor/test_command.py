@@ -28,7 +28,7 @@ COMES_IN = ("ipproto", "tcp", "sport", "32768-60999", "dport")
 def test_a_host_with_nothing_is_well_and_told_how_to_begin(home: Path, folder: Path) -> None:
     (folder / "config.toml").write_text("lan = false\n")
     done = subprocess.run(
-        [*DOCTOR, "--json", "--no-discovery"], capture_output=True, text=True, timeout=60, check=False
+        [*DOCTOR, "--json", "--no-discovery"], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.stderr == ""
     assert done.returncode == 0, done.stdout
@@ -76,7 +76,7 @@ def doctor(lab: Lab, folder: Path, *arguments: str) -> tuple[int, dict[str, Any]
     names = {"POTLUCK_HOME": "beta", "POTLUCK_RUNTIME": "run", "POTLUCK_CONFIG": "config.toml"}
     environment = {name: str(folder / value) for name, value in names.items()}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = lab.run("beta", [*DOCTOR, "--json", *arguments], environment=environment, timeout_s=60.0)
+    done = lab.run("beta", [*DOCTOR, "--json", *arguments], environment=environment, timeout_s=240.0)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 

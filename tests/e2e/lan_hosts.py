@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.potluck_process import Home, Running, up_arguments
+from tests.e2e.potluck_process import ASK_S, READY_S, Home, Running, up_arguments
 
 ONE_DEVICE = ("--device", "torch:cpu")
-UP_S, LOADED_S = 120.0, 90.0
+LOADED_S = READY_S
 
 
 def new_home(models: Path | None = None) -> Home:
@@ -56,7 +56,7 @@ def new_code(head: Home) -> str:
 def stages(head: Running) -> list[tuple[str, str]]:
     """Host and device of each, once the ring is ready."""
     assert head.process.poll() is None, f"the head has ended: {head.said()}"
-    response = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=30)
+    response = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=ASK_S)
     assert response.status_code == 200, f"{response.text}: {head.said()}"
     report: dict[str, Any] = response.json()
     return [(stage["host"], stage["device"]) for stage in report["stages"]] if report["state"] == "ready" else []
@@ -68,7 +68,7 @@ def hosts_of(head: Running) -> list[str]:
 
 
 def is_down(head: Running) -> bool:
-    return httpx.get(f"{head.facts()['url']}/health", timeout=30).status_code == 503
+    return httpx.get(f"{head.facts()['url']}/health", timeout=ASK_S).status_code == 503
 
 
 def answer(head: Running) -> str:
@@ -79,7 +79,7 @@ def answer(head: Running) -> str:
         "max_tokens": 12,
         "temperature": 0,
     }
-    response = httpx.post(f"{head.facts()['url']}/v1/chat/completions", json=body, timeout=60)
+    response = httpx.post(f"{head.facts()['url']}/v1/chat/completions", json=body, timeout=ASK_S)
     assert response.status_code == 200, response.text
     text: str = response.json()["choices"][0]["message"]["content"]
     return text

@@ -17,7 +17,10 @@ from typing import Any
 
 import psutil
 
-READY_S = 120.0
+# What takes seconds on a quiet machine may take minutes on a busy one: these are to end a hang, not to measure.
+READY_S = 240.0
+GONE_S = 30.0
+ASK_S = 120.0
 _SAID = "stderr-"
 DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
 COMMAND = [sys.executable, "-P", "-m", "potluck.cli"]
@@ -42,7 +45,7 @@ class Home:
             "COLUMNS": "160",
         }
 
-    def run(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """A command that ends by itself."""
         return subprocess.run(
             [*COMMAND, *arguments],
@@ -104,7 +107,7 @@ class Running:
     def said(self) -> str:
         return "".join(self.words) + Path(self.log.name).read_text()
 
-    def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = 10.0) -> int:
+    def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = GONE_S) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         code = self.process.wait(timeout_s)

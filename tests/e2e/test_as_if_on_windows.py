@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
+from tests.e2e.potluck_process import ASK_S, GONE_S, Home, Running, up_arguments, wait_until
 from tests.simulated_system import environment_of
 
 
@@ -24,13 +24,13 @@ def test_a_ring_answers_and_a_crash_of_its_head_leaves_nothing(home: Home) -> No
     devices = ("--device", "torch:cpu", "--device", "torch:cpu")
     running = Running(home, *up_arguments(devices=devices))
     body = {"model": "smollm2", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-    answer = httpx.post(f"{running.facts()['url']}/v1/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{running.facts()['url']}/v1/chat/completions", json=body, timeout=ASK_S)
     assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
     ours = [process for process in home.processes() if "shard.worker" in process.cmdline()]
     assert len(ours) == 2 and not any(_unix_sockets(process) for process in ours)
     running.stop(signal.SIGKILL)
     (home.runtime / "head.json").unlink()
-    wait_until(lambda: home.leftovers() == [], 10.0, home.leftovers)
+    wait_until(lambda: home.leftovers() == [], GONE_S, home.leftovers)
 
 
 def _unix_sockets(process: psutil.Process) -> list[str]:

@@ -32,7 +32,7 @@ def test_the_running_head(demo: Running) -> None:
 def test_a_head_of_its_own_and_its_devices_alone(home: Home, tmp_path: Path) -> None:
     files = ("--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"))
     devices = ("--device", "torch:cpu", "--device", "mlx", "--threads", "1", "--use-all", "--estimate")
-    done = home.run("bench", "smollm2", *GRID, "--singles", *files, "--", *devices, timeout_s=300)
+    done = home.run("bench", "smollm2", *GRID, "--singles", *files, "--", *devices, timeout_s=500)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert [row["ring"] for row in result["rows"][:2]] == ["ring", "ring"]

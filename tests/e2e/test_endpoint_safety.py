@@ -16,9 +16,10 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
+from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments, wait_until
 from tests.http.raw import Raw, send
 
+_PLAIN: Any = {"trust_env": False, "timeout": ASK_S}
 _ONE_DEVICE = ("--device", "torch:cpu")
 _BOMB = "GO-OFF"
 # Made of pieces, so that no file of the test's own command line holds one.
@@ -73,7 +74,7 @@ def _key(home: Home) -> str:
 def _ask(url: str, key: str, content: str, **fields: Any) -> httpx.Response:
     body = {"model": "smollm2", "messages": [{"role": "user", "content": content}], "max_tokens": 3, **fields}
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False)
+    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, **_PLAIN)
 
 
 def _get(url: str, target: str, key: str) -> Raw:
@@ -95,7 +96,7 @@ def test_the_key_is_shown_once_when_it_is_made(home: Home, running: Running) -> 
 
 def test_nothing_but_the_page_and_health_is_open(home: Home, url: str) -> None:
     key = _key(home)
-    with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=url, **_PLAIN) as client:
         for path in ("/", "/page/chat.js", "/page/key.js", "/page/chat.css", "/page/icon.svg"):
             assert client.get(path).status_code == 200
         assert client.get("/health").json() == {"status": "ready"}
@@ -181,7 +182,7 @@ def test_a_template_that_does_not_end_is_stopped_and_others_go_on(home: Home, ur
     going.start()
     bomb = _ask(url, key, f"{_BOMB} {_MARKER}")
     assert bomb.status_code == 400 and "chat template took longer than 5 s" in bomb.json()["error"]["message"]
-    going.join(60.0)
+    going.join(ASK_S)
     assert found[0].status_code == 200
     assert _ask(url, key, "Hi").status_code == 200
 
@@ -214,6 +215,13 @@ def test_the_own_commands_bring_the_key(home: Home, running: Running, url: str) 
         time.sleep(1.0)
 
 
+def test_the_key_is_for_chatting_and_lets_nobody_change_the_pool(home: Home, url: str) -> None:
+    bearer = {"Authorization": f"Bearer {_key(home)}"}
+    for path in ("replan", "invite", "approve"):
+        refused = httpx.post(f"{url}/potluck/{path}", json={}, headers=bearer, timeout=60, trust_env=False)
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_allowed", path
+
+
 def test_no_log_holds_a_prompt_an_answer_or_a_key(home: Home, url: str, running: Running) -> None:
     key = _key(home)
     chat = [{"role": "system", "content": _MARKER}, {"role": "user", "content": f"Repeat: {_MARKER}"}]
@@ -233,15 +241,15 @@ def test_no_log_holds_a_prompt_an_answer_or_a_key(home: Home, url: str, running:
         assert _ask(url, key, _MARKER, **fields).status_code in (400, 404)
     head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     for body in (f'{{"{_MARKER}"', f'"{_MARKER}"', f'{{"a": "{_MARKER}", "a": 1}}'):
-        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=head, trust_env=False).status_code == 400
+        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=head, **_PLAIN).status_code == 400
     for wrong in (f"{_MARKER}-key", key[:-4]):
         assert _ask(url, wrong, _MARKER).status_code == 401
     for name, value in (("Host", _MARKER), ("Origin", f"http://{_MARKER}"), ("Content-Type", _MARKER)):
-        assert httpx.post(f"{url}/v1/{_MARKER}", headers={**head, name: value}, trust_env=False).status_code >= 400
+        assert httpx.post(f"{url}/v1/{_MARKER}", headers={**head, name: value}, **_PLAIN).status_code >= 400
     asked = {"model": "smollm2", "messages": chat, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=head, trust_env=False) as cut:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=head, **_PLAIN) as cut:
         next(cut.iter_raw())
-    wait_until(lambda: _idle(url, key), 20.0)
+    wait_until(lambda: _idle(url, key), ASK_S)
     answer = whole.json()["choices"][0]["message"]["content"]
     secrets = {"prompt": _MARKER.encode(), "key": key.encode(), "answer": answer[:40].encode()}
     assert len(answer) >= 20
@@ -258,7 +266,7 @@ def test_no_log_holds_a_prompt_an_answer_or_a_key(home: Home, url: str, running:
 
 
 def _idle(url: str, key: str) -> bool:
-    report = httpx.get(f"{url}/potluck/status", headers={"x-api-key": key}, trust_env=False, timeout=10).json()
+    report = httpx.get(f"{url}/potluck/status", headers={"x-api-key": key}, **_PLAIN).json()
     return bool(report["engine"]["running_requests"] == 0)
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import make_home
-from tests.e2e.potluck_process import Home, Running, up_arguments, wait_until
+from tests.e2e.potluck_process import ASK_S, GONE_S, Home, Running, up_arguments, wait_until
 
 _NUM_REQUESTS = 1000
 _MOST_GROWTH_BYTES = 150 * 2**20
@@ -48,7 +48,7 @@ def _question(content: str, **fields: Any) -> dict[str, Any]:
 
 
 def _status(running: Running) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{_url(running)}/potluck/status", timeout=10).json()
+    found: dict[str, Any] = httpx.get(f"{_url(running)}/potluck/status", timeout=ASK_S).json()
     return found
 
 
@@ -70,7 +70,7 @@ def test_a_thousand_requests_at_once_end_or_are_asked_to_come_again(ring: tuple[
 
     async def ask_all() -> list[tuple[int, str | None]]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(limits=limits, timeout=240.0, trust_env=False) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=500.0, trust_env=False) as client:
 
             async def ask(number: int) -> tuple[int, str | None]:
                 body = _question(f"Say {number}.", max_tokens=2, stream=number % 2 == 0)
@@ -86,21 +86,21 @@ def test_a_thousand_requests_at_once_end_or_are_asked_to_come_again(ring: tuple[
     assert set(counts) <= {200, 429, 503} and counts[200] > 100 and counts[429] + counts[503] > 0, counts
     assert all(retry_after for status, retry_after in ends if status != 200)
     assert _rss_bytes(pids) - before_bytes < _MOST_GROWTH_BYTES
-    reply = httpx.post(f"{_url(running)}/v1/chat/completions", json=_question("Hello!", max_tokens=2), timeout=60)
+    reply = httpx.post(f"{_url(running)}/v1/chat/completions", json=_question("Hello!", max_tokens=2), timeout=ASK_S)
     assert reply.status_code == 200
-    wait_until(lambda: _is_at_rest(running), 10.0, lambda: _status(running))
+    wait_until(lambda: _is_at_rest(running), GONE_S, lambda: _status(running))
     assert "Traceback" not in _logs(home) + running.said()
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(ring: tuple[Home, Running]) -> None:
     url = f"{_url(ring[1])}/v1/chat/completions"
     for fields in ({}, {"stream": True}):
-        refused = httpx.post(url, json=_question("word " * 3000, **fields), timeout=60)
+        refused = httpx.post(url, json=_question("word " * 3000, **fields), timeout=ASK_S)
         assert refused.status_code == 400
         error = refused.json()["error"]
         assert "1024 tokens" in error["message"] and "the prompt has 30" in error["message"]
         assert error["param"] == "messages"
-    refused = httpx.post(url, json=_question("word " * 500, max_tokens=900), timeout=60)
+    refused = httpx.post(url, json=_question("word " * 500, max_tokens=900), timeout=ASK_S)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
     assert "max_tokens is 900" in refused.json()["error"]["message"]
 
@@ -108,7 +108,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(ring: tupl
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_no_tokens_at_all_are_refused(ring: tuple[Home, Running], max_tokens: int) -> None:
     url = f"{_url(ring[1])}/v1/chat/completions"
-    refused = httpx.post(url, json=_question("Hello!", max_tokens=max_tokens), timeout=60)
+    refused = httpx.post(url, json=_question("Hello!", max_tokens=max_tokens), timeout=ASK_S)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
 
 
@@ -121,15 +121,15 @@ def test_a_client_that_stops_reading_slows_nobody(ring: tuple[Home, Running]) ->
         lazy.connect(("127.0.0.1", httpx.URL(url).port or 0))
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         lazy.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        wait_until(lambda: _status(running)["engine"]["running_requests"] == 1, 20.0)
+        wait_until(lambda: _status(running)["engine"]["running_requests"] == 1, ASK_S)
         with ThreadPoolExecutor(4) as pool:
             answers = list(
-                pool.map(lambda n: httpx.post(url, json=_question(f"Say {n}.", max_tokens=8), timeout=60), range(4))
+                pool.map(lambda n: httpx.post(url, json=_question(f"Say {n}.", max_tokens=8), timeout=ASK_S), range(4))
             )
         assert [answer.status_code for answer in answers] == [200] * 4
         # Its own answer is written to the end all the same, and waits for it in buffers.
-        wait_until(lambda: _status(running)["engine"]["running_requests"] == 0, 60.0)
-        lazy.settimeout(30.0)
+        wait_until(lambda: _status(running)["engine"]["running_requests"] == 0, ASK_S)
+        lazy.settimeout(ASK_S)
         received = b""
         while b"[DONE]" not in received:
             received += lazy.recv(65536)
@@ -144,10 +144,10 @@ def test_clients_that_all_leave_leave_nothing_behind(ring: tuple[Home, Running])
     connections = [socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) for _ in range(20)]
     for connection in connections:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    wait_until(lambda: _status(running)["engine"]["running_requests"] > 0, 20.0)
+    wait_until(lambda: _status(running)["engine"]["running_requests"] > 0, ASK_S)
     for connection in connections:
         connection.close()
-    wait_until(lambda: _is_at_rest(running), 10.0, lambda: _status(running))
+    wait_until(lambda: _is_at_rest(running), GONE_S, lambda: _status(running))
 
 
 def _logs(home: Home) -> str:

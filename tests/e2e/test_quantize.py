@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from bench.random_checkpoint import LlamaShape, write_checkpoint
-from tests.e2e.potluck_process import Home, Running, up_arguments
+from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments
 from transport.messages import DTYPE_BYTES
 
 SHAPE = LlamaShape(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=49152, tied=True, context=512)
@@ -61,7 +61,7 @@ def test_what_is_planned_is_loaded_and_answers(own_home: Home, dense_model: Path
         assert stage["weights_bytes"] == pytest.approx(promised["weights_bytes"], rel=0.001)
     messages = [{"role": "user", "content": "Hello"}]
     body = {"model": facts["model"], "messages": messages, "max_tokens": 4, "temperature": 0}
-    reply = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    reply = httpx.post(f"{facts['url']}/v1/chat/completions", json=body, timeout=ASK_S, trust_env=False)
     assert reply.status_code == 200, reply.text
     assert form in own_home.run("status").stdout
     running.stop()

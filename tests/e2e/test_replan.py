@@ -20,7 +20,7 @@ from devices.device import DeviceRequest
 from devices.discover import device_requests
 from devices.measure import Measured
 from shard.machine import cores_allowed
-from tests.e2e.potluck_process import Home, Running, wait_until
+from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
 
 # The command itself, with less patience: minutes are for people.
 IMPATIENT = """
@@ -76,12 +76,12 @@ def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     url = running.facts()["url"]
 
     def report() -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=10).json()
+        found: dict[str, Any] = httpx.get(f"{url}/potluck/status", timeout=ASK_S).json()
         return found
 
     def chat(max_tokens: int) -> httpx.Response:
         body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": max_tokens}
-        return httpx.post(f"{url}/v1/chat/completions", json={**body, "logit_bias": {"2": -100}}, timeout=60)
+        return httpx.post(f"{url}/v1/chat/completions", json={**body, "logit_bias": {"2": -100}}, timeout=ASK_S)
 
     def share(device: str) -> int:
         return sum(stage["last"] - stage["first"] for stage in report()["stages"] if stage["device"] == device)
@@ -91,7 +91,7 @@ def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     assert home.run("replan").stdout.strip() == "The ring runs by the best plan known."
     slowed = Slowed(busiest["pid"])
     try:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + READY_S
         while report()["better_plan"] is None:
             assert time.monotonic() < deadline, running.said()
             assert chat(40).status_code == 200
@@ -102,8 +102,8 @@ def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     assert better["tokens_per_s"] > 1.05 * better["now_tokens_per_s"]
     assert busiest["device"] in better["why"]
     assert home.run("replan").returncode == 0
-    wait_until(lambda: "by the better plan" in running.said(), 10.0, running.said)
-    wait_until(lambda: report()["state"] == "ready", 60.0, running.said)
+    wait_until(lambda: "by the better plan" in running.said(), GONE_S, running.said)
+    wait_until(lambda: report()["state"] == "ready", READY_S, running.said)
     assert share(busiest["device"]) < before
     spans = [f"{one['device']}: layers {one['first']}–{one['last'] - 1}" for one in report()["stages"]]
     assert spans == better["stages"]

@@ -66,7 +66,7 @@ class Door:
 
     def client(self) -> EngineClient:
         self.clients.append(EngineClient(self.context, self.endpoint))
-        self.clients[-1].wait_ready(5.0)
+        self.clients[-1].wait_ready(60.0)
         return self.clients[-1]
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Door:
         self.engine.stop()
         self.api.close()
         self.ring.close()
-        self.thread.join(5.0)
+        self.thread.join(60.0)
         self.context.destroy(0)
 
     def is_empty(self) -> bool:
@@ -97,7 +97,7 @@ async def _all(events: AsyncIterator[EngineEvent]) -> list[EngineEvent]:
     return [event async for event in events]
 
 
-def _eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def _eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -123,7 +123,7 @@ def test_a_request_that_cannot_be_sent_fails_alone(door: Door, fields: dict[str,
     async def ask() -> tuple[list[EngineEvent], list[EngineEvent]]:
         return await _all(client.submit(_submit("bad", **fields))), await _all(client.submit(_submit("good")))
 
-    (failed,), answered = asyncio.run(asyncio.wait_for(ask(), 10.0))
+    (failed,), answered = asyncio.run(asyncio.wait_for(ask(), 60.0))
     assert isinstance(failed, RequestFailed) and failed.code == BadRequest.code
     assert isinstance(answered[-1], Finished)
 
@@ -173,7 +173,7 @@ def test_a_cancel_is_not_lost_while_the_prompt_is_tokenized(door: Door) -> None:
         client.cancel("r")
         await client.ping()  # the cancel has arrived
         go.set()
-        return await asyncio.wait_for(task, 5.0)
+        return await asyncio.wait_for(task, 60.0)
 
     assert isinstance(asyncio.run(ask())[-1], Aborted)
     _eventually(door.is_empty)
@@ -197,9 +197,9 @@ def test_more_prompts_than_can_wait_for_the_tokenizer_are_refused(
     async def ask() -> tuple[list[EngineEvent], list[EngineEvent]]:
         first = asyncio.create_task(_all(client.submit(_submit("first"))))
         await asyncio.to_thread(entered.wait)
-        refused = await asyncio.wait_for(_all(client.submit(_submit("second", "hi" * 1000))), 5.0)
+        refused = await asyncio.wait_for(_all(client.submit(_submit("second", "hi" * 1000))), 60.0)
         go.set()
-        return await asyncio.wait_for(first, 5.0), refused
+        return await asyncio.wait_for(first, 60.0), refused
 
     answered, (refused,) = asyncio.run(ask())
     assert isinstance(answered[-1], Finished)
@@ -233,7 +233,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(door: Door, monkeypatch: py
     _eventually(lambda: door.engine.pong().active_requests == 1)
     for number in range(5):
         assert isinstance(asyncio.run(_all(client.submit(_submit(f"r{number}"))))[-1], Finished)
-    _eventually(door.is_empty, timeout_s=20.0)
+    _eventually(door.is_empty)
     lazy.close(0)
 
 
@@ -274,19 +274,20 @@ def test_an_engine_process_that_dies_or_hangs_ends_requests_with_an_error(tmp_pa
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     client = EngineClient(context, endpoint)
 
-    async def ask() -> tuple[EngineEvent, float]:
-        struck_s = 0.0
+    async def ask() -> EngineEvent:
+        is_struck = False
         async for event in client.submit(_submit("r", "hi")):
-            if isinstance(event, Delta) and not struck_s:
+            if isinstance(event, Delta) and not is_struck:
                 os.kill(process.pid, fault)
-                struck_s = time.monotonic()
-        return event, time.monotonic() - struck_s
+                is_struck = True
+        return event
 
     try:
-        client.wait_ready(20.0)
-        event, took_s = asyncio.run(ask())
+        client.wait_ready(60.0)
+        event = asyncio.run(asyncio.wait_for(ask(), 60.0))
         assert isinstance(event, RequestFailed) and event.code == "ring_down"
-        assert took_s < (1.0 if fault == signal.SIGKILL else 5.0)
+        # The end of a process is noticed by itself, without waiting for its silence.
+        assert ("process is gone" if fault == signal.SIGKILL else "silent for 4 s") in event.message
         with pytest.raises(RingDown):
             client.wait_ready(1.0)
     finally:

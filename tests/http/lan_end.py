@@ -30,12 +30,12 @@ def main() -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "a b"}]}
 
     def ask(url: str, **headers: str) -> int:
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, trust_env=False)
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60.0, trust_env=False)
         return answer.status_code
 
-    health = httpx.get(f"{lan}/health", trust_env=False)
+    health = httpx.get(f"{lan}/health", timeout=60.0, trust_env=False)
     statuses = {
-        "page": httpx.get(f"{lan}/", trust_env=False).status_code,
+        "page": httpx.get(f"{lan}/", timeout=60.0, trust_env=False).status_code,
         "health": health.status_code,
         "no key": ask(lan),
         "wrong key": ask(lan, Authorization="Bearer sk-potluck-wrong"),

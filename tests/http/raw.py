@@ -15,7 +15,7 @@ class Raw:
     body: bytes
 
 
-def send(port: int, request: bytes, timeout_s: float = 10.0) -> Raw:
+def send(port: int, request: bytes, timeout_s: float = 60.0) -> Raw:
     """The first answer to these bytes; status 0 if the connection ended without one."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         connection.sendall(request)

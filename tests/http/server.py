@@ -42,14 +42,14 @@ class Server:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=10.0)
+        return openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=60.0)
 
     def close(self) -> None:
         self._server.should_exit = True
         self._thread.join(5.0)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

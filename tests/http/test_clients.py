@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,10 +22,11 @@ def _ask(client: openai.OpenAI, content: str, **fields: object) -> openai.types.
 
 
 def test_no_answer_waits_for_an_acknowledgement(server: Server) -> None:
-    # Nagle's algorithm and delayed acknowledgements would make each but the first take 40 ms.
-    with httpx.Client(base_url=server.base_url, trust_env=False) as client:
-        times_s = [client.post("chat/completions", json={}).elapsed.total_seconds() for _ in range(9)]
-    assert statistics.median(times_s) < 0.03
+    # Nagle's algorithm and delayed acknowledgements would make each but the first take 40 ms; a busy machine some.
+    with httpx.Client(base_url=server.base_url, trust_env=False, timeout=60.0) as client:
+        client.post("chat/completions", json={})
+        times_s = (client.post("chat/completions", json={}).elapsed.total_seconds() for _ in range(100))
+        assert any(time_s < 0.03 for time_s in times_s)
 
 
 def test_whole_answers_stop_strings_and_seeds(server: Server) -> None:
@@ -58,7 +58,7 @@ def test_several_at_once(server: Server) -> None:
     server.engine.delay_s = 0.01
 
     async def ask_all() -> list[str | None]:
-        async with openai.AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60.0) as client:
             answers = await asyncio.gather(
                 *(
                     client.chat.completions.create(
@@ -82,7 +82,7 @@ def test_a_stream_that_is_closed_midway_cancels(server: Server) -> None:
             break
     assert server.engine.num_running == 1
     stream.close()
-    eventually(lambda: server.engine.num_running == 0 and len(server.engine.left) == 1, timeout_s=1.0)
+    eventually(lambda: server.engine.num_running == 0 and len(server.engine.left) == 1)
 
 
 def test_a_connection_that_breaks_cancels_a_whole_answer_too(server: Server) -> None:
@@ -90,7 +90,7 @@ def test_a_connection_that_breaks_cancels_a_whole_answer_too(server: Server) -> 
     with _raw_post(server, "forever", stream=False) as connection:
         eventually(lambda: server.engine.num_running == 1)
         connection.close()
-    eventually(lambda: server.engine.num_running == 0 and len(server.engine.left) == 1, timeout_s=1.0)
+    eventually(lambda: server.engine.num_running == 0 and len(server.engine.left) == 1)
 
 
 def test_a_client_that_leaves_before_the_first_token_cancels(server: Server) -> None:
@@ -98,7 +98,7 @@ def test_a_client_that_leaves_before_the_first_token_cancels(server: Server) -> 
     with _raw_post(server, "forever", stream=True) as connection:
         eventually(lambda: server.engine.num_running == 1)
         connection.close()
-    eventually(lambda: server.engine.num_running == 0, timeout_s=1.0)
+    eventually(lambda: server.engine.num_running == 0)
 
 
 def test_errors_arrive_as_the_clients_own(server: Server) -> None:
@@ -136,6 +136,6 @@ def _raw_post(server: Server, content: str, *, stream: bool) -> Iterator[socket.
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5.0) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60.0) as connection:
         connection.sendall(head.encode() + body)
         yield connection

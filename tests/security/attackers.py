@@ -54,7 +54,7 @@ def insist(sock: Any, says: list[list[bytes]], *, for_s: float) -> None:
 
 @contextmanager
 def raw(endpoint: str) -> Iterator[socket.socket]:
-    with socket.create_connection(address_of(endpoint), 5.0) as sock:
+    with socket.create_connection(address_of(endpoint), 60.0) as sock:
         yield sock
 
 

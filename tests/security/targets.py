@@ -28,7 +28,7 @@ from transport.pieces.piece_source import Located
 from transport.pieces.server import PieceServer
 from transport.zmq_link import ZmqReceiver, ZmqSender
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 HOSTILE = 666
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=8, dtype="float32", vocab_size=9, context_tokens=64, max_step_tokens=64)

@@ -27,7 +27,7 @@ MIB = 2**20
 
 def ask(hosts: LoopbackHosts) -> str:
     body = {"model": hosts.model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 24, "temperature": 0}
-    response = httpx.post(f"{hosts.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    response = httpx.post(f"{hosts.url}/v1/chat/completions", json=body, timeout=240, trust_env=False)
     assert response.status_code == 200, response.text
     answer: str = response.json()["choices"][0]["message"]["content"]
     return answer

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +39,8 @@ class FakeHub:
     """Serves the folders of `repositories` by name. Files that real hubs keep apart come from `cdn_url`.
 
     `cuts`: after how many bytes of a large file's body to drop the connection, for the next requests. `wrong`: names of
-    files that come with one byte changed. `statuses`: what the next requests for large files are answered.
+    files that come with one byte changed. `statuses`: what the next requests for large files are answered. Without `go`
+    the last quarter of a large file does not come.
     """
 
     repositories: dict[str, Path]
@@ -54,9 +54,12 @@ class FakeHub:
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     wrong: set[str] = field(default_factory=set)
-    delay_s: float = 0.0
+    go: threading.Event = field(default_factory=threading.Event)
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.go.set()
 
     @property
     def file_bytes(self) -> int:
@@ -200,13 +203,13 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(first)
             for at in range(first, end, 1 << 16):
+                if path.name.endswith(_LARGE) and at > 0.75 * path.stat().st_size:
+                    self.served.go.wait(240.0)
                 block = file.read(min(1 << 16, end - at))
                 if path.name in self.served.wrong:
                     block = block[:-1] + bytes([block[-1] ^ 1])
                 self.wfile.write(block)
                 self._request.served += len(block)
-                if self.served.delay_s:
-                    time.sleep(self.served.delay_s)
         if is_cut:
             self.close_connection = True
             self.wfile.flush()

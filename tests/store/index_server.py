@@ -40,7 +40,7 @@ class Index:
     """Serves one wheel and, by package, `parts`.
 
     `cuts`: after how many bytes of a body to drop the connection, for the next requests.
-    `starts` are the offsets that clients asked for; `delay_s` slows a download down.
+    `starts` are the offsets that clients asked for. Without `go` the last quarter of a wheel does not come.
     """
 
     wheel: Path
@@ -50,7 +50,10 @@ class Index:
     announced_sha256: str | None = None
     cuts: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    delay_s: float = 0.0
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.go.set()
 
     def use(self, patch: pytest.MonkeyPatch) -> None:
         """Make pip take this index and nothing else."""
@@ -128,9 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         until = start + self.served.cuts.pop(0) if self.served.cuts else len(body)
         for at in range(start, min(until, len(body)), 1 << 16):
+            if at > 0.75 * len(body):
+                self.served.go.wait(240.0)
             self.wfile.write(body[at : min(at + (1 << 16), until)])
-            if self.served.delay_s:
-                threading.Event().wait(self.served.delay_s)
         if until < len(body):
             self.close_connection = True
             self.wfile.flush()

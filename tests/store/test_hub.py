@@ -59,7 +59,7 @@ def run(environment: dict[str, str], *arguments: str) -> str:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_the_command_says_what_comes_and_keeps_to_this_host_when_told(
         command = [sys.executable, "-P", "-m", "potluck.cli", "pull", "hf:org/name", *options]
         own = {"POTLUCK_HOME": str(tmp_path / home), "POTLUCK_RUNTIME": str(tmp_path / "run")}
         return subprocess.run(
-            command, env=os.environ | environment | own, capture_output=True, text=True, timeout=120, check=False
+            command, env=os.environ | environment | own, capture_output=True, text=True, timeout=240, check=False
         )
 
     refused = pull("home", "--offline")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,18 +37,16 @@ def _child(folder: Path, lives_s: float) -> subprocess.Popen[bytes]:
 
 
 def test_a_child_that_is_done_ends_well_while_its_parent_lives(tmp_path: Path) -> None:
-    assert _child(tmp_path, 0.1).wait(10.0) == 0
+    assert _child(tmp_path, 0.1).wait(60.0) == 0
     assert tmp_path.exists()
 
 
 def test_a_child_that_lost_its_parent_removes_the_folder_and_ends(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    child = _child(tmp_path / "run", 60.0)
-    started = time.monotonic()
+    child = _child(tmp_path / "run", 600.0)
     assert child.stdin is not None
     child.stdin.close()
-    assert child.wait(10.0) == EXIT_ORPHANED
-    assert time.monotonic() - started < 2.0
+    assert child.wait(60.0) == EXIT_ORPHANED
     assert not (tmp_path / "run").exists()
 
 

@@ -44,13 +44,19 @@ def hidden(number: int, buffer_tokens: int = 2) -> tuple[Hidden, memoryview]:
     return message, memoryview(bytes(buffer_tokens * 16))
 
 
-def next_message(receiver: Receiver, timeout_s: float = 5.0) -> Received:
+def next_message(receiver: Receiver, timeout_s: float = 60.0) -> Received:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         received = receiver.receive(0.2)
         if received is not None:
             return received
     raise AssertionError("nothing came")
+
+
+def until_refused(receiver: Receiver) -> None:
+    deadline = time.monotonic() + 60.0
+    while receiver.num_refused == 0:
+        assert time.monotonic() < deadline and receiver.receive(0.1) is None
 
 
 def test_messages_and_buffers_arrive_in_order(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
@@ -70,8 +76,8 @@ def test_a_wake_interrupts_a_waiting_receive(context: zmq.Context[zmq.Socket[byt
     for receiver in (receiver_at(context, endpoint, LIMITS), memory_link(LIMITS)[1]):
         threading.Timer(0.1, receiver.wake).start()
         started = time.monotonic()
-        assert receiver.receive(10.0) is None
-        assert time.monotonic() - started < 5.0
+        assert receiver.receive(120.0) is None
+        assert time.monotonic() - started < 60.0
         receiver.close()
 
 
@@ -91,11 +97,12 @@ def test_a_dead_receiver_is_noticed(context: zmq.Context[zmq.Socket[bytes]], end
     sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     receiver.close()
     started = time.monotonic()
+    # Whether it went before a send or, as one waited, during it.
     with pytest.raises(RingDown):
-        for _ in range(100):
+        while True:
             sender.send(step(1))
             time.sleep(0.05)
-    assert time.monotonic() - started < 5.0  # whether it went before a send or, as one waited, during it
+    assert time.monotonic() - started < 20.0  # a send waits for 30
     sender.close()
 
 
@@ -111,7 +118,7 @@ def test_a_receiver_that_dies_while_a_send_waits_is_noticed_at_once(
         while True:
             sender.send(step(1))  # nobody takes them: sooner or later it has to wait
     closing.join()
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 20.0
     sender.close()
 
 
@@ -141,10 +148,10 @@ def test_a_stranger_is_ignored_and_the_peer_goes_on(
     assert next_message(receiver).message == step(1)
     stranger = stranger_at(context, receiver.endpoint)
     stranger.send_multipart(frames)
-    assert receiver.receive(0.3) is None
-    assert receiver.num_refused == 1
+    until_refused(receiver)
     stranger.close(0)
     assert receiver.receive(0.3) is None
+    assert receiver.num_refused == 1
     sender.send(step(2))
     assert next_message(receiver).message == step(2)
     sender.close()

@@ -52,4 +52,4 @@ def test_a_step_that_takes_seconds_is_no_silence_and_a_host_that_vanishes_is(lab
     lab.unplug("sender")
     started = time.monotonic()
     assert receiver.readline() == "gone\n"
-    assert 0.5 < time.monotonic() - started < 4.0
+    assert 0.5 < time.monotonic() - started < 20.0  # TCP itself would try for minutes

