@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ SILENT_AFTER_S = 5.0
 HOLDINGS_AGAIN_S = 0.5
 """How often a peer that a hint leads to is asked what it has by now."""
 
+SLOW_AFTER_S = 2.0
+SLOW_LEFT_S = 3.0
+_CLEARLY = 2.0
 _HOLDINGS_LAST_S = 4.0
 _MOST_ASKS = 32
 _FIRST_RETRY_S = 0.1
@@ -41,7 +45,14 @@ class _Active:
     asked: int
     received: int
     is_its_own: bool
+    had_bytes: int
+    began_s: float
     is_over: bool = False
+
+    def left_s(self, now_s: float) -> float:
+        """How long it will take still, by how it came so far."""
+        came = self.received - self.had_bytes
+        return (self.piece.num_bytes - self.received) * (now_s - self.began_s) / came if came else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,7 @@ class FetchPeer:
         self._heard_s = now_s
         self._idle_since_s = now_s
         self._knows_holdings = False
+        self._is_asked_what_it_has = False
         self._holdings_due_s = now_s
         self._holdings_again_s = HOLDINGS_AGAIN_S
 
@@ -152,6 +164,25 @@ class FetchPeer:
                 self.refuse(error.message, now_s)
         return self.num_bytes - before
 
+    def slow_pieces(self, now_s: float) -> list[str]:
+        """The digests of those that have been coming in for a while, and will take much longer."""
+        return [
+            digest
+            for digest, active in self._active.items()
+            if now_s - active.began_s >= SLOW_AFTER_S and active.left_s(now_s) >= SLOW_LEFT_S
+        ]
+
+    def is_faster(self, other: FetchPeer, digest: str, now_s: float) -> bool:
+        """Whether the piece that `other` has begun would come clearly faster from here, as far as is known."""
+        active, bytes_per_s = other._active[digest], self._window.bytes_per_s
+        left_bytes = active.piece.num_bytes - active.received
+        return not bytes_per_s or _CLEARLY * left_bytes / bytes_per_s < active.left_s(now_s)
+
+    def let_go(self, digest: str) -> None:
+        """Somebody else gets on with this piece. What was asked of it comes, and is thrown away."""
+        self._shared.plan.note_slow(self.peer.key, digest)
+        self._drop(self._active[digest])
+
     def leave(self, reason: str, now_s: float) -> None:
         """Give back what is outstanding, and try again later."""
         self.reason = reason
@@ -170,7 +201,7 @@ class FetchPeer:
         if self.line is not None:
             self.line.close()
             self.line = None
-        self._knows_holdings = False
+        self._knows_holdings = self._is_asked_what_it_has = False
         for active in list(self._active.values()):
             self._drop(active)
         self._asked.clear()
@@ -192,8 +223,9 @@ class FetchPeer:
         if (not self._knows_holdings or plan.is_wanted_of(self.peer.key)) and line.send(
             Holdings(next(self._tokens), self._shared.model)
         ):
-            if not self._asked:
+            if not self._asked and not self._is_asked_what_it_has:
                 self._heard_s = now_s
+            self._is_asked_what_it_has = True
         elif not self._knows_holdings:
             self._holdings_due_s = now_s  # Not sent: it takes nothing yet.
 
@@ -233,7 +265,15 @@ class FetchPeer:
                 shared.count(-partial.num_bytes)
                 partial.restart()
             had_bytes = partial.num_bytes
-            active = _Active(piece, partial, asked=had_bytes, received=had_bytes, is_its_own=not had_bytes)
+            active = _Active(
+                piece,
+                partial,
+                asked=had_bytes,
+                received=had_bytes,
+                is_its_own=not had_bytes,
+                had_bytes=had_bytes,
+                began_s=now_s,
+            )
             self._active[piece.digest] = active
             if had_bytes < piece.num_bytes:
                 self._asking = active
@@ -245,6 +285,7 @@ class FetchPeer:
         match received.answer:
             case Held(bitmap=bitmap):
                 self._knows_holdings = True
+                self._is_asked_what_it_has = False
                 is_news = self._shared.plan.note_held(self.peer.key, bitmap, now_s)
                 again_s = (
                     HOLDINGS_AGAIN_S if is_news or self._shared.plan.is_hinted(self.peer.key) else _HOLDINGS_LAST_S
@@ -294,7 +335,7 @@ class FetchPeer:
         shared.writing.submit(lambda: active.partial.write(buffer), written, num_bytes)
         self.num_bytes += num_bytes
         self._retry_s = _FIRST_RETRY_S
-        shared.plan.note_useful(self.peer.key, now_s)
+        shared.plan.note_useful(self.peer.key, num_bytes, now_s)
 
     def _end(self, active: _Active) -> None:
         """Nothing more is asked for, or written."""

@@ -1,7 +1,7 @@
 """Which piece to ask of whom next. Pure: time is passed in.
 
 A piece that a hint gives to another host is waited for there: that host gets it from the head at the same time. The
-head comes last for what others have too.
+head comes last for what others have too, and helps where they are slow.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from transport.pieces.messages import is_held
 from transport.pieces.piece import Piece
+from transport.pieces.rate import Rate
 from transport.pool_messages import PieceHint
 
 HINT_PATIENCE_S = 10.0
@@ -22,7 +23,10 @@ AWAY_PATIENCE_S = 3.0
 """The same for one that there is no connection to."""
 
 IDLE_S = 2.0
-"""The head, idle for so long, takes what a slower host has too."""
+"""The head, idle for so long, takes its part of what others give slowly, from the end."""
+
+LATE_S = 4.0
+"""Others are slow if they will take longer than that for what they have still to give."""
 
 
 _QUEUE_S = 0.2
@@ -30,8 +34,11 @@ _QUEUE_S = 0.2
 
 @dataclass(slots=True)
 class _Peer:
+    """`slow_for`: pieces that it had begun, and that a faster one is to go on with."""
+
     bitmap: bytes = b""
     lacks: set[str] = field(default_factory=set)
+    slow_for: set[str] = field(default_factory=set)
     useful_at_s: float = 0.0
     is_refused: bool = False
 
@@ -66,6 +73,8 @@ class FetchPlan:
         self._num_done = 0
         self._version = 0
         self._queues: dict[str, _Queue] = {}
+        self._of_others = Rate(now_s)
+        self._is_helping = False
 
     @property
     def is_done(self) -> bool:
@@ -95,9 +104,19 @@ class FetchPlan:
         """Whether a hint leads to it."""
         return key in self._hinted
 
-    def note_useful(self, key: str, now_s: float) -> None:
+    def note_useful(self, key: str, num_bytes: int, now_s: float) -> None:
         """It gave something."""
         self._peers[key].useful_at_s = now_s
+        if key != self._head:
+            self._of_others.note(num_bytes, now_s)
+
+    def note_slow(self, key: str, digest: str) -> None:
+        """A piece that it has begun is given back because somebody else is faster."""
+        self._peers[key].slow_for.add(digest)
+
+    def can_go_on(self, key: str, digest: str) -> bool:
+        """Whether the piece, which a slow peer has begun, can be had of this one."""
+        return self._has(key, self._wanted[digest]) and digest not in self._peers[key].slow_for
 
     def note_held(self, key: str, bitmap: bytes, now_s: float) -> bool:
         """It says which pieces of the model it has. Whether those are others than before."""
@@ -144,11 +163,11 @@ class FetchPlan:
 
     def _queue(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> _Queue:
         """What to ask `key` for as things are now, in order."""
-        peer, found, for_idle = self._peers[key], deque[str](), None
+        peer, found, left = self._peers[key], deque[str](), list[str]()
         if not peer.is_refused:
             for digest in self._pending:
                 wanted = self._wanted[digest]
-                if digest in peer.lacks:
+                if digest in peer.lacks or (digest in peer.slow_for and self._others(key, wanted, usable)):
                     continue
                 if key != self._head:
                     if self._has(key, wanted):
@@ -157,24 +176,36 @@ class FetchPlan:
                     continue  # Perhaps it has it all the same: asked for only if nobody says so.
                 elif not self._is_left_to_others(wanted, now_s, usable):
                     found.append(digest)
-                elif for_idle is None and idle_s >= IDLE_S and self._others(key, wanted, usable):
-                    for_idle = digest
-        if not found and for_idle is not None:
-            found.append(for_idle)
+                else:
+                    left.append(digest)
+        if key == self._head:
+            self._help(found, left, now_s, idle_s)
         return _Queue(found, self._version, now_s)
+
+    def _help(self, found: deque[str], left: Sequence[str], now_s: float, idle_s: float) -> None:
+        """The head does its part of what is `left` to others, one piece after the other. It begins when it has been
+        idle; what it gives that way does not count as work of its own."""
+        self._is_helping = not found and (self._is_helping or idle_s >= IDLE_S)
+        late_bytes = sum(self._wanted[digest].piece.num_bytes for digest in left)
+        if self._is_helping and late_bytes > LATE_S * self._of_others.bytes_per_s(now_s):
+            found.append(left[-1])
 
     def _is_left_to_others(self, wanted: _Wanted, now_s: float, usable: Collection[str]) -> bool:
         """By the head."""
         hinted = self._peers.get(wanted.hinted)
         if hinted is not None and wanted.hinted != self._head and not hinted.is_refused:
-            is_missing = wanted.piece.digest in hinted.lacks
+            is_missing = wanted.piece.digest in hinted.lacks or wanted.piece.digest in hinted.slow_for
             patience_s = HINT_PATIENCE_S if wanted.hinted in usable else AWAY_PATIENCE_S
             if not is_missing and now_s - hinted.useful_at_s < patience_s:
                 return True
         return self._others(self._head, wanted, usable)
 
     def _others(self, key: str, wanted: _Wanted, usable: Collection[str]) -> bool:
-        return any(other != key and self._has(other, wanted) for other in usable)
+        """Whether others have it, and are not slow."""
+        digest = wanted.piece.digest
+        return any(
+            other != key and self._has(other, wanted) and digest not in self._peers[other].slow_for for other in usable
+        )
 
     def _may_have(self, key: str, wanted: _Wanted) -> bool:
         """The head is asked even for what it does not claim to have."""

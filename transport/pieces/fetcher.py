@@ -34,6 +34,7 @@ _SYNC_THREADS = 4
 _MOST_UNSYNCED_BYTES = 3 * MAX_PIECE_BYTES
 _MOST_UNSYNCED_PIECES = 64
 _ELSEWHERE_AGAIN_S = 0.5
+_PASS_ON_AGAIN_S = 0.5
 _HINT = "is the head running, and reachable from here? potluck doctor says; what came so far is kept"
 
 ReportProgress = Callable[[int, int], None]
@@ -130,6 +131,7 @@ class _Fetch:
         self._nowhere_since_s: float | None = None
         self._nowhere_due_s = 0.0
         self._elsewhere_due_s = 0.0
+        self._pass_on_due_s = 0.0
         self._elsewhere_bytes = 0
         self._logged: set[str] = set()
         self._tell_at_s = 0.0
@@ -145,6 +147,7 @@ class _Fetch:
             for peer in self.peers:
                 peer.drive(now_s, usable)
             self._look_elsewhere(now_s)
+            self._pass_on(now_s)
             zmq.zmq_poll(self._news(), int(_TICK_S * 1000))
             slept_s = awake.slept_s(_TICK_S)
             now_s = time.monotonic()
@@ -174,6 +177,22 @@ class _Fetch:
         sources: list[Any] = [self._shared.writing.fileno(), self._shared.syncing.fileno()]
         sources += [source for line in lines for source in (line.socket, line.monitor)]
         return [(source, zmq.POLLIN) for source in sources]
+
+    def _pass_on(self, now_s: float) -> None:
+        """Who has nothing to do gets on with what a slow peer has begun."""
+        if now_s < self._pass_on_due_s or self._shared.writing.is_full or self._shared.syncing.is_full:
+            return
+        self._pass_on_due_s = now_s + _PASS_ON_AGAIN_S
+        for idle in [peer for peer in self.peers if peer.is_usable and peer.is_idle]:
+            for slow in self.peers:
+                found = (
+                    digest
+                    for digest in slow.slow_pieces(now_s)
+                    if self._shared.plan.can_go_on(idle.peer.key, digest) and idle.is_faster(slow, digest, now_s)
+                )
+                if slow is not idle and (digest := next(found, None)) is not None:
+                    slow.let_go(digest)
+                    break
 
     def _look_elsewhere(self, now_s: float) -> None:
         """Pieces that another process of this host was getting: it may have them by now, or have ended."""

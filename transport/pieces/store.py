@@ -6,6 +6,7 @@ Several processes use a store at the same time, and any of them may be killed at
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Collection
@@ -70,9 +71,9 @@ class PieceStore:
             return None
         if self.has(piece.digest):
             lock.release()
-            lock_path.unlink(missing_ok=True)
+            _forget(lock_path)
             return None
-        return PartialPiece(piece, part, self.path(piece.digest), lock, lambda: lock_path.unlink(missing_ok=True))
+        return PartialPiece(piece, part, self.path(piece.digest), lock, lambda: _forget(lock_path))
 
     def put(self, data: bytes, digest: str) -> None:
         """Keep the small piece `data` (a model's list), if it is not here.
@@ -157,6 +158,11 @@ class PieceStore:
         if not is_digest(digest):
             raise BadMessage(f"{digest!r} is not the name of a piece")
         return self.root / digest[:2] / f"{digest}.{kind}"
+
+
+def _forget(lock_path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows, while somebody else looks at it.
+        lock_path.unlink(missing_ok=True)
 
 
 def is_digest(text: str) -> bool:

@@ -58,9 +58,34 @@ def test_the_head_gives_it_when_that_host_is_away_refused_slow_or_lacks_it() -> 
     lacking = plan_of(a=holding(0, 1))
     lacking.note_missing(A, PIECES[1].digest)
     assert taken(lacking, HEAD) == "12345"
-    slow = plan_of(a=holding(*range(6)))
-    assert taken(slow, HEAD) == ""
-    assert slow.take(HEAD, 1.0, usable=ALL, idle_s=IDLE_S) == PIECES[0]
+
+
+def test_the_head_does_its_part_of_what_others_give_slowly() -> None:
+    plan = plan_of([PieceHint(A, 0, 4)], b=holding(4, 5))
+    assert taken(plan, HEAD) == ""
+    plan.note_useful(B, 60, 1.0)
+    assert taken(plan, HEAD, 1.0, idle_s=IDLE_S) == "", "others are fast enough"
+    assert taken(plan, HEAD, 9.0, idle_s=IDLE_S) == "5", "the last, since others begin with the first"
+    assert taken(plan, HEAD, 9.5) == "4", "once it helps it goes on"
+    plan.note_useful(A, 60, 9.5)
+    assert taken(plan, HEAD, 10.0) == ""
+    plan.note_missing(A, PIECES[0].digest)
+    assert taken(plan, HEAD, 10.3) == "0"
+    assert taken(plan, HEAD, 30.0) == "123", "nothing came of the hint"
+
+
+def test_what_a_slow_host_has_begun_another_one_ends() -> None:
+    plan = plan_of([PieceHint(A, 0, 6)], a=holding(0, 1), b=holding(1))
+    assert taken(plan, A) == "01"
+    assert plan.can_go_on(HEAD, PIECES[0].digest) and not plan.can_go_on(B, PIECES[0].digest)
+    for piece in (PIECES[0], PIECES[1]):
+        plan.note_slow(A, piece.digest)
+        plan.give_back(piece.digest)
+    assert not plan.can_go_on(A, PIECES[0].digest)
+    assert taken(plan, A, 1.0) == ""
+    assert (taken(plan, HEAD, 1.0), taken(plan, B, 1.0)) == ("0", "1")
+    plan.give_back(PIECES[0].digest)
+    assert taken(plan, A, 2.0, usable=(A,)) == "0", "nobody else is left"
 
 
 def test_what_a_hint_gives_to_another_host_is_waited_for_there() -> None:
@@ -69,7 +94,7 @@ def test_what_a_hint_gives_to_another_host_is_waited_for_there() -> None:
     plan.note_held(A, holding(3), 1.0)
     assert taken(plan, A, 1.0) == "3"
     assert taken(plan, HEAD, 1.0 + HINT_PATIENCE_S - 0.1) == ""
-    plan.note_useful(A, 5.0)
+    plan.note_useful(A, 1, 5.0)
     assert taken(plan, HEAD, 5.0 + HINT_PATIENCE_S - 0.1) == ""
     assert taken(plan, HEAD, 5.0 + HINT_PATIENCE_S + 0.5) == "24"
 
