@@ -1,4 +1,5 @@
-"""The head's front door: where hosts that are not paired knock, ask who is there, and pair.
+"""The head's front door: where hosts that are not paired knock, ask who is there, and pair; and those that are, whether
+they still count.
 
 It is plain TCP and anyone may come, so that nobody gets much: few connections, short lines, little time, and one key
 exchange at a time, spaced out, however many ask.
@@ -37,6 +38,7 @@ from devices.pairing import (
     Waiting,
 )
 from devices.roster import RosterFile
+from devices.standing import Ask, answered
 from transport.curve import KeyPair, is_key
 from transport.errors import BadMessage, ConfigError, DeadlineExceeded, PortInUse, PotluckError
 
@@ -175,7 +177,10 @@ class FrontDoor:
         facts = self._facts()
         facts = replace(facts, name=facts.name[:MAX_WORDS])
         lines.send(facts, self._line_timeout_s)
-        begin = lines.receive(Begin, self._line_timeout_s)
+        begin: Begin | Ask = lines.receive(Begin | Ask, self._line_timeout_s)  # type: ignore[arg-type]
+        if isinstance(begin, Ask):  # Of any version: it has to learn that it is of another one.
+            lines.send(answered(begin, facts, self._roster.read(), self._keys), self._line_timeout_s)
+            return
         if knock.protocol != facts.protocol:
             lines.send(Refused(reason="version"), self._line_timeout_s)
             return
@@ -267,7 +272,7 @@ class FrontDoor:
         except PotluckError as error:
             self._say(f"{candidate.name} could not be let in: {escape(error.message)}")
             return Outcome(decision="failed")
-        self._say(f"{member.name} ({fingerprint(member.key)}) has paired")
+        self._say(f"{member.name} (key {fingerprint(member.key)}) has paired")
         return Outcome(decision="allowed", name=member.name)
 
     def _ask(self, candidate: Candidate) -> Outcome:

@@ -100,9 +100,9 @@ def _names(pool: KnownPool) -> tuple[str, ...]:
 def _not_one(text: str | None, pools: tuple[KnownPool, ...], fitting: list[KnownPool]) -> ConfigError:
     if not pools:
         return ConfigError("this host has not joined any pool", hint="see: potluck join --help")
-    known = ", ".join(f"{pool.name} ({pool.fingerprint})" for pool in pools)
+    known = ", ".join(f"{pool.name} (key {fingerprint(pool.key)})" for pool in pools)
     problem = "several pools are known" if len(fitting) > 1 else f"no pool {text!r} is known"
-    return ConfigError(problem, hint=f"say which by its head's name or its fingerprint: {known}")
+    return ConfigError(problem, hint=f"say which by its head's name or its head's key's fingerprint: {known}")
 
 
 def _write(path: Path, pools: tuple[KnownPool, ...]) -> None:

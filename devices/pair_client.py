@@ -1,4 +1,4 @@
-"""The other side of the front door: a host asks who is there, and pairs."""
+"""The other side of the front door: a host asks who is there, pairs, and asks later whether it still counts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from devices.pairing import (
     Result,
     Waiting,
 )
+from devices.standing import Standing, Word, new_ask, word_of
 from transport.curve import KeyPair, is_key
 from transport.errors import (
     BadMessage,
@@ -62,6 +63,34 @@ def ask_door(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) -> DoorFa
     lines = _connected(host, port, timeout)
     try:
         return _printable(_facts(lines, host, port, timeout))
+    finally:
+        lines.close()
+
+
+def ask_standing(
+    host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = CONNECT_TIMEOUT_S
+) -> tuple[DoorFacts, Word]:
+    """What the head of `pool`, whose door is there, says of itself and of this host; proven, both.
+
+    Raises NotRunning if it is not there, whoever answers in its place; Busy, ConfigError.
+    """
+    where = f"{host}:{port}"
+    lines = _connected(host, port, timeout)
+    try:
+        facts = _facts(lines, host, port, timeout)
+        if facts.key != pool.key:
+            raise NotRunning(f"at {where} is another head than {pool.name}", hint="pair with it: potluck join --code")
+        ask = new_ask(keys)
+        lines.send(ask, timeout)
+        word = word_of(lines.receive(Standing, timeout), ask, facts, keys)
+        return _printable(facts), word
+    except VersionMismatch as error:  # Unproven: a stranger must not end a host's wait for its head.
+        raise NotRunning(error.message, hint=error.hint) from error
+    except (HungUp, DeadlineExceeded, BadMessage) as error:
+        raise NotRunning(
+            f"who answers at {where} does not prove that it is {pool.name}: {error}",
+            hint="is its Potluck of the same version as this one? If so, someone answers in its place",
+        ) from error
     finally:
         lines.close()
 

@@ -127,15 +127,16 @@ class Approvals:
 
 
 def described(candidate: Candidate) -> str:
-    """ "kitchen-pc (3f2a-91bc-77d0-12e4, Linux x86-64, at 192.168.1.7)", in rich markup."""
-    facts = (fingerprint(candidate.key), candidate.platform, f"at {candidate.address}")
+    """ "kitchen-pc (key 3f2a-91bc-77d0-12e4, Linux x86-64, at 192.168.1.7)", in rich markup."""
+    facts = (f"key {fingerprint(candidate.key)}", candidate.platform, f"at {candidate.address}")
     return escape(f"{candidate.name} ({', '.join(fact for fact in facts if fact)})")
 
 
 def _not_one(name: str, waiting: list[_Pending], fitting: list[_Pending]) -> BadRequest:
     if fitting:
         prints = ", ".join(fingerprint(pending.candidate.key) for pending in fitting)
-        return BadRequest(f"{len(fitting)} devices called {name} wait", hint=f"say which by its fingerprint: {prints}")
+        hint = f"say which by its key's fingerprint: {prints}"
+        return BadRequest(f"{len(fitting)} devices called {name} wait", hint=hint)
     names = ", ".join(pending.candidate.name for pending in waiting)
     return BadRequest(
         f"no device called {name} waits to be let in",

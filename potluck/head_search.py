@@ -7,26 +7,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
 from rich.markup import escape
 
 from devices.credentials import Invite, is_invite, parse_invite
 from devices.identity import fingerprint, load_keys
 from devices.known_pools import KnownPool, load_known_pools, save_known_pool
 from devices.members import own_name
-from devices.pair_client import ask_door, check_version, pair
+from devices.pair_client import ask_door, ask_standing, check_version, pair
 from devices.pairing import DoorFacts
 from devices.platform_name import platform_name
+from devices.standing import Word
 from potluck.config import Settings
 from potluck.guest import HeadAddress
 from potluck.lan import parse_door
 from potluck.paths import identity_dir, known_pools_file
+from transport.curve import KeyPair
 from transport.endpoints import tcp_endpoint
-from transport.errors import ConfigError, NotAllowed, NotRunning, PairingFailed, PotluckError
+from transport.errors import Busy, ConfigError, NotAllowed, NotRunning, PairingFailed, PotluckError
 
 if TYPE_CHECKING:
     from devices.discovery import FoundPool
 
 _FIND_S = 4.0
+_ELSEWHERE = (NotRunning, ConfigError, Busy)
+"""The head is not where it was looked for; it may be in another place."""
 Say = Callable[[str], object]
 
 
@@ -75,42 +80,52 @@ def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say
     if len(pools) > 1:
         doors = ", ".join(f"{_door(pool)} ({_name_at(pool)})" for pool in pools)
         raise ConfigError(f"{len(pools)} pools were found", hint=f"say which with --head: {doors}")
-    return _at_door(pools[0].addresses[0], pools[0].port, code, settings, say)
+    return _at_door(_address_that_answers(pools[0]), pools[0].port, code, settings, say)
 
 
 def find_again(pool: KnownPool, settings: Settings) -> Found:
-    """Where the pool's head is now. Raises NotRunning if it is nowhere, VersionMismatch, and NotAllowed where another
-    one has taken its place."""
+    """Where the pool's head is now. Raises NotRunning if it is nowhere, VersionMismatch, and NotAllowed if it has put
+    this host out."""
+    keys = load_keys(identity_dir())
+    problems: list[PotluckError] = []
     for door in pool.doors:
-        host, port = parse_door(door)
         try:
-            return _found(pool, host, port)
-        except (NotRunning, ConfigError, NotAllowed):
-            continue
+            return _found(pool, *parse_door(door), keys)
+        except _ELSEWHERE as problem:
+            problems.append(problem)
     if settings.discovery:
         for seen in _seen_if_it_can_be(pool.fingerprint):
             for address in seen.addresses:
                 try:
-                    return _found(pool, address, seen.port)
-                except (NotRunning, ConfigError, NotAllowed):
-                    continue
+                    return _found(pool, address, seen.port, keys)
+                except _ELSEWHERE as problem:
+                    problems.append(problem)
+    busy = [problem for problem in problems if isinstance(problem, Busy)]
+    if busy:
+        raise busy[0]
+    said = dict.fromkeys(problem.message for problem in problems)
     raise NotRunning(
         f"the head {pool.name} is not to be found, neither at {', '.join(pool.doors)} nor by itself",
-        hint="is it up, and on the same network? See: potluck doctor",
+        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said)})",
     )
 
 
-def _found(pool: KnownPool, host: str, port: int) -> Found:
-    facts = ask_door(host, port)
-    if facts.key != pool.key:
-        raise NotAllowed(f"at {host}:{port} is another head than {pool.name}", hint="pair with it: potluck join --code")
+def _found(pool: KnownPool, host: str, port: int, keys: KeyPair) -> Found:
+    facts, word = ask_standing(host, port, pool, keys=keys)
     check_version(facts)
-    door = f"{host}:{port}"
-    if pool.doors[:1] != (door,) or pool.name != facts.name:
-        pool = pool.at(door)
-        save_known_pool(known_pools_file(), pool)
+    if word != "member":
+        raise _put_out(pool, word)
+    now = replace(pool.at(f"{host}:{port}"), name=facts.name)
+    if now != pool:
+        save_known_pool(known_pools_file(), now)
     head = HeadAddress(control=tcp_endpoint(host, facts.control_port), key=pool.key)
-    return Found(pool=pool, address=host, head=head)
+    return Found(pool=now, address=host, head=head)
+
+
+def _put_out(pool: KnownPool, word: Word) -> NotAllowed:
+    name = pool.name
+    what = f"{name} has revoked this host" if word == "revoked" else f"{name} does not know this host any more"
+    return NotAllowed(what, hint="pair again: potluck invite there shows a code for potluck join CODE")
 
 
 def _at_door(host: str, port: int, code: str | None, settings: Settings, say: Say) -> KnownPool:
@@ -136,7 +151,8 @@ def _paired(host: str, port: int, credential: Invite | str, settings: Settings, 
         on_waiting=on_waiting,
     )
     save_known_pool(known_pools_file(), pool)
-    say(f"Paired with {escape(pool.name)} ({fingerprint(pool.key)}); this host is called {escape(pool.my_name)} there")
+    head = f"{escape(pool.name)} (key {fingerprint(pool.key)})"
+    say(f"Paired with {head}; this host is called {escape(pool.my_name)} there")
     return pool
 
 
@@ -172,8 +188,19 @@ def _door(pool: FoundPool) -> str:
     return f"{pool.addresses[0]}:{pool.port}"
 
 
+def _address_that_answers(pool: FoundPool) -> str:
+    """Of a head in several networks, not all of which need be this host's."""
+    for address in pool.addresses[:-1]:
+        try:
+            ask_door(address, pool.port)
+            return address
+        except NotRunning:
+            continue
+    return pool.addresses[-1]
+
+
 def _name_at(pool: FoundPool) -> str:
     try:
-        return ask_door(pool.addresses[0], pool.port).name
+        return ask_door(_address_that_answers(pool), pool.port).name
     except PotluckError:
         return "does not answer"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
 
 from transport.errors import BadMessage
 
@@ -43,8 +45,14 @@ def new_key_pair() -> KeyPair:
 
 
 def is_key(text: str) -> bool:
-    """Whether it can be a public key."""
-    return _KEY.fullmatch(text) is not None
+    """Whether it can be a public key: 32 bytes in Z85."""
+    if _KEY.fullmatch(text) is None:
+        return False
+    try:
+        z85.decode(text)
+    except struct.error:  # Five characters that stand for more than four bytes hold.
+        return False
+    return True
 
 
 def only(key: str) -> Admits:

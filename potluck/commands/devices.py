@@ -100,7 +100,7 @@ def invite(json_output: JsonOption = False) -> None:
 
 
 def approve(
-    name: Annotated[str, typer.Argument(help="The host that waits, by its name or fingerprint.")],
+    name: Annotated[str, typer.Argument(help="The host that waits, by its name or its key's fingerprint.")],
     refuse: Annotated[bool, typer.Option("--refuse", help="Do not let it in.")] = False,
 ) -> None:
     """Let a host in that has the code or the invite and waits."""
@@ -109,7 +109,7 @@ def approve(
 
 
 def rename(
-    old: Annotated[str, typer.Argument(help="The host's name or fingerprint.")],
+    old: Annotated[str, typer.Argument(help="The host's name, or its key's fingerprint.")],
     new: Annotated[str, typer.Argument(help="What to call it.")],
 ) -> None:
     """Give a host of the pool another name."""
@@ -120,13 +120,13 @@ def rename(
 
 
 def revoke(
-    name: Annotated[str, typer.Argument(help="The host's name or fingerprint.")],
+    name: Annotated[str, typer.Argument(help="The host's name, or its key's fingerprint.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Put a host out of the pool, at once and for good: it can only come back by pairing anew."""
     roster = RosterFile(roster_file())
     member = roster.find(name)
-    words = f"{escape(member.name)} ({fingerprint(member.key)})"
+    words = f"{escape(member.name)} (key {fingerprint(member.key)})"
     if not yes and not member.is_revoked:
         data.print(
             f"{words} is disconnected within a second if it is there, its key is not accepted any more, and the layers "
@@ -144,13 +144,14 @@ def revoke(
 
 def forget(
     pool: Annotated[
-        str | None, typer.Argument(help="The head's name, or the pool's fingerprint. Default: the only one known.")
+        str | None, typer.Argument(help="The head's name, or its key's fingerprint. Default: the only one known.")
     ] = None,
 ) -> None:
     """Forget a pool that this host has joined: it will not join there again unless it is paired anew."""
     forgotten = forget_known_pool(known_pools_file(), pool)
+    head = f"{escape(forgotten.name)} (key {fingerprint(forgotten.key)})"
     data.print(
-        f"The pool of {escape(forgotten.name)} ({forgotten.fingerprint}) is forgotten. Its head still knows this host "
+        f"The pool of {head} is forgotten. Its head still knows this host "
         f"as {escape(forgotten.my_name)}; there: potluck revoke {escape(forgotten.my_name)}",
         highlight=False,
         soft_wrap=True,
@@ -183,8 +184,8 @@ def _row(member: Member, connected: frozenset[str] | None) -> DeviceRow:
 def _table(rows: list[DeviceRow], now: float) -> Table:
     """One host a row, within 80 characters."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("device", "fingerprint", "platform", "paired", "state"):
-        table.add_column(heading, no_wrap=heading == "fingerprint", overflow="fold")
+    for heading in ("device", "key", "platform", "paired", "state"):
+        table.add_column(heading, no_wrap=heading == "key", overflow="fold")
     for row in rows:
         table.add_row(
             escape(row.name), row.fingerprint, escape(row.platform), _when(row.paired_at, now), _state(row, now)

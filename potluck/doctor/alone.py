@@ -34,7 +34,7 @@ def pools_check(found: Sequence[FoundPool]) -> Check:
     if not found:
         hint = "a head on this network is not seen? Join with potluck join --head HOST:PORT, as it prints it"
         return Check(name="pools", state="ok", what="none is seen on this network", hint=hint)
-    words = ", ".join(f"{pool.fingerprint} at {pool.addresses[0]}:{pool.port}" for pool in found)
+    words = ", ".join(f"pool {pool.fingerprint} at {pool.addresses[0]}:{pool.port}" for pool in found)
     door = f"{found[0].addresses[0]}:{found[0].port}"
     hint = f"join one with the code that potluck invite shows there: potluck join --head {door} --code CODE"
     return Check(name="pools", state="ok", what=words, hint=hint)

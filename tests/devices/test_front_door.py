@@ -86,7 +86,14 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=1.0)
+    made = House(tmp_path / "roster.json", line_timeout_s=2.0)
+    yield made
+    made.door.close()
+
+
+@pytest.fixture
+def patient(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path / "roster.json", line_timeout_s=600.0)
     yield made
     made.door.close()
 
@@ -96,7 +103,7 @@ def other_code(code: str) -> str:
 
 
 def connection(house: House, source: str = "127.0.0.1") -> socket.socket:
-    return socket.create_connection(("127.0.0.1", house.door.port), 5.0, source_address=(source, 0))
+    return socket.create_connection(("127.0.0.1", house.door.port), 60.0, source_address=(source, 0))
 
 
 def guests() -> int:
@@ -104,13 +111,13 @@ def guests() -> int:
 
 
 def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 8.0
+    deadline = time.monotonic() + 60.0
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert is_so()
 
 
-def is_hung_up(sock: socket.socket, timeout_s: float = 5.0) -> bool:
+def is_hung_up(sock: socket.socket, timeout_s: float = 60.0) -> bool:
     sock.settimeout(timeout_s)
     try:
         while sock.recv(4096):
@@ -151,7 +158,7 @@ def test_a_host_pairs_and_both_remember(house: House, by: str) -> None:
     member = RosterFile(house.roster.path).member(JOINER.public)
     assert member is not None
     assert (member.name, member.platform) == ("mac", "macOS arm64")
-    assert house.heard == [f"mac ({fingerprint(JOINER.public)}) has paired"]
+    assert house.heard == [f"mac (key {fingerprint(JOINER.public)}) has paired"]
 
 
 @pytest.mark.parametrize("by", ["code", "invite"])
@@ -183,11 +190,11 @@ def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
     for _ in range(3):
         with contextlib.closing(connection(house)) as sock:
             lines = Lines(sock)
-            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 1.0)
-            facts = lines.receive(DoorFacts, 1.0)
+            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+            facts = lines.receive(DoorFacts, 60.0)
             side = JoinerSide(code, facts, kind="code", key=JOINER.public, name="x", platform="y")
-            lines.send(side.begin, 1.0)
-            side.confirm(lines.receive(HeadMessage, 5.0))  # type: ignore[arg-type]
+            lines.send(side.begin, 60.0)
+            side.confirm(lines.receive(HeadMessage, 60.0))  # type: ignore[arg-type]
     with pytest.raises(PairingFailed, match="locked"):
         house.pair(code)
     assert len(house.heard) == 3
@@ -198,11 +205,11 @@ def test_points_that_are_none_do_not_use_up_guesses(house: House) -> None:
     for point in (bytes(32), bytes(31) + b"\x01", b"\x01" + bytes(31), b"\xff" * 32):
         with contextlib.closing(connection(house)) as sock:
             lines = Lines(sock)
-            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 1.0)
+            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
             side = JoinerSide(
-                code, lines.receive(DoorFacts, 1.0), kind="code", key=JOINER.public, name="x", platform="y"
+                code, lines.receive(DoorFacts, 60.0), kind="code", key=JOINER.public, name="x", platform="y"
             )
-            lines.send(replace(side.begin, spake=b"A" + point), 1.0)
+            lines.send(replace(side.begin, spake=b"A" + point), 60.0)
             assert is_hung_up(sock)
     assert not house.heard
     assert house.pair(code).my_name == "mac"
@@ -243,15 +250,15 @@ def test_a_code_is_used_also_when_the_user_says_no(house: House) -> None:
 
 
 def test_a_joiner_waits_for_the_user_longer_than_for_a_line(impatient: House) -> None:
-    impatient.answer = lambda candidate: not candidate.gone.wait(2.5)
+    impatient.answer = lambda candidate: not candidate.gone.wait(3.0)
     assert impatient.pair(str(impatient.door.new_code())).my_name == "mac"
 
 
 def test_a_joiner_that_has_waited_long_enough_gives_up_and_is_not_let_in(house: House) -> None:
-    house.answer = lambda candidate: candidate.gone.wait(10.0)
+    house.answer = lambda candidate: candidate.gone.wait(120.0)
     with pytest.raises(PairingFailed, match=r"(silent|nobody let this host in)"):
         house.pair(str(house.door.new_code()), decision_timeout_s=0.3)
-    assert house.asked[0].gone.wait(5.0)
+    until(lambda: house.asked and house.asked[0].gone.is_set())
     assert house.roster.keys() == ()
 
 
@@ -296,12 +303,12 @@ def test_a_joiner_of_another_version_is_told_so(house: House) -> None:
     code = str(house.door.new_code())
     with contextlib.closing(connection(house)) as sock:
         lines = Lines(sock)
-        lines.send(Knock(protocol=PROTOCOL_VERSION + 1, potluck="10"), 1.0)
+        lines.send(Knock(protocol=PROTOCOL_VERSION + 1, potluck="10"), 60.0)
         side = JoinerSide(
-            code, lines.receive(DoorFacts, 1.0), kind="code", key=JOINER.public, name="mac", platform="Linux"
+            code, lines.receive(DoorFacts, 60.0), kind="code", key=JOINER.public, name="mac", platform="Linux"
         )
-        lines.send(side.begin, 1.0)
-        assert msgspec.json.decode(lines.receive_line(1.0))["reason"] == "version"
+        lines.send(side.begin, 60.0)
+        assert msgspec.json.decode(lines.receive_line(60.0))["reason"] == "version"
 
 
 def answering(line: bytes) -> tuple[int, threading.Thread]:
@@ -330,8 +337,8 @@ def answering(line: bytes) -> tuple[int, threading.Thread]:
 def test_what_answers_and_is_no_head_is_told_apart(line: bytes, error: type[PotluckError]) -> None:
     port, thread = answering(line)
     with pytest.raises(error) as raised:
-        ask_door("127.0.0.1", port, 5.0)
-    thread.join(5.0)
+        ask_door("127.0.0.1", port, 60.0)
+    thread.join(60.0)
     assert raised.value.hint
 
 
@@ -339,7 +346,7 @@ def test_where_nobody_answers_the_hint_says_what_to_look_at() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(NotRunning, match=f"nobody answers at 127.0.0.1:{port}") as raised:
-        ask_door("127.0.0.1", port, 1.0)
+        ask_door("127.0.0.1", port, 60.0)
     assert "potluck doctor" in raised.value.hint
 
 
@@ -358,15 +365,15 @@ class Between:
         with self._listener, self._listener.accept()[0] as joiner_sock, connection(self._house) as head_sock:
             joiner, head = Lines(joiner_sock), Lines(head_sock)
             with contextlib.suppress(HungUp):
-                head.send(joiner.receive(Knock, 5.0), 5.0)
-                joiner.send(replace(head.receive(DoorFacts, 5.0), key=self.key), 5.0)
-                head.send(replace(joiner.receive(Begin, 5.0), key=self.key), 5.0)
+                head.send(joiner.receive(Knock, 60.0), 60.0)
+                joiner.send(replace(head.receive(DoorFacts, 60.0), key=self.key), 60.0)
+                head.send(replace(joiner.receive(Begin, 60.0), key=self.key), 60.0)
                 for _ in range(4):
-                    joiner_sock.sendall(head.receive_line(5.0) + b"\n")
-                    head_sock.sendall(joiner.receive_line(5.0) + b"\n")
+                    joiner_sock.sendall(head.receive_line(60.0) + b"\n")
+                    head_sock.sendall(joiner.receive_line(60.0) + b"\n")
 
     def close(self) -> None:
-        self._thread.join(5.0)
+        self._thread.join(60.0)
 
 
 def test_someone_between_who_replaces_the_keys_is_noticed_by_both(house: House) -> None:
@@ -386,20 +393,20 @@ def test_a_head_that_does_not_know_the_code_is_not_believed(house: House) -> Non
     def serve() -> None:
         with listener, listener.accept()[0] as sock:
             lines = Lines(sock)
-            lines.receive(Knock, 5.0)
-            lines.send(house.facts, 5.0)
-            side = HeadSide("0000-0000", house.facts, lines.receive(Begin, 5.0))
-            lines.send(side.answer, 5.0)
-            lines.receive(Confirm, 5.0)
-            lines.send(side.confirmed(), 5.0)
-            lines.send(side.result(Outcome(decision="allowed", name="mac")), 5.0)
+            lines.receive(Knock, 60.0)
+            lines.send(house.facts, 60.0)
+            side = HeadSide("0000-0000", house.facts, lines.receive(Begin, 60.0))
+            lines.send(side.answer, 60.0)
+            lines.receive(Confirm, 60.0)
+            lines.send(side.confirmed(), 60.0)
+            lines.send(side.result(Outcome(decision="allowed", name="mac")), 60.0)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     waited: list[DoorFacts] = []
     with pytest.raises(PairingFailed, match="does not know the secret"):
         house.pair(str(house.door.new_code()), port=listener.getsockname()[1], on_waiting=waited.append)
-    thread.join(5.0)
+    thread.join(60.0)
     assert not waited
 
 
@@ -433,12 +440,13 @@ def test_garbage_is_hung_up_on(house: House, data: bytes) -> None:
     assert house.pair(str(house.door.new_code())).my_name == "mac"
 
 
-def test_trouble_of_its_own_is_told_and_does_not_close_the_door(house: House) -> None:
+def test_trouble_of_its_own_is_told_and_does_not_close_the_door(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("devices.front_door._WARN_EVERY_S", 600.0)
     facts = house.facts
     del house.facts
     for _ in range(3):
         with contextlib.closing(connection(house)) as sock:
-            Lines(sock).send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 1.0)
+            Lines(sock).send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
             assert is_hung_up(sock)
     assert len(house.heard) == 1  # strangers can't fill the screen
     house.facts = facts
@@ -447,27 +455,28 @@ def test_trouble_of_its_own_is_told_and_does_not_close_the_door(house: House) ->
 
 def test_a_line_that_drips_in_has_no_more_time_than_another(impatient: House) -> None:
     with contextlib.closing(connection(impatient)) as sock, contextlib.suppress(OSError):
-        for _ in range(500):
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline:
             sock.sendall(b"x")
             time.sleep(0.02)
-        pytest.fail("it listened for ten times as long")
+        pytest.fail("it listened for forty times as long")
     assert ask_door("127.0.0.1", impatient.door.port) == impatient.facts
 
 
-def test_one_address_does_not_take_all_of_the_door(house: House) -> None:
-    socks = [connection(house) for _ in range(MAX_PER_ADDRESS)]
-    with contextlib.closing(connection(house)) as one_more:
+def test_one_address_does_not_take_all_of_the_door(patient: House) -> None:
+    socks = [connection(patient) for _ in range(MAX_PER_ADDRESS)]
+    with contextlib.closing(connection(patient)) as one_more:
         assert b"busy" in one_more.recv(4096)
         assert is_hung_up(one_more)
-    with contextlib.closing(connection(house, "127.0.0.2")) as other:
+    with contextlib.closing(connection(patient, "127.0.0.2")) as other:
         other.sendall(b'{"type":"hello","protocol":5,"potluck":"1"}\n')
         assert b"den" in other.recv(4096)
     for sock in socks:
         sock.close()
 
 
-def test_the_door_holds_so_many_and_no_more(house: House) -> None:
-    socks = [connection(house, f"127.0.0.{3 + number % 5}") for number in range(5 * MAX_PER_ADDRESS)]
+def test_the_door_holds_so_many_and_no_more(patient: House) -> None:
+    socks = [connection(patient, f"127.0.0.{3 + number % 5}") for number in range(5 * MAX_PER_ADDRESS)]
     until(lambda: sum(is_hung_up(sock, 0.05) for sock in socks) >= len(socks) - MAX_CONNECTIONS)
     assert guests() == MAX_CONNECTIONS
     for sock in socks:
@@ -480,7 +489,7 @@ def test_a_hundred_hostile_connections_do_not_keep_a_host_out(house: House) -> N
         with contextlib.suppress(OSError):
             sock.sendall((b"\x00" * 3000, b'{"type":"hello",', b"")[number % 3])
     assert guests() <= MAX_CONNECTIONS
-    with socket.create_connection(("127.0.0.1", house.door.port), 5.0, source_address=("127.0.0.2", 0)):
+    with socket.create_connection(("127.0.0.1", house.door.port), 60.0, source_address=("127.0.0.2", 0)):
         assert house.pair(str(house.door.new_code())).my_name == "mac"
     for sock in hostile:
         sock.close()
@@ -505,7 +514,7 @@ def test_many_who_guess_at_once_get_three_guesses_together(house: House) -> None
 
 
 def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
-    house.answer = lambda candidate: candidate.gone.wait(10.0)
+    house.answer = lambda candidate: candidate.gone.wait(120.0)
     code = str(house.door.new_code())
     with contextlib.closing(connection(house)) as idle, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(house.pair, code)
@@ -513,7 +522,7 @@ def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
         house.door.close()
         assert is_hung_up(idle)
         with pytest.raises(PairingFailed, match="hung up"):
-            waiting.result(5.0)
+            waiting.result(60.0)
     assert house.asked[0].gone.is_set()
     until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("front-door")])
     socket.create_server(("127.0.0.1", house.door.port)).close()

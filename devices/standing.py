@@ -1,0 +1,89 @@
+"""Whether a paired host still counts: it asks at the head's door, and is sure who answers.
+
+    host                          head
+      Ask       (nonce)     →
+                            ←     Standing  (nonce, proof)
+
+The proof is made with what only the head and the host whose key is asked about can compute: X25519 (RFC 7748) of their
+CURVE keys. It says one of three words without showing it: the host tries them all. So nobody else learns from it who is
+paired, whoever's key he asks about, and nobody else can answer in the head's place. It is about the facts that the door
+has just told, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from msgspec import Meta, Struct
+from zmq.utils import z85
+
+from devices.pairing import DoorFacts, Key, Proof
+from devices.roster import Roster
+from transport.curve import KeyPair, is_key
+from transport.errors import BadMessage
+
+_NONCE_BYTES = 32
+_LABEL = b"potluck standing 1\0"
+
+Nonce = Annotated[bytes, Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)]
+Word = Literal["member", "revoked", "unknown"]
+"""What a head says of a key."""
+
+
+class Ask(Struct, frozen=True, kw_only=True, tag="ask", forbid_unknown_fields=True):
+    """Does the host with this key count?"""
+
+    key: Key
+    nonce: Nonce
+
+
+class Standing(Struct, frozen=True, kw_only=True, tag="standing", forbid_unknown_fields=True):
+    nonce: Nonce
+    proof: Proof
+
+
+def new_ask(keys: KeyPair) -> Ask:
+    return Ask(key=keys.public, nonce=secrets.token_bytes(_NONCE_BYTES))
+
+
+def answered(ask: Ask, facts: DoorFacts, roster: Roster, keys: KeyPair) -> Standing:
+    """The head's answer, with its own keys. Raises BadMessage for a key that is none."""
+    member = roster.member(ask.key)
+    word: Word = "unknown" if member is None else "revoked" if member.is_revoked else "member"
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return Standing(nonce=nonce, proof=_proof(_shared(keys, ask.key), ask, nonce, facts, word))
+
+
+def word_of(standing: Standing, ask: Ask, facts: DoorFacts, keys: KeyPair) -> Word:
+    """What the head with `facts.key` said of this host. Raises BadMessage if it was not that head, or not about those
+    facts."""
+    shared = _shared(keys, facts.key)
+    words: tuple[Word, ...] = get_args(Word)
+    fitting = [
+        word for word in words if hmac.compare_digest(standing.proof, _proof(shared, ask, standing.nonce, facts, word))
+    ]
+    if not fitting:
+        raise BadMessage("who answers can't prove that it is the head")
+    return fitting[0]
+
+
+def _proof(shared: bytes, ask: Ask, nonce: bytes, facts: DoorFacts, word: Word) -> bytes:
+    # Nonces have one length, and no word begins another one.
+    said = _LABEL + ask.nonce + nonce + ask.key.encode() + word.encode() + msgspec.json.encode(facts)
+    return hmac.new(shared, said, hashlib.sha256).digest()
+
+
+def _shared(keys: KeyPair, other: str) -> bytes:
+    """Raises BadMessage."""
+    if not is_key(other):
+        raise BadMessage("a key that is none")
+    try:
+        own = X25519PrivateKey.from_private_bytes(z85.decode(keys.secret))
+        return own.exchange(X25519PublicKey.from_public_bytes(z85.decode(other)))
+    except ValueError as error:  # One of the few points that would give everyone the same.
+        raise BadMessage("a key that is none") from error

@@ -1,0 +1,146 @@
+"""Whether a host still counts: its head says so and proves who it is, and nobody else learns it or says it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from devices.known_pools import KnownPool
+from devices.lines import Lines
+from devices.pair_client import ask_standing
+from devices.pairing import DoorFacts, Knock
+from devices.roster import RosterFile
+from devices.standing import Ask, Standing, answered, new_ask, word_of
+from tests.devices.test_front_door import HEAD, JOINER, House, connection, is_hung_up
+from transport.curve import new_key_pair
+from transport.errors import BadMessage, NotRunning
+
+OTHER = new_key_pair()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path / "roster.json")
+    yield made
+    made.door.close()
+
+
+def pool_of(house: House) -> KnownPool:
+    return KnownPool(pool=house.facts.pool, key=HEAD.public, name="den", my_name="mac")
+
+
+def asked(house: House, port: int | None = None) -> str:
+    facts, word = ask_standing("127.0.0.1", port or house.door.port, pool_of(house), keys=JOINER)
+    assert facts == house.facts
+    return word
+
+
+def test_a_host_is_told_whether_it_counts(house: House) -> None:
+    assert asked(house) == "unknown"
+    house.roster.add(JOINER.public, "mac", "macOS")
+    assert asked(house) == "member"
+    house.roster.revoke("mac")
+    assert asked(house) == "revoked"
+
+
+def test_a_host_of_another_version_is_told_too(house: House) -> None:
+    house.roster.add(JOINER.public, "mac", "macOS")
+    house.facts = replace(house.facts, protocol=house.facts.protocol + 1)
+    assert asked(house) == "member"
+
+
+def standing(house: House, ask: Ask) -> Standing:
+    lines = Lines(connection(house))
+    try:
+        lines.send(Knock(protocol=1, potluck="1"), 5.0)
+        lines.receive(DoorFacts, 5.0)
+        lines.send(ask, 5.0)
+        return lines.receive(Standing, 5.0)
+    finally:
+        lines.close()
+
+
+def test_nobody_learns_whether_another_ones_key_counts(house: House) -> None:
+    """Also not by asking the same twice, before and after something has changed."""
+    house.roster.add(JOINER.public, "mac", "macOS")
+    ask = new_ask(JOINER)
+    answers = [standing(house, ask) for _ in range(2)]
+    assert answers[0].nonce != answers[1].nonce
+    assert answers[0].proof != answers[1].proof
+    assert [word_of(answer, ask, house.facts, JOINER) for answer in answers] == ["member"] * 2
+    for answer in answers:
+        with pytest.raises(BadMessage):
+            word_of(answer, ask, house.facts, OTHER)
+
+
+def test_nobody_answers_in_the_heads_place(tmp_path: Path) -> None:
+    """Not with its own keys, nor with what the head said before, nor with other facts."""
+    roster = RosterFile(tmp_path / "roster.json", name="den")
+    roster.add(JOINER.public, "mac", "macOS")
+    pool = roster.read().pool
+    facts = DoorFacts(pool=pool, name="den", key=HEAD.public, protocol=1, potluck="1", control_port=5)
+    ask, earlier = new_ask(JOINER), new_ask(JOINER)
+    answer = answered(ask, facts, roster.read(), HEAD)
+    assert word_of(answer, ask, facts, JOINER) == "member"
+    forged = answered(ask, facts, roster.read(), OTHER)
+    replayed = answered(earlier, facts, roster.read(), HEAD)
+    for wrong in (forged, replayed, replace(answer, nonce=replayed.nonce)):
+        with pytest.raises(BadMessage):
+            word_of(wrong, ask, facts, JOINER)
+    for told in (replace(facts, control_port=6), replace(facts, name="dan"), replace(facts, pool="ab" * 16)):
+        with pytest.raises(BadMessage):
+            word_of(answer, ask, told, JOINER)
+
+
+@pytest.mark.parametrize("key", ["0" * 40, "#" * 40, "rq%pe" + "0" * 35])
+def test_keys_that_are_none_are_hung_up_on(house: House, key: str) -> None:
+    """The second is no number of 32 bytes; the first is a point that would give everybody the same secret."""
+    sock = connection(house)
+    lines = Lines(sock)
+    lines.send(Knock(protocol=1, potluck="1"), 5.0)
+    lines.receive(DoorFacts, 5.0)
+    lines.send(Ask(key=key, nonce=bytes(32)), 5.0)
+    if key.startswith("rq"):  # Any other point: an answer that nobody understands.
+        lines.receive(Standing, 5.0)
+    assert is_hung_up(sock)
+    lines.close()
+    assert not house.heard
+
+
+def door_that_says(*messages: msgspec.Struct) -> int:
+    """To one who knocks; its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with listener, listener.accept()[0] as sock:
+            lines = Lines(sock)
+            for message in messages:
+                lines.receive_line(5.0)
+                lines.send(message, 5.0)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def test_who_only_claims_to_be_the_head_is_not_believed(house: House) -> None:
+    lies = Standing(nonce=bytes(32), proof=bytes(32))
+    for port in (door_that_says(house.facts, lies), door_that_says(house.facts)):
+        with pytest.raises(NotRunning, match="does not prove that it is den"):
+            asked(house, port)
+    with pytest.raises(NotRunning, match="another head than den"):
+        asked(house, door_that_says(replace(house.facts, key=OTHER.public)))
+
+
+def test_a_version_that_nobody_has_proved_is_no_reason_to_give_up(house: House) -> None:
+    class Strange(msgspec.Struct):
+        protocol: int = 99
+        potluck: str = "99"
+
+    with pytest.raises(NotRunning, match="protocol 99"):
+        asked(house, door_that_says(Strange()))
