@@ -30,7 +30,7 @@ from potluck.commands import (
     versions,
 )
 from potluck.output_encoding import speak_plainly
-from potluck.terminal import data, errors
+from potluck.terminal import data, errors, tell
 from transport.errors import PotluckError
 
 app = typer.Typer(
@@ -80,9 +80,9 @@ for command in (
 
 
 def print_error(error: PotluckError, console: Console) -> None:
-    console.print(f"[bold red]error:[/bold red] {escape(error.message)}", highlight=False, soft_wrap=True)
+    tell(console, f"[bold red]error:[/bold red] {escape(error.message)}")
     if error.hint:
-        console.print(f"[bold cyan]hint:[/bold cyan] {escape(error.hint)}", highlight=False, soft_wrap=True)
+        tell(console, f"[bold cyan]hint:[/bold cyan] {escape(error.hint)}")
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from rich.markup import escape
+
 from devices.cache import probe_devices
 from devices.device import HOST_MEMORY, Device
 from devices.discover import default_devices, device_requests
@@ -33,9 +35,9 @@ def offered_devices(
     requests = device_requests(
         texts, threads=settings.threads, cores_allowed=cores_allowed(), memory_bytes=settings.memory_bytes
     )
-    found = probe_devices(requests, probe_cache_file())
+    found = probe_devices(requests, probe_cache_file(), fresh=settings.fresh)
     for left_out in found.left_out:
-        say(f"[yellow]Left out {left_out.name}:[/yellow] {left_out.reason}")
+        say(f"[yellow]Left out {escape(left_out.name)}:[/yellow] {escape(left_out.reason)}")
     if not found.devices:
         raise ConfigError(
             "no device of this host can be used", hint="see the reasons above, or choose one with --device"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,10 +11,9 @@ from rich.table import Table
 
 from planner.explain import stage_rows
 from planner.plan import Alternative, Plan
-from potluck.terminal import gib
+from potluck.terminal import gib, show_table, tell
 from transport.messages import KVForm, WeightsForm
 
-_UNLIMITED_COLUMNS = 1000
 _WEIGHTS: dict[WeightsForm, str] = {
     "stored": "as in the file",
     "dense": "dense",
@@ -46,22 +45,21 @@ def plan_json(model: str, plan: Plan) -> dict[str, Any]:
 
 
 def show_plan(console: Console, model: str, plan: Plan) -> None:
-    # Into a pipe no line is broken.
-    tables = console if console.is_terminal else Console(file=console.file, width=_UNLIMITED_COLUMNS)
-    tables.print(_table(model, plan))
+    show_table(console, _table(model, plan))
     for line in _lines(plan):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        tell(console, line, markup=False)
 
 
 def _table(model: str, plan: Plan) -> Table:
-    table = Table(title=f"{model}: {plan.strategy} plan {plan.id}", title_justify="left")
+    table = Table(title=f"{escape(model)}: {plan.strategy} plan {plan.id}", title_justify="left")
     texts = ("device", "backend", "dtype", "layers")
     for heading in ("stage", *texts, "weights", "KV", "ms", "hop ms"):
-        table.add_column(heading, justify="left" if heading in texts else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if heading in texts else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading != "device", overflow="fold")
     for row in stage_rows(plan):
         table.add_row(
             str(row.stage),
-            row.device,
+            escape(row.device),
             row.backend,
             row.compute_dtype,
             f"{row.first}–{row.last - 1}",

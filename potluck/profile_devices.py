@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
+from rich.markup import escape
+
 from devices.device import Device, LeftOut
 from planner.measured import DeviceTimes, Grid, LayerTimes
 from potluck.calibration import corrected, factor_at
@@ -104,7 +106,7 @@ class DeviceMeasuring:
     def _measure(self, groups: Sequence[Sequence[Device]]) -> None:
         """Groups of different hosts, at the same time; a group's devices one after another, and then all together."""
         everyone = [device for group in groups for device in group]
-        self.say(f"Measuring {self.model.name} on {', '.join(device.name for device in everyone)}")
+        self.say(escape(f"Measuring {self.model.name} on {', '.join(device.name for device in everyone)}"))
         try:
             self._profile([[device for device in group if device.name not in self._known] for group in groups])
             groups = [[device for device in group if device.name in self._known] for group in groups]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from rich.markup import escape
 
 from devices.device import Device, LeftOut
 from planner.measured import LinkTimes, PoolTimes
@@ -134,7 +135,7 @@ class _Measuring:
             try:
                 there, back = self._link(pair)
             except PotluckError as error:
-                self.say(f"[yellow]No link between {hosts[0]} and {hosts[1]}:[/yellow] {error.message}")
+                self.say(f"[yellow]No link between {hosts[0]} and {hosts[1]}:[/yellow] {escape(error.message)}")
                 if own.host in hosts and hosts[0] != hosts[1]:
                     unreachable[hosts[1]] = error.message
                 continue

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from potluck.store.progress import Progress as PullCallback
 from potluck.store.progress import PullProgress, Stage
+from potluck.terminal import tell
 
 _LABELS: dict[Stage, str] = {
     "waiting": "waiting for another process that pulls it",
@@ -41,7 +42,7 @@ def shown_progress(console: Console) -> Iterator[PullCallback]:
 
     def show(event: PullProgress) -> None:
         if event.says:
-            console.print(event.says, markup=False, soft_wrap=True)
+            tell(console, event.says, markup=False)
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(_LABELS[event.stage], total=event.total, amount="")
         bars.update(tasks[event.stage], completed=event.done, total=event.total, amount=_amount(event))

@@ -191,7 +191,7 @@ class Worker:
                 self._context,
                 following.next,
                 next_limits,
-                name=f"stage {load.stage}",
+                name=f"stage {load.stage} ({self._register.device})",
                 prepare=self._edges.towards(following.next, following.key),
             )
             try:

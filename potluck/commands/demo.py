@@ -21,7 +21,7 @@ from potluck.options import (
 )
 from potluck.session import running_head_of
 from potluck.status import StatusReport
-from potluck.terminal import data, errors, show_text, stage_table
+from potluck.terminal import data, errors, show_stages, show_text
 
 DEMO_MODEL = "smollm2"
 DEMO_DEVICES = ["torch:cpu", "mlx", "torch:cpu"]
@@ -64,7 +64,7 @@ def demo(
         answer = _ask(head, question, console)
         report = head.report()
         console.print()
-        console.print(stage_table(report))
+        show_stages(console, report)
         console.print(
             f"{answer.tokens} tokens, {answer.tokens_per_s:.1f} tokens/s, first token after {answer.ttft_s:.2f} s",
             highlight=False,

@@ -33,7 +33,7 @@ from potluck.options import (
 from potluck.paths import logs_dir, runtime_dir
 from potluck.session import ending_signals
 from potluck.stay import Wishes, last_words, stay
-from potluck.terminal import data, gib
+from potluck.terminal import data, gib, tell
 from transport.errors import ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
 
 _TRY_AGAIN_S = 2.0
@@ -157,4 +157,4 @@ def _join_here(head: HeadFacts, settings: Settings, prefix: str | None) -> None:
 
 
 def _say(line: str) -> None:
-    data.print(line, highlight=False, soft_wrap=True)
+    tell(data, line)

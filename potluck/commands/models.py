@@ -17,11 +17,8 @@ from potluck.pull_display import json_progress, shown_progress
 from potluck.store import Store, StoredModel
 from potluck.store.formats import format_rows
 from potluck.store.sources import ALIASES
-from potluck.terminal import data, errors, gib
+from potluck.terminal import data, errors, gib, show_table, tell
 from transport.errors import ModelNotFound, NotRunning
-
-# Into a pipe, lines are never broken.
-_UNLIMITED_COLUMNS = 4096
 
 ModelArgument = Annotated[str, typer.Argument(help="A model's name, as `potluck list` shows it.")]
 SourceArgument = Annotated[
@@ -61,7 +58,7 @@ def pull(source: SourceArgument, offline: OfflineOption = False, json_output: Js
         return
     with shown_progress(errors) as progress:
         model = store.pull(source, progress)
-    data.print(f"{escape(model.name)} is ready: {gib(model.num_bytes)} in {escape(str(model.path))}", soft_wrap=True)
+    tell(data, f"{model.name} is ready: {gib(model.num_bytes)} in {model.path}", markup=False)
 
 
 def list_models(json_output: JsonOption = False) -> None:
@@ -83,7 +80,7 @@ def list_models(json_output: JsonOption = False) -> None:
         spec = model.spec
         row = (model.name, spec.architecture, str(spec.num_layers), spec.stored_dtype, size, model.source)
         table.add_row(*(escape(cell) for cell in row))
-    _print(table)
+    show_table(data, table)
 
 
 def show(name: ModelArgument, json_output: JsonOption = False) -> None:
@@ -100,10 +97,10 @@ def show(name: ModelArgument, json_output: JsonOption = False) -> None:
     table.add_column(overflow="fold")
     for label, value in rows_of(model):
         table.add_row(label, escape(value))
-    _print(table)
+    show_table(data, table)
     if formats is not None:
         data.print()
-        _print(format_table(formats))
+        show_table(data, format_table(formats))
 
 
 def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
@@ -117,14 +114,9 @@ def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
         data.file.write(json.dumps({"name": model.name, "freed_bytes": freed_bytes, "in_use": in_use}) + "\n")
         return
     kept = f"its files stay in {model.source.removeprefix('file:')}" if in_place else f"{gib(model.num_bytes)} freed"
-    data.print(f"{escape(model.name)} is removed; {escape(kept)}", soft_wrap=True)
+    tell(data, f"{model.name} is removed; {kept}", markup=False)
     if in_use:
-        errors.print("The running head still has it open, and keeps serving it until it stops.")
-
-
-def _print(table: Table) -> None:
-    console = data if data.is_terminal else Console(file=data.file, width=_UNLIMITED_COLUMNS)
-    console.print(table)
+        tell(errors, "The running head still has it open, and keeps serving it until it stops.")
 
 
 def _is_in_use(name: str) -> bool:

@@ -38,7 +38,7 @@ from potluck.planning import chosen_weights, estimated_times, kv_of, plan_with, 
 from potluck.profiling import local_times_for
 from potluck.saved_pool import load_pool, save_pool
 from potluck.session import model_of
-from potluck.terminal import data, errors
+from potluck.terminal import data, errors, tell
 from transport.errors import ConfigError
 
 
@@ -95,6 +95,7 @@ def plan(
         use_all_devices=use_all or None,
         objective=objective,
         layers=layers,
+        fresh=fresh or None,
     )
     left_out: tuple[LeftOut, ...] = ()
     if pool is not None:
@@ -103,7 +104,7 @@ def plan(
         if kv_cache is not None or settings.kv_cache != Settings().kv_cache:
             profile = replace(profile, kv=kv_of(settings))
     else:
-        profile, times, left_out = _here(settings, estimate=estimate, fresh=fresh)
+        profile, times, left_out = _here(settings, estimate=estimate)
     if save is not None:
         save_pool(save, profile, times)
     for text in with_ or ():
@@ -127,10 +128,10 @@ def _plan(profile: ModelProfile, times: PoolTimes, settings: Settings, workload:
         return advised(profile, times, workload, found, progress)
 
 
-def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProfile, PoolTimes, tuple[LeftOut, ...]]:
+def _here(settings: Settings, *, estimate: bool) -> tuple[ModelProfile, PoolTimes, tuple[LeftOut, ...]]:
     """This host's devices, and those that could not be measured."""
     stored = model_of(settings, errors)
-    devices = offered_devices(settings, say=errors.print, is_head=True)
+    devices = offered_devices(settings, say=_say, is_head=True)
     weights = chosen_weights(profile_of(stored), devices, devices[0].host, settings, _say)
     profile = profile_of(stored, weights, kv_of(settings))
     if estimate:
@@ -139,10 +140,10 @@ def _here(settings: Settings, *, estimate: bool, fresh: bool) -> tuple[ModelProf
         times, left_out = local_times_for(
             stored,
             devices,
-            say=errors.print,
+            say=_say,
             doing=lambda device, what: status.update(f"Measuring {device}: {what}"),
             weights=weights,
-            fresh=fresh,
+            fresh=settings.fresh,
         )
     return profile, times, left_out
 
@@ -170,7 +171,7 @@ def _saved(path: Path, settings: Settings, *, asked: bool) -> tuple[ModelProfile
 
 
 def _say(line: str) -> None:
-    errors.print(line, highlight=False, soft_wrap=True)
+    tell(errors, line)
 
 
 def _without(times: PoolTimes, names: list[str] | tuple[str, ...]) -> PoolTimes:

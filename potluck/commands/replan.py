@@ -8,11 +8,11 @@ import msgspec
 import typer
 
 from potluck.ask import call
-from potluck.commands.status import show_better
+from potluck.commands.status import better_line
 from potluck.head_file import running_head
 from potluck.options import JsonOption
 from potluck.status import BetterPlanReport
-from potluck.terminal import data
+from potluck.terminal import data, tell
 
 
 class ReplanAnswer(msgspec.Struct, frozen=True):
@@ -32,5 +32,5 @@ def replan(json_output: JsonOption = False) -> None:
     elif answer.better_plan is None:
         data.print("The ring runs by the best plan known.")
     else:
-        show_better(answer.better_plan)
-        data.print("It is loaded as soon as nobody waits for an answer; see: potluck status")
+        tell(data, better_line(answer.better_plan))
+        tell(data, "It is loaded as soon as nobody waits for an answer; see: potluck status")

@@ -16,7 +16,7 @@ from potluck.service.keeper import keeper
 from potluck.service.state import Done
 from potluck.store import Store
 from potluck.store.sources import parse_source
-from potluck.terminal import data, errors
+from potluck.terminal import data, errors, tell
 from transport.errors import ConfigError, ModelNotFound
 
 _group = typer.Typer(no_args_is_help=True, help="Keep Potluck running: started when you log in, and should it fail.")
@@ -37,7 +37,7 @@ def install(
     job = job_of(model, join=join)
     kept_by = keeper()
     if dry_run:
-        errors.print(f"{kept_by.file} would be:", soft_wrap=True, markup=False, highlight=False)
+        tell(errors, f"{kept_by.file} would be:", markup=False)
         data.file.write(kept_by.text(job))
         return
     if model is not None:
@@ -98,4 +98,4 @@ def _tell(done: Done, console: Console) -> None:
 
 
 def _say(line: str, console: Console) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    tell(console, line, markup=False)

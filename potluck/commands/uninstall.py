@@ -21,7 +21,7 @@ from potluck.options import JsonOption
 from potluck.paths import config_file, home_dir, known_pools_file, runtime_place
 from potluck.service.keeper import keeper
 from potluck.store import Store, StoredModel
-from potluck.terminal import data, errors, gib
+from potluck.terminal import data, errors, gib, show_table, tell
 from transport.errors import ConfigError, PotluckError
 
 _SHOWN = 20
@@ -68,7 +68,7 @@ def uninstall(
         *heads,
         f"{_size(removed.num_bytes)} freed. {PACKAGE_HINT}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(console, line, markup=False)
     _write(json_output, _facts(inventory, hub, stays, removed=removed))
     if removed.failed:
         path, why = removed.failed[0]
@@ -121,11 +121,11 @@ def _show(inventory: Inventory, hub: list[StoredModel], *, stays: tuple[str, ...
         fate = "goes" if hub_goes else "stays"
         table.add_row(fate, f"{model.name}, in the hub's cache", _size(model.num_bytes), escape(str(model.path)))
     if table.row_count:
-        errors.print(table, highlight=False)
+        show_table(errors, table)
     else:
         errors.print("Potluck keeps nothing on this host.")
     if hub and not hub_goes:
-        errors.print("The hub's cache is other programs' as well; --hub-cache removes what Potluck pulled into it.")
+        tell(errors, "The hub's cache is other programs' as well; --hub-cache removes what Potluck pulled into it.")
     _show_strange(inventory.strange)
 
 
@@ -138,7 +138,7 @@ def _show_strange(strange: tuple[Path, ...]) -> None:
         return
     errors.print("Not Potluck's, or a link, and therefore left alone:")
     for path in strange[:_SHOWN]:
-        errors.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+        tell(errors, f"  {path}", markup=False)
     if len(strange) > _SHOWN:
         errors.print(f"  and {len(strange) - _SHOWN} more")
 

@@ -36,7 +36,7 @@ from potluck.options import (
     settings_with,
 )
 from potluck.session import running_head_of
-from potluck.terminal import data, errors, stage_table
+from potluck.terminal import data, errors, show_stages, tell
 
 
 def register(app: typer.Typer) -> None:
@@ -121,10 +121,10 @@ def up(
     console = errors if json_output else data
     with running_head_of(settings, console) as head:
         report = head.report()
-        console.print(stage_table(report))
+        show_stages(console, report)
         console.print(f"Serving {head.model.name} at [bold]{head.url}[/bold] (chat page there, API under /v1)")
         for line in head.opened.lines():
-            console.print(line, highlight=False, soft_wrap=True)
+            tell(console, line)
         console.print("Ctrl-C stops it.")
         if json_output:
             data.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")
