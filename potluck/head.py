@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import zmq
+from rich.markup import escape
 
 from devices.device import Device
 from devices.interfaces import lan_address
@@ -49,6 +50,7 @@ _WATCH_INTERVAL_S = 5.0
 _ADDRESS_INTERVAL_S = 2.0
 State = Literal["starting", "ready", "down"]
 
+    from devices.pairing import Candidate
 
 class Head:
     """`with Head(settings, model, progress) as head: head.wait()`. Leaving it leaves nothing behind."""
@@ -126,7 +128,7 @@ class Head:
                 case PotluckError() as error:
                     self.state = "down"
                     self.endpoint.mark_down(error)
-                    self._progress.say(f"[bold red]The ring is down:[/bold red] {error}")
+                    self._progress.say(f"[bold red]The ring is down:[/bold red] {escape(str(error))}")
                     self._wants_reload = self._wants_reload or isinstance(error, HostRevoked)
                 case PoolWorker() as worker if self._loader is None or not self._loader.is_planned(worker):
                     self._joined.append(worker)
@@ -157,6 +159,10 @@ class Head:
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are connected, but for those that only visit (`potluck doctor`). Thread-safe."""
         return [host for host in self._pool.hosts() if host.arrive.pieces]
+
+    def waiting(self) -> tuple[Candidate, ...]:
+        """The hosts that wait to be let in. Thread-safe."""
+        return self.network.approvals.pending if self.network is not None else ()
 
     def _pieces_endpoint(self) -> str:
         return self._giver.endpoint if self._giver is not None else ""
@@ -293,8 +299,8 @@ class Head:
         watch.look([stage.worker.stats for stage in ring.stages], time.time())
         if watch.better is not None and not had_better:
             self._progress.say(
-                f"A better plan exists ({watch.better.why}): {watch.better.tokens_per_s:.1f} tokens/s instead of "
-                f"{watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
+                f"A better plan exists ({escape(watch.better.why)}): {watch.better.tokens_per_s:.1f} tokens/s "
+                f"instead of {watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
             )
 
     def _address_changed(self) -> bool:

@@ -9,9 +9,10 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Struct
 
+from devices.known_pools import load_known_pools
 from devices.private_file import write_private
-from potluck.paths import runtime_dir
-from transport.errors import AlreadyRunning, NotRunning
+from potluck.paths import known_pools_file, runtime_dir
+from transport.errors import AlreadyRunning, ConfigError, NotRunning
 
 # Whoever only looks holds the lock for a moment; a head holds it from start to end.
 _MOMENT_S = 0.3
@@ -80,7 +81,16 @@ def running_head() -> HeadFacts:
     else:
         raise NotRunning("a head is starting on this host", hint="try again in a moment")
     lock.release()
-    raise NotRunning("no head runs on this host", hint="start one with: potluck up MODEL")
+    raise NotRunning("no head runs on this host", hint=_where_else())
+
+
+def _where_else() -> str:
+    start = "start one with: potluck up MODEL"
+    try:
+        pools = load_known_pools(known_pools_file())
+    except ConfigError:
+        return start
+    return f"this host has joined the pool of {pools[0].name}: look there; or {start}" if pools else start
 
 
 def _read() -> HeadFacts | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -33,6 +34,11 @@ from transport.endpoints import is_host_endpoint, local_endpoint
 from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
 from transport.messages import Fence
 from transport.pool_messages import Arrive, Reach
+
+TAKEN = "is in the pool already"
+"""A part of what a worker is told whose device has another one's name."""
+
+_DEVICE_NAME = re.compile(r"[\w.:/-]{1,100}")
 
 
 @dataclass(slots=True)
@@ -302,12 +308,14 @@ class Pool:
             self._changed.notify_all()
         self._on_joined(worker)
 
+        if not _DEVICE_NAME.fullmatch(register.device):
+            return "a device's name has other characters than letters, digits and .:/-: choose another --name"
     def _why_not(self, worker: PoolWorker) -> str | None:
         """Names tell devices and hosts apart: a second one of the same name can't come in, and a host has the name that
         the roster gave it."""
         register = worker.register
         if register.device in {other.register.device for other in self._workers.values()}:
-            return f"a device called {register.device} is in the pool already: choose another --name"
+            return f"a device called {register.device} {TAKEN}: choose another --name"
         name = self._here.name
         if worker.is_remote and self._roster is not None:
             name = self._roster.name_of(worker.peer.key) or ""

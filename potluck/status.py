@@ -16,6 +16,7 @@ from transport.messages import KVForm, WeightsForm
 from transport.requests import Pong
 
 if TYPE_CHECKING:
+    from devices.pairing import Candidate
     from planner.plan import Plan, StagePlan
     from potluck.head import Head
     from potluck.plan_watch import BetterPlan
@@ -124,6 +125,15 @@ class HostReport(Struct, frozen=True, kw_only=True):
     devices: list[str]
 
 
+class WaitingReport(Struct, frozen=True, kw_only=True):
+    """A host that has the code or the invite, and waits until the head's user lets it in."""
+
+    name: str
+    fingerprint: str
+    platform: str
+    address: str
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
     """`state` is "starting", "ready" or "down"; `error` says why it is down. `lan` is where other hosts knock. `engine`
     is None while it does not answer."""
@@ -144,6 +154,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     stages: list[StageReport]
     idle_devices: list[DeviceReport]
     hosts: list[HostReport] = []
+    waiting: list[WaitingReport] = []
     logs: str
 
 
@@ -258,7 +269,17 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Po
             if worker.register.device not in used
         ],
         hosts=[_host_report(host, workers) for host in head.hosts()],
+        waiting=[_waiting_report(candidate) for candidate in head.waiting()],
         logs=str(logs_dir()),
+    )
+
+
+def _waiting_report(candidate: Candidate) -> WaitingReport:
+    return WaitingReport(
+        name=candidate.name,
+        fingerprint=fingerprint(candidate.key),
+        platform=clean_words(candidate.platform),
+        address=candidate.address,
     )
 
 

@@ -10,17 +10,18 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from devices.identity import fingerprint
-from devices.known_pools import forget_known_pool
-from devices.members import Member, checked_name
+from devices.known_pools import forget_known_pool, load_known_pools
+from devices.members import checked_name
 from devices.roster import RosterFile
+from potluck.devices_view import WaitingRow, device_row, device_table, joined_json, joined_line
 from potluck.head_api import get_from_head, post_to_head
 from potluck.invitation import show_invitation
+from potluck.leaving.in_use import joining_processes
 from potluck.options import JsonOption
 from potluck.paths import known_pools_file, roster_file
-from potluck.terminal import data
+from potluck.terminal import data, show_table, tell
 from transport.errors import ConfigError, PotluckError
 
 
@@ -44,20 +45,10 @@ class HostReport(msgspec.Struct, frozen=True):
 
 
 class HostsReport(msgspec.Struct, frozen=True):
-    """Of the head's status, the hosts that are connected; None if it does not say."""
+    """Of the head's status, the hosts that are connected (None if it does not say) and those that wait."""
 
     hosts: list[HostReport] | None = None
-
-
-class DeviceRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A host of the pool. `connected` is None without a running head that says it."""
-
-    name: str
-    fingerprint: str
-    platform: str
-    paired_at: float
-    revoked_at: float | None
-    connected: bool | None
+    waiting: list[WaitingRow] = []
 
 
 def register(app: typer.Typer) -> None:
@@ -70,18 +61,31 @@ def register(app: typer.Typer) -> None:
 
 
 def devices(json_output: JsonOption = False) -> None:
-    """Show the hosts that have paired with this one."""
+    """Show the hosts that have paired with this one, and those that wait; on a joined host, whose pool it is in."""
     roster = RosterFile(roster_file()).read()
-    connected = _connected()
-    rows = [_row(member, connected) for member in roster.members]
+    seen = _seen_by_head()
+    connected = None if seen.hosts is None else frozenset(host.name for host in seen.hosts)
+    rows = [device_row(member, connected) for member in roster.members]
+    joined = load_known_pools(known_pools_file())
     if json_output:
-        answer = {"pool": roster.pool, "name": roster.name, "devices": [msgspec.to_builtins(row) for row in rows]}
+        answer = {
+            "pool": roster.pool,
+            "name": roster.name,
+            "devices": [msgspec.to_builtins(row) for row in rows],
+            "waiting": [msgspec.to_builtins(row) for row in seen.waiting],
+            "joined": [joined_json(pool) for pool in joined],
+        }
         data.file.write(json.dumps(answer) + "\n")
         return
-    if not rows:
-        data.print("No device has paired with this host. Start a head with potluck up, and add one: potluck invite")
-        return
-    data.print(_table(rows, time.time()))
+    if rows or seen.waiting:
+        show_table(data, device_table(rows, seen.waiting, time.time()))
+    for waiting in seen.waiting:
+        tell(data, f"{escape(waiting.name)} waits to be let in, or not: potluck approve {escape(waiting.name)}")
+    is_joining = bool(joined) and bool(joining_processes())
+    for pool in joined:
+        tell(data, joined_line(pool, is_joining=is_joining))
+    if not rows and not seen.waiting and not joined:
+        tell(data, "No device has paired with this host. Start a head with potluck up, and add one: potluck invite")
 
 
 def invite(json_output: JsonOption = False) -> None:
@@ -105,7 +109,7 @@ def approve(
 ) -> None:
     """Let a host in that has the code or the invite and waits."""
     answer = post_to_head("/potluck/approve", {"name": name, "allow": not refuse}, ApproveAnswer)
-    data.print(f"{escape(answer.name or name)} is {'not let in' if refuse else 'let in'}", highlight=False)
+    tell(data, f"{escape(answer.name or name)} is {'not let in' if refuse else 'let in'}")
 
 
 def rename(
@@ -116,7 +120,7 @@ def rename(
     roster = RosterFile(roster_file())
     before = old if old == roster.read().name else roster.find(old).name
     roster.rename(old, new)
-    data.print(f"{escape(before)} is called {escape(checked_name(new))} now", highlight=False)
+    tell(data, f"{escape(before)} is called {escape(checked_name(new))} now")
 
 
 def revoke(
@@ -128,18 +132,17 @@ def revoke(
     member = roster.find(name)
     words = f"{escape(member.name)} (key {fingerprint(member.key)})"
     if not yes and not member.is_revoked:
-        data.print(
+        tell(
+            data,
             f"{words} is disconnected within a second if it is there, its key is not accepted any more, and the layers "
             "that it holds go to other devices. What it has downloaded or heard stays on it.",
-            highlight=False,
-            soft_wrap=True,
         )
         if not _is_terminal():
             raise ConfigError("nobody can be asked here", hint="say it with --yes")
         if not typer.confirm(f"Revoke {member.name}?"):
             raise typer.Exit(1)
     roster.revoke(member.name)
-    data.print(f"{words} is revoked", highlight=False)
+    tell(data, f"{words} is revoked")
 
 
 def forget(
@@ -150,57 +153,21 @@ def forget(
     """Forget a pool that this host has joined: it will not join there again unless it is paired anew."""
     forgotten = forget_known_pool(known_pools_file(), pool)
     head = f"{escape(forgotten.name)} (key {fingerprint(forgotten.key)})"
-    data.print(
-        f"The pool of {head} is forgotten. Its head still knows this host "
-        f"as {escape(forgotten.my_name)}; there: potluck revoke {escape(forgotten.my_name)}",
-        highlight=False,
-        soft_wrap=True,
+    tell(
+        data,
+        f"The pool of {head} is forgotten. If this host was not revoked there, its head still knows it as "
+        f"{escape(forgotten.my_name)}; there: potluck revoke {escape(forgotten.my_name)}",
     )
+    if pids := joining_processes():
+        tell(data, f"potluck join still runs here (process {pids[0]}), in that pool or another one: Ctrl-C ends it")
 
 
 def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _connected() -> frozenset[str] | None:
+def _seen_by_head() -> HostsReport:
     try:
-        hosts = get_from_head("/potluck/status", HostsReport).hosts
+        return get_from_head("/potluck/status", HostsReport)
     except PotluckError:
-        return None
-    return None if hosts is None else frozenset(host.name for host in hosts)
-
-
-def _row(member: Member, connected: frozenset[str] | None) -> DeviceRow:
-    return DeviceRow(
-        name=member.name,
-        fingerprint=fingerprint(member.key),
-        platform=member.platform,
-        paired_at=member.paired_at,
-        revoked_at=member.revoked_at,
-        connected=None if connected is None else member.name in connected and not member.is_revoked,
-    )
-
-
-def _table(rows: list[DeviceRow], now: float) -> Table:
-    """One host a row, within 80 characters."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("device", "key", "platform", "paired", "state"):
-        table.add_column(heading, no_wrap=heading == "key", overflow="fold")
-    for row in rows:
-        table.add_row(
-            escape(row.name), row.fingerprint, escape(row.platform), _when(row.paired_at, now), _state(row, now)
-        )
-    return table
-
-
-def _state(row: DeviceRow, now: float) -> str:
-    if row.revoked_at is not None:
-        return f"[red]revoked {_when(row.revoked_at, now)}[/red]"
-    return {None: "–", True: "[green]connected[/green]", False: "away"}[row.connected]
-
-
-def _when(at: float, now: float) -> str:
-    """ "today 18:03", "2026-11-24"."""
-    then, today = time.localtime(at), time.localtime(now)
-    is_today = (then.tm_year, then.tm_yday) == (today.tm_year, today.tm_yday)
-    return time.strftime("today %H:%M" if is_today else "%Y-%m-%d", then)
+        return HostsReport()

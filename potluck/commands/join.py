@@ -13,10 +13,12 @@ import typer
 from rich.markup import escape
 
 from devices.credentials import is_invite, parse_code
+from devices.members import checked_name
 from potluck.config import Settings
 from potluck.head_file import HeadFacts, running_head
 from potluck.head_search import find_again, pool_to_join
 from potluck.lan import keys_file
+from potluck.leaving.in_use import joining_processes
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.options import (
@@ -31,12 +33,15 @@ from potluck.options import (
     settings_with,
 )
 from potluck.paths import logs_dir, runtime_dir
+from potluck.pool import TAKEN
 from potluck.session import ending_signals
 from potluck.stay import Wishes, last_words, stay
 from potluck.terminal import data, gib, tell
-from transport.errors import ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
+from transport.errors import AlreadyRunning, ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
 
 _TRY_AGAIN_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+_SHORT_S = 30.0
 _FOR_GOOD = (NotAllowed, VersionMismatch)
 
 
@@ -79,6 +84,8 @@ def join(
         lan_host=lan_host,
         host_name=host_name,
     )
+    if name is not None:
+        name = checked_name(name)
     invite = secret if secret is not None and is_invite(secret) else None
     if invite is not None and (head is not None or code is not None):
         raise ConfigError(
@@ -106,24 +113,34 @@ def _join_there(where: str | None, code: str | None, settings: Settings, prefix:
     pool = pool_to_join(where, code, settings, say=_say)
     wishes = Wishes(settings=settings, prefix=prefix)
     said: set[str] = set()
+    pause_s = _TRY_AGAIN_S
     while True:
         try:
             found = find_again(pool, settings)
             pool = found.pool
+            began_s = time.monotonic()
             error = stay(found, wishes, say=_say)
             said.clear()  # It was in.
+            # What ends soon after each start is not tried over and over.
+            is_short = isinstance(error, NotRunning) and time.monotonic() - began_s < _SHORT_S
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if is_short else _TRY_AGAIN_S
         except _FOR_GOOD:
             raise
         except PotluckError as problem:
             error = problem
         if isinstance(error, _FOR_GOOD):
             raise error
+        if isinstance(error, NotRunning) and TAKEN in error.hint and (pids := joining_processes()):
+            raise AlreadyRunning(
+                f"potluck join gives this host's devices already (process {pids[0]})",
+                hint="stop that one; or give other devices under other names: potluck join --device DEVICE --name NAME",
+            )
         if error.message not in said:
             _say(f"[yellow]{escape(error.message)}[/yellow]: waiting for {escape(pool.name)}; Ctrl-C ends it")
             if error.hint:
                 _say(f"[dim]hint: {escape(error.hint)}[/dim]")
         said.add(error.message)
-        time.sleep(_TRY_AGAIN_S)
+        time.sleep(pause_s)
 
 
 def _join_here(head: HeadFacts, settings: Settings, prefix: str | None) -> None:

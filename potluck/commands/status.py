@@ -56,6 +56,9 @@ def _lines(report: StatusReport) -> Iterator[str]:
     for host in report.hosts:
         devices = escape(", ".join(host.devices) or "no device yet")
         yield f"Connected: {escape(host.name)} ({escape(host.platform)}, {escape(host.address)}) with {devices}"
+    for waiting in report.waiting:
+        name = escape(waiting.name)
+        yield f"{name} ({escape(waiting.address)}) waits to be let in, or not: potluck approve {name}"
     for device in report.idle_devices:
         yield f"Not in the ring: {escape(device.device)} ({gib(device.free_bytes)} free): {escape(device.reason)}"
     yield (

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from potluck.paths import own_data_dir
+from potluck.paths import home_dir, own_data_dir
 from transport.errors import AlreadyRunning
 
 _MODULES = ("potluck.cli", "potluck.engine.process", "shard.worker")
@@ -48,6 +48,11 @@ def users_of(home: Path) -> Iterator[User]:
                 yield User(pid=process.pid, does=does)
         except (psutil.Error, OSError):
             continue  # Another user's, or just gone.
+
+
+def joining_processes() -> tuple[int, ...]:
+    """Other processes of this user that give this host's devices to a head: `potluck join`, by hand or as a service."""
+    return tuple(user.pid for user in users_of(home_dir()) if user.does == "potluck join")
 
 
 def told(command: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from devices.identity import fingerprint
@@ -17,6 +20,7 @@ from devices.known_pools import KnownPool, load_known_pools, save_known_pool
 from devices.roster import RosterFile
 from potluck import api_key
 from potluck.cli import app
+from potluck.devices_view import DeviceRow, device_table
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.paths import known_pools_file, roster_file
 from transport.curve import new_key_pair
@@ -118,10 +122,10 @@ def test_a_pool_without_devices_says_how_to_add_one() -> None:
     assert len(facts["pool"]) == 32
 
 
-def test_devices_are_listed_within_eighty_columns(roster: RosterFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_listed(roster: RosterFile) -> None:
     roster.revoke("mac")
     table = said("devices")
-    assert all(len(line) <= 80 for line in table.splitlines())
+    assert len(table.splitlines()) == 3  # Into a pipe no row is broken.
     assert fingerprint(MAC) in table
     assert "revoked" in table
     assert "today" in table
@@ -136,6 +140,51 @@ def test_a_running_head_says_who_is_connected(roster: RosterFile, head: Answerin
     mac, pc = json.loads(said("devices", "--json"))["devices"]
     assert (mac["connected"], pc["connected"]) == (True, False)
     assert "connected" in said("devices")
+
+
+def test_who_waits_is_listed_with_how_to_let_it_in(head: Answering) -> None:
+    waits = {"name": "tv", "fingerprint": "3f2a-91bc-77d0-12e4", "platform": "Linux x86-64", "address": "192.168.1.9"}
+    head.answers["/potluck/status"] = (200, {"hosts": [], "waiting": [waits]})  # type: ignore[attr-defined]
+    text = said("devices")
+    assert "3f2a-91bc-77d0-12e4" in text
+    assert "potluck approve tv" in text
+    assert "No device has paired" not in text
+    assert json.loads(said("devices", "--json"))["waiting"] == [waits]
+
+
+def test_a_joined_host_says_whose_pool_it_is_in() -> None:
+    save_known_pool(
+        known_pools_file(), KnownPool(pool="ab" * 16, key=MAC, name="den", my_name="pc", doors=("192.168.1.7:11501",))
+    )
+    text = said("devices")
+    assert "No device has paired" not in text
+    for words in ("pc", "den", fingerprint(MAC), "192.168.1.7:11501", "potluck join"):
+        assert words in text
+    (joined,) = json.loads(said("devices", "--json"))["joined"]
+    assert (joined["head"], joined["name"], joined["fingerprint"]) == ("den", "pc", fingerprint(MAC))
+    assert "joined the pool of den" in error_of("status").hint
+
+
+def test_usual_names_are_not_folded_in_eighty_columns() -> None:
+    now = 1_764_000_000.0
+    row = DeviceRow(
+        name="living-room-pc",
+        fingerprint="3f2a-91bc-77d0-12e4",
+        platform="Windows x86-64",
+        paired_at=now,
+        revoked_at=now,
+        connected=None,
+    )
+    assert len(_in_eighty_columns([row], now)) == 2
+    lines = _in_eighty_columns([replace(row, name=40 * "x")], now)
+    assert all(len(line) <= 80 for line in lines)
+    assert sum(line.count("x") for line in lines[1:]) == 40 + "Windows x86-64".count("x")
+
+
+def _in_eighty_columns(rows: list[DeviceRow], now: float) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=80).print(device_table(rows, [], now))
+    return out.getvalue().splitlines()
 
 
 def test_a_device_is_renamed_by_name_or_fingerprint(roster: RosterFile) -> None:
@@ -165,7 +214,9 @@ def test_revoking_says_what_it_does_and_asks(roster: RosterFile, monkeypatch: py
 def test_a_joined_host_forgets_a_pool() -> None:
     pool = KnownPool(pool="ab" * 16, key=MAC, name="den", my_name="pc")
     save_known_pool(known_pools_file(), pool)
-    assert "potluck revoke pc" in said("forget", "den")
+    text = said("forget", "den")
+    assert "potluck revoke pc" in text
+    assert "If this host was not revoked there" in text
     assert load_known_pools(known_pools_file()) == ()
     assert "not joined" in error_of("forget").message
 
