@@ -120,11 +120,8 @@ class RosterFile:
 
     def _look(self) -> None:
         try:
-            stamp = self._stamp()
-        except FileNotFoundError:
-            with self._locked():
-                if not self.path.exists():
-                    self._write(Roster(version=VERSION, pool=secrets.token_hex(_POOL_ID_BYTES), name=self._own_name()))
+            if not self.path.exists():
+                self._make()
             stamp = self._stamp()
         except OSError as error:
             raise self._unreadable(error) from error
@@ -132,13 +129,21 @@ class RosterFile:
             self._seen = None  # Nobody counts until it is read.
             self._remember(self._load(), stamp)
 
+    def _make(self) -> None:
+        with self._locked():
+            if not self.path.exists():
+                self._write(Roster(version=VERSION, pool=secrets.token_hex(_POOL_ID_BYTES), name=self._own_name()))
+
     def _change(self, change: Callable[[Roster], tuple[Roster, Result]]) -> Result:
         self.read()
-        with self._lock, self._locked():
+        # Without `_lock`: who only asks must not wait for another process that writes.
+        with self._locked():
             roster, result = change(self._load())
             self._write(roster)
-            self._remember(roster, self._stamp())
-            return result
+            stamp = self._stamp()
+        with self._lock:
+            self._remember(roster, stamp)
+        return result
 
     def _remember(self, roster: Roster, stamp: tuple[int, int, int]) -> None:
         names = {member.key: member.name for member in roster.members if not member.is_revoked}

@@ -8,6 +8,7 @@ connection.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import struct
 import threading
@@ -25,6 +26,8 @@ Prepare = Callable[["zmq.Socket[bytes]"], None]
 
 Admits = Callable[[str], bool]
 """Whether the public key may connect, and whether what comes from it still counts. Called from several threads."""
+
+log = logging.getLogger("potluck.curve")
 
 KEY_CHARACTERS = 40
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -86,10 +89,12 @@ def is_given(routing_id: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """How a socket that others connect to is kept: `prepare` before it binds, `admits` for every message's key."""
+    """How a socket that others connect to is kept: `prepare` before it binds, `admits` for every message's key, and
+    `forget` once it is closed."""
 
     prepare: Prepare
     admits: Admits
+    forget: Callable[[], None] = lambda: None
 
 
 class Curve:
@@ -99,12 +104,14 @@ class Curve:
         self.keys = keys
         self._context = context
         self._authenticator: ThreadAuthenticator | None = None
+        self._domains = _Domains()
         self._lock = threading.Lock()
 
     def guard(self, admits: Admits) -> Guard:
         """For a socket that only keys which `admits` accepts can connect to."""
         domain = f"potluck-{next(_numbers)}"
         self._handler().configure_curve_callback(domain, _Asked(admits))
+        domains = self._domains
 
         def prepare(sock: zmq.Socket[bytes]) -> None:
             sock.setsockopt(zmq.CURVE_SERVER, 1)
@@ -113,7 +120,7 @@ class Curve:
             sock.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
             sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
-        return Guard(prepare=prepare, admits=admits)
+        return Guard(prepare=prepare, admits=admits, forget=lambda: domains.forget(domain))
 
     def towards(self, server_key: str) -> Prepare:
         """For a socket that connects to whoever has `server_key`, and to nobody else. Raises BadMessage."""
@@ -138,8 +145,20 @@ class Curve:
         with self._lock:
             if self._authenticator is None:
                 self._authenticator = ThreadAuthenticator(self._context)
+                self._authenticator.credentials_providers = self._domains
                 self._authenticator.start()
             return self._authenticator
+
+
+class _Domains(dict[str, "_Asked"]):
+    """Of pyzmq's handler: whom to ask about which socket's connections. Its thread looks a domain up twice, so that one
+    that is forgotten meanwhile must not be missing: nobody is admitted there."""
+
+    def __missing__(self, domain: str) -> _Asked:
+        return _Asked(lambda key: False)
+
+    def forget(self, domain: str) -> None:
+        self.pop(domain, None)
 
 
 class _Asked:
@@ -149,4 +168,8 @@ class _Asked:
         self._admits = admits
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return self._admits(key.decode("ascii", "replace"))
+        try:
+            return self._admits(key.decode("ascii", "replace"))
+        except Exception:  # The thread that asks would end, and nobody could ever connect again.
+            log.exception("whether a key is admitted can't be told: it is not")
+            return False

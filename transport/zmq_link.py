@@ -251,6 +251,8 @@ class ZmqReceiver:
         self._end_watch()
         self._socket.close(0)
         self._wake.close()
+        if self._guard is not None:
+            self._guard.forget()
 
     def _end_watch(self) -> None:
         if self._watch is not None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,6 +141,31 @@ def test_nobody_is_admitted_while_the_file_is_broken(file: RosterFile, content: 
     assert file.path.read_bytes() == content
     file.path.write_bytes(good)
     assert head.admits(KEY)
+
+
+def test_a_file_that_vanishes_while_it_is_looked_at_admits_nobody_and_raises_nothing(
+    file: RosterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish() -> tuple[int, int, int]:
+        raise FileNotFoundError(file.path)
+
+    monkeypatch.setattr(file, "_stamp", vanish)
+    assert not file.admits(KEY)
+
+
+def test_who_asks_does_not_wait_for_another_process_that_holds_the_file(file: RosterFile) -> None:
+    """A head that is held up so long is silent, and loses its workers."""
+    file.add(KEY, "mac", "macOS")
+    with FileLock(file.path.with_suffix(".lock")):
+        writer = threading.Thread(target=file.add, args=(OTHER, "pc", "Linux"))
+        writer.start()
+        time.sleep(0.2)  # It waits now, and the file is to be looked at anew.
+        started = time.monotonic()
+        assert file.admits(KEY)
+        assert time.monotonic() - started < 5.0
+        assert not file.admits(OTHER)
+    writer.join(10.0)
+    assert file.admits(OTHER)
 
 
 def test_many_writers_lose_nobody_while_others_read(file: RosterFile) -> None:
