@@ -40,6 +40,7 @@ from transport.endpoints import port_of
 from transport.errors import DeadlineExceeded, HostRevoked, NeighbourGone, NotRunning, PotluckError, RingDown
 
 if TYPE_CHECKING:
+    from devices.pairing import Candidate
     from potluck.network import Network
 
 _REGISTER_TIMEOUT_S = 60.0
@@ -50,7 +51,6 @@ _WATCH_INTERVAL_S = 5.0
 _ADDRESS_INTERVAL_S = 2.0
 State = Literal["starting", "ready", "down"]
 
-    from devices.pairing import Candidate
 
 class Head:
     """`with Head(settings, model, progress) as head: head.wait()`. Leaving it leaves nothing behind."""

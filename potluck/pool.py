@@ -35,6 +35,7 @@ from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckE
 from transport.messages import Fence
 from transport.pool_messages import Arrive, Reach
 
+
 TAKEN = "is in the pool already"
 """A part of what a worker is told whose device has another one's name."""
 
@@ -308,12 +309,12 @@ class Pool:
             self._changed.notify_all()
         self._on_joined(worker)
 
-        if not _DEVICE_NAME.fullmatch(register.device):
-            return "a device's name has other characters than letters, digits and .:/-: choose another --name"
     def _why_not(self, worker: PoolWorker) -> str | None:
         """Names tell devices and hosts apart: a second one of the same name can't come in, and a host has the name that
         the roster gave it."""
         register = worker.register
+        if not _DEVICE_NAME.fullmatch(register.device):
+            return "a device's name has other characters than letters, digits and .:/-: choose another --name"
         if register.device in {other.register.device for other in self._workers.values()}:
             return f"a device called {register.device} {TAKEN}: choose another --name"
         name = self._here.name
