@@ -109,7 +109,14 @@ class Pool:
             lambda peer, message: self._server.send(peer, message),
             lambda worker: worker.peer.identity in self._workers,
         )
-        self._server = ControlServer(context, endpoints, on_message=self._on_message, on_lost=self._on_lost)
+        self._server = ControlServer(
+            context,
+            endpoints,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            # Whom hosts may give pieces to is not to wait for a ring that loads.
+            on_look=self._hosts.tell_members,
+        )
 
     @property
     def endpoint(self) -> str:

@@ -144,7 +144,8 @@ class Peer:
 
 
 class ControlServer:
-    """The head's end. One thread owns the sockets; `on_message(peer, message)` and `on_lost(peer)` run in it.
+    """The head's end. One thread owns the sockets; `on_message(peer, message)` and `on_lost(peer)` run in it, and ten
+    times a second or more often `on_look`, whatever the head does meanwhile.
 
     `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
     key it admits no more is told so, lost, and not heard again.
@@ -157,9 +158,11 @@ class ControlServer:
         *,
         on_message: Callable[[Peer, ControlMessage], None],
         on_lost: Callable[[Peer], None],
+        on_look: Callable[[], object] = lambda: None,
     ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_look = on_look
         self._peers: dict[bytes, Peer] = {}
         self._outbox: deque[tuple[bytes, ControlMessage]] = deque()
         self._wake = Wake()
@@ -223,6 +226,7 @@ class ControlServer:
                 cap.look(time.monotonic())
             self._drop_silent(slept_s)
             self._drop_revoked()
+            self._on_look()
         self._flush()
         for sock in self._sockets:
             sock.disable_monitor()

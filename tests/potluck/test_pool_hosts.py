@@ -1,0 +1,52 @@
+"""What the other hosts of a pool are told, whatever its head is busy with."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from devices.identity import load_keys
+from devices.roster import RosterFile
+from tests.doctor.small_head import SmallHead
+from tests.transport.test_control import ARRIVE, wait_until
+from transport.control import ControlClient
+from transport.curve import Curve, new_key_pair
+from transport.pool_messages import Members, Welcome
+
+
+def test_hosts_learn_within_a_second_who_is_no_member_any_more(tmp_path: Path) -> None:
+    """Also of one that is not there itself, and while nobody but control looks, as when a ring loads: whoever has its
+    key could else go on taking pieces of models from them."""
+    guest, stolen = load_keys(tmp_path / "guest" / "identity"), new_key_pair()
+    heard: list[Any] = []
+    with ExitStack() as stack:
+        head = SmallHead(tmp_path / "head", "127.0.0.1")
+        stack.callback(head.close)
+        head.pair(tmp_path / "guest")
+        head.roster.add(stolen.public, "laptop", "macOS")
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.destroy, 0)
+        curve = Curve(context, guest)
+        client = ControlClient(
+            context,
+            str(head.pool.control),
+            ARRIVE,
+            on_message=heard.append,
+            on_lost=lambda: heard.append("lost"),
+            prepare=curve.towards(head.key),
+        )
+        stack.callback(client.close)
+        wait_until(lambda: any(isinstance(message, Welcome) for message in heard))
+        before = len(heard)
+        RosterFile(head.roster.path).revoke("laptop")
+        revoked = time.monotonic()
+        wait_until(lambda: len(heard) > before)
+        took_s = time.monotonic() - revoked
+    told = heard[-1]
+    assert isinstance(told, Members)
+    assert guest.public in told.members and stolen.public not in told.members
+    assert took_s < 1.0
