@@ -51,7 +51,7 @@ def cut(folder: Path, scratch: Path) -> tuple[PieceStore, dict[str, float]]:
     for file in pieces.files:
         whole = np.memmap(files.weights[file.name], np.uint8, "r") if file.name in files.weights else None
         for piece in file.pieces:
-            data = files.small[file.name] if whole is None else whole
+            data = files.whole[file.name] if whole is None else whole
             store.put(bytes(data[piece.offset : piece.offset + piece.num_bytes]), piece.digest)
     materialize(pieces, store, scratch / "skeleton")
     num_bytes = sum(file.num_bytes for file in pieces.files)

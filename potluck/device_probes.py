@@ -11,13 +11,12 @@ from typing import Protocol
 from devices.device import Device
 from planner.demand import runtime_reserve_bytes
 from potluck.pool import Pool, PoolWorker
-from potluck.questions import Answer
 from shard.machine import machine_facts
 from shard.profile.process import SILENCE_S, ProfileProcess
 from shard.profile.report import ProfileReport, decode_report
 from shard.profile.settings import BUDGET_S, ProfileSettings
 from transport.errors import PotluckError, StageFailed
-from transport.measure_messages import EndProfile, MeasureQuestion, Profile, Profiled, Steady, SteadyTime
+from transport.measure_messages import EndProfile, MeasureAnswer, MeasureQuestion, Profile, Profiled, Steady, SteadyTime
 from transport.messages import WeightsForm
 from transport.pool_messages import SharedModel
 
@@ -74,7 +73,7 @@ class WorkerProbes:
             # The worker gives up first, and knows more.
             questions,
             silence_s=1.2 * self.silence_s,
-            on_doing=lambda worker, what: doing(worker.register.device, what),
+            on_news=lambda worker, news: doing(worker.register.device, news.what),
         )
         return [_report(answer) for answer in answers]
 
@@ -152,7 +151,7 @@ def weights_room_bytes(device: Device) -> int:
     return max(0, device.free_bytes - runtime_reserve_bytes(device))
 
 
-def _report(answer: Answer) -> ProfileReport | PotluckError:
+def _report(answer: MeasureAnswer | PotluckError) -> ProfileReport | PotluckError:
     match answer:
         case PotluckError():
             return answer
@@ -164,7 +163,7 @@ def _report(answer: Answer) -> ProfileReport | PotluckError:
     return StageFailed(f"its worker answered a profile with {type(answer).__name__}")
 
 
-def _step_s(answer: Answer) -> float | PotluckError:
+def _step_s(answer: MeasureAnswer | PotluckError) -> float | PotluckError:
     match answer:
         case PotluckError():
             return answer

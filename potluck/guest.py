@@ -10,12 +10,13 @@ from importlib.metadata import version
 import zmq
 
 from devices.interfaces import lan_interfaces
+from potluck.host_answers import HostAnswers
 from transport.control import ControlClient
 from transport.control_messages import ControlMessage, Stop
 from transport.curve import Curve
 from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, VersionMismatch
 from transport.messages import PROTOCOL_VERSION
-from transport.pool_messages import Arrive, Members, Reach, Reached, Welcome
+from transport.pool_messages import Arrive, HostQuestion, Members, Reach, Reached, Welcome
 
 _WELCOME_S = 15.0
 
@@ -51,10 +52,12 @@ class Guest:
         address: str,
         platform: str,
         pieces: str,
+        answers: HostAnswers | None = None,
     ) -> None:
-        """`address` is this host's, `pieces` where it gives pieces of models."""
+        """`address` is this host's, `pieces` where it gives pieces of models; `answers` says what models it has."""
         self._changed = threading.Condition()
         self._membership = membership
+        self._answers = answers
         self._welcome: Welcome | None = None
         self._reached: Reached | None = None
         self._end: PotluckError | None = None
@@ -110,6 +113,10 @@ class Guest:
         self._control.close()
 
     def _on_message(self, message: ControlMessage) -> None:
+        if isinstance(message, HostQuestion):
+            if self._answers is not None:
+                self._answers.hear(message, lambda answer: self._control.send(answer))
+            return
         with self._changed:
             match message:
                 case Welcome():

@@ -19,12 +19,13 @@ from rich.markup import escape
 
 from devices.device import Device
 from devices.interfaces import lan_address
+from potluck.borrowed_model import BorrowedModel
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.http_access import OpenedAccess, open_access
 from potluck.lan import this_host
-from potluck.model_share import ModelShare, PieceGiver
+from potluck.model_share import ModelShare, OwnModel, PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
@@ -33,11 +34,20 @@ from potluck.pool import Pool, PoolWorker
 from potluck.pool_hosts import PoolHost
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
-from potluck.ring_loader import RingLoader
+from potluck.ring_loader import ModelSource, RingLoader
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
+from potluck.wanted_model import WantedModel
 from transport.endpoints import port_of
-from transport.errors import DeadlineExceeded, HostRevoked, NeighbourGone, NotRunning, PotluckError, RingDown
+from transport.errors import (
+    DeadlineExceeded,
+    DownloadFailed,
+    HostRevoked,
+    NeighbourGone,
+    NotRunning,
+    PotluckError,
+    RingDown,
+)
 
 if TYPE_CHECKING:
     from devices.pairing import Candidate
@@ -55,7 +65,8 @@ State = Literal["starting", "ready", "down"]
 class Head:
     """`with Head(settings, model, progress) as head: head.wait()`. Leaving it leaves nothing behind."""
 
-    def __init__(self, settings: Settings, model: StoredModel, progress: HeadProgress) -> None:
+    def __init__(self, settings: Settings, model: StoredModel | WantedModel, progress: HeadProgress) -> None:
+        """A model that this host's store lacks is looked for on the other hosts of the pool."""
         self._settings = settings
         self._progress = progress
         self._stack = ExitStack()
@@ -66,10 +77,11 @@ class Head:
         self._reporting = threading.Lock()
         self._here = this_host(settings)
         self.network: Network | None = None
-        self.model = model
+        self._model = model
+        self.model_name = model.name
         self.state: State = "starting"
         self._giver: PieceGiver | None = None
-        self._share: ModelShare | None = None
+        self._share: ModelShare | BorrowedModel | None = None
         self._wants_replan = False
         self._wants_reload = False
         self._tried_again = False
@@ -132,7 +144,7 @@ class Head:
                     self._wants_reload = self._wants_reload or isinstance(error, HostRevoked)
                 case PoolWorker() as worker if self._loader is None or not self._loader.is_planned(worker):
                     self._joined.append(worker)
-            self._pool.tell_members()
+            self._pool.hosts.tell_members()
             if self._address_changed():
                 self._move()
             if (self._joined or self._wants_replan or self._wants_reload) and self.endpoint.is_idle():
@@ -158,7 +170,7 @@ class Head:
 
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are connected, but for those that only visit (`potluck doctor`). Thread-safe."""
-        return [host for host in self._pool.hosts() if host.arrive.pieces]
+        return [host for host in self._pool.hosts.all() if host.arrive.pieces]
 
     def waiting(self) -> tuple[Candidate, ...]:
         """The hosts that wait to be let in. Thread-safe."""
@@ -209,31 +221,67 @@ class Head:
         if self.network is not None:
             giver = self._giver = PieceGiver(self._here, self.network.pieces, self.network.roster.admits)
             self._stack.callback(giver.close)
-            self._share = ModelShare(self.model, self._here, giver, self._pool)
         self._node = self._new_node()
         self._stack.callback(lambda: self._node.stop())
         # Workers first hear that it is over: they would take an engine that stops before them for a fault.
         self._stack.callback(self._take_down_ring)
         self._stack.callback(self._pool.stop_workers, "the head has stopped")
-        self.endpoint = Endpoint(context, listener, model=self.model.name, access=self.opened.access)
+        self.endpoint = Endpoint(context, listener, model=self.model_name, access=self.opened.access)
         self._stack.callback(self.endpoint.stop)
         self.endpoint.start(self)
         self._open_door()
         head_file.publish(self._facts())
+        model = self._shared_model()
         self._gather(devices)
         self._loader = RingLoader(
-            self.model,
             self._settings,
             self._progress,
             pool=self._pool,
             endpoint=self.endpoint,
             here=self._here,
             run_dir=self._run_dir,
-            share=self._share,
+            model=model,
             first_devices=[device.name for device in devices],
         )
-        self._loader.load()
+        self._load_first(self._loader)
         self.state = "ready"
+
+    def _shared_model(self) -> ModelSource:
+        """The model, of this host or another one, for whichever workers there will be. May wait long for other hosts.
+
+        Raises ModelNotFound and what else a pull raises.
+        """
+        model = self._model
+        if isinstance(model, WantedModel):
+            if self._giver is not None:
+                borrowed = BorrowedModel(
+                    model, self._here, self._giver, self._pool, self._run_dir, say=self._progress.say
+                )
+                if borrowed.find():
+                    self._share = borrowed
+                    return borrowed
+            if model.pull is None:
+                raise model.missing
+            model = model.pull(self._progress.pulling)
+        if self._giver is None:
+            return OwnModel(model)
+        self._share = ModelShare(model, self._here, self._giver, self._pool)
+        return self._share
+
+    def _load_first(self, loader: RingLoader) -> None:
+        """Where a host is away that has what lacks here, wait for it."""
+        while True:
+            try:
+                loader.load()
+                return
+            except DownloadFailed as error:
+                if not isinstance(self._share, BorrowedModel):
+                    raise
+                self._progress.say(f"[yellow]{escape(error.message)}[/yellow]")
+            self.endpoint.disconnect()
+            loader.mark_down(RingDown("the model is not all here", hint="see the head's terminal"))
+            loader.take_down()
+            self._share.wait_for_lender()
 
     def _new_node(self) -> Node:
         return Node(
@@ -249,7 +297,7 @@ class Head:
         return HeadFacts(
             pid=os.getpid(),
             url=self.url,
-            model=self.model.name,
+            model=self.model_name,
             control=self._pool.endpoint,
             host=self._here.name,
             address=self._here.address,
@@ -347,7 +395,7 @@ class Head:
         self._joined.clear()
         why = "Loading the ring anew" if self._wants_reload else "Loading the ring by the better plan"
         self._wants_replan = self._wants_reload = False
-        self._progress.say(f"{names} joined: loading the ring anew" if names else why)
+        self._progress.say(f"{escape(names)} joined: loading the ring anew" if names else why)
         self.endpoint.disconnect()
         loader.mark_down(RingDown("the ring is being loaded anew", hint="try again in a moment"))
         loader.take_down()

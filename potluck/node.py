@@ -60,9 +60,10 @@ class Node:
             arguments = ["--control", self._control, "--register", register, "--run-dir", str(self._run_dir)]
             if self._keys_file is not None:
                 arguments += ["--keys", str(self._keys_file)]
-            if self._head_key:
+            if self._address is not None:
                 arguments += ["--pieces", str(pieces_dir()), "--shared", str(shared_dir())]
                 arguments += [f"--own={path}" for model in Store().list() for path in model.weight_paths()]
+            if self._head_key:
                 arguments.append(f"--head-key={self._head_key}")  # A key may begin with a dash.
             log = self._logs / f"worker-{file_name(device.name)}.log"
             with contextlib.suppress(OSError):  # Windows, while somebody looks at it.

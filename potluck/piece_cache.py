@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from potluck.borrowed_record import forget_borrowed
 from potluck.paths import pieces_dir, shared_dir
 from shard.shared_model import offered_digests, read_list
 from transport.errors import BadCheckpoint
@@ -62,6 +63,7 @@ def clear_cache() -> int:
         pieces = _listed(folder)
         if digest not in offered and (pieces is None or not any(map(store.has, _digests(pieces)))):
             shutil.rmtree(folder, ignore_errors=True)
+    forget_borrowed()
     return freed_bytes
 
 

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import zmq
 
 from potluck.lan import ThisHost
-from potluck.pool_hosts import PoolHost, PoolHosts, Roster
+from potluck.pool_hosts import PoolHosts, Roster
 from potluck.questions import Questions
 from transport.control import ControlServer, Peer
 from transport.control_messages import (
@@ -32,9 +33,9 @@ from transport.curve import Guard, Prepare
 from transport.edges import Where
 from transport.endpoints import is_host_endpoint, local_endpoint
 from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
+from transport.measure_messages import Doing, MeasureAnswer, MeasureQuestion
 from transport.messages import Fence
-from transport.pool_messages import Arrive, Reach
-
+from transport.pool_messages import Arrive
 
 TAKEN = "is in the pool already"
 """A part of what a worker is told whose device has another one's name."""
@@ -88,7 +89,7 @@ class Pool:
         self._roster = roster
         self._edges = here.edges(context, run_dir)
         self.own_key = self._edges.key
-        self._hosts = PoolHosts(
+        self.hosts = PoolHosts(
             own_key=self.own_key,
             roster=roster,
             pool=pool,
@@ -105,9 +106,11 @@ class Pool:
         if roster is not None and control is not None:
             endpoints.append((control, self._edges.curve.guard(roster.admits)))
         self._exit: PotluckError | None = None
-        self.questions = Questions(
+        self.questions: Questions[PoolWorker, MeasureQuestion, MeasureAnswer, Doing] = Questions(
             lambda peer, message: self._server.send(peer, message),
-            lambda worker: worker.peer.identity in self._workers,
+            answers=get_args(MeasureAnswer),
+            news=(Doing,),
+            why_gone=self._why_gone,
         )
         self._server = ControlServer(
             context,
@@ -115,7 +118,7 @@ class Pool:
             on_message=self._on_message,
             on_lost=self._on_lost,
             # Whom hosts may give pieces to is not to wait for a ring that loads.
-            on_look=self._hosts.tell_members,
+            on_look=self.hosts.tell_members,
         )
 
     @property
@@ -135,14 +138,6 @@ class Pool:
     def key_of(self, worker: PoolWorker) -> str:
         """Its host's."""
         return worker.peer.key or self.own_key
-
-    def hosts(self) -> list[PoolHost]:
-        """The other hosts that are there, by name."""
-        return self._hosts.all()
-
-    def tell_members(self) -> None:
-        """Tell the other hosts who may take pieces of models from them, if that has changed."""
-        self._hosts.tell_members()
 
     def workers(self) -> list[PoolWorker]:
         """In order of registration names, so that plans do not depend on who was first."""
@@ -277,10 +272,10 @@ class Pool:
         with self._changed:
             worker = self._workers.get(peer.identity)
         match message:
+            case _ if isinstance(peer.introduction, Arrive):
+                self.hosts.hear(peer, message)
             case Register():
                 self._add(PoolWorker(peer=peer, is_remote=peer.key not in ("", self.own_key)))
-            case Arrive() | Reach():
-                self._hosts.hear(peer, message)
             case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
                 error = error_from_code(code, f"{worker.register.device}: {text}", hint)
                 self._fail(worker, error)
@@ -304,7 +299,7 @@ class Pool:
                     worker.stats = message
                     self._changed.notify_all()
             case _ if worker is not None:
-                self.questions.hear(message)
+                self.questions.hear(peer, message)
 
     def _add(self, worker: PoolWorker) -> None:
         reason = self._why_not(worker)
@@ -331,11 +326,16 @@ class Pool:
             return f"this host is called {name} in the pool, not {register.host}: join again"
         return None
 
+    def _why_gone(self, worker: PoolWorker) -> PotluckError | None:
+        if worker.peer.identity in self._workers:
+            return None
+        return worker.fault or RingDown("its worker is gone")
+
     def _on_lost(self, peer: Peer) -> None:
         with self._changed:
             worker = self._workers.pop(peer.identity, None)
             self._changed.notify_all()
-        self._hosts.lose(peer)
+        self.hosts.lose(peer)
         if worker is None:
             return
         if worker.is_remote and self._roster is not None and self._roster.name_of(peer.key) is None:

@@ -7,14 +7,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, get_args
 
 import msgspec
 
+from potluck.questions import Questions
 from transport.control import Peer
 from transport.control_messages import ControlMessage
 from transport.endpoints import is_host_endpoint, tcp_endpoint
-from transport.pool_messages import Arrive, Members, Reach, Reached, Welcome
+from transport.errors import PotluckError, RingDown
+from transport.pool_messages import (
+    Arrive,
+    HostAnswer,
+    HostQuestion,
+    Members,
+    Preparing,
+    Reach,
+    Reached,
+    Welcome,
+)
 
 _REACH_S = 5.0
 
@@ -66,6 +77,9 @@ class PoolHosts:
         self._hosts: dict[bytes, PoolHost] = {}
         self._told: tuple[str, ...] = ()
         self._changed = threading.Condition()
+        self.questions: Questions[PoolHost, HostQuestion, HostAnswer, Preparing] = Questions(
+            send, answers=get_args(HostAnswer), news=(Preparing,), why_gone=self._why_gone
+        )
 
     def all(self) -> list[PoolHost]:
         """By name, as the roster calls them now."""
@@ -73,12 +87,19 @@ class PoolHosts:
             found = [replace(host, name=self._name_now(host)) for host in self._hosts.values()]
         return sorted(found, key=lambda host: host.name)
 
-    def hear(self, peer: Peer, message: Arrive | Reach) -> None:
+    def members(self) -> list[str]:
+        """Names of all that may come, whether or not they are there; in order."""
+        keys = self._roster.keys() if self._roster is not None else ()
+        return sorted(name for key in keys if self._roster and (name := self._roster.name_of(key)) is not None)
+
+    def hear(self, peer: Peer, message: ControlMessage) -> None:
         match message:
             case Arrive():
                 self._welcome(peer, message)
             case Reach(port=port) if isinstance(peer.introduction, Arrive) and 0 < port < 65536:
                 threading.Thread(target=self._reach, args=(peer, peer.introduction.address, port), daemon=True).start()
+            case _:
+                self.questions.hear(peer, message)
 
     def lose(self, peer: Peer) -> None:
         """Its connection has ended, if it is a host's."""
@@ -101,6 +122,10 @@ class PoolHosts:
     def _name_now(self, host: PoolHost) -> str:
         """It may have been renamed since it arrived."""
         return (self._roster.name_of(host.key) if self._roster is not None else None) or host.name
+
+    def _why_gone(self, host: PoolHost) -> PotluckError | None:
+        with self._changed:
+            return None if host.peer.identity in self._hosts else RingDown(f"{host.name} has left")
 
     def _welcome(self, peer: Peer, arrive: Arrive) -> None:
         name = self._roster.name_of(peer.key) if self._roster is not None else None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from potluck.pool import PoolWorker
+from potluck.store.progress import Progress as PullCallback
+from potluck.store.progress import ignore_progress
 
 if TYPE_CHECKING:
     from devices.pairing import Code, Invite
@@ -15,9 +17,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProgress:
     """`say` a line (rich markup); `doing(device, what)` what a device is being measured for; `tick` draws the loading
-    of the stages, some times a second; `invite` shows how other hosts come in."""
+    of the stages, some times a second; `invite` shows how other hosts come in; `pulling` how far a download is."""
 
     say: Callable[[str], None]
     doing: Callable[[str, str], None]
     tick: Callable[[Sequence[PoolWorker]], None]
     invite: Callable[[Invite, Code], None] = lambda invite, code: None
+    pulling: PullCallback = ignore_progress

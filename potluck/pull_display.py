@@ -12,17 +12,10 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from potluck.store.progress import STAGE_LABELS, PullProgress, Stage
 from potluck.store.progress import Progress as PullCallback
-from potluck.store.progress import PullProgress, Stage
 from potluck.terminal import tell
 
-_LABELS: dict[Stage, str] = {
-    "waiting": "waiting for another process that pulls it",
-    "download": "downloading",
-    "verify": "checking",
-    "unpack": "unpacking",
-    "ingest": "reading its header",
-}
 _JSON_EVERY_S = 0.5
 
 
@@ -44,7 +37,7 @@ def shown_progress(console: Console) -> Iterator[PullCallback]:
         if event.says:
             tell(console, event.says, markup=False)
         if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(_LABELS[event.stage], total=event.total, amount="")
+            tasks[event.stage] = bars.add_task(STAGE_LABELS[event.stage], total=event.total, amount="")
         bars.update(tasks[event.stage], completed=event.done, total=event.total, amount=_amount(event))
 
     with bars:

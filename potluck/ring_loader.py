@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from devices.device import LeftOut
 from planner.measured import PoolTimes
 from potluck.config import Settings
 from potluck.endpoint import Endpoint
 from potluck.lan import ThisHost
-from potluck.model_share import ModelShare
 from potluck.paths import logs_dir
 from potluck.plan_watch import PlanWatch
 from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
 from potluck.pool import Pool, PoolWorker
 from potluck.profiling import pool_times_for, remember_deviation
 from potluck.progress import HeadProgress
-from potluck.ring import Ring
+from potluck.ring import Ring, RingStage
 from potluck.store import StoredModel
 from transport.errors import PotluckError
 from transport.messages import WeightsForm
+from transport.pool_messages import SharedModel
 
 _READY_TIMEOUT_S = 300.0
+
+
+class ModelSource(Protocol):
+    """A model, and where its workers get it from."""
+
+    def ready(self, say: Callable[[str], object], *, for_others: bool) -> StoredModel:
+        """The model as it is to be loaded now; `for_others`: by workers of other hosts too. Raises PotluckError."""
+
+    def for_worker(self, worker: PoolWorker) -> SharedModel | None:
+        """For one that is to open it without its weights; None if it lies on the worker's host."""
+
+    def for_stages(self, stages: Sequence[RingStage]) -> Mapping[int, SharedModel]:
+        """For all that load it, by the stage's number, without those on whose host it lies."""
 
 
 class RingLoader:
@@ -33,7 +47,6 @@ class RingLoader:
 
     def __init__(
         self,
-        model: StoredModel,
         settings: Settings,
         progress: HeadProgress,
         *,
@@ -41,18 +54,17 @@ class RingLoader:
         endpoint: Endpoint,
         here: ThisHost,
         run_dir: Path,
-        share: ModelShare | None,
+        model: ModelSource,
         first_devices: Sequence[str],
     ) -> None:
-        """`first_devices` are the names of this host's, in the order they were asked for; `share` gives the model to
-        other hosts."""
-        self._model = model
+        """`first_devices` are the names of this host's, in the order they were asked for."""
         self._settings = settings
         self._progress = progress
         self._pool = pool
         self._endpoint = endpoint
         self._run_dir = run_dir
-        self._share = share
+        self._source = model
+        self._model: StoredModel
         self._first_devices = {name: index for index, name in enumerate(first_devices)}
         self._epoch = 0
         self._planned: set[bytes] = set()
@@ -70,9 +82,8 @@ class RingLoader:
         # Whoever registers from here on may come too late for this plan.
         self._planned = {worker.peer.identity for worker in self._pool.workers()}
         unmeasured: tuple[LeftOut, ...] = ()
-        share = self._share
-        if share is not None and any(worker.is_remote for worker in self._pool.workers()):
-            share.offer(self._progress.say)
+        has_others = any(worker.is_remote for worker in self._pool.workers())
+        self._model = self._source.ready(self._progress.say, for_others=has_others)
         if times is None:
             times, unmeasured = self._measured()
         plan = plan_for(self._model, times, self._settings, weights=self._weights, left_out=unmeasured)
@@ -86,7 +97,7 @@ class RingLoader:
             logs=logs_dir(),
             epoch=self._epoch,
             prefix_cache=self._settings.prefix_cache,
-            shared=share.for_stages if share is not None else lambda stages: {},
+            shared=self._source.for_stages,
         )
         num_stages = len(plan.stages)
         self._progress.say(f"Loading {self._model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
@@ -147,7 +158,7 @@ class RingLoader:
             weights=self._weights,
             fresh=self._settings.fresh,
             in_turn=self._settings.measure_in_turn,
-            shared=self._share.for_worker if self._share is not None else lambda worker: None,
+            shared=self._source.for_worker,
         )
         order = {worker.register.device: index for index, worker in enumerate(workers)}
         in_order = sorted(times.devices, key=lambda one: order[one.device.name])

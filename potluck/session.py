@@ -10,13 +10,16 @@ from types import FrameType
 
 from rich.console import Console
 
+from devices.roster import RosterFile
 from potluck.commands.models import pull_with_progress
 from potluck.config import Settings
 from potluck.head import Head
-from potluck.paths import home_dir, logs_dir
+from potluck.paths import home_dir, logs_dir, roster_file
 from potluck.store import Store, StoredModel
+from potluck.store.supply import offline_by_environment
 from potluck.terminal import head_progress
-from transport.errors import ConfigError
+from potluck.wanted_model import WantedModel, wanted_model
+from transport.errors import ConfigError, DownloadFailed, ModelNotFound, PotluckError
 
 # SIGHUP is a closed terminal; on Windows that is SIGBREAK, as is Ctrl-Break. Neither system has the other's.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
@@ -27,6 +30,40 @@ def model_of(settings: Settings, console: Console) -> StoredModel:
     if settings.model is None:
         raise ConfigError("no model is named", hint="say which: potluck up smollm2, or model = in the config file")
     return pull_with_progress(Store(home_dir(), offline=settings.offline), settings.model, console)
+
+
+def wanted_of(settings: Settings, console: Console) -> StoredModel | WantedModel:
+    """The settings' model. What is not in the store may be on another host of the pool, if there can be one; otherwise
+    it is pulled now. Raises PotluckError."""
+    if settings.model is None or not _may_be_elsewhere(settings):
+        return model_of(settings, console)
+    store, text = Store(home_dir(), offline=settings.offline), settings.model
+    try:
+        return store.resolve(text)
+    except ModelNotFound as error:
+        missing: PotluckError = error
+    if settings.offline or offline_by_environment():
+        # What the hub's cache has is here.
+        try:
+            return pull_with_progress(store, text, console)
+        except (ModelNotFound, DownloadFailed) as error:
+            missing = error
+        wanted = wanted_model(text, missing, None)
+    else:
+        wanted = wanted_model(text, missing, lambda progress: store.pull(text, progress))
+    return wanted or model_of(settings, console)
+
+
+def _may_be_elsewhere(settings: Settings) -> bool:
+    """Whether other hosts can come: one is paired, or the user waits for one."""
+    if not settings.lan:
+        return False
+    return settings.wait_for_devices > 1 or _is_paired()
+
+
+def _is_paired() -> bool:
+    # Asked for by itself it would be made.
+    return roster_file().exists() and bool(RosterFile(roster_file()).keys())
 
 
 @contextmanager
@@ -52,7 +89,7 @@ def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
     _log_to_file()
     try:
         with ending_signals(), ExitStack() as stack:
-            model = model_of(settings, console)
+            model = wanted_of(settings, console)
             with head_progress(console) as progress:
                 head = stack.enter_context(Head(settings, model, progress))
             is_up = True

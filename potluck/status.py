@@ -239,7 +239,7 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Po
     used = {stage.worker.register.device for stage in stages}
     reasons = {device.name: device.reason for device in ring.plan.left_out} if ring is not None else {}
     return StatusReport(
-        model=head.model.name,
+        model=head.model_name,
         url=head.url,
         lan=head.lan,
         state=head.state,

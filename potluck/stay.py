@@ -17,11 +17,13 @@ from devices.platform_name import platform_name
 from potluck.config import Settings
 from potluck.guest import Guest, Membership
 from potluck.head_search import Found
+from potluck.host_answers import HostAnswers
 from potluck.lan import this_host
 from potluck.model_share import PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
+from potluck.store import Store
 from potluck.terminal import gib
 from transport.curve import Curve
 from transport.endpoints import tcp_endpoint
@@ -62,6 +64,7 @@ def stay(found: Found, wishes: Wishes, *, say: Say) -> PotluckError:
             address=here.address,
             platform=platform_name(),
             pieces=giver.endpoint,
+            answers=HostAnswers(Store(), giver, say=say),
         )
         stack.callback(guest.close)
         welcome = guest.wait_welcome()

@@ -19,6 +19,7 @@ from potluck.invitation import show_invitation
 from potluck.pool import PoolWorker
 from potluck.progress import HeadProgress
 from potluck.status import StatusReport
+from potluck.store.progress import STAGE_LABELS, PullProgress
 
 data = Console()
 errors = Console(stderr=True)
@@ -102,9 +103,20 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
                 measuring[device] = bars.add_task("", total=None)
             bars.update(measuring[device], description=f"measuring {device}: {what}")
 
+    def pulling(event: PullProgress) -> None:
+        if event.says:
+            console.print(event.says, markup=False, soft_wrap=True)
+        if event.stage not in tasks:
+            tasks[event.stage] = bars.add_task(STAGE_LABELS[event.stage], total=event.total)
+        bars.update(tasks[event.stage], completed=event.done, total=event.total, visible=event.done != event.total)
+
     with bars:
         yield HeadProgress(
-            say=say, doing=doing, tick=tick, invite=lambda invite, code: show_invitation(console, invite, code)
+            say=say,
+            doing=doing,
+            tick=tick,
+            invite=lambda invite, code: show_invitation(console, invite, code),
+            pulling=pulling,
         )
 
 

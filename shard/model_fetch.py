@@ -10,13 +10,13 @@ from pathlib import Path
 import zmq
 
 from shard.checkpoint import Checkpoint
-from shard.needed_pieces import nameless_pieces, stage_pieces
+from shard.needed_pieces import engine_pieces, nameless_pieces, stage_pieces
 from shard.open import open_checkpoint
 from shard.own_copies import take_from_own_files
-from shard.piece_list_wire import decode_piece_list
-from shard.shared_model import materialize
+from shard.piece_list_wire import decode_piece_list, encode_piece_list
+from shard.shared_model import materialize, read_list, whole_list
 from transport.edges import Edges
-from transport.errors import BadMessage
+from transport.errors import BadMessage, DownloadFailed
 from transport.pieces.fetcher import FetchReport, ReportProgress, fetch
 from transport.pieces.leases import Lease
 from transport.pieces.piece import MAX_LIST_BYTES, Piece, PieceList
@@ -46,9 +46,10 @@ class ModelFetch:
         self._folders = folders
         self.store = PieceStore(folders.pieces)
 
-    def skeleton(self, shared: SharedModel, stop: Stop = lambda: False) -> Path:
-        """The folder that the model is opened from, without its weights. Raises DownloadFailed, BadMessage, NoSpace."""
-        self._list_of(shared, stop)
+    def skeleton(self, shared: SharedModel, stop: Stop = lambda: False, *, for_engine: bool = False) -> Path:
+        """The folder that the model is opened from, without its weights; with the tokenizer's files if it is
+        `for_engine`. Nothing is asked for if it is here. Raises DownloadFailed, BadMessage, NoSpace."""
+        self._list_of(shared, stop, for_engine=for_engine)
         return self._folder(shared)
 
     def open(self, shared: SharedModel) -> Checkpoint:
@@ -75,15 +76,23 @@ class ModelFetch:
         Raises NoSpace before anything is sent, DownloadFailed. Not complete if `stop` said so.
         """
         pieces = self._list_of(shared, stop)
-        needed = stage_pieces(pieces, checkpoint.spec, first, last)
+        # What opening it takes is in its folder, and need not be in the store: on a host that has the model itself, the
+        # store may have none of it.
+        opened = nameless_pieces(pieces)
+        named = stage_pieces(pieces, checkpoint.spec, first, last)
+        needed = {number: piece for number, piece in named.items() if number not in opened}
         lease: Lease = self.store.lease(list(needed.values()))
         leases.enter_context(lease)
         take_from_own_files(pieces, needed, self.store, self._folders.own)
         return self._fetch(shared, needed, progress=progress, stop=stop)
 
-    def _list_of(self, shared: SharedModel, stop: Stop) -> PieceList:
+    def _list_of(self, shared: SharedModel, stop: Stop, *, for_engine: bool = False) -> PieceList:
         if not is_digest(shared.digest):
             raise BadMessage(f"{shared.digest[:80]!r} is no model's digest")
+        here = whole_list(self._folder(shared), shared.digest, for_engine=for_engine)
+        if here is not None:
+            self.store.put(encode_piece_list(here), shared.digest)  # Others are told by it what this host has.
+            return here
         if self.store.has(shared.digest):
             data = self.store.path(shared.digest).read_bytes()
         else:
@@ -98,10 +107,11 @@ class ModelFetch:
             )
             self.store.put(data, shared.digest)
         pieces = decode_piece_list(data)
-        nameless = nameless_pieces(pieces)
-        with self.store.lease(list(nameless.values())):
-            self._fetch(shared, nameless, stop=stop)
-            materialize(pieces, self.store, self._folder(shared))  # Nothing, if it is there and whole.
+        needed = {**nameless_pieces(pieces), **(engine_pieces(pieces) if for_engine else {})}
+        with self.store.lease(list(needed.values())):
+            if not self._fetch(shared, needed, stop=stop).is_complete:
+                raise DownloadFailed(f"getting {shared.name} was stopped")
+            materialize(pieces, self.store, self._folder(shared), for_engine=for_engine)
         return pieces
 
     def _fetch(
@@ -126,7 +136,7 @@ class ModelFetch:
         )
 
     def _numbered(self, shared: SharedModel, piece: Piece) -> dict[int, Piece]:
-        pieces = decode_piece_list(self.store.path(shared.digest).read_bytes())
+        pieces = read_list(self._folder(shared))
         placed = (each for file in pieces.files for each in file.pieces)
         return {number: piece for number, each in enumerate(placed) if each.digest == piece.digest}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from shard.spec import ModelSpec
 from transport.pieces.piece import Piece, PieceList
@@ -19,6 +20,11 @@ _COMPUTED = "rotary_emb.inv_freq"
 def nameless_pieces(pieces: PieceList) -> dict[int, Piece]:
     """What every host needs to open the model, by number in the list."""
     return _chosen(pieces, lambda tensor: not tensor)
+
+
+def engine_pieces(pieces: PieceList) -> dict[int, Piece]:
+    """What the host of the engine needs besides, by number in the list."""
+    return _chosen(pieces, lambda tensor: True, reader="engine")
 
 
 def stage_pieces(pieces: PieceList, model: ModelSpec, first: int, last: int) -> dict[int, Piece]:
@@ -42,8 +48,12 @@ def stage_pieces(pieces: PieceList, model: ModelSpec, first: int, last: int) -> 
     return _chosen(pieces, is_needed)
 
 
-def _chosen(pieces: PieceList, is_wanted: Callable[[str], bool]) -> dict[int, Piece]:
-    placed = (piece for file in pieces.files for piece in file.pieces)
+def _chosen(
+    pieces: PieceList, is_wanted: Callable[[str], bool], reader: Literal["stage", "engine"] = "stage"
+) -> dict[int, Piece]:
+    placed = ((file, piece) for file in pieces.files for piece in file.pieces)
     return {
-        number: Piece(piece.digest, piece.num_bytes) for number, piece in enumerate(placed) if is_wanted(piece.tensor)
+        number: Piece(piece.digest, piece.num_bytes)
+        for number, (file, piece) in enumerate(placed)
+        if file.reader == reader and is_wanted(piece.tensor)
     }

@@ -29,6 +29,16 @@ from transport.errors import BadCheckpoint
 from transport.pieces.piece import LIST_VERSION, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
 
 CONFIG = "config.json"
+ENGINE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""What turns text into ids and back, as far as a model has it: only the engine reads it."""
+
 _READ_BYTES = 8 << 20
 _MAX_THREADS = 4
 
@@ -46,11 +56,18 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """`small` are whole files, as every host gets them; `weights` where the weight files lie, by their names there."""
+    """`small` are whole files, as every host gets them, `engine` those that only the engine's host does; `weights`
+    where the weight files lie, by their names there."""
 
     format: str
     small: Mapping[str, bytes]
+    engine: Mapping[str, bytes]
     weights: Mapping[str, Path]
+
+    @property
+    def whole(self) -> dict[str, bytes]:
+        """All that are no weights."""
+        return {**self.small, **self.engine}
 
     def stamps(self) -> dict[str, Stamp]:
         """Of the weight files. Raises BadCheckpoint."""
@@ -69,15 +86,17 @@ class _Cut:
 def model_files(folder: Path) -> ModelFiles:
     """Raises BadCheckpoint, UnsupportedModel."""
     small = {CONFIG: _content(folder / CONFIG)}
+    engine = {name: _content(folder / name) for name in ENGINE_FILES if (folder / name).is_file()}
     if (folder / INDEX_FILE).is_file():
         index = read_index(folder)
         path = folder / index.file
         # Where the file lies here, and since when, is of no use elsewhere; and the list is to depend on neither.
         small[INDEX_FILE] = msgspec.json.encode(replace(index, file=path.name, mtime_ns=0))
-        return ModelFiles(format="gguf", small=small, weights={path.name: path})
+        return ModelFiles(format="gguf", small=small, engine=engine, weights={path.name: path})
     if (folder / WEIGHT_INDEX).is_file():
         small[WEIGHT_INDEX] = _content(folder / WEIGHT_INDEX)
-    return ModelFiles(format="safetensors", small=small, weights={path.name: path for path in weight_files(folder)})
+    weights = {path.name: path for path in weight_files(folder)}
+    return ModelFiles(format="safetensors", small=small, engine=engine, weights=weights)
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -112,6 +131,11 @@ def make_piece_list(
         ListedFile(name=name, num_bytes=len(content), pieces=tuple(_small_pieces(content)))
         for name, content in files.small.items()
     ]
+    engine = [
+        ListedFile(name=name, num_bytes=len(content), pieces=tuple(_small_pieces(content)), reader="engine")
+        for name, content in files.engine.items()
+        if content
+    ]
     weights = [
         ListedFile(
             name=name,
@@ -125,7 +149,7 @@ def make_piece_list(
         version=LIST_VERSION,
         model=model,
         format="gguf" if files.format == "gguf" else "safetensors",
-        files=(*whole, *weights),
+        files=(*whole, *weights, *engine),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import PureWindowsPath
 import msgspec
 
 from shard.gguf_index import INDEX_FILE
-from shard.piece_list import CONFIG
+from shard.piece_list import CONFIG, ENGINE_FILES
 from shard.safetensors_files import WEIGHT_INDEX
 from transport.errors import BadMessage
 from transport.pieces.piece import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList
@@ -70,14 +70,16 @@ def _check(pieces: PieceList) -> None:
     small = _SMALL[pieces.format]
     if CONFIG not in names or (pieces.format == "gguf" and INDEX_FILE not in names):
         raise BadMessage("a piece list lacks the files that a model is opened with")
-    num_weights = sum(name not in small for name in names)
+    num_weights = sum(file.name not in small and file.reader == "stage" for file in pieces.files)
     if num_weights < 1 or (pieces.format == "gguf" and num_weights > 1):
         raise BadMessage(f"a piece list of a {pieces.format} model has {num_weights} weight files")
     for file in pieces.files:
         _check_name(file.name)
-        if file.name not in small and not file.name.endswith(f".{pieces.format}"):
+        is_engines = file.reader == "engine"
+        is_known = file.name in ENGINE_FILES if is_engines else file.name in small
+        if not is_known and (is_engines or not file.name.endswith(f".{pieces.format}")):
             raise BadMessage(f"a piece list has the file {file.name!r}, which is no part of a {pieces.format} model")
-        _check_file(file, is_whole=file.name in small)
+        _check_file(file, is_whole=is_known)
     _check_nameless(pieces.files)
 
 

@@ -1,7 +1,7 @@
 """A model that is shared in pieces: what the host that has it offers, and the folder that others open it from.
 
 That folder holds config.json, the indexes, the headers of safetensors files, the few tensors that a reader looks at
-before it loads any, and the piece list: all but the weights.
+before it loads any, and the piece list: all but the weights. On the engine's host the tokenizer's files lie there too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ReadPiece = Callable[[ListedFile, PlacedPiece], bytes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfferedModel:
-    """`skeleton` is what `materialize` makes, `weights` the folder with the weight files, and `stamps` tell whether
-    those of either folder are still what the list says, by name."""
+    """`skeleton` is what `materialize` makes for an engine, `weights` the folder with the weight files, and `stamps`
+    tell whether those of either folder are still what the list says, by name."""
 
     digest: str
     pieces: PieceList
@@ -64,7 +64,7 @@ def offer_model(
     if len({path.parent for path in files.weights.values()}) != 1:
         raise BadCheckpoint(f"the weight files of {folder} lie in several folders", hint="put them into one")
     known = shared / _OFFERS / f"{list_digest(msgspec.json.encode([str(folder.resolve()), model]))[:32]}.json"
-    facts = _Facts(stamps=files.stamps(), small={name: list_digest(content) for name, content in files.small.items()})
+    facts = _Facts(stamps=files.stamps(), small={name: list_digest(content) for name, content in files.whole.items()})
     offer = _read_offer(known)
     pieces = None if offer is None or offer.facts != facts else _listed(shared / offer.digest, offer.digest)
     if pieces is None:
@@ -75,28 +75,28 @@ def offer_model(
     skeleton = shared / digest
 
     def read(file: ListedFile, piece: PlacedPiece) -> bytes:
-        if file.name in files.small:
-            return files.small[file.name][piece.offset : piece.offset + piece.num_bytes]
+        if file.name in files.whole:
+            return files.whole[file.name][piece.offset : piece.offset + piece.num_bytes]
         with files.weights[file.name].open("rb") as source:
             source.seek(piece.offset)
             return source.read(piece.num_bytes)
 
-    _write_skeleton(pieces, data, skeleton, read)
+    _write_skeleton(pieces, data, skeleton, read, for_engine=True)
     if offer is None or offer != _Offer(facts=facts, digest=digest):
         _write_offer(known, _Offer(facts=facts, digest=digest))
     return OfferedModel(
         digest=digest,
         pieces=pieces,
         skeleton=skeleton,
-        skeleton_stamps={name: stamp_of(skeleton / name) for name in files.small},
+        skeleton_stamps={name: stamp_of(skeleton / name) for name in files.whole if (skeleton / name).exists()},
         weights=next(iter(files.weights.values())).parent,
         weight_stamps=facts.stamps,
     )
 
 
-def materialize(pieces: PieceList, store: PieceStore, folder: Path) -> None:
-    """Write the folder that the model is opened from; the nameless pieces are in the store. At once or not at all, and
-    nothing if it is there.
+def materialize(pieces: PieceList, store: PieceStore, folder: Path, *, for_engine: bool = False) -> None:
+    """Write the folder that the model is opened from; the nameless pieces are in the store, and those `for_engine` if
+    its files are wanted too. At once or not at all, and nothing if it is there.
 
     Raises BadMessage for a list that makes no model, BadCheckpoint for a piece that lacks, NoSpace.
     """
@@ -109,12 +109,20 @@ def materialize(pieces: PieceList, store: PieceStore, folder: Path) -> None:
                 f"piece {piece.digest[:12]} of {file.name} is not on this host", hint="load the model again"
             ) from error
 
-    _write_skeleton(pieces, encode_piece_list(pieces), folder, read)
+    _write_skeleton(pieces, encode_piece_list(pieces), folder, read, for_engine=for_engine)
 
 
 def is_skeleton(folder: Path) -> bool:
     """Whether it was made by `materialize`: the weights are elsewhere."""
     return (folder / LIST_FILE).is_file()
+
+
+def whole_list(folder: Path, digest: str, *, for_engine: bool = False) -> PieceList | None:
+    """The list of the model with that digest, if all that `materialize` writes is in `folder`; else None."""
+    pieces = _listed(folder, digest)
+    if pieces is None or not _is_whole(folder, pieces, encode_piece_list(pieces), for_engine=for_engine):
+        return None
+    return pieces
 
 
 def read_list(folder: Path) -> PieceList:
@@ -134,16 +142,14 @@ def offered_digests(shared: Path) -> set[str]:
     return {offer.digest for offer in offers if offer is not None}
 
 
-def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiece) -> None:
-    if _is_whole(folder, pieces, data):
+def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiece, *, for_engine: bool) -> None:
+    if _is_whole(folder, pieces, data, for_engine=for_engine):
         return
     new = folder.with_name(f".{folder.name[:16]}-{secrets.token_hex(4)}")
     with translated_write_errors(folder.parent):
         new.mkdir(parents=True)
         try:
-            for file in pieces.files:
-                if file.name.endswith(".gguf"):
-                    continue
+            for file in _files_of(pieces, for_engine=for_engine):
                 start = _beginning(pieces, file, read)
                 (new / file.name).write_bytes(start)
                 for piece in _kept(file, len(start)):
@@ -154,7 +160,8 @@ def _write_skeleton(pieces: PieceList, data: bytes, folder: Path, read: ReadPiec
                 folder.rename(new / "old")
             new.rename(folder)
         except OSError:
-            if not _is_whole(folder, pieces, data):  # Else another process has made it meanwhile.
+            # Else another process has made it meanwhile.
+            if not _is_whole(folder, pieces, data, for_engine=for_engine):
                 raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -181,14 +188,17 @@ def _kept(file: ListedFile, header_end: int) -> list[PlacedPiece]:
     return [piece for piece in file.pieces if not piece.tensor and piece.offset >= header_end]
 
 
-def _is_whole(folder: Path, pieces: PieceList, data: bytes) -> bool:
+def _files_of(pieces: PieceList, *, for_engine: bool) -> list[ListedFile]:
+    """Of which something lies in a skeleton."""
+    return [file for file in pieces.files if not file.name.endswith(".gguf") and (for_engine or file.reader == "stage")]
+
+
+def _is_whole(folder: Path, pieces: PieceList, data: bytes, *, for_engine: bool) -> bool:
     """Whether everything is there, as far as sizes tell."""
     try:
         if (folder / LIST_FILE).read_bytes() != data:
             return False
-        for file in pieces.files:
-            if file.name.endswith(".gguf"):
-                continue
+        for file in _files_of(pieces, for_engine=for_engine):
             size = (folder / file.name).stat().st_size
             if file.name.endswith(".safetensors"):
                 with (folder / file.name).open("rb") as start:

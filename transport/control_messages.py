@@ -8,7 +8,17 @@ from msgspec import Struct
 
 from transport.measure_messages import Doing, EndProfile, MeasureAnswer, MeasureQuestion
 from transport.messages import DType, Fence, KVForm, WeightsForm
-from transport.pool_messages import Arrive, Members, Reach, Reached, SharedModel, Welcome
+from transport.pool_messages import (
+    Arrive,
+    HostAnswer,
+    HostQuestion,
+    Members,
+    Preparing,
+    Reach,
+    Reached,
+    SharedModel,
+    Welcome,
+)
 
 
 class Register(Struct, frozen=True, tag="register", kw_only=True):
@@ -172,6 +182,9 @@ ControlMessage = (
     | Stats
     | Alive
     | Stop
+    | HostQuestion
+    | HostAnswer
+    | Preparing
     | MeasureQuestion
     | MeasureAnswer
     | Doing

@@ -12,7 +12,7 @@ from typing import Literal, NewType
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 SequenceId = NewType("SequenceId", int)
 DType = Literal["float32", "float16", "bfloat16"]

@@ -52,6 +52,76 @@ class Members(Struct, frozen=True, tag="members"):
     members: tuple[str, ...]
 
 
+class AskModels(Struct, frozen=True, tag="ask_models", kw_only=True):
+    """The head asks a host which models its own store has; answered by `HostModels`."""
+
+    token: int = 0
+
+
+class HostModel(Struct, frozen=True, array_like=True):
+    """`source` is what to pull it from; empty where that says something about the host alone."""
+
+    name: str
+    source: str
+    num_bytes: int
+
+
+class HostModels(Struct, frozen=True, tag="host_models"):
+    token: int
+    models: tuple[HostModel, ...]
+
+
+class AskOffer(Struct, frozen=True, tag="ask_offer", kw_only=True):
+    """The head asks a host to give a model of its store in pieces to whoever is in the pool; answered by `Preparing`
+    now and then, and `Offered`."""
+
+    token: int = 0
+    model: str
+
+
+class Preparing(Struct, frozen=True, tag="preparing"):
+    """So much of the model has been read, to name its pieces."""
+
+    token: int
+    done_bytes: int
+    total_bytes: int
+
+
+class Offered(Struct, frozen=True, tag="offered"):
+    """The host gives pieces of the model with this digest (see `SharedModel`); its files have `num_bytes` together."""
+
+    token: int
+    digest: str
+    num_bytes: int
+
+
+class AskFiles(Struct, frozen=True, tag="ask_files", kw_only=True):
+    """The head asks a host whether it has a whole file with this SHA-256, and to give it; answered by `HostFile`."""
+
+    token: int = 0
+    sha256: str
+
+
+class HostFile(Struct, frozen=True, tag="host_file"):
+    """`num_bytes` of the file, which the host gives by its SHA-256 as if it were one piece; 0: it does not have it."""
+
+    token: int
+    num_bytes: int
+
+
+class HostFault(Struct, frozen=True, tag="host_fault"):
+    """What was asked of the host could not be done."""
+
+    token: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+HostQuestion = AskModels | AskOffer | AskFiles
+HostAnswer = HostModels | Offered | HostFile | HostFault
+
+
 class PiecePeer(Struct, frozen=True, array_like=True):
     """A host that gives pieces of models at `endpoint` and has the key `key`."""
 

@@ -78,14 +78,14 @@ def demo(
 
 
 def _ask(head: Head, question: str, console: Console) -> Answer:
-    console.print(f"\n[bold cyan]You:[/bold cyan] {question}\n[bold green]{head.model.name}:[/bold green] ", end="")
+    console.print(f"\n[bold cyan]You:[/bold cyan] {question}\n[bold green]{head.model_name}:[/bold green] ", end="")
 
     def show(text: str) -> None:
         show_text(console, text)
 
     options = {"temperature": 0, "max_tokens": _MAX_TOKENS}
     answer = ask(
-        head.url, [{"role": "user", "content": question}], model=head.model.name, on_text=show, options=options
+        head.url, [{"role": "user", "content": question}], model=head.model_name, on_text=show, options=options
     )
     console.print()
     return answer

@@ -122,7 +122,7 @@ def up(
     with running_head_of(settings, console) as head:
         report = head.report()
         show_stages(console, report)
-        console.print(f"Serving {head.model.name} at [bold]{head.url}[/bold] (chat page there, API under /v1)")
+        console.print(f"Serving {head.model_name} at [bold]{head.url}[/bold] (chat page there, API under /v1)")
         for line in head.opened.lines():
             tell(console, line)
         console.print("Ctrl-C stops it.")

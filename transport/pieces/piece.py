@@ -11,7 +11,7 @@ from msgspec import Struct
 
 MAX_PIECE_BYTES = 16 * 2**20
 MAX_LIST_BYTES = 16 * 2**20
-LIST_VERSION = 1
+LIST_VERSION = 2
 
 
 class Piece(Struct, frozen=True, array_like=True):
@@ -32,17 +32,19 @@ class PlacedPiece(Struct, frozen=True, array_like=True):
 
 
 class ListedFile(Struct, frozen=True, kw_only=True):
-    """`name` has no folder in it. `whole_sha256` is known for files that a hub names by it; else empty."""
+    """`name` has no folder in it. `whole_sha256` is known for files that a hub names by it; else empty. `reader` is who
+    needs it: stages, or the engine alone (the tokenizer)."""
 
     name: str
     num_bytes: int
     pieces: tuple[PlacedPiece, ...]
     whole_sha256: str = ""
+    reader: Literal["stage", "engine"] = "stage"
 
 
 class PieceList(Struct, frozen=True, kw_only=True):
-    """All of a model that a stage may need, but for the tokenizer. Its SHA-256 as JSON is the model's digest. Pieces
-    are counted through all files, in order."""
+    """All of a model that its stages and its engine need. Its SHA-256 as JSON is the model's digest. Pieces are counted
+    through all files, in order."""
 
     version: int
     model: str

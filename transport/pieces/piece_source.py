@@ -20,6 +20,7 @@ from transport.pieces.piece import MAX_LIST_BYTES, PieceList
 
 MAX_OPEN_FILES = 32
 _MAX_KNOWN_LISTS = 8
+_MAX_WHOLE_FILES = 256
 _LACKING_AGAIN_S = 0.3
 _ALL_AGAIN_S = 30.0
 _lists = msgspec.json.Decoder(PieceList)
@@ -169,6 +170,36 @@ class FolderSource:
         except OSError:
             return False
         return Stamp(found.st_size, found.st_mtime_ns) == stamp
+
+
+class WholeFiles:
+    """Whole files, each by its SHA-256 as if it were one piece. Who adds one vouches for its checksum."""
+
+    def __init__(self) -> None:
+        self._places: OrderedDict[str, tuple[Path, Stamp]] = OrderedDict()
+
+    def add(self, sha256: str, path: Path) -> int:
+        """How many bytes it has. From any thread. Raises OSError."""
+        found = path.stat()
+        # Replaced as a whole: the server's thread may be looking.
+        places = OrderedDict(self._places)
+        places[sha256] = (path, Stamp(found.st_size, found.st_mtime_ns))
+        places.move_to_end(sha256)
+        while len(places) > _MAX_WHOLE_FILES:
+            places.popitem(last=False)
+        self._places = places
+        return found.st_size
+
+    def locate(self, digest: str) -> Located | None:
+        place = self._places.get(digest)
+        if place is None:
+            return None
+        path, stamp = place
+        found = path.stat()
+        return Located(path, 0, found.st_size) if Stamp(found.st_size, found.st_mtime_ns) == stamp else None
+
+    def held(self, model: str) -> bytes:
+        return b""
 
 
 class OpenFiles:

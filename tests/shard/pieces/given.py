@@ -35,7 +35,7 @@ def contents(folder: Path, pieces: PieceList) -> dict[str, bytes]:
     files = model_files(folder)
     found: dict[str, bytes] = {}
     for file in pieces.files:
-        whole = files.small[file.name] if file.name in files.small else files.weights[file.name].read_bytes()
+        whole = files.whole[file.name] if file.name in files.whole else files.weights[file.name].read_bytes()
         for piece in file.pieces:
             found[piece.digest] = whole[piece.offset : piece.offset + piece.num_bytes]
     return found

@@ -22,7 +22,7 @@ from tests.shard.pieces.given import contents
 from tests.shard.tiny import save_tiny
 from tests.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, BadMessage
-from transport.pieces.piece import MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
+from transport.pieces.piece import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 
@@ -114,7 +114,7 @@ def a_list(**changes: Any) -> dict[str, Any]:
             "pieces": [[0, 4, DIGEST, ""], [8, 4, DIGEST, "x"]],
         },
     ]
-    return {"version": 1, "model": "m", "format": "safetensors", "files": files} | changes
+    return {"version": LIST_VERSION, "model": "m", "format": "safetensors", "files": files} | changes
 
 
 def weights(**changes: Any) -> dict[str, Any]:
@@ -138,11 +138,17 @@ def more(*files: dict[str, Any], **changes: Any) -> dict[str, Any]:
 OTHER = {"num_bytes": 9, "pieces": [], "whole_sha256": ""}
 
 
+def engines(**changes: Any) -> dict[str, Any]:
+    file = {"name": "tokenizer.json", "num_bytes": 4, "pieces": [[0, 4, DIGEST, ""]], "reader": "engine"}
+    return more({**file, **changes})
+
+
 @pytest.mark.parametrize(
     "data",
     [
-        a_list(version=2),
-        a_list(version=1.0),
+        a_list(version=LIST_VERSION - 1),
+        a_list(version=LIST_VERSION + 1),
+        a_list(version=float(LIST_VERSION)),
         a_list(version=True),
         a_list(model=""),
         a_list(model="a\x1b[2J"),
@@ -158,6 +164,16 @@ OTHER = {"num_bytes": 9, "pieces": [], "whole_sha256": ""}
         more({"name": "A.safetensors", **OTHER}),
         more({"name": "tokenizer.py", **OTHER}),
         more({"name": "b.gguf", **OTHER}),
+        more({"name": "tokenizer.json", **OTHER}),
+        engines(name="tokenizer.py"),
+        engines(name="config.json"),
+        engines(name="b.safetensors"),
+        engines(name="../tokenizer.json"),
+        engines(name="Tokenizer.json"),
+        engines(reader="anyone"),
+        engines(pieces=[[0, 4, DIGEST, "x"]]),
+        engines(pieces=[[0, 3, DIGEST, ""]]),
+        a_list(files=[a_list()["files"][0], {**a_list()["files"][1], "reader": "engine"}]),
         more({"name": "pieces.json", **OTHER}),
         more({"name": "index.json", **OTHER}),
         more({"name": "../b.safetensors", **OTHER}),
@@ -201,6 +217,7 @@ OTHER = {"num_bytes": 9, "pieces": [], "whole_sha256": ""}
 )  # fmt: skip
 def test_hostile_lists_are_refused(data: dict[str, Any]) -> None:
     decode_piece_list(json.dumps(a_list()).encode())
+    decode_piece_list(json.dumps(engines()).encode())
     with pytest.raises(BadMessage):
         decode_piece_list(json.dumps(data).encode())
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from shard import open_files
 from shard.gguf_index import INDEX_FILE
+from shard.needed_pieces import engine_pieces, nameless_pieces
 from shard.open import open_checkpoint
 from shard.piece_list import make_piece_list
 from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
-from shard.shared_model import LIST_FILE, materialize, offer_model, read_list
+from shard.shared_model import LIST_FILE, materialize, offer_model, read_list, whole_list
 from shard.weight_folder import PiecedFolder, PlainFolder
 from tests.shard.pieces.given import pieced, stored
 from tests.shard.pieces.test_piece_list import ingested
@@ -156,7 +157,8 @@ def test_an_offer_is_made_once_and_anew_when_a_file_changes(kind: str, tmp_path:
         told.clear()
         made = offer_model(folder, model, tmp_path / "shared", lambda done, total: told.append(done))
         assert list_digest(made.list_file.read_bytes()) == made.digest == list_digest(encode_piece_list(made.pieces))
-        assert set(made.weight_stamps) == {made.pieces.files[-1].name}
+        named = {file.name for file in made.pieces.files if any(piece.tensor for piece in file.pieces)}
+        assert set(made.weight_stamps) == named
         for file in made.pieces.files:
             where = made.skeleton if file.name in made.skeleton_stamps else made.weights
             assert (where / file.name).stat().st_size == file.num_bytes
@@ -221,3 +223,29 @@ def test_an_index_of_another_host_is_checked(change: dict[str, object], tmp_path
     (folder / INDEX_FILE).write_bytes(msgspec.json.encode(index))
     with pytest.raises(BadCheckpoint, match="index"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_only_the_engines_host_gets_what_the_engine_reads(kind: str, tmp_path: Path) -> None:
+    folder = model_of(kind, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    pieces = make_piece_list(folder, "tiny")
+    engines = {file.name for file in pieces.files if file.reader == "engine"}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= engines
+    for_stages = stored(folder, tmp_path / "some", pieces, nameless_pieces(pieces).values())
+    materialize(pieces, for_stages, tmp_path / "stages")
+    assert not engines & {path.name for path in (tmp_path / "stages").iterdir()}
+    digest = list_digest(encode_piece_list(pieces))
+    assert whole_list(tmp_path / "stages", digest) == pieces
+    assert whole_list(tmp_path / "stages", digest, for_engine=True) is None
+    with pytest.raises(BadCheckpoint):
+        materialize(pieces, for_stages, tmp_path / "stages", for_engine=True)
+    # What stages have is kept, and completed.
+    store = stored(
+        folder, tmp_path / "more", pieces, [*nameless_pieces(pieces).values(), *engine_pieces(pieces).values()]
+    )
+    materialize(pieces, store, tmp_path / "stages", for_engine=True)
+    assert whole_list(tmp_path / "stages", digest, for_engine=True) == pieces
+    for name in engines:
+        assert (tmp_path / "stages" / name).read_bytes() == (folder / name).read_bytes()
