@@ -125,6 +125,7 @@ class DeviceMeasuring:
             for device, result in zip(batch, results, strict=True):
                 if isinstance(result, PotluckError):
                     self._errors[device.name] = result.message
+                    self.say(f"[yellow]{escape(device.name)} is left out:[/yellow] {escape(result.message)}")
                     self._known.pop(device.name, None)
                 else:
                     self._keep(device, result)

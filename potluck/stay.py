@@ -25,6 +25,7 @@ from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.store import Store
 from potluck.terminal import gib
+from potluck.worker_news import WorkerNews
 from transport.curve import Curve
 from transport.endpoints import tcp_endpoint
 from transport.errors import NotRunning, PotluckError
@@ -84,8 +85,11 @@ def stay(found: Found, wishes: Wishes, *, say: Say) -> PotluckError:
         node.start(devices)
         for offered in devices:
             say(f"Joined {escape(found.pool.name)} with {escape(offered.name)} ({gib(offered.free_bytes)} free)")
+        news = WorkerNews([(worker.device.name, worker.child.log) for worker in node.workers])
         while guest.end is None and not node.all_gone():
             time.sleep(_LOOK_S)
+            for line in news.new():
+                say(line)
         time.sleep(_LOOK_S)  # The node's connection may say more than its workers' ends.
         return guest.end or NotRunning("this host's workers have ended", hint=last_words(node, lost))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from transport.measure_messages import (
     Steady,
     SteadyTime,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Measuring:
@@ -74,8 +77,10 @@ class Measuring:
             try:
                 answer = self._answer(question)
             except PotluckError as error:
+                log.error("it could not be measured: %s", error)
                 answer = MeasureFault(question.token, error.code, error.message, error.hint)
-            except Exception as error:  # noqa: BLE001 - the root of the thread: the head must hear of it
+            except Exception as error:  # The root of the thread: the head must hear of it.
+                log.exception("measuring failed")
                 answer = MeasureFault(question.token, StageFailed.code, f"{type(error).__name__}: {error}")
             self._send(answer)
 

@@ -37,6 +37,7 @@ from potluck.pool import TAKEN
 from potluck.session import ending_signals
 from potluck.stay import Wishes, last_words, stay
 from potluck.terminal import data, gib, tell
+from potluck.worker_news import WorkerNews
 from transport.errors import AlreadyRunning, ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
 
 _TRY_AGAIN_S = 2.0
@@ -165,8 +166,11 @@ def _join_here(head: HeadFacts, settings: Settings, prefix: str | None) -> None:
         node.start(devices)
         for offered in devices:
             _say(f"Joined {head.url} with {escape(offered.name)} ({gib(offered.free_bytes)} free)")
+        news = WorkerNews([(worker.device.name, worker.child.log) for worker in node.workers])
         while not node.all_gone():
             time.sleep(0.2)
+            for line in news.new():
+                _say(line)
         raise NotRunning("the head let go of this host's devices", hint=last_words(node, lost))
     finally:
         node.stop()
