@@ -128,7 +128,7 @@ def find_pools(
             f"this host can't look for heads by multicast DNS: {error}",
             hint="join with --head HOST:PORT; see: potluck doctor",
         ) from error
-    names = _Names()
+    names = _Names(pool_fingerprint or "")
     browser = ServiceBrowser(zeroconf, SERVICE, listener=names)
     try:
         return _collect(zeroconf, names, deadline, pool_fingerprint)
@@ -138,9 +138,10 @@ def find_pools(
 
 
 class _Names(ServiceListener):
-    """The names of what has been seen, few enough of them that nobody can fill the memory."""
+    """The names of what has been seen that begin so, few enough of them that nobody can fill the memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, beginning: str = "") -> None:
+        self._beginning = beginning
         self._names: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -151,7 +152,7 @@ class _Names(ServiceListener):
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         with self._lock:
-            if len(self._names) < _MAX_NAMES:
+            if len(self._names) < _MAX_NAMES and name.startswith(self._beginning):
                 self._names.setdefault(name, time.monotonic())
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
@@ -168,22 +169,33 @@ def _collect(zeroconf: Zeroconf, names: _Names, deadline: float, wanted: str | N
     while (now := time.monotonic()) < deadline:
         seen = names.seen()
         found = {name: pool for name, pool in found.items() if name in seen}
+        unknown = []
         for name, since in seen.items():
             if name in found:
                 continue
             info = ServiceInfo(SERVICE, name)
-            is_known = info.load_from_cache(zeroconf)
-            if not is_known and name not in asked and now - since > _QUESTION_S:
-                # What an answer leaves out is asked for, once: names that lead nowhere must not use up the time.
-                asked.add(name)
-                is_known = info.request(zeroconf, min(_QUESTION_S, deadline - now) * 1000)
-            pool = found_pool(info) if is_known else None
-            if pool is not None and wanted in (None, pool.fingerprint):
-                found[name] = pool
+            if info.load_from_cache(zeroconf):
+                _keep(found, name, info, wanted)
+            elif name not in asked and now - since > _QUESTION_S:
+                unknown.append(name)
         if wanted is not None and found:
             break
-        time.sleep(_POLL_S)
+        if not unknown:
+            time.sleep(_POLL_S)
+            continue
+        # What an answer leaves out is asked for, once and one at a time: names that lead nowhere, of which anyone can
+        # make up many, must not use up the time of the others.
+        asked.add(unknown[0])
+        info = ServiceInfo(SERVICE, unknown[0])
+        if info.request(zeroconf, min(_QUESTION_S, deadline - now) * 1000):
+            _keep(found, unknown[0], info, wanted)
     return sorted(set(found.values()), key=lambda pool: (pool.fingerprint, pool.addresses, pool.port))
+
+
+def _keep(found: dict[str, FoundPool], name: str, info: ServiceInfo, wanted: str | None) -> None:
+    pool = found_pool(info)
+    if pool is not None and wanted in (None, pool.fingerprint):
+        found[name] = pool
 
 
 def found_pool(info: ServiceInfo) -> FoundPool | None:

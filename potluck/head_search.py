@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from msgspec.structs import replace
 from rich.markup import escape
@@ -30,9 +31,16 @@ if TYPE_CHECKING:
     from devices.discovery import FoundPool
 
 _FIND_S = 4.0
+_LOOK_S = 2.0
+_MOST_SHOWN = 8
+_MOST_SAID = 3
+_MOST_AT_ONCE = 16
 _ELSEWHERE = (NotRunning, ConfigError, Busy)
 """The head is not where it was looked for; it may be in another place."""
 Say = Callable[[str], object]
+Place = tuple[str, int]
+"""A door's address and port."""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +86,7 @@ def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say
             "--head HOST:PORT as the head prints it; potluck doctor looks for the reason",
         )
     if len(pools) > 1:
-        doors = ", ".join(f"{_door(pool)} ({_name_at(pool)})" for pool in pools)
-        raise ConfigError(f"{len(pools)} pools were found", hint=f"say which with --head: {doors}")
+        raise ConfigError(f"{len(pools)} pools were found", hint=f"say which with --head: {_doors(pools)}")
     return _at_door(_address_that_answers(pools[0]), pools[0].port, code, settings, say)
 
 
@@ -88,30 +95,53 @@ def find_again(pool: KnownPool, settings: Settings) -> Found:
     this host out."""
     keys = load_keys(identity_dir())
     problems: list[PotluckError] = []
-    for door in pool.doors:
-        try:
-            return _found(pool, *parse_door(door), keys)
-        except _ELSEWHERE as problem:
-            problems.append(problem)
+    known = [parse_door(door) for door in pool.doors]
+    # The last one alone first: usually it is still there.
+    for places in (known[:1], known[1:]):
+        found = _first_found(pool, places, keys, problems)
+        if found is not None:
+            return found
     if settings.discovery:
-        for seen in _seen_if_it_can_be(pool.fingerprint):
-            for address in seen.addresses:
-                try:
-                    return _found(pool, address, seen.port, keys)
-                except _ELSEWHERE as problem:
-                    problems.append(problem)
+        seen = [(address, one.port) for one in _seen_if_it_can_be(pool.fingerprint) for address in one.addresses]
+        found = _first_found(pool, seen, keys, problems)
+        if found is not None:
+            return found
     busy = [problem for problem in problems if isinstance(problem, Busy)]
     if busy:
         raise busy[0]
-    said = dict.fromkeys(problem.message for problem in problems)
+    said = list(dict.fromkeys(problem.message for problem in problems))
     raise NotRunning(
         f"the head {pool.name} is not to be found, neither at {', '.join(pool.doors)} nor by itself",
-        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said)})",
+        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said[:_MOST_SAID])})",
     )
 
 
-def _found(pool: KnownPool, host: str, port: int, keys: KeyPair) -> Found:
-    facts, word = ask_standing(host, port, pool, keys=keys)
+def _first_found(pool: KnownPool, places: list[Place], keys: KeyPair, problems: list[PotluckError]) -> Found | None:
+    """Where the head is of `places`, some of which strangers may have named. Why it is not at the others is added to
+    `problems`."""
+
+    def asked(place: Place) -> tuple[DoorFacts, Word] | PotluckError:
+        try:
+            return ask_standing(*place, pool, keys=keys)
+        except _ELSEWHERE as problem:
+            return problem
+
+    for place, answer in zip(places, _at_once(asked, places), strict=True):
+        if not isinstance(answer, PotluckError):
+            return _found(pool, *place, *answer)
+        problems.append(answer)
+    return None
+
+
+def _at_once(asked: Callable[[Place], Answer], places: list[Place]) -> list[Answer]:
+    """One that does not answer takes seconds, and there may be many. Ctrl-C need not wait for a single one."""
+    if len(places) < 2:
+        return [asked(place) for place in places]
+    with ThreadPoolExecutor(_MOST_AT_ONCE) as threads:
+        return list(threads.map(asked, places))
+
+
+def _found(pool: KnownPool, host: str, port: int, facts: DoorFacts, word: Word) -> Found:
     check_version(facts)
     if word != "member":
         raise _put_out(pool, word)
@@ -184,23 +214,28 @@ def _seen_if_it_can_be(fingerprint: str) -> list[FoundPool]:
         return []
 
 
-def _door(pool: FoundPool) -> str:
-    return f"{pool.addresses[0]}:{pool.port}"
+def _doors(pools: list[FoundPool]) -> str:
+    """And what their heads say that they are called; of the first ones, since anyone can make up more."""
+    shown = pools[:_MOST_SHOWN]
+    with ThreadPoolExecutor(len(shown)) as threads:
+        doors = [f"{door} ({name})" for door, name in threads.map(_door_and_name, shown)]
+    return ", ".join([*doors, "…"] if len(pools) > len(shown) else doors)
 
 
 def _address_that_answers(pool: FoundPool) -> str:
     """Of a head in several networks, not all of which need be this host's."""
     for address in pool.addresses[:-1]:
         try:
-            ask_door(address, pool.port)
+            ask_door(address, pool.port, _LOOK_S)
             return address
         except NotRunning:
             continue
     return pool.addresses[-1]
 
 
-def _name_at(pool: FoundPool) -> str:
+def _door_and_name(pool: FoundPool) -> tuple[str, str]:
+    door = f"{pool.addresses[0]}:{pool.port}"
     try:
-        return ask_door(_address_that_answers(pool), pool.port).name
+        return door, ask_door(pool.addresses[0], pool.port, _LOOK_S).name
     except PotluckError:
-        return "does not answer"
+        return door, "does not answer"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 
 from bench.lab import Lab, parse_spec, why_not
+from devices import discovery
 from devices.discovery import SERVICE, Advertiser, FoundPool, find_pools, found_pool, service_info
 from devices.identity import fingerprint
 from transport.errors import ConfigError
@@ -142,3 +143,39 @@ def test_without_a_network_nobody_is_told_and_nobody_is_asked() -> None:
     with pytest.raises(ConfigError, match="no network") as raised:
         find_pools(1.0, addresses=lambda: ())
     assert "--head" in raised.value.hint
+
+
+class FromNobody(ServiceInfo):
+    """What is known of a name that somebody made up: nothing, also when it is asked for."""
+
+    def load_from_cache(self, zc: Any, now: float | None = None) -> bool:
+        if not self.name.startswith(fingerprint(POOL)):
+            return False
+        real = service_info(fingerprint(POOL), 11501, ("192.168.1.20",))
+        self.port, self.addresses = real.port, real.addresses
+        self._set_properties({b"pool": real.properties[b"pool"]})
+        return True
+
+    def request(self, zc: Any, timeout: float, *_: Any, **__: Any) -> bool:
+        time.sleep(timeout / 1000)
+        return False
+
+
+def test_names_that_somebody_made_up_use_up_no_more_than_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "ServiceInfo", FromNobody)
+    names = discovery._Names()
+    for number in range(40):
+        names.add_service(None, SERVICE, f"made-up-{number}.{SERVICE}")  # type: ignore[arg-type]
+    names.add_service(None, SERVICE, f"{fingerprint(POOL)}.{SERVICE}")  # type: ignore[arg-type]
+    started = time.monotonic()
+    found = discovery._collect(None, names, started + 2.0, None)  # type: ignore[arg-type]
+    assert time.monotonic() - started < 6.0
+    assert [pool.fingerprint for pool in found] == [fingerprint(POOL)]
+
+
+def test_names_that_somebody_made_up_do_not_take_the_place_of_the_one_that_is_looked_for() -> None:
+    names = discovery._Names(fingerprint(POOL))
+    for number in range(1000):
+        names.add_service(None, SERVICE, f"made-up-{number}.{SERVICE}")  # type: ignore[arg-type]
+    names.add_service(None, SERVICE, f"{fingerprint(POOL)}-2.{SERVICE}")  # type: ignore[arg-type]
+    assert list(names.seen()) == [f"{fingerprint(POOL)}-2.{SERVICE}"]

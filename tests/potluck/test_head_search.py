@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from devices.discovery import FoundPool
 from devices.identity import load_keys
 from devices.known_pools import KnownPool, load_known_pools, save_known_pool
+from potluck import head_search
 from potluck.config import Settings
-from potluck.head_search import find_again
+from potluck.head_search import find_again, pool_to_join
 from potluck.paths import identity_dir, known_pools_file
 from tests.devices.test_front_door import HEAD, House
-from transport.errors import NotAllowed, NotRunning, VersionMismatch
+from transport.errors import ConfigError, NotAllowed, NotRunning, VersionMismatch
 
 SETTINGS = Settings(discovery=False)
 
@@ -94,3 +97,47 @@ def test_what_the_head_is_called_now_is_remembered(house: House, pool: KnownPool
     house.facts = replace(house.facts, name="study")
     assert find_again(pool, SETTINGS).pool.name == "study"
     assert [known.name for known in load_known_pools(known_pools_file())] == ["study"]
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
+
+
+def test_many_pools_that_somebody_made_up_do_not_keep_a_user_waiting(
+    house: House, silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up = [FoundPool(addresses=("127.0.0.1",), port=silent, fingerprint=f"{n:04x}-0-0-0") for n in range(64)]
+    real = FoundPool(addresses=("127.0.0.1",), port=house.door.port, fingerprint="0")
+    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [real, *made_up])
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="65 pools were found") as raised:
+        pool_to_join(None, "7K3M-9XQ2", Settings(), say=lambda line: None)
+    assert time.monotonic() - started < 20.0
+    assert "(den)" in raised.value.hint and "(does not answer)" in raised.value.hint
+
+
+def test_a_head_in_two_networks_is_joined_in_the_one_that_this_host_is_in(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody is at the first one: a loopback address where nothing listens.
+    found = FoundPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint="0")
+    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [found])
+    code = str(house.door.new_code())
+    pool = pool_to_join(None, code, Settings(), say=lambda line: None)
+    assert pool.doors == (f"127.0.0.1:{house.door.port}",)
+
+
+def test_places_that_somebody_made_up_do_not_keep_the_head_from_being_found(
+    house: House, pool: KnownPool, silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes as long as one that does not answer."""
+    made_up = [FoundPool(addresses=("127.0.0.1",), port=silent, fingerprint=pool.fingerprint) for _ in range(15)]
+    real = FoundPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint=pool.fingerprint)
+    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [*made_up, real])
+    started = time.monotonic()
+    found = find_again(replace(pool, doors=("127.0.0.9:1",)), Settings())
+    assert time.monotonic() - started < 30.0
+    assert found.pool.doors[0] == pool.doors[0]
