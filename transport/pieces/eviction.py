@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transport.pieces.partial import try_lock
+from transport.pieces.part_file import open_part
 
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 _FILE = re.compile(r"([0-9a-f]{64})\.(piece|part)")
@@ -72,14 +72,13 @@ def evict(files: Sequence[StoredFile], at_least_bytes: int) -> int:
 
 def _remove_part(path: Path) -> bool:
     """False if it is coming in right now."""
-    lock_path = path.with_suffix(".lock")
-    lock = try_lock(lock_path)
-    if lock is None:
-        return False
     try:
-        path.unlink(missing_ok=True)
-    finally:
-        lock.release()
+        part = open_part(path, create=False)
+    except FileNotFoundError:
+        return True
+    if part is None:
+        return False
+    part.remove()
     return True
 
 

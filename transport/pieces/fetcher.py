@@ -30,7 +30,8 @@ MOST_UNWRITTEN_BYTES = 4 * 2**20
 """What waits to be written is lost with the process."""
 
 _MOST_UNWRITTEN_PARTS = 64
-_SYNC_THREADS = 4
+_SYNC_THREADS = 16
+"""Journals of file systems write down all at once that are synced at the same time: many small pieces."""
 _MOST_UNSYNCED_BYTES = 3 * MAX_PIECE_BYTES
 _MOST_UNSYNCED_PIECES = 64
 _ELSEWHERE_AGAIN_S = 0.5

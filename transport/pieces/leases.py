@@ -14,7 +14,7 @@ import msgspec
 from filelock import BaseFileLock, FileLock, Timeout
 
 from transport.errors import DeadlineExceeded
-from transport.pieces.partial import try_lock
+from transport.pieces.part_file import try_lock
 from transport.pieces.piece import Piece
 
 _WAIT_S = 30.0

@@ -1,12 +1,11 @@
 """Pieces of models on this host's disk, each under its SHA-256: whatever comes from the pool, or goes to it, is here.
 
-`ab/abcd….piece` is whole and was checked; `ab/abcd….part` is coming in, by the process that holds `ab/abcd….lock`.
+`ab/abcd….piece` is whole and was checked; `ab/abcd….part` is coming in, by the process that has it locked.
 Several processes use a store at the same time, and any of them may be killed at any moment.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Collection
@@ -17,7 +16,8 @@ from transport.pieces.disk_space import MARGIN_BYTES, free_bytes, mb, no_space, 
 from transport.pieces.eviction import evict, evictable, stored_files
 from transport.pieces.leases import Lease, Leases
 from transport.pieces.limit import read_limit
-from transport.pieces.partial import PartialPiece, try_lock
+from transport.pieces.part_file import open_part
+from transport.pieces.partial import PartialPiece
 from transport.pieces.piece import Piece
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -63,17 +63,20 @@ class PieceStore:
 
         Raises NoSpace, PotluckError.
         """
-        part, lock_path = self._named(piece.digest, "part"), self._named(piece.digest, "lock")
+        path = self._named(piece.digest, "part")
         with translated_write_errors(self.root):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            lock = try_lock(lock_path)
-        if lock is None:
-            return None
-        if self.has(piece.digest):
-            lock.release()
-            _forget(lock_path)
-            return None
-        return PartialPiece(piece, part, self.path(piece.digest), lock, lambda: _forget(lock_path))
+            try:
+                part = open_part(path)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = open_part(path)
+            if part is None:
+                return None
+            whole = path.with_suffix(".piece")
+            if whole.exists():
+                part.remove()
+                return None
+        return PartialPiece(piece, part, whole)
 
     def put(self, data: bytes, digest: str) -> None:
         """Keep the small piece `data` (a model's list), if it is not here.
@@ -158,11 +161,6 @@ class PieceStore:
         if not is_digest(digest):
             raise BadMessage(f"{digest!r} is not the name of a piece")
         return self.root / digest[:2] / f"{digest}.{kind}"
-
-
-def _forget(lock_path: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows, while somebody else looks at it.
-        lock_path.unlink(missing_ok=True)
 
 
 def is_digest(text: str) -> bool:

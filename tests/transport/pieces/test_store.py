@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport.errors import BadMessage, NoSpace, PotluckError, WrongBytes
+from transport.pieces import part_file
 from transport.pieces.disk_space import MARGIN_BYTES
 from transport.pieces.limit import read_limit, write_limit
 from transport.pieces.piece import MAX_PIECE_BYTES, Piece
@@ -219,8 +220,61 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.parametrize("is_windows", [False, True])
+def test_a_part_has_one_writer_and_who_comes_too_late_gets_nothing(
+    store: PieceStore, monkeypatch: pytest.MonkeyPatch, is_windows: bool
+) -> None:
+    if is_windows:
+        monkeypatch.setattr(part_file, "fcntl", None)
+    piece = piece_of(b"onetwo")
+    first = store.open_partial(piece)
+    assert first is not None and store.open_partial(piece) is None
+    first.write(b"one")
+    assert store.clear() == 0, "it is coming in"
+    first.close()
+    first = store.open_partial(piece)
+    assert first is not None and first.num_bytes == 3
+    late = store.root / piece.digest[:2] / f"{piece.digest}.part"
+    first.write(b"two")
+    first.commit()
+    assert store.has(piece.digest) and store.open_partial(piece) is None and not late.exists()
+    assert not list(store.root.glob("??/*.lock"))
+    assert store.clear() == 6
+    again = store.open_partial(piece)
+    assert again is not None and again.num_bytes == 0
+    again.write(b"one")
+    again.close()
+    assert store.clear() == 3 and not late.exists()
+
+
+@pytest.mark.parametrize("meanwhile", ["put", "removed"])
+def test_who_opened_a_part_before_it_was_moved_or_removed_does_not_write_to_it(
+    store: PieceStore, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    piece = piece_of(b"one")
+    partial = store.open_partial(piece)
+    assert partial is not None
+    partial.close()
+    flock = fcntl.flock
+
+    def after_another_process(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        if meanwhile == "put":
+            store.put(b"one", piece.digest)
+        else:
+            (store.root / piece.digest[:2] / f"{piece.digest}.part").unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_another_process)
+    assert store.open_partial(piece) is None
+    store.put(b"one", piece.digest)
+    assert store.path(piece.digest).read_bytes() == b"one"
+
+
 def test_a_lock_that_somebody_looks_at_stops_nobody(store: PieceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows removes no file that is open."""
+    monkeypatch.setattr(part_file, "fcntl", None)
     unlink = Path.unlink
 
     def looked_at(path: Path, missing_ok: bool = False) -> None:
