@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from devices.identity import fingerprint
-from devices.private_file import write_private
 from transport.errors import ConfigError
+from transport.private_file import write_private
 
 _VERSION = 1
 _LOCK_TIMEOUT_S = 10.0

@@ -15,8 +15,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from devices.members import VERSION, Member, Roster, clean_name, own_name
-from devices.private_file import write_private
 from transport.errors import ConfigError
+from transport.private_file import write_private
 
 __all__ = ["Member", "Roster", "RosterFile", "own_name"]
 

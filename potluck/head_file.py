@@ -10,9 +10,9 @@ from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from devices.known_pools import load_known_pools
-from devices.private_file import write_private
 from potluck.paths import known_pools_file, runtime_dir
 from transport.errors import AlreadyRunning, ConfigError, NotRunning
+from transport.private_file import write_private
 
 # Whoever only looks holds the lock for a moment; a head holds it from start to end.
 _MOMENT_S = 0.3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
 from transport.curve import KeyPair, is_key
 from transport.errors import ConfigError
+from transport.private_file import write_private
 
 KEY_FILE = "keys.json"
 
@@ -29,8 +29,4 @@ def read_keys(path: Path) -> KeyPair:
 
 def write_keys(path: Path, keys: KeyPair) -> None:
     """For this user alone, at once. Raises OSError."""
-    new = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(keys))
-    new.replace(path)
+    write_private(path, msgspec.json.encode(keys))

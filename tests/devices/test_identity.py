@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,3 +72,20 @@ def test_a_fingerprint_is_short_and_of_one_key() -> None:
     assert fingerprint(one) == fingerprint(one) != fingerprint(other)
     assert len(fingerprint(one)) == 19
     assert set(fingerprint(one)) <= set("0123456789abcdef-")
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / KEY_FILE
+    write_keys(path, new_key_pair())
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_keys(path, new_key_pair())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ConfigError, match="No space"):
+        load_keys(tmp_path / "new")
+
+
+def no_space(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
