@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from shard.stage import ShardSpec
+from shard.torch_backend.configs import config_classes
 from transport.errors import BadCheckpoint, UnsupportedModel
 
 SUPPORTED = (
@@ -34,8 +35,6 @@ def library_config(config: dict[str, Any]) -> Any:
     Raises UnsupportedModel for an architecture or a quantized format that can't be run, BadCheckpoint for a config that
     transformers refuses.
     """
-    from transformers import CONFIG_MAPPING
-
     if "text_config" in config:
         config = config["text_config"]
     architecture = str(config.get("model_type", "without a model_type"))
@@ -47,7 +46,7 @@ def library_config(config: dict[str, Any]) -> Any:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"the checkpoint is quantized with {method}", hint="choose a bf16 or GGUF version of it")
     try:
-        return CONFIG_MAPPING[architecture].from_dict(_with_today_s_rope(config))
+        return config_classes()[architecture].from_dict(_with_today_s_rope(config))
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"config.json of this {architecture} model is not valid: {error}") from error
 

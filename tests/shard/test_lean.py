@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests.shard.tiny import (
     memory_checkpoint,
     quantized_checkpoint,
     reference_logits,
+    save_tiny,
     tiny_config,
     tiny_model,
 )
@@ -106,6 +109,27 @@ def test_what_it_does_not_know_is_left_to_the_library(
     assert reason is not None and match in reason
     with pytest.raises(UnsupportedModel, match=match):
         whole(changed(tiny(family), config))
+
+
+def test_it_is_loaded_without_most_of_torch(tmp_path: Path) -> None:
+    """In a process of its own: in this one everything has been imported long since."""
+    script = """
+import sys
+from pathlib import Path
+from shard.load import load_shard
+from shard.open import open_checkpoint
+from shard.stage import ShardSpec
+
+dtypes = dict.fromkeys(("compute_dtype", "wire_dtype", "next_dtype"), "float32")
+spec = ShardSpec(first=0, last=4, num_layers=4, device="cpu", context_tokens=256, kv_capacity_tokens=256, **dtypes)
+loaded = load_shard(open_checkpoint(Path(sys.argv[1])), spec, backend="torch")
+print(loaded.path, *(name in sys.modules for name in ("torch", "torch._dynamo", "transformers.activations")))
+from transformers import LlamaForCausalLM
+print(LlamaForCausalLM.__name__)
+"""
+    command = [sys.executable, "-c", script, str(save_tiny("llama", 1, tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout.split() == ["lean", "True", "False", "False", "LlamaForCausalLM"], done.stderr
 
 
 def test_experts_stacked_in_one_tensor_are_left_to_the_library(tiny: Tiny) -> None:
