@@ -71,6 +71,11 @@ def lan_address(towards: str | None = None) -> str | None:
     return preferred(_source_address(_ANYWHERE), [interface.address for interface in lan_interfaces()])
 
 
+def leads_to_lan(address: str) -> bool:
+    """Whether this host would look for that address in a network that it shares with other devices."""
+    return _source_address(address) in lan_addresses()
+
+
 def preferred(default_route: str | None, lan: Iterable[str]) -> str | None:
     """Which of a host's addresses others are told."""
     addresses = tuple(lan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Protocol, get_args
 
 import msgspec
 
+from devices.interfaces import leads_to_lan
 from potluck.questions import Questions
 from transport.control import Peer
 from transport.control_messages import ControlMessage
@@ -76,6 +78,7 @@ class PoolHosts:
         self._send = send
         self._hosts: dict[bytes, PoolHost] = {}
         self._told: tuple[str, ...] = ()
+        self._reaching: set[bytes] = set()
         self._changed = threading.Condition()
         self.questions: Questions[PoolHost, HostQuestion, HostAnswer, Preparing] = Questions(
             send, answers=get_args(HostAnswer), news=(Preparing,), why_gone=self._why_gone
@@ -97,7 +100,7 @@ class PoolHosts:
             case Arrive():
                 self._welcome(peer, message)
             case Reach(port=port) if isinstance(peer.introduction, Arrive) and 0 < port < 65536:
-                threading.Thread(target=self._reach, args=(peer, peer.introduction.address, port), daemon=True).start()
+                self._start_reach(peer, peer.introduction.address, port)
             case _:
                 self.questions.hear(peer, message)
 
@@ -141,13 +144,34 @@ class PoolHosts:
         self._send(peer, welcome)
         self.tell_members(anew=True)
 
+    def _start_reach(self, peer: Peer, address: str, port: int) -> None:
+        """One at a time for each host: it asks for one after the other."""
+        with self._changed:
+            if peer.identity in self._reaching:
+                return
+            self._reaching.add(peer.identity)
+        threading.Thread(target=self._reach, args=(peer, address, port), name="reach", daemon=True).start()
+
     def _reach(self, peer: Peer, address: str, port: int) -> None:
         """Try to connect to a host that asked for it, at the address that it says is its own."""
         problem = ""
         try:
             if not is_host_endpoint(tcp_endpoint(address, port)):
-                raise OSError(f"{address!r} is no address")
+                raise OSError(f"{address[:80]!r} is no address")
+            if not _may_be_its_own(address, peer.address):
+                raise OSError(f"this host comes from {peer.address}, and says that it is at {address}")
             socket.create_connection((address, port), _REACH_S).close()
         except OSError as error:
             problem = error.strerror or str(error) or "no answer in time"
+        with self._changed:
+            self._reaching.discard(peer.identity)
         self._send(peer, Reached(port, problem))
+
+
+def _may_be_its_own(address: str, comes_from: str) -> bool:
+    """Else a device could look by the head's eyes at what only that reaches: its own loopback, or behind its VPN."""
+    if address == comes_from:
+        return True
+    if ipaddress.ip_address(address).is_loopback:
+        return bool(comes_from) and ipaddress.ip_address(comes_from).is_loopback
+    return leads_to_lan(address)

@@ -15,7 +15,7 @@ from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
 from transport.connection_cap import MONITORED, ConnectionCap
 from transport.control_messages import Alive, ControlMessage, Register, Stop
-from transport.curve import Guard, Prepare, descriptor_of, is_given, user_id
+from transport.curve import Guard, Prepare, address_of, descriptor_of, is_given, user_id
 from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
 from transport.messages import PROTOCOL_VERSION
@@ -129,11 +129,12 @@ class ControlClient:
 @dataclass(slots=True)
 class Peer:
     """A worker or a host's node as the head knows it. `identity` is the socket's index, and the peer's routing id
-    there; `key` is its host's, empty for processes of this host that came by ipc."""
+    there; `key` is its host's, and `address` where it comes from, empty for processes of this host that came by ipc."""
 
     identity: bytes
     introduction: Introduction
     key: str = ""
+    address: str = ""
     last_heard_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -250,11 +251,11 @@ class ControlServer:
             if guard is not None:
                 self._caps[self._sockets[index]].heard(descriptor_of(frames[0]))
             # Sockets give identities of their own: two could be equal.
-            self._take(bytes([index]) + identity.bytes, key, frames[0].buffer)
+            self._take(bytes([index]) + identity.bytes, key, frames[0])
 
-    def _take(self, identity: bytes, key: str, frame: memoryview) -> None:
+    def _take(self, identity: bytes, key: str, frame: zmq.Frame) -> None:
         try:
-            message = decode_control(frame)
+            message = decode_control(frame.buffer)
         except BadMessage:
             self.num_refused += 1
             return
@@ -268,7 +269,9 @@ class ControlServer:
                 reason = f"the head speaks protocol {PROTOCOL_VERSION}, this host {message.version}: update Potluck"
                 self._outbox.append((identity, Stop(reason)))
                 return
-            peer = self._peers[identity] = Peer(identity=identity, introduction=message, key=key)
+            peer = self._peers[identity] = Peer(
+                identity=identity, introduction=message, key=key, address=address_of(frame) if key else ""
+            )
         if peer.key != key:  # A routing id that somebody else has taken over.
             self.num_refused += 1
             return

@@ -81,6 +81,14 @@ def descriptor_of(frame: zmq.Frame) -> int:
         return -1
 
 
+def address_of(frame: zmq.Frame) -> str:
+    """From where the frame's TCP connection comes; empty if there is none."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
+
+
 def is_given(routing_id: bytes) -> bool:
     """Whether the socket itself named the connection, as it does for all that have not chosen a name. A chosen one
     could be that of another member, who is away for a moment."""

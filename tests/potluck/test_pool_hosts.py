@@ -7,10 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zmq
 
 from devices.identity import load_keys
+from devices.interfaces import leads_to_lan
 from devices.roster import RosterFile
+from potluck import pool_hosts
 from tests.doctor.small_head import SmallHead
 from tests.transport.test_control import ARRIVE, wait_until
 from transport.control import ControlClient
@@ -50,3 +53,26 @@ def test_hosts_learn_within_a_second_who_is_no_member_any_more(tmp_path: Path) -
     assert isinstance(told, Members)
     assert guest.public in told.members and stolen.public not in told.members
     assert took_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("address", "comes_from", "may"),
+    [
+        ("192.168.1.7", "192.168.1.7", True),
+        ("127.0.0.2", "127.0.0.1", True),
+        ("127.0.0.1", "192.168.1.7", False),
+        ("127.0.0.1", "", False),
+        ("10.8.0.9", "192.168.1.7", False),
+        ("192.168.2.7", "192.168.1.7", True),
+    ],
+)
+def test_a_device_does_not_look_around_by_the_heads_eyes(
+    address: str, comes_from: str, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the head's VPN is 10.8.0.0/16; at home are 192.168.1.0/24 and 192.168.2.0/24."""
+    monkeypatch.setattr(pool_hosts, "leads_to_lan", lambda address: address.startswith("192.168."))
+    assert pool_hosts._may_be_its_own(address, comes_from) is may
+
+
+def test_loopback_is_no_lan() -> None:
+    assert not leads_to_lan("127.0.0.1")
