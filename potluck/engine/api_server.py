@@ -38,6 +38,7 @@ from transport.zmq_link import set_options
 MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
 _MAX_PREPARING = 256
 _MAX_PREPARING_BYTES = 64 * 2**20
+_SHORT_BYTES = 64 * 2**10
 _MAX_BACKLOG = 20_000
 _MAX_EVENTS_IN_MESSAGE = 256
 # A step's events come one by one: a moment later they are all here, and the engine's thread is in nobody's way.
@@ -88,9 +89,11 @@ class EngineApi:
         self._clients: dict[bytes, _Client] = {}
         self._behind: dict[bytes, _Client] = {}
         self._routes: dict[str, _Client] = {}
-        # Tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair. A second thread,
-        # since the model's template may take seconds for a chat.
-        self._preparer = ThreadPoolExecutor(2, thread_name_prefix="prepare", initializer=give_way)
+        # Tokenizing must hold up neither the engine's loop nor this door, and a queue of it is fair. Long requests have
+        # one of their own: what the model's template, or its tokenizer, is slow with takes seconds only there.
+        self._short, self._long = (
+            ThreadPoolExecutor(count, thread_name_prefix="prepare", initializer=give_way) for count in (2, 1)
+        )
         self._preparing: dict[str, tuple[Future[None], int]] = {}
         self._num_probes = 0
         self._is_closing = False
@@ -118,7 +121,8 @@ class EngineApi:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(2.0)
-        self._preparer.shutdown(wait=False, cancel_futures=True)
+        for preparer in (self._short, self._long):
+            preparer.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, engine: EngineLike) -> None:
         give_way()
@@ -177,14 +181,17 @@ class EngineApi:
         self._routes[submit.request] = client
         client.requests.add(submit.request)
         self._preparing = {name: item for name, item in self._preparing.items() if not item[0].done()}
-        waiting, waiting_bytes = len(self._preparing), sum(size for _, size in self._preparing.values())
+        is_short = num_bytes <= _SHORT_BYTES
+        sizes = [size for _, size in self._preparing.values() if (size <= _SHORT_BYTES) == is_short]
+        waiting, waiting_bytes = len(sizes), sum(sizes)
         if waiting >= _MAX_PREPARING or (waiting and waiting_bytes + num_bytes > _MAX_PREPARING_BYTES):
             busy = Busy(
                 f"{waiting} requests of {waiting_bytes / 2**20:.0f} MiB wait to be tokenized", hint="try again soon"
             )
             self._outbox.append(failure(submit.request, busy))
             return
-        self._preparing[submit.request] = self._preparer.submit(engine.submit, submit), num_bytes
+        preparer = self._short if is_short else self._long
+        self._preparing[submit.request] = preparer.submit(engine.submit, submit), num_bytes
 
     def _cancel(self, engine: EngineLike, request: str) -> None:
         preparing = self._preparing.get(request)

@@ -14,7 +14,7 @@ from potluck.engine.limits import EngineLimits
 from potluck.engine.output import ChoiceOutput
 from potluck.engine.request import Choice, Request
 from potluck.engine.sequences import Sequence as TokenSequence
-from potluck.engine.tokenizer import Prompt
+from potluck.engine.tokenizer import LongPrompt, Prompt
 from transport.errors import BadRequest
 from transport.messages import Sampling, SequenceId
 from transport.requests import Priority, Submit
@@ -25,7 +25,7 @@ class ChatTokenizer(TokenTable, Protocol):
 
     eos_ids: frozenset[int]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt: ...
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None) -> Prompt: ...
 
     def encode_text(self, text: str) -> tuple[int, ...]: ...
 
@@ -89,7 +89,7 @@ class Preparer:
     def _prompt(self, submit: Submit) -> Prompt:
         match (submit.messages, submit.prompt, submit.prompt_ids):
             case (messages, None, None) if messages is not None:
-                prompt, param = self._tokenizer.encode_chat(messages), "messages"
+                prompt, param = self._chat(messages, submit.max_tokens), "messages"
             case (None, text, None) if text is not None:
                 prompt, param = Prompt(ids=self._tokenizer.encode_text(text)), "prompt"
             case (None, None, ids) if ids is not None:
@@ -102,19 +102,28 @@ class Preparer:
             raise BadRequest(f"a token id outside of the vocabulary of {self._limits.vocab_size}", param=param)
         return prompt
 
+    def _chat(self, messages: Sequence[Mapping[str, Any]], asked: int | None) -> Prompt:
+        try:
+            return self._tokenizer.encode_chat(messages, most_tokens=self._limits.sequence_tokens)
+        except LongPrompt as error:
+            raise self._no_room(str(error), asked, param="messages") from None
+
     def _max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
         """Tokens that may be generated; all that the context leaves, if the client does not say."""
-        most = self._limits.sequence_tokens
-        left = most - num_prompt_tokens
+        left = self._limits.sequence_tokens - num_prompt_tokens
         wanted = 1 if asked is None else asked
         if left >= wanted:
             return left if asked is None else asked
+        raise self._no_room(str(num_prompt_tokens), asked, param="messages" if left < 1 else "max_tokens")
+
+    def _no_room(self, num_prompt_tokens: str, asked: int | None, *, param: str) -> BadRequest:
+        most = self._limits.sequence_tokens
         what = "the context is" if most == self._limits.context_tokens else "the pool's KV memory holds"
-        raise BadRequest(
+        return BadRequest(
             f"{what} {most} tokens; the prompt has {num_prompt_tokens}"
             + (" and leaves no room for an answer" if asked is None else f" and max_tokens is {asked}"),
             hint="shorten the messages or lower max_tokens, or start with a larger --context",
-            param="messages" if left < 1 else "max_tokens",
+            param=param,
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 _LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 128 * 2**20
@@ -20,7 +20,9 @@ class Read(Struct, frozen=True, tag=True):
 
 
 class Render(Struct, frozen=True, tag=True):
-    variables: dict[str, Any]
+    """`variables` are a dict by name; `within_s` is of computing."""
+
+    variables: Raw
     within_s: float
 
 

@@ -19,7 +19,7 @@ from potluck.engine.template_messages import Answer, Read, Render, read_frame, w
 from potluck.engine.template_sandbox import ChatTemplate, TooLarge
 from transport.threads import give_way
 
-_MAX_MEMORY_BYTES = 2**30
+_MAX_MEMORY_BYTES = 2**29
 _GRACE_S = 1.0
 _MAX_MESSAGE_CHARS = 500
 
@@ -39,7 +39,7 @@ def serve() -> None:
                 case Read(source=source):
                     template, answer = _read(source)
                 case Render(variables=variables):
-                    answer = _rendered(template, variables)
+                    answer = _rendered(template, msgspec.msgpack.decode(variables))
             frame = encoder.encode(answer)
         write_frame(output, frame)
 
@@ -76,14 +76,14 @@ def _failed(error: Exception) -> Answer:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Any:
-    """The system ends this process after `seconds`, even in the middle of one long operation of Python's."""
+    """The system ends this process after `seconds` of computing, even in the middle of one long step of Python's."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def _limit_memory() -> None:

@@ -20,10 +20,16 @@ from transport.child_process import apart, python_command, python_environment
 from transport.errors import BadCheckpoint, BadRequest
 
 RENDER_WITHIN_S = 5.0
+"""Of computing, for the longest chats. A template that means no harm takes a hundredth of what it may take."""
 START_WITHIN_S = 30.0
-_MAX_RESIDENT_BYTES = 2**30
-_MAX_PROCESSES = 2
-_LOOK_EVERY_S = 0.1
+_SHORT_WITHIN_S = 1.0
+_MORE_S_PER_BYTE = 0.5 / 2**20
+# The machine may have much else to do.
+_WALL_FACTOR = 6.0
+_MAX_RESIDENT_BYTES = 2**29
+# As many as chats are prepared at once.
+_MAX_PROCESSES = 3
+_LOOK_EVERY_S = 0.05
 _KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "TZ")
 _PREFIX = "POTLUCK_"
 _HINT = "send a shorter chat, or use a model with another chat template"
@@ -32,8 +38,8 @@ _HINT = "send a shorter chat, or use a model with another chat template"
 class TemplateRenderer:
     """Thread-safe. Starts its process at once, so that it is there for the first chat, and again after it was killed.
 
-    A second process is started when the first is busy: a chat that the template is slow with holds up one that it is
-    not slow with only where two are. None takes longer than `within_s`.
+    More are started while others are busy. A chat may take the longer the more it says, at most `within_s` of
+    computing.
     """
 
     def __init__(self, source: str, *, within_s: float = RENDER_WITHIN_S) -> None:
@@ -42,6 +48,7 @@ class TemplateRenderer:
         self._places = threading.Semaphore(_MAX_PROCESSES)
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
+        self._is_closed = False
         self._idle: list[_Process] = []
         self._made: list[_Process] = []
         self._idle.append(self._make())
@@ -56,13 +63,15 @@ class TemplateRenderer:
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises BadRequest where the template refuses the messages, or takes too long or too much memory for them, and
         BadCheckpoint where it can't be read."""
-        frame = self._encoder.encode(Render({**variables, "messages": messages}, self._within_s))
+        data = self._encoder.encode({**variables, "messages": messages})
+        within_s = min(self._within_s, _SHORT_WITHIN_S + len(data) * _MORE_S_PER_BYTE)
+        frame = self._encoder.encode(Render(msgspec.Raw(data), within_s))
         with self._process() as process:
             self._ready(process)
-            answer = process.ask(frame, self._within_s)
+            answer = process.ask(frame, within_s)
         if answer is None:
             raise BadRequest(
-                f"the model's chat template took longer than {self._within_s:.0f} s, or more memory than it may",
+                f"the model's chat template computed for more than {within_s:.1f} s, or took more memory than it may",
                 hint=_HINT,
                 param="messages",
             )
@@ -81,6 +90,7 @@ class TemplateRenderer:
         return answer.text
 
     def close(self) -> None:
+        self._is_closed = True
         _stop(self._made)
 
     @contextlib.contextmanager
@@ -92,6 +102,9 @@ class TemplateRenderer:
             try:
                 yield process
             finally:
+                if not (process.is_alive or self._is_closed):
+                    # Now, so that the next chat does not wait for it.
+                    process.start()
                 with self._lock:
                     self._idle.append(process)
 
@@ -157,14 +170,15 @@ class _Process:
     def read_answer(self) -> Answer | None:
         """What reading the template gave; None if it did not end in time."""
         if self._is_first_due:
-            # Python itself has to start, maybe on a busy machine.
-            self._first, self._is_first_due = self._wait(START_WITHIN_S + self._within_s), False
+            # Python itself has to start.
+            within_s, wall_s = START_WITHIN_S + self._within_s, START_WITHIN_S + self._within_s * _WALL_FACTOR
+            self._first, self._is_first_due = self._wait(within_s, wall_s), False
         return self._first
 
     def ask(self, frame: bytes, within_s: float) -> Answer | None:
-        """None, and the process is gone, if there is no answer in time."""
+        """None, and the process is gone, if there is no answer after `within_s` of computing."""
         self._write(frame)
-        return self._wait(within_s)
+        return self._wait(within_s, within_s * _WALL_FACTOR)
 
     def kill(self) -> None:
         child, self._child = self._child, None
@@ -182,13 +196,17 @@ class _Process:
         with contextlib.suppress(OSError):
             write_frame(self._child.stdin, frame)
 
-    def _wait(self, seconds: float) -> Answer | None:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
+    def _wait(self, within_s: float, wall_s: float) -> Answer | None:
+        """The next answer; None, and the process is gone, if that takes more than `within_s` of computing, or `wall_s`
+        because others compute."""
+        deadline = time.monotonic() + wall_s
+        before_s, _ = self._used()
+        while time.monotonic() < deadline:
             try:
-                answer = self._answers.get(timeout=min(left, _LOOK_EVERY_S))
+                answer = self._answers.get(timeout=_LOOK_EVERY_S)
             except queue.Empty:
-                if self._resident_bytes() > _MAX_RESIDENT_BYTES:
+                computed_s, resident_bytes = self._used()
+                if computed_s - before_s > within_s or resident_bytes > _MAX_RESIDENT_BYTES:
                     break
                 continue
             if answer is None:
@@ -197,12 +215,15 @@ class _Process:
         self.kill()
         return None
 
-    def _resident_bytes(self) -> int:
+    def _used(self) -> tuple[float, int]:
+        """Its seconds of computing so far, and the bytes that it has in memory."""
         assert self._child is not None
         try:
-            return int(psutil.Process(self._child.pid).memory_info().rss)
+            process = psutil.Process(self._child.pid)
+            times = process.cpu_times()
+            return times.user + times.system, process.memory_info().rss
         except psutil.Error:
-            return 0
+            return 0.0, 0
 
 
 def _read_answers(stream: IO[bytes], answers: queue.SimpleQueue[Answer | None]) -> None:

@@ -20,6 +20,11 @@ from transport.errors import BadCheckpoint, BadRequest
 
 _FALLBACK_ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 _FALLBACK_STOP = "\nUser:"
+# A text is counted in parts when it has so many characters a token that it may have, and taken for too long when the
+# parts have so many times the tokens: cut in two, a text may have some more of them.
+_COUNTED_FROM = 16
+_CLEARLY = 2
+_PART_CHARS = 2**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,14 @@ class Prompt:
 
     ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
+
+
+class LongPrompt(Exception):
+    """A prompt that clearly has more tokens than it may have; `num_tokens` were counted before it was given up."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"more than {num_tokens}")
+        self.num_tokens = num_tokens
 
 
 class Tokenizer:
@@ -72,17 +85,21 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._renderer is not None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        """Raises BadRequest where the model's template refuses the messages.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None) -> Prompt:
+        """Raises BadRequest where the model's template refuses the messages, and LongPrompt where they have many times
+        `most_tokens`: eight million characters would take half a minute, and all other chats would wait.
 
         Marks like `<|im_end|>` inside a message are encoded as text: a user can't forge a turn.
         """
         if not messages:
             raise BadRequest("messages is empty", hint="send at least one message", param="messages")
         if self._renderer is None:
-            return Prompt(ids=self.encode_text(_as_script(messages)), stop=(_FALLBACK_STOP,))
+            script = _as_script(messages)
+            self._count(script, most_tokens)
+            return Prompt(ids=self.encode_text(script), stop=(_FALLBACK_STOP,))
         marked = mark_control_tokens([dict(message) for message in messages], self._control_tokens(self._renderer))
         rendered = self._renderer.render(marked, self._template_variables)
+        self._count(rendered, most_tokens)
         try:
             with self._encoding:
                 ids = encode_marked_chat(self._tokenizer, rendered)
@@ -107,6 +124,20 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
+
+    def _count(self, text: str, most_tokens: int | None) -> None:
+        """Raises LongPrompt. Others may encode between two parts."""
+        if most_tokens is None or len(text) <= _COUNTED_FROM * most_tokens:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _PART_CHARS):
+            with self._encoding:
+                part = self._tokenizer.backend_tokenizer.encode(
+                    text[start : start + _PART_CHARS], add_special_tokens=False
+                )
+            num_tokens += len(part)
+            if num_tokens > _CLEARLY * most_tokens:
+                raise LongPrompt(num_tokens)
 
     def _read_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

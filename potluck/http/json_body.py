@@ -14,6 +14,8 @@ from transport.errors import Busy
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_HELD_BYTES = 64 * 2**20
+# A chat of any usual length is read however many long ones are coming in.
+_SMALL_BYTES = 64 * 2**10
 MAX_DEPTH = 64
 # An empty list takes 3 bytes as text and 64 in memory.
 MAX_CONTAINERS = 20_000
@@ -24,7 +26,7 @@ _TEXT_OR_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 
 class Bodies:
-    """Reads bodies; those that are being read hold at most MAX_HELD_BYTES together."""
+    """Reads bodies; those that are being read hold at most MAX_HELD_BYTES together, beside the beginning of each."""
 
     def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -38,16 +40,19 @@ class Bodies:
         if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
             raise too_large
         body = bytearray()
+        counted_bytes = 0
         try:
             async for piece in request.stream():
                 body += piece
-                self._held_bytes += len(piece)
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
-                if self._held_bytes > self._limit_bytes:
+                grown_bytes = max(len(body) - _SMALL_BYTES, 0) - counted_bytes
+                if grown_bytes and self._held_bytes + grown_bytes > self._limit_bytes:
                     raise ApiError.of(Busy("too many long requests are coming in", hint="try again soon"))
+                self._held_bytes += grown_bytes
+                counted_bytes += grown_bytes
         finally:
-            self._held_bytes -= len(body)
+            self._held_bytes -= counted_bytes
         return bytes(body)
 
 

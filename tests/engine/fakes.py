@@ -36,7 +36,7 @@ class ByteTokenizer:
 
     eos_ids = frozenset({EOS})
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None) -> Prompt:
         if not messages:
             raise BadRequest("messages is empty", param="messages")
         return Prompt(ids=self.encode_text("".join(str(message["content"]) for message in messages)))

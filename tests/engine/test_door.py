@@ -206,6 +206,34 @@ def test_more_prompts_than_can_wait_for_the_tokenizer_are_refused(
     assert isinstance(refused, RequestFailed) and refused.code == Busy.code
 
 
+def test_long_requests_hold_up_no_short_ones(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the model's template needs seconds for what is long, and somebody sends much of it."""
+    monkeypatch.setattr("potluck.engine.api_server._MAX_PREPARING_BYTES", 500_000)
+    client, entered, go = door.client(), threading.Event(), threading.Event()
+    submit = door.engine.submit
+
+    def slow_submit(request: Submit) -> None:
+        if request.prompt is not None and len(request.prompt) > 100_000:
+            entered.set()
+            go.wait()
+            request = msgspec.structs.replace(request, prompt="hi")
+        submit(request)
+
+    door.engine.submit = slow_submit  # type: ignore[method-assign]
+
+    async def ask() -> None:
+        long = [asyncio.create_task(_all(client.submit(_submit(f"long-{i}", "hi" * 60_000)))) for i in range(6)]
+        await asyncio.to_thread(entered.wait)
+        short = [asyncio.wait_for(_all(client.submit(_submit(f"short-{i}"))), 60.0) for i in range(6)]
+        assert all(isinstance(events[-1], Finished) for events in await asyncio.gather(*short))
+        go.set()
+        ends = [(await asyncio.wait_for(task, 60.0))[-1] for task in long]
+        # They wait for each other alone, and not without bound.
+        assert [type(end) for end in ends] == [Finished] * 4 + [RequestFailed] * 2
+
+    asyncio.run(ask())
+
+
 def test_a_client_that_vanishes_takes_its_requests_along(door: Door) -> None:
     client, other = door.client(), door.client()
 

@@ -47,7 +47,7 @@ class _IdTokenizer:
 
     eos_ids: frozenset[int] = frozenset()
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None) -> Prompt:
         raise NotImplementedError
 
     def encode_text(self, text: str) -> tuple[int, ...]:

@@ -165,6 +165,41 @@ def test_a_bomb_in_its_constants_does_no_harm(template: str) -> None:
     renderer.close()
 
 
+def test_what_a_chat_may_take_grows_with_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potluck.engine.templates._SHORT_WITHIN_S", 0.2)
+    renderer = TemplateRenderer("{% if messages %}" + _BOMBS["a loop"] + "{% endif %}", within_s=60.0)
+    for length, within in ((10, "0.2"), (2**19, "0.5")):
+        with pytest.raises(BadRequest, match=f"computed for more than {within} s"):
+            renderer.render([{"role": "user", "content": "a" * length}], _VARIABLES)
+    renderer.close()
+
+
+def test_what_others_compute_is_not_held_against_a_chat() -> None:
+    """One that takes half of its time is served on a machine that has four times as much to do as it can."""
+    work = "{% for a in range(LOOPS) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    started_s = time.process_time()
+    ChatTemplate(work.replace("LOOPS", "500")).render({"messages": _CHAT})
+    loops = int(500 * 0.4 / (time.process_time() - started_s))
+    count = 4 * (os.cpu_count() or 1)
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    renderer = TemplateRenderer(work.replace("LOOPS", str(loops)))
+    try:
+        assert renderer.render(_CHAT, _VARIABLES) == "Be kind."
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+        renderer.close()
+
+
+def test_its_process_is_small() -> None:
+    code = "import sys, potluck.engine.template_process; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "jinja2" in loaded and not {"torch", "transformers", "tokenizers", "numpy", "zmq", "psutil"} & set(loaded)
+
+
 def test_the_size_of_what_is_rendered_is_bounded() -> None:
     with pytest.raises(TooLarge):
         ChatTemplate("{% for i in range(99999) %}{{ messages }}{% endfor %}").render({"messages": "a" * 1000})

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from potluck.engine import tokenizer as tokenizer_module
 from potluck.engine.detokenizer import Detokenizer
-from potluck.engine.tokenizer import Tokenizer
+from potluck.engine.tokenizer import LongPrompt, Tokenizer
 from transport.errors import BadCheckpoint, BadRequest
 
 _MARKS = ["<|end|>", "<|turn|>"]
@@ -150,6 +151,28 @@ def test_a_chat_has_the_ids_that_transformers_gives_it(tokenizer: Tokenizer) -> 
         chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
     assert tokenizer.encode_chat(chat).ids == tuple(library)
+
+
+@pytest.mark.parametrize("template", [_TEMPLATE, None])
+def test_a_text_that_is_many_times_too_long_is_not_tokenized_to_its_end(tmp_path: Path, template: str | None) -> None:
+    tokenizer = Tokenizer(_save(tmp_path / "model", _byte_level(), template=template))
+    for unit in ("the quick ", "a", " ", "😀", "<|end|>"):
+        chat = [{"role": "user", "content": unit * (2**20 // len(unit))}]
+        with pytest.raises(LongPrompt) as caught:
+            tokenizer.encode_chat(chat, most_tokens=1000)
+        # Of hundreds of thousands.
+        assert 2000 < caught.value.num_tokens < 2000 + 4 * 2**15
+
+
+@given(text=st.text(max_size=60), times=st.integers(1, 200))
+def test_a_text_that_fits_is_never_taken_for_too_long(text: str, times: int) -> None:
+    tokenizer = _BYTE_LEVEL_TOKENIZER
+    chat = [{"role": "user", "content": text * times}]
+    ids = tokenizer.encode_chat(chat).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_COUNTED_FROM", 0)
+        patch.setattr(tokenizer_module, "_PART_CHARS", 200)
+        assert tokenizer.encode_chat(chat, most_tokens=len(ids)).ids == ids
 
 
 def test_code_that_a_folder_brings_does_not_run(tmp_path: Path) -> None:

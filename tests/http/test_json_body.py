@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from potluck.http.chat_request import ChatRequest, decode_chat_request
 from potluck.http.errors import ApiError
-from potluck.http.json_body import MAX_BODY_BYTES, MAX_CONTAINERS, MAX_DEPTH, decode_object
+from potluck.http.json_body import MAX_BODY_BYTES, MAX_CONTAINERS, MAX_DEPTH, Bodies, decode_object
 
 _GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 _NAMES = st.sampled_from([*ChatRequest.__struct_fields__, "tools", "user", "x", ""])
@@ -140,6 +142,37 @@ def test_no_body_takes_many_times_its_size(unit: bytes) -> None:
         finally:
             tracemalloc.stop()
         assert peak_bytes < 6 * MAX_BODY_BYTES, body[:40]
+
+
+def test_long_bodies_that_come_in_wait_for_room_and_small_ones_do_not() -> None:
+    bodies = Bodies(limit_bytes=200_000)
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        def read(*pieces: bytes) -> asyncio.Task[bytes]:
+            async def receive() -> dict[str, Any]:
+                if not left:
+                    await go.wait()
+                more = bool(left)
+                return {"type": "http.request", "body": left.pop(0) if more else b"", "more_body": more}
+
+            left = list(pieces)
+            scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+            return asyncio.create_task(bodies.read(Request(scope, receive)))
+
+        slow = [read(b" " * 150_000) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        refused, taken = read(b" " * 50_000, b" " * 50_000), read(b" " * 50_000)
+        await asyncio.sleep(0.01)
+        go.set()
+        with pytest.raises(ApiError, match="too many long requests"):
+            await refused
+        assert [len(await body) for body in (*slow, taken)] == [150_000, 150_000, 50_000]
+        # And nothing is counted any more.
+        assert len(await read(b" " * 250_000)) == 250_000
+
+    asyncio.run(main())
 
 
 def test_a_few_small_bodies_still_say_what_they_said() -> None:
