@@ -223,7 +223,10 @@ class FrontDoor:
         elif refusal.guesses_left:
             self._say(f"{name} at {address} came with a wrong code; guesses left: {refusal.guesses_left}")
         else:
-            self._say(f"{name} at {address} came with a wrong code, which is locked now; a new one: potluck invite")
+            self._say(
+                f"{name} at {address} came with a wrong code, which is locked now; a new one: potluck invite. "
+                "An invite can't be locked: use that if someone goes on guessing"
+            )
 
     def _warn(self, line: str) -> None:
         """For lines that strangers could cause without end."""

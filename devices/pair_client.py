@@ -280,7 +280,10 @@ def _raise_refused(refused: Refused, kind: Kind) -> NoReturn:
             if kind == "code"
             else f"{new}; {_SOMEONE_BETWEEN}",
         ),
-        "locked": PairingFailed(f"the code is locked after {MAX_GUESSES} guesses", hint=new),
+        "locked": PairingFailed(
+            f"the code is locked after {MAX_GUESSES} guesses",
+            hint=f"{new}; if that is locked too, someone else guesses: use the invite, which can't be locked",
+        ),
         "used": PairingFailed(f"the {kind} was used already", hint=new),
         "expired": PairingFailed(f"the {kind} is too old", hint=new),
         "none": PairingFailed(f"the head has given out no {kind}", hint=new),

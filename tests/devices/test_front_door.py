@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
@@ -183,6 +184,21 @@ def test_three_wrong_guesses_lock_the_code_and_everyone_is_told(house: House) ->
     assert len(house.heard) == 3
     assert "locked now" in house.heard[-1]
     assert house.pair(str(house.door.new_code())).my_name == "mac"
+
+
+def test_who_locks_every_code_can_not_lock_an_invite(house: House) -> None:
+    """Guesses at its 128 bits are not counted. Whoever is bothered so is told to use it, on both sides."""
+    code = str(house.door.new_code())
+    invite = house.door.new_invite()
+    wrong = dataclasses.replace(invite, token="0" * 32)
+    for guess in (other_code(code), other_code(code), other_code(code), wrong, wrong, wrong, wrong):
+        with pytest.raises(PairingFailed):
+            house.pair(guess, keys=new_key_pair(), name="stranger")
+    assert "potluck invite" in house.heard[2] and "can't be locked" in house.heard[2]
+    with pytest.raises(PairingFailed, match="locked") as raised:
+        house.pair(code)
+    assert "use the invite" in raised.value.hint
+    assert house.pair(invite).my_name == "mac"
 
 
 def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
