@@ -81,9 +81,11 @@ class ModelFetch:
         opened = nameless_pieces(pieces)
         named = stage_pieces(pieces, checkpoint.spec, first, last)
         needed = {number: piece for number, piece in named.items() if number not in opened}
-        lease: Lease = self.store.lease(list(needed.values()))
+        # By the list others are told what this host has.
+        listed = Piece(shared.digest, len(encode_piece_list(pieces)))
+        lease: Lease = self.store.lease([listed, *needed.values()])
         leases.enter_context(lease)
-        take_from_own_files(pieces, needed, self.store, self._folders.own)
+        take_from_own_files(pieces, needed, self.store, self._folders.own, progress=progress, stop=stop)
         return self._fetch(shared, needed, progress=progress, stop=stop)
 
     def _list_of(self, shared: SharedModel, stop: Stop, *, for_engine: bool = False) -> PieceList:
@@ -93,9 +95,8 @@ class ModelFetch:
         if here is not None:
             self.store.put(encode_piece_list(here), shared.digest)  # Others are told by it what this host has.
             return here
-        if self.store.has(shared.digest):
-            data = self.store.path(shared.digest).read_bytes()
-        else:
+        data = self.store.read(shared.digest)
+        if data is None:
             data = fetch_bytes(
                 shared.digest,
                 self._peers(shared),

@@ -49,6 +49,13 @@ class PieceStore:
         """Where the piece lies, or would. Raises BadMessage for what is no digest."""
         return self._named(digest, "piece")
 
+    def read(self, digest: str) -> bytes | None:
+        """A small piece (a model's list); None if it is not here, or not any more."""
+        try:
+            return self.path(digest).read_bytes()
+        except FileNotFoundError:
+            return None
+
     def partial_bytes(self, piece: Piece) -> int:
         """How many of the piece's bytes are here: all of them, or those that an earlier fetch has left."""
         if self.has(piece.digest):

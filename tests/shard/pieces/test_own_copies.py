@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,59 @@ def test_the_same_file_under_another_name_is_used(
     assert all(store.has(piece.digest) for piece in needed.values())
     assert copied == sum({piece.digest: piece.num_bytes for piece in needed.values()}.values())
     assert take_from_own_files(pieces, needed, store, [own]) == 0
+
+
+def test_a_file_that_can_not_be_read_is_passed_over(
+    given: tuple[PieceList, dict[int, Piece], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, needed, file = given
+    bad, good = tmp_path / "bad.safetensors", tmp_path / "good.safetensors"
+    for own in (bad, good):
+        own.write_bytes(file.read_bytes())
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == bad:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    store = PieceStore(tmp_path / "store")
+    take_from_own_files(pieces, needed, store, [bad, good])
+    assert all(store.has(piece.digest) for piece in needed.values())
+
+
+def test_it_ends_when_there_is_something_else_to_do_and_goes_on_later(
+    given: tuple[PieceList, dict[int, Piece], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, needed, file = given
+    store = PieceStore(tmp_path / "store")
+    asked: list[int] = []
+    monkeypatch.setattr(store, "require_space", asked.append)
+    told: list[tuple[int, int]] = []
+    sizes = {piece.digest: piece.num_bytes for piece in needed.values()}
+    copied = take_from_own_files(
+        pieces, needed, store, [file], progress=lambda *some: told.append(some), stop=lambda: len(told) == 2
+    )
+    assert 0 < copied < sum(sizes.values()) and told[-1] == (copied, sum(sizes.values()))
+    assert copied + take_from_own_files(pieces, needed, store, [file]) == sum(sizes.values())
+    assert asked == [sum(sizes.values()), sum(sizes.values()) - copied], "once for all"
+
+
+def test_what_came_from_others_stays_where_a_file_is_another_one(
+    given: tuple[PieceList, dict[int, Piece], Path], tmp_path: Path
+) -> None:
+    pieces, needed, file = given
+    own = tmp_path / "other.safetensors"
+    own.write_bytes(bytes(file.stat().st_size))
+    store = PieceStore(tmp_path / "store")
+    first = next(iter(needed.values()))
+    partial = store.open_partial(first)
+    assert partial is not None
+    partial.write(b"\1")
+    partial.close()
+    assert take_from_own_files(pieces, needed, store, [own]) == 0
+    assert store.partial_bytes(first) == 1
 
 
 def test_a_file_of_the_same_size_with_other_bytes_gives_nothing_wrong(
