@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
 from devices.device import LeftOut
+from planner.asked import LayerCounts, Strategy
 from planner.branch import Solution, solve
 from planner.cost import CostModel
 from planner.demand import Demand, available_bytes
@@ -15,7 +15,7 @@ from planner.evaluate import Assignment, Objective, factors, objective_s, predic
 from planner.explain import why_left_out
 from planner.forms import OPTION_OF, smaller
 from planner.limits import whole_pool
-from planner.manual import LayerCounts, place_by_hand
+from planner.manual import place_by_hand
 from planner.measured import PoolTimes
 from planner.narrow import narrowed
 from planner.plan import Plan, StagePlan
@@ -27,9 +27,6 @@ from planner.usable import GIB, check, usable
 from planner.workload import Workload
 from transport.errors import ConfigError, DoesNotFit
 from transport.messages import DTYPE_BYTES, DType
-
-Strategy = Literal["auto", "latency", "throughput", "proportional", "memory", "even"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 _SMALLEST_CONTEXT = 256
 _MOST_CHOICES = 64

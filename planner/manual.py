@@ -1,31 +1,16 @@
-"""Layers by hand: "mac=20,gpu=12" in ring order, checked."""
+"""Layers by hand, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from planner.asked import LayerCounts
 from planner.cost import CostModel
 from planner.evaluate import Assignment, Placed, pool_bytes
 from planner.forms import OPTION_OF, smaller
 from transport.errors import ConfigError, DoesNotFit
 
 GIB = 2**30
-LayerCounts = tuple[tuple[str, int], ...]
-
-
-def parse_layers(text: str) -> LayerCounts:
-    """Raises ConfigError."""
-    counts: list[tuple[str, int]] = []
-    for part in text.split(","):
-        name, _, count = part.strip().rpartition("=")
-        if not name or not count.isdecimal() or int(count) < 1:
-            raise ConfigError(f"{part.strip()!r} says no number of layers", hint='write --layers as "mac=20,gpu=12"')
-        counts.append((name, int(count)))
-    names = [name for name, _ in counts]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{twice} is named twice in {text!r}", hint="a device has one run of layers")
-    return tuple(counts)
 
 
 def place_by_hand(costs: CostModel, counts: LayerCounts) -> Assignment:

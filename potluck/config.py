@@ -8,8 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from planner.make import STRATEGIES
-from planner.manual import parse_layers
+from planner.asked import STRATEGIES, parse_layers
 from transport.errors import ConfigError
 from transport.messages import KVForm
 

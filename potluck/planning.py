@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from devices.device import Device, LeftOut
+from planner.asked import parse_layers
 from planner.estimate import estimated_pool
 from planner.forms import OPTION_OF
 from planner.make import fits, make_plan
-from planner.manual import parse_layers
 from planner.measured import PoolTimes
 from planner.plan import Plan
 from planner.profile import ModelProfile, PartBytes

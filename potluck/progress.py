@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from potluck.pool import PoolWorker
 from potluck.store.progress import Progress as PullCallback
 from potluck.store.progress import ignore_progress
 
 if TYPE_CHECKING:
     from devices.pairing import Code, Invite
+    from potluck.pool import PoolWorker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from potluck.invitation import show_invitation
-from potluck.pool import PoolWorker
 from potluck.progress import HeadProgress
-from potluck.status import StatusReport
 from potluck.store.progress import STAGE_LABELS, PullProgress
+
+if TYPE_CHECKING:
+    from potluck.pool import PoolWorker
+    from potluck.status import StatusReport
 
 data = Console()
 errors = Console(stderr=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from potluck.cli import app
+from potluck.cli import app_for
 from potluck.paths import pieces_dir, shared_dir
 from shard.needed_pieces import stage_pieces
 from shard.open import open_checkpoint
@@ -29,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def potluck(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["cache", *arguments])
+    return CliRunner().invoke(app_for([]), ["cache", *arguments])
 
 
 def told(*arguments: str) -> dict[str, object]:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from rich.console import Console
 from typer.testing import CliRunner
 
-from potluck.cli import app
+from potluck.cli import app_for
 from potluck.status import StageReport, StatusReport
 from potluck.terminal import show_stages, show_text, tell
 
@@ -121,8 +121,8 @@ def test_lines_break_between_words_in_a_terminal_and_nowhere_in_a_pipe() -> None
 
 def test_the_version_and_the_commands() -> None:
     runner = CliRunner()
-    assert runner.invoke(app, ["--version"]).stdout.split() == ["potluck", version("potluck")]
-    assert "demo" in runner.invoke(app, ["--help"]).stdout
+    assert runner.invoke(app_for([]), ["--version"]).stdout.split() == ["potluck", version("potluck")]
+    assert "demo" in runner.invoke(app_for([]), ["--help"]).stdout
 
 
 def _shown(text: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from bench.prediction import plan_choices
 from bench.prediction_report import Visit, summary
-from planner.manual import parse_layers
+from planner.asked import parse_layers
 
 
 def visit(plan: str, number: int, cut: int, promised: tuple[float, float], measured: tuple[float, float]) -> Visit:

@@ -8,12 +8,12 @@ from typing import get_args
 import pytest
 
 from planner.advice import advised
+from planner.asked import STRATEGIES, Strategy, parse_layers
 from planner.cost import CostModel
 from planner.estimate import estimated_link, estimated_pool
 from planner.evaluate import Objective
 from planner.limits import whole_pool
-from planner.make import STRATEGIES, Strategy, make_plan
-from planner.manual import parse_layers
+from planner.make import make_plan
 from planner.measured import PoolTimes
 from planner.narrow import bound_s, narrowed
 from planner.profile import ModelProfile

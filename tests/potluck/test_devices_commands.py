@@ -19,7 +19,7 @@ from devices.identity import fingerprint
 from devices.known_pools import KnownPool, load_known_pools, save_known_pool
 from devices.roster import RosterFile
 from potluck import api_key
-from potluck.cli import app
+from potluck.cli import app_for
 from potluck.devices_view import DeviceRow, device_table
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.paths import known_pools_file, roster_file
@@ -45,7 +45,7 @@ def roster() -> RosterFile:
 
 
 def run(*arguments: str, **options: Any) -> Result:
-    return CliRunner().invoke(app, arguments, **options)
+    return CliRunner().invoke(app_for([]), arguments, **options)
 
 
 def said(*arguments: str, **options: Any) -> str:
