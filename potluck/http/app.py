@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from potluck.http.bounded import Bounded
@@ -20,6 +20,8 @@ from potluck.http.errors import ApiError, no_such_model
 from potluck.http.gate import HAS_KEY
 
 _PAGE = Path(__file__).parent / "page"
+# Not the system's own table, which on Windows may say anything of .js.
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -52,17 +54,17 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
                 body["reason"] = engine.reason
         return _json(body, status=200 if state == "ready" else 503)
 
-    async def page(request: Request) -> Response:
-        return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
+    # Read once: who has no key makes no work for the disk, and a name is looked up, never made a path.
+    files = {path.name: path.read_bytes() for path in _PAGE.iterdir()}
 
-    # A name is looked up, never made a path.
-    files = {path.name: path for path in _PAGE.iterdir()}
+    async def page(request: Request) -> Response:
+        return _page_file("index.html", files["index.html"])
 
     async def page_file(request: Request) -> Response:
-        path = files.get(request.path_params["name"])
-        if path is None:
+        name = request.path_params["name"]
+        if name not in files:
             raise HTTPException(404)
-        return FileResponse(path, headers=_PAGE_HEADERS)
+        return _page_file(name, files[name])
 
     app = Starlette(
         routes=[
@@ -83,6 +85,10 @@ def create_app(engine: EngineLike, *, model: str) -> Starlette:
 
 def _json(body: Any, *, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def _page_file(name: str, data: bytes) -> Response:
+    return Response(data, media_type=_KINDS[Path(name).suffix], headers=_PAGE_HEADERS)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -41,6 +41,7 @@ class Gate:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
+        send = _kept_by_nobody(send)
         try:
             self._check_host(scope, headers)
             origin = self._check_origin(scope, headers)
@@ -151,6 +152,19 @@ def _preflight(headers: Headers) -> Response:
     if headers.get("access-control-request-private-network") == "true":
         allowed["Access-Control-Allow-Private-Network"] = "true"
     return Response(status_code=204, headers=allowed)
+
+
+def _kept_by_nobody(send: Send) -> Send:
+    """Answers are for who asked, and are what they say: no cache keeps them, no browser guesses another kind."""
+
+    async def sender(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("Cache-Control", "no-store")
+            headers.setdefault("X-Content-Type-Options", "nosniff")
+        await send(message)
+
+    return sender
 
 
 def _sender_for(origin: str, send: Send) -> Send:

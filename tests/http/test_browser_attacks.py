@@ -228,6 +228,31 @@ def test_the_same_without_what_is_wrong_is_accepted(server: Server) -> None:
     assert send(server.port, _get(server.port, *link, target="/")).status == 200
 
 
+def test_no_cache_keeps_an_answer_and_no_browser_guesses_what_it_is(server: Server) -> None:
+    asked = {
+        "models": _get(server.port),
+        "health": _get(server.port, target="/health"),
+        "nothing": _get(server.port, target="/nothing"),
+        "refused": _get(server.port, host="evil.example"),
+        "chat": _request(server.port, *_JSON),
+    }
+    for what, request in asked.items():
+        answer = send(server.port, request)
+        assert answer.headers["cache-control"] == "no-store", what
+        assert answer.headers["x-content-type-options"] == "nosniff", what
+    kinds = {
+        "": "text/html",
+        "page/chat.js": "text/javascript",
+        "page/chat.css": "text/css",
+        "page/icon.svg": "image/svg+xml",
+    }
+    for name, kind in kinds.items():
+        # In parts too it would be the same for everybody, and whoever asks for thousands of them is up to something.
+        file = send(server.port, _get(server.port, "Range: bytes=0-1,4-5", target=f"/{name}"))
+        assert file.status == 200 and file.headers["content-type"].startswith(kind)
+        assert file.headers["cache-control"] == "no-cache" and file.headers["x-content-type-options"] == "nosniff"
+
+
 def test_a_named_origin_may_ask_and_read() -> None:
     server = Server(origins=frozenset({"https://chat.example"}))
     try:
