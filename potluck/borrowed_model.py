@@ -32,7 +32,7 @@ from transport.pieces.store import PieceStore, is_digest
 from transport.pool_messages import AskOffer, Offered, PiecePeer, Preparing, SharedModel
 
 Say = Callable[[str], object]
-ELSEWHERE_WITHIN_S = 10.0
+ELSEWHERE_WITHIN_S = 6.0
 """A paired host that runs comes by itself within a few seconds; after that another way is taken, if there is one."""
 
 WAIT_S = 3600.0
@@ -85,6 +85,11 @@ class BorrowedModel:
         self._say(f"Going on with what is here of {self._wanted.name}, which came from {known.lender}")
         self._use(known)
         return True
+
+    @property
+    def has_lender(self) -> bool:
+        """Whether the host is there that the model came from."""
+        return self._record is not None and self._record.key in {host.key for host in self._pool.hosts.all()}
 
     def wait_for_lender(self) -> None:
         """What is here does not do. Raises ModelNotFound, DeadlineExceeded."""

@@ -269,13 +269,18 @@ class Head:
         return self._share
 
     def _load_first(self, loader: RingLoader) -> None:
-        """Where a host is away that has what lacks here, wait for it."""
+        """Where a host is away that has what lacks here, wait for it. Once more, too, where it has just come back, or
+        its model has changed meanwhile."""
+        tries = 0
         while True:
             try:
                 loader.load()
                 return
-            except DownloadFailed as error:
+            except (DownloadFailed, RingDown) as error:
                 if not isinstance(self._share, BorrowedModel):
+                    raise
+                tries += self._share.has_lender
+                if tries > 1:
                     raise
                 self._progress.say(f"[yellow]{escape(error.message)}[/yellow]")
             self.endpoint.disconnect()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from potluck.borrowed_record import read_borrowed
 from potluck.head_file import running_head
 from potluck.model_view import SHOWN_DTYPE, details_of, format_table, rows_of, summary_of
 from potluck.options import JsonOption, OfflineOption
@@ -85,7 +86,7 @@ def list_models(json_output: JsonOption = False) -> None:
 
 def show(name: ModelArgument, json_output: JsonOption = False) -> None:
     """Show what a model is: its layers, its sizes, its formats, its files, and what can run it."""
-    model = Store().show(name)
+    model = _found(Store(), name)
     if model.is_present:
         model = Store().resolve(model.name)
     formats = format_rows(model, SHOWN_DTYPE) if model.is_present else None
@@ -106,7 +107,7 @@ def show(name: ModelArgument, json_output: JsonOption = False) -> None:
 def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
     """Remove a model. Files that were not downloaded by Potluck stay where they are."""
     store = Store()
-    in_use = _is_in_use(store.show(name).name)
+    in_use = _is_in_use(_found(store, name).name)
     model = store.remove(name)
     in_place = model.source.startswith("file:")
     if json_output:
@@ -117,6 +118,20 @@ def remove(name: ModelArgument, json_output: JsonOption = False) -> None:
     tell(data, f"{model.name} is removed; {kept}", markup=False)
     if in_use:
         tell(errors, "The running head still has it open, and keeps serving it until it stops.")
+
+
+def _found(store: Store, name: str) -> StoredModel:
+    """Raises ModelNotFound, which says so if the model is another host's."""
+    try:
+        return store.show(name)
+    except ModelNotFound:
+        borrowed = read_borrowed(name)
+        if borrowed is None:
+            raise
+    raise ModelNotFound(
+        f"{name} is not in this host's store: it lies on {borrowed.lender}",
+        hint="potluck cache shows what is kept of it here, and potluck cache clear removes that",
+    )
 
 
 def _is_in_use(name: str) -> bool:

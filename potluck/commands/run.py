@@ -68,18 +68,19 @@ def run(
         port=0,
     )
     options = {"max_tokens": max_tokens, "temperature": temperature}
-    wanted = model_of(settings, errors)
     try:
         head = running_head()
     except NotRunning:
         with running_head_of(settings, errors) as started:
-            _talk(started.url, wanted.name, prompt, options, json_output)
+            _talk(started.url, started.model_name, prompt, options, json_output)
         return
-    if head.model != wanted.name:
-        raise NotRunning(
-            f"the head on this host serves {head.model}, not {wanted.name}",
-            hint=f"ask it with: potluck run {head.model}, or stop it first",
-        )
+    if head.model != model:  # Which need not be in this host's store, if the head serves it.
+        wanted = model_of(settings, errors)
+        if head.model != wanted.name:
+            raise NotRunning(
+                f"the head on this host serves {head.model}, not {wanted.name}",
+                hint=f"ask it with: potluck run {head.model}, or stop it first",
+            )
     _talk(head.url, head.model, prompt, options, json_output)
 
 
