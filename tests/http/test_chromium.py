@@ -81,6 +81,35 @@ def test_without_a_key_the_page_asks_for_it(browser: Browser, locked: Server) ->
     assert _ask(page, "three four") == "four three "
 
 
+def test_what_a_model_says_or_is_called_is_text(browser: Browser) -> None:
+    engine = ScriptedEngine()
+    bad = "<img/src=x/onerror=window.pwned=1><script>window.pwned=1</script><svg/onload=window.pwned=1>"
+    server = Server(create_app(engine, model=bad))
+    try:
+        page = browser.open(f"http://127.0.0.1:{server.port}/")
+        _is_ready(page)
+        assert page.value("document.getElementById('model').textContent") == bad
+        assert _ask(page, f"``` {bad} ```{bad} {bad}") == f"{bad} ```{bad} {bad} ``` "
+        engine.reason, engine.state = bad, "down"
+        page.wait_for("document.getElementById('error').textContent.includes('onerror')", 60.0)
+        assert (
+            page.value("document.querySelectorAll('main img, main svg, body script, header img, #error *').length") == 0
+        )
+        # And if something were ever put in as it is, it would still not run, and have nobody to talk to.
+        page.value(f"document.getElementById('log').innerHTML = {json.dumps(bad)}")
+        page.value(
+            "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.pwned=1' }))"
+        )
+        elsewhere = f"http://localhost:{server.port}/health"
+        assert page.value(f"fetch('{elsewhere}').then(() => 'sent', () => 'blocked')") == "blocked"
+        seen = "new Promise((done) => addEventListener('securitypolicyviolation', () => done('blocked')))"
+        beacon = f"(() => {{ const seen = {seen}; new Image().src = '{elsewhere}'; return seen; }})()"
+        assert page.value(beacon) == "blocked"
+        assert page.value("window.pwned") is None
+    finally:
+        server.close()
+
+
 def test_no_page_of_another_origin_gets_in(browser: Browser) -> None:
     engine = ScriptedEngine()
     app = _Counted(engine)
