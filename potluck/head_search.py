@@ -95,7 +95,7 @@ def find_again(pool: KnownPool, settings: Settings) -> Found:
     this host out."""
     keys = load_keys(identity_dir())
     problems: list[PotluckError] = []
-    known = [parse_door(door) for door in pool.doors]
+    known = _places(pool, problems)
     # The last one alone first: usually it is still there.
     for places in (known[:1], known[1:]):
         found = _first_found(pool, places, keys, problems)
@@ -114,6 +114,17 @@ def find_again(pool: KnownPool, settings: Settings) -> Found:
         f"the head {pool.name} is not to be found, neither at {', '.join(pool.doors)} nor by itself",
         hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said[:_MOST_SAID])})",
     )
+
+
+def _places(pool: KnownPool, problems: list[PotluckError]) -> list[Place]:
+    """Where its door has been; names that nobody knows now are problems."""
+    places = []
+    for door in pool.doors:
+        try:
+            places.append(parse_door(door))
+        except ConfigError as problem:
+            problems.append(problem)
+    return places
 
 
 def _first_found(pool: KnownPool, places: list[Place], keys: KeyPair, problems: list[PotluckError]) -> Found | None:

@@ -15,7 +15,7 @@ from potluck.config import Settings
 from potluck.paths import identity_dir
 from transport.curve import KeyPair
 from transport.edges import Edges
-from transport.endpoints import has_ipc
+from transport.endpoints import has_ipc, is_port
 from transport.errors import ConfigError
 from transport.key_file import KEY_FILE
 
@@ -78,7 +78,7 @@ def parse_door(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon:
         host, port = text, str(DOOR_PORT)
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host or not is_port(port):
         raise ConfigError(f"{text!r} is not a head's address", hint="write HOST:PORT, as potluck up prints it")
     try:
         address = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from transport.messages import PROTOCOL_VERSION
 from transport.pool_messages import Arrive
 from transport.wake import Wake
 from transport.zmq_link import set_options
+
+log = logging.getLogger("potluck.control")
 
 ALIVE_INTERVAL_S = 1.0
 SILENT_AFTER_S = 6.0
@@ -50,7 +53,7 @@ class ControlClient:
     """A worker's or a node's end. Introduces itself at once; one thread owns the socket.
 
     Over TCP `prepare` sets CURVE's keys, the head's among them: nobody else is obeyed. `on_message` and `on_lost` (the
-    head is gone, or was never reached) are called from that thread and must not block.
+    head is gone, was never reached, or says what can't be understood) are called from that thread and must not block.
     """
 
     def __init__(
@@ -91,6 +94,17 @@ class ControlClient:
         self._thread.join(2.0)
 
     def _run(self) -> None:
+        try:
+            self._obey()
+        except Exception:  # The root of the thread: else nobody would notice that the head is not heard any more.
+            log.exception("control has ended")
+            self._on_lost()
+        self._flush()
+        # LINGER is 0 on every socket: give what was just written a moment to leave.
+        self._socket.close(linger=500)
+        self._monitor.close(0)
+
+    def _obey(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
@@ -112,10 +126,6 @@ class ControlClient:
             if time.monotonic() >= next_alive_s:
                 self._outbox.append(Alive())
                 next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
-        self._flush()
-        # LINGER is 0 on every socket: give what was just written a moment to leave.
-        self._socket.close(linger=500)
-        self._monitor.close(0)
 
     def _flush(self) -> None:
         while self._outbox:
@@ -277,7 +287,16 @@ class ControlServer:
             return
         peer.last_heard_s = time.monotonic()
         if not isinstance(message, Alive):
+            self._hand_on(peer, message)
+
+    def _hand_on(self, peer: Peer, message: ControlMessage) -> None:
+        try:
             self._on_message(peer, message)
+        except Exception:  # What one peer says must not end control for all of them.
+            log.exception("a message of %s", peer.introduction)
+            self.num_refused += 1
+            if self._peers.pop(peer.identity, None) is not None:
+                self._on_lost(peer)
 
     def _drop_silent(self, slept_s: float) -> None:
         """Nobody is blamed for `slept_s` in which this thread itself did not run."""

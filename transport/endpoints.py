@@ -16,6 +16,7 @@ import zmq
 from transport.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+_PORT_DIGITS = 5
 
 
 def tcp_endpoint(address: str, port: int | None = None) -> str:
@@ -34,7 +35,13 @@ def is_host_endpoint(endpoint: str) -> bool:
         is_address = not ipaddress.IPv4Address(address).is_unspecified
     except ValueError:
         return False
-    return is_tcp(endpoint) and is_address and port.isascii() and port.isdecimal() and 0 < int(port) < 65536
+    return is_tcp(endpoint) and is_address and is_port(port)
+
+
+def is_port(text: str) -> bool:
+    """Of a service, as anyone may write it."""
+    # Numbers of thousands of digits are no numbers to Python.
+    return text.isascii() and text.isdecimal() and len(text) <= _PORT_DIGITS and 0 < int(text) < 65536
 
 
 def has_ipc() -> bool:

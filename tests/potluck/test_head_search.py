@@ -141,3 +141,8 @@ def test_places_that_somebody_made_up_do_not_keep_the_head_from_being_found(
     found = find_again(replace(pool, doors=("127.0.0.9:1",)), Settings())
     assert time.monotonic() - started < 30.0
     assert found.pool.doors[0] == pool.doors[0]
+
+
+def test_a_name_that_nobody_knows_now_does_not_keep_the_head_from_being_found(house: House, pool: KnownPool) -> None:
+    found = find_again(replace(pool, doors=("no-such-host.invalid:11501", *pool.doors)), SETTINGS)
+    assert found.address == "127.0.0.1"

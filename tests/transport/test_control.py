@@ -274,3 +274,35 @@ def test_a_place_that_is_taken_is_an_error_of_its_own(head: Head) -> None:
             on_message=lambda peer, message: None,
             on_lost=lambda peer: None,
         )
+
+
+def test_a_message_that_makes_trouble_costs_its_sender_and_nobody_else(
+    head: Head, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one host of the pool could end it for all the others."""
+    keys, others = member(head), member(head)
+    bad = Client(head, stack, REGISTER, keys=keys)
+    good = Client(head, stack, ARRIVE, keys=others)
+    sender = head.peer_that_said(REGISTER)
+    head.peer_that_said(ARRIVE)
+
+    def trip(peer: Peer, message: ControlMessage) -> None:
+        if message == StatsRequest(13):
+            raise ValueError("a number of too many digits")
+        head.heard.append((peer, message))
+
+    monkeypatch.setattr(head.server, "_on_message", trip)
+    bad.control.send(StatsRequest(13))
+    wait_until(lambda: head.lost == [sender])
+    good.control.send(StatsRequest(12))
+    wait_until(lambda: StatsRequest(12) in head.messages())
+
+
+def test_a_worker_that_can_not_understand_its_head_does_not_wait_for_ever(
+    head: Head, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(head, stack, ARRIVE, keys=member(head))
+    peer = head.peer_that_said(ARRIVE)
+    monkeypatch.setattr(control, "encode", lambda message: b"\xc1")
+    head.server.send(peer, StatsRequest(1))
+    wait_until(lambda: bool(client.lost))
