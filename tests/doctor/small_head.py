@@ -35,13 +35,13 @@ class SmallHead:
         self.key = keys.public
         self.protocol = PROTOCOL_VERSION
         self.roster = RosterFile(home / "roster.json", name=NAME)
-        here = ThisHost(name=NAME, address=address, keys=keys)
+        here = self.here = ThisHost(name=NAME, address=address, keys=keys)
         self._stack = ExitStack()
         run_dir = Path(tempfile.mkdtemp(prefix="plt-"))
         self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
-        giver = PieceGiver(here, tcp_endpoint(address, pieces), self.roster.admits)
+        giver = self.giver = PieceGiver(here, tcp_endpoint(address, pieces), self.roster.admits)
         self._stack.callback(giver.close)
         self.pool = Pool(
             context,
