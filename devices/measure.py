@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from transport.cpu_use import CpuUse
 from transport.messages import DType
 
 WARM_UP_S = 0.2
@@ -19,13 +20,16 @@ TOTAL_BYTES = 256 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """`limit_bytes`: what the device's own memory, or its driver's limit within the host's, leaves free; None: all of
-    the host's. `uses_host_memory` is true for CPUs and unified memory. `gpu` is a stable id (empty elsewhere)."""
+    the host's. `uses_host_memory` is true for CPUs and unified memory. `gpu` is a stable id (empty elsewhere).
+    `busy_cores` is how many cores all programs kept busy meanwhile, `own_cores` how many the probe did."""
 
     bandwidth_bytes_per_s: float
     compute_dtype: DType
     uses_host_memory: bool
     limit_bytes: int | None
     gpu: str
+    busy_cores: float = 0.0
+    own_cores: float = 0.0
 
 
 class Bench(Protocol):
@@ -42,13 +46,17 @@ class Bench(Protocol):
 def measure(bench: Bench, clock: Callable[[], float] = time.perf_counter) -> Measured:
     """Bytes per second over MEASURE_S, after a warm-up."""
     _run_for(bench, WARM_UP_S, clock)
+    use = CpuUse()
     read_bytes, elapsed_s = _run_for(bench, MEASURE_S, clock)
+    busy_cores, own_cores = use.cores()
     return Measured(
         bandwidth_bytes_per_s=read_bytes / elapsed_s,
         compute_dtype=bench.compute_dtype,
         uses_host_memory=bench.uses_host_memory,
         limit_bytes=bench.limit_bytes,
         gpu=bench.gpu,
+        busy_cores=busy_cores,
+        own_cores=own_cores,
     )
 
 

@@ -24,7 +24,7 @@ from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.http_access import OpenedAccess, open_access
-from potluck.lan import this_host
+from potluck.lan import NO_NETWORK, this_host
 from potluck.model_share import ModelShare, OwnModel, PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
@@ -196,6 +196,8 @@ class Head:
 
             self.network = Network(self._here, self._settings, say=self._progress.say)
             self._here = self.network.here
+        elif self._settings.lan:
+            self._progress.say(f"No other host can join: {NO_NETWORK}")
         # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
         self._progress.say("Measuring this host's devices")
         devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name, is_head=True)
@@ -243,6 +245,7 @@ class Head:
             model=model,
             first_devices=[device.name for device in devices],
         )
+        self._stack.callback(self._loader.remember_deviations)
         self._load_first(self._loader)
         self.state = "ready"
 

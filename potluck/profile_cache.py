@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from devices.doubt import is_disturbed, is_due
 from potluck.calibration import Learned
 from potluck.store import StoredModel
 from shard.profile.report import ProfileReport, decode_report
@@ -42,6 +43,13 @@ class DeviceKey:
     weights: WeightsForm = "stored"
 
 
+class Doubt(msgspec.Struct, frozen=True, kw_only=True):
+    """A report was disturbed, at `kept_s`, for the `num_tries`th time."""
+
+    kept_s: float
+    num_tries: int
+
+
 def model_identity(model: StoredModel) -> str:
     """The same for the same contents: checksums where they are known, else sizes and times."""
     files = [[file.name, file.num_bytes, file.sha256 or file.modified_ns] for file in model.files]
@@ -63,9 +71,34 @@ class ProfileCache:
         except BadMessage:
             return None
 
-    def keep_report(self, key: DeviceKey, report: ProfileReport) -> None:
-        """What was learned about an older report is forgotten with it."""
-        self._write(_device_facts(key), {"report": msgspec.to_builtins(report)})
+    def keep_report(self, key: DeviceKey, report: ProfileReport, now_s: float = 0.0) -> None:
+        """What was learned about an older report is forgotten with it. `now_s` is seconds since the epoch."""
+        found: dict[str, Any] = {"report": msgspec.to_builtins(report)}
+        if is_disturbed(report.others_share):
+            before = self._doubt(key)
+            num_tries = 1 if before is None else before.num_tries + 1
+            found["doubt"] = msgspec.to_builtins(Doubt(kept_s=now_s, num_tries=num_tries))
+        self._write(_device_facts(key), found)
+
+    def is_due(self, key: DeviceKey, now_s: float) -> bool:
+        """Whether the report was disturbed by other programs, and is to be taken again now."""
+        doubt = self._doubt(key)
+        return doubt is not None and is_due(doubt.kept_s, doubt.num_tries, now_s)
+
+    def doubt(self, key: DeviceKey) -> None:
+        """The report is slower than the device was in use, so something disturbed it: take it again next time."""
+        found = self._read(_device_facts(key))
+        if found is not None:
+            before = self._doubt(key)
+            doubt = Doubt(kept_s=0.0, num_tries=0 if before is None else before.num_tries)
+            self._write(_device_facts(key), {**found, "doubt": msgspec.to_builtins(doubt)})
+
+    def _doubt(self, key: DeviceKey) -> Doubt | None:
+        found = self._read(_device_facts(key))
+        try:
+            return msgspec.convert((found or {}).get("doubt"), Doubt)
+        except msgspec.ValidationError:
+            return None
 
     def learned(self, key: DeviceKey) -> Learned | None:
         """How much slower than its report the device turned out to be in use."""

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from rich.markup import escape
 
 from devices.device import Device, LeftOut
+from devices.doubt import is_disturbed
 from planner.measured import DeviceTimes, Grid, LayerTimes
 from potluck.calibration import corrected, factor_at
 from potluck.device_probes import DeviceProbes, Doing
@@ -68,6 +69,7 @@ class DeviceMeasuring:
     fresh: bool
     _keys: dict[str, DeviceKey] = field(default_factory=dict)
     _known: dict[str, ProfileReport] = field(default_factory=dict)
+    _doubtful: dict[str, ProfileReport] = field(default_factory=dict)
     _busy: dict[str, float] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
@@ -79,7 +81,10 @@ class DeviceMeasuring:
         }
         if not self.fresh:
             reports = {device.name: self.cache.report(self._keys[device.name]) for device in devices}
-            self._known = {name: report for name, report in reports.items() if report is not None}
+            known = {name: report for name, report in reports.items() if report is not None}
+            now_s = time.time()
+            self._doubtful = {name: one for name, one in known.items() if self.cache.is_due(self._keys[name], now_s)}
+            self._known = {name: report for name, report in known.items() if name not in self._doubtful}
         groups = _groups(devices)
         for batch in _batches([group for group in groups if not self._is_known(group)], in_turn=in_turn):
             self._measure(batch)
@@ -132,13 +137,23 @@ class DeviceMeasuring:
 
     def _keep(self, device: Device, report: ProfileReport) -> None:
         """Devices that are alike get equal times, those of the one that was disturbed least: the planner need not
-        tell them apart then."""
+        tell them apart then. Of what was disturbed twice, the better counts."""
         self._done.add(device.name)
+        earlier = self._doubtful.get(device.name)
+        if is_disturbed(report.others_share):
+            self.say(
+                escape(
+                    f"Other programs had {report.others_share:.0%} of the processors of {device.host} meanwhile: "
+                    f"{device.name} is measured again at a later start, or now with --fresh"
+                )
+            )
+            if earlier is not None:
+                report = min(earlier, report, key=lambda one: one.steady_s)
         self._known[device.name] = report
         alike = [name for name in self._done if self._keys[name] == self._keys[device.name]]
         best = min((self._known[name] for name in alike), key=lambda one: one.steady_s)
         self._known.update(dict.fromkeys(alike, best))
-        self.cache.keep_report(self._keys[device.name], best)
+        self.cache.keep_report(self._keys[device.name], best, time.time())
 
     def _measure_busy(self, group: Sequence[Device]) -> None:
         if len(group) < 2:

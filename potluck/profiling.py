@@ -171,10 +171,14 @@ def _link_times(source: str, target: str, figures: LinkFigures) -> LinkTimes:
 
 
 def remember_deviation(model: StoredModel, pool: Pool, device: str, ratio: float, weights: WeightsForm) -> None:
-    """A device took `ratio` times what was predicted of it in use: the next plans know."""
+    """A device took `ratio` times what was predicted of it in use: the next plans know. What was faster than measured
+    was disturbed when it was measured, and is measured again."""
     found = [worker for worker in pool.workers() if worker.register.device == device]
     cache = ProfileCache(profiles_dir())
     for worker in found:
         key = device_key(model, device_of(worker.register), worker.register.machine, weights)
         now_s = time.time()
-        cache.keep_learned(key, learn(cache.learned(key), ratio, now_s))
+        if ratio < 1 and cache.learned(key) is None:
+            cache.doubt(key)
+        else:
+            cache.keep_learned(key, learn(cache.learned(key), ratio, now_s))

@@ -15,6 +15,7 @@ from shard.profile.report import GridReport, ProfileReport
 from shard.profile.settings import ProfileSettings
 from shard.profile.stage import TimedStage
 from shard.stored_bytes import weights_on
+from transport.cpu_use import CpuUse
 
 Tell = Callable[[str], None]
 
@@ -50,9 +51,11 @@ class Profiler:
             kinds=self._kinds[choice.run.first : choice.run.last],
             singles=tuple(self._load(span) for span in choice.singles),
         )
+        use = CpuUse()
         probe = LayerProbe(loaded=loaded, clock=self._clock, tell=self._tell)
         layers = probe.measure()
         steady_s = self.steady(0.06 * self._settings.budget_s)
+        others_share = use.others_share()
         head = self._head(probe, choice)
         embed = self._embed(probe, choice)
         return ProfileReport(
@@ -62,6 +65,7 @@ class Profiler:
             head=head,
             step_s=probe.step_s,
             steady_s=steady_s,
+            others_share=others_share,
         )
 
     def steady(self, seconds: float) -> float:

@@ -31,7 +31,8 @@ class LayerReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`kinds[i]` is the kind of layer i. `step_s` is what a step costs besides its layers. `steady_s` is a decode step
-    of some layers over and over: of two profiles of devices that are alike, the lower one was disturbed less."""
+    of some layers over and over: of two profiles of devices that are alike, the lower one was disturbed less.
+    `others_share` is the share of the host's processors that other programs had meanwhile."""
 
     kinds: tuple[int, ...]
     layers: tuple[LayerReport, ...]
@@ -39,6 +40,7 @@ class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     head: GridReport
     step_s: float
     steady_s: float
+    others_share: float = 0.0
 
     def is_sound(self) -> bool:
         """Whether it can be planned with."""
@@ -49,6 +51,7 @@ class ProfileReport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             and all(grid.is_sound() for grid in grids)
             and 0 <= self.step_s < float("inf")
             and 0 < self.steady_s < float("inf")
+            and 0 <= self.others_share <= 1
         )
 
 

@@ -15,6 +15,7 @@ from devices.device import DeviceRequest
 from devices.discover import device_requests
 from devices.measure import Measured
 from devices.nvidia import Gpu
+from transport import cpu_use
 
 GIB = 2**30
 
@@ -126,3 +127,44 @@ def test_a_drivers_limit_bounds_unified_memory(tmp_path: Path) -> None:
     ).devices
     assert (mlx.free_bytes, mlx.total_bytes) == (6 * GIB, 8 * GIB)
     assert cpu.memory_pool == mlx.memory_pool
+
+
+@dataclass
+class Ticking:
+    """A clock of hours."""
+
+    hours: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.hours * 3600
+
+
+def test_what_was_measured_beside_other_programs_is_measured_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_use, "num_cores", lambda: 4)
+    path, requests, now = tmp_path / "c", device_requests(["cpu"]), Ticking()
+    disturbed = {"busy_cores": 3.0, "own_cores": 2.0}
+    prober = FakeProber([_measured(2e9, **disturbed)])
+    assert probe_devices(requests, path, prober=prober, now=now).devices[0].bandwidth_bytes_per_s == 2e9
+    probe_devices(requests, path, prober=prober, now=now)
+    assert len(prober.calls) == 1  # They are probably still there.
+    now.hours += 1
+    prober.results = [_measured(1e9, **disturbed)]
+    assert probe_devices(requests, path, prober=prober, now=now).devices[0].bandwidth_bytes_per_s == 2e9
+    now.hours += 1
+    prober.results = [_measured(3e9, busy_cores=2.1, own_cores=2.0)]
+    assert probe_devices(requests, path, prober=prober, now=now).devices[0].bandwidth_bytes_per_s == 3e9
+    now.hours += 1000
+    probe_devices(requests, path, prober=prober, now=now)
+    assert len(prober.calls) == 3
+
+
+def test_where_it_is_never_quiet_measuring_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_use, "num_cores", lambda: 4)
+    path, requests, now = tmp_path / "c", device_requests(["cpu", "mlx"]), Ticking()
+    prober = FakeProber([_measured(1e9, busy_cores=4.0, own_cores=1.0), _measured(2e9, busy_cores=4.0, own_cores=1.0)])
+    for _ in range(6):
+        probe_devices(requests, path, prober=prober, now=now)
+        now.hours += 1
+    assert len(prober.calls) == 3

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from potluck.calibration import Learned
 from potluck.profile_cache import DeviceKey, ProfileCache, model_identity
@@ -90,3 +91,28 @@ def test_devices_that_are_busy_together(tmp_path: Path) -> None:
 def test_a_model_of_other_contents_is_another_one(tmp_path: Path) -> None:
     assert model_identity(model(tmp_path)) == model_identity(model(tmp_path / "moved"))
     assert model_identity(model(tmp_path)) != model_identity(model(tmp_path, sha256="1" * 64))
+
+
+def test_a_disturbed_report_is_due_some_time_later_and_not_for_ever(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    disturbed = structs.replace(report(), others_share=0.5)
+    now_s = 1e9
+    for _ in range(2):
+        cache.keep_report(KEY, disturbed, now_s)
+        assert not cache.is_due(KEY, now_s + 60)
+        assert cache.is_due(KEY, now_s + 3600)
+        assert cache.report(KEY) == disturbed
+    cache.keep_report(KEY, disturbed, now_s)
+    assert not cache.is_due(KEY, now_s + 1e6)  # It is like this here.
+    cache.keep_report(KEY, report(), now_s)
+    assert not cache.is_due(KEY, now_s + 1e6)
+
+
+def test_a_report_that_use_disproved_is_due_at_once(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    cache.doubt(KEY)
+    assert not cache.is_due(KEY, 1e9)
+    cache.keep_report(KEY, report(), 1e9)
+    cache.doubt(KEY)
+    assert cache.is_due(KEY, 1e9 + 1)
+    assert cache.report(KEY) == report()
