@@ -83,7 +83,7 @@ class Advertiser:
                 told = now if zeroconf is not None else ()
                 wait_s = _LOOK_EVERY_S if zeroconf is not None or not now else _RETRY_S
             if not now:
-                self._problem = "this host has no network"
+                self._problem = "this host has no network with IPv4"
             self._end.wait(wait_s)
         _close(zeroconf)
 
@@ -119,7 +119,7 @@ def find_pools(
     found. Raises ConfigError if this host can't ask."""
     own = addresses()
     if not own:
-        raise ConfigError("this host has no network to look for heads on", hint="join with --head HOST:PORT")
+        raise ConfigError("this host has no IPv4 network to look for heads on", hint="join with --head HOST:PORT")
     deadline = time.monotonic() + timeout_s
     try:
         zeroconf = Zeroconf(interfaces=list(own), ip_version=IPVersion.V4Only)

@@ -109,7 +109,7 @@ class FrontDoor:
         without a network."""
         reached = address or (self._host if self._host != "0.0.0.0" else lan_address())
         if reached is None:
-            raise ConfigError("this host has no network", hint="say its address with --lan-host")
+            raise ConfigError("this host has no IPv4 network", hint="say its address with --lan-host")
         pool = self._facts().pool
         return self._offered.new_invite(reached, self.port, key=self._keys.public, pool=pool, now=self._ticks())
 

@@ -20,6 +20,7 @@ from transport.errors import ConfigError
 from transport.key_file import KEY_FILE
 
 DOOR_PORT = 11501
+NO_NETWORK = "this host has no IPv4 address in a network with other devices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +69,16 @@ def this_host(settings: Settings, *, towards: str | None = None) -> ThisHost:
         address = lan_address(towards)
     if address is None:
         if towards is not None:
-            raise ConfigError("this host has no network", hint="say its address with --lan-host")
+            raise ConfigError(NO_NETWORK, hint="say its IPv4 address with --lan-host; there is no IPv6 yet")
         return alone(name)
     return ThisHost(name=name, address=address, keys=load_keys(identity_dir()))
 
 
 def parse_door(text: str) -> tuple[str, int]:
     """ "HOST", "HOST:PORT" or "ADDRESS:PORT" of a head as an IPv4 address and a port. Raises ConfigError."""
+    if text.count(":") > 1:
+        hint = "Potluck connects over IPv4 alone: write an IPv4 address, or a host's name"
+        raise ConfigError(f"{text!r} is an IPv6 address", hint=hint)
     host, colon, port = text.rpartition(":")
     if not colon:
         host, port = text, str(DOOR_PORT)

@@ -138,9 +138,9 @@ def test_without_a_network_nobody_is_told_and_nobody_is_asked() -> None:
     deadline = time.monotonic() + 60.0
     while advertiser.problem is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert advertiser.problem == "this host has no network"
+    assert advertiser.problem == "this host has no network with IPv4"
     advertiser.close()
-    with pytest.raises(ConfigError, match="no network") as raised:
+    with pytest.raises(ConfigError, match="no IPv4 network") as raised:
         find_pools(1.0, addresses=lambda: ())
     assert "--head" in raised.value.hint
 
