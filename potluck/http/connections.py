@@ -7,6 +7,7 @@ connections and sends a byte now and then keeps everybody else out.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from typing import Any
 
 import h11
@@ -29,6 +30,18 @@ _FULL = (
 )
 
 
+class Room:
+    """One server's connections that may have to make room, each with its deadline, the first one first."""
+
+    def __init__(self) -> None:
+        self.without_head: Deadlines = OrderedDict()
+        self.unread: Deadlines = OrderedDict()
+
+    def first(self) -> Connection | None:
+        """Found at once: strangers may open thousands a second."""
+        return next(iter(self.without_head or self.unread), None)
+
+
 class Connection(H11Protocol):
     """A connection that is closed when a request's head takes longer than HEAD_WITHIN_S, also if bytes trickle in, or
     when it takes nothing of what it is sent for TAKEN_WITHIN_S.
@@ -45,11 +58,12 @@ class Connection(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        room: Room,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = _Requests(h11.SERVER)
-        self._head_deadline: asyncio.TimerHandle | None = None
-        self._read_deadline: asyncio.TimerHandle | None = None
+        self._room = room
 
     @property
     def is_under_way(self) -> bool:
@@ -57,11 +71,8 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        others = [one for one in self.connections if isinstance(one, Connection)]
-        if len(others) >= self.max_connections:
-            # A set has no order, but deadlines do.
-            leaving = _longest([(one._head_deadline, one) for one in others])
-            leaving = leaving or _longest([(one._read_deadline, one) for one in others])
+        if len(self.connections) >= self.max_connections:
+            leaving = self._room.first()
             if leaving is None:
                 transport.write(_FULL)
                 transport.close()
@@ -70,11 +81,11 @@ class Connection(H11Protocol):
                 return
             leaving.leave()
         super().connection_made(transport)
-        self._head_deadline = self.loop.call_later(HEAD_WITHIN_S, self.leave)
+        self._begin(self._room.without_head, HEAD_WITHIN_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head_deadline()
-        self._end_read_deadline()
+        self._end(self._room.without_head)
+        self._end(self._room.unread)
         if self.flow is not None:
             super().connection_lost(exc)
 
@@ -83,14 +94,14 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         if self.is_under_way:
-            self._end_head_deadline()
-        elif self._head_deadline is None:
-            self._wait_for_head()
+            self._end(self._room.without_head)
+        else:
+            self._begin(self._room.without_head, HEAD_WITHIN_S)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.is_under_way and self._head_deadline is None:
-            self._wait_for_head()
+        if not self.is_under_way:
+            self._begin(self._room.without_head, HEAD_WITHIN_S)
 
     def send_400_response(self, msg: str) -> None:
         """For what is not HTTP: an answer that is there already, or about to be, stays the only one."""
@@ -105,34 +116,32 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._read_deadline is None:
-            self._read_deadline = self.loop.call_later(TAKEN_WITHIN_S, self.leave)
+        self._begin(self._room.unread, TAKEN_WITHIN_S)
 
     def resume_writing(self) -> None:
-        self._end_read_deadline()
+        self._end(self._room.unread)
         super().resume_writing()
 
     def leave(self) -> None:
         """Hang up, at once."""
         self.connections.discard(self)
-        self._end_head_deadline()
-        self._end_read_deadline()
+        self._end(self._room.without_head)
+        self._end(self._room.unread)
         if not self.transport.is_closing():
             self.transport.abort()
 
-    def _end_head_deadline(self) -> None:
-        if self._head_deadline is not None:
-            self._head_deadline.cancel()
-            self._head_deadline = None
+    def _begin(self, deadlines: Deadlines, within_s: float) -> None:
+        if self not in deadlines and not self.transport.is_closing():
+            deadlines[self] = self.loop.call_later(within_s, self.leave)
 
-    def _end_read_deadline(self) -> None:
-        if self._read_deadline is not None:
-            self._read_deadline.cancel()
-            self._read_deadline = None
+    def _end(self, deadlines: Deadlines) -> None:
+        deadline = deadlines.pop(self, None)
+        if deadline is not None:
+            deadline.cancel()
 
-    def _wait_for_head(self) -> None:
-        if not self.transport.is_closing():
-            self._head_deadline = self.loop.call_later(HEAD_WITHIN_S, self.leave)
+
+Deadlines = OrderedDict[Connection, asyncio.TimerHandle]
+"""In the order of their begin, which is that of their end: all last equally long."""
 
 
 class _Requests(h11.Connection):
@@ -153,9 +162,3 @@ class _Requests(h11.Connection):
             if self._num_chunks > _MAX_CRUMBS and self._num_bytes < self._num_chunks * _MIN_CHUNK_BYTES:
                 raise h11.RemoteProtocolError("a body in crumbs")
         return event
-
-
-def _longest(connections: list[tuple[asyncio.TimerHandle | None, Connection]]) -> Connection | None:
-    """The one whose deadline comes first; None if none has one."""
-    waiting = [(deadline.when(), one) for deadline, one in connections if deadline is not None]
-    return min(waiting, key=lambda item: item[0])[1] if waiting else None

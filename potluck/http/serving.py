@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, cast
+
 import uvicorn
 from starlette.types import ASGIApp
 
 from potluck.http.access import Access
-from potluck.http.connections import Connection
+from potluck.http.connections import Connection, Room
 from potluck.http.gate import Gate
 
 
 def server_for(app: ASGIApp, access: Access) -> uvicorn.Server:
     config = uvicorn.Config(
         Gate(app, access),
-        http=Connection,
+        # Called with keywords, as a class is.
+        http=cast(Any, partial(Connection, room=Room())),
         ws="none",
         # Whoever asks could say anything of whom they ask for.
         proxy_headers=False,
