@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,6 +35,23 @@ def show_invitation(
     line(f"  [bold]potluck join {escape(str(code))}[/bold]  [dim](once, within {_duration(code_expires_s)})[/dim]")
     line(f"If it does not find this host, paste there instead, within {_duration(invite_expires_s)}:")
     line(f"  [bold]potluck join '{escape(str(invite))}'[/bold]")
+
+
+def show_first_invitation(console: Console, invite: Invite, code: Code) -> None:
+    """As a head that starts shows it; but not into a log, as a service's is, where it would lie for others to read."""
+    if _is_kept(console):
+        console.print("To add a device: potluck invite", highlight=False, soft_wrap=True)
+    else:
+        show_invitation(console, invite, code)
+
+
+def _is_kept(console: Console) -> bool:
+    """Whether it writes to a file, or to the system's journal, which is a socket."""
+    try:
+        mode = os.fstat(console.file.fileno()).st_mode
+    except (OSError, ValueError):  # None of the system's.
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from potluck.invitation import show_invitation
+from potluck.invitation import show_first_invitation
 from potluck.progress import HeadProgress
 from potluck.store.progress import STAGE_LABELS, PullProgress
 
@@ -118,7 +118,7 @@ def head_progress(console: Console) -> Iterator[HeadProgress]:
             say=say,
             doing=doing,
             tick=tick,
-            invite=lambda invite, code: show_invitation(console, invite, code),
+            invite=lambda invite, code: show_first_invitation(console, invite, code),
             pulling=pulling,
         )
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
+from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
 from devices.credentials import Offered, parse_code, parse_invite
-from potluck.invitation import show_invitation
+from potluck.invitation import show_first_invitation, show_invitation
 from transport.curve import new_key_pair
 
 OFFERED = Offered()
@@ -34,3 +38,29 @@ def test_the_qr_code_is_for_terminals_that_are_wide_enough() -> None:
     code = [line for line in shown(is_terminal=True).splitlines() if "█" in line]
     assert 20 <= len(code) <= 32
     assert all(len(line) <= 80 for line in code)
+
+
+def first_shown(file: IO[str]) -> None:
+    show_first_invitation(Console(file=file, width=80, color_system=None), INVITE, CODE)
+    file.flush()
+
+
+def test_no_log_holds_an_invite_or_a_code(tmp_path: Path) -> None:
+    """Of a service: a file, or the journal's socket."""
+    log = tmp_path / "service.log"
+    with log.open("w") as file:
+        first_shown(file)
+    ours, journal = socket.socketpair()
+    with ours, journal, ours.makefile("w") as file:
+        first_shown(file)
+        written = journal.recv(65536).decode()
+    for text in (log.read_text(), written):
+        assert text == "To add a device: potluck invite\n"
+
+
+def test_who_looks_on_is_shown_it_also_through_a_pipe() -> None:
+    outwards, inwards = os.pipe()
+    with os.fdopen(outwards) as seen, os.fdopen(inwards, "w") as file:
+        first_shown(file)
+        file.close()
+        assert CODE.text in seen.read()
