@@ -14,6 +14,7 @@ from potluck.host_answers import HostAnswers
 from transport.control import ControlClient
 from transport.control_messages import ControlMessage, Stop
 from transport.curve import Curve
+from transport.endpoints import port_of
 from transport.errors import DeadlineExceeded, NotAllowed, PotluckError, RingDown, VersionMismatch
 from transport.messages import PROTOCOL_VERSION
 from transport.pool_messages import Arrive, HostQuestion, Members, Reach, Reached, Welcome
@@ -56,6 +57,10 @@ class Guest:
     ) -> None:
         """`address` is this host's, `pieces` where it gives pieces of models; `answers` says what models it has."""
         self._changed = threading.Condition()
+        # The door, which is always asked first, has just said that this host is paired.
+        self._blocked = (
+            f"its door does: does a firewall block TCP port {port_of(head.control)} of the head? See: potluck doctor"
+        )
         self._membership = membership
         self._answers = answers
         self._welcome: Welcome | None = None
@@ -88,7 +93,7 @@ class Guest:
             if not known or self._end is None:
                 raise DeadlineExceeded(
                     f"the head did not let this host in within {_WELCOME_S:.0f} s",
-                    hint="was it revoked there (potluck devices), or is another head's key at this address?",
+                    hint=self._blocked,
                 )
             raise self._end
 
@@ -136,10 +141,7 @@ class Guest:
             if self._welcome is not None:
                 lost = RingDown("the head is gone", hint="is it up, and this network the same as its?")
             else:  # As it looks where a key is not admitted: nothing is said, the connection just ends.
-                lost = RingDown(
-                    "the head does not let this host in",
-                    hint="was it revoked there (potluck devices)? Then: potluck forget, and join with a new code",
-                )
+                lost = RingDown("the head does not let this host in", hint=self._blocked)
             self._end = self._end or lost
             self._changed.notify_all()
 

@@ -155,7 +155,7 @@ def _at_once(asked: Callable[[Place], Answer], places: list[Place]) -> list[Answ
 def _found(pool: KnownPool, host: str, port: int, facts: DoorFacts, word: Word) -> Found:
     check_version(facts)
     if word != "member":
-        raise _put_out(pool, word)
+        raise put_out(pool, word)
     now = replace(pool.at(f"{host}:{port}"), name=facts.name)
     if now != pool:
         save_known_pool(known_pools_file(), now)
@@ -163,7 +163,8 @@ def _found(pool: KnownPool, host: str, port: int, facts: DoorFacts, word: Word) 
     return Found(pool=now, address=host, head=head)
 
 
-def _put_out(pool: KnownPool, word: Word) -> NotAllowed:
+def put_out(pool: KnownPool, word: Word) -> NotAllowed:
+    """What a host is told that is no member of a pool it has joined."""
     name = pool.name
     what = f"{name} has revoked this host" if word == "revoked" else f"{name} does not know this host any more"
     return NotAllowed(what, hint="pair again: potluck invite there shows a code for potluck join CODE")

@@ -11,9 +11,10 @@ from importlib.metadata import version
 
 import zmq
 
+from devices.identity import load_keys
 from devices.interfaces import lan_interfaces
 from devices.known_pools import KnownPool
-from devices.pair_client import check_version
+from devices.pair_client import ask_standing, check_version
 from devices.platform_name import platform_name
 from potluck.config import Settings
 from potluck.doctor.check import Check, failed
@@ -22,7 +23,9 @@ from potluck.doctor.links import clock_check, measure_link, speed_check, version
 from potluck.doctor.reach import Outcome, Reach, connect, next_step, outcome_in_words
 from potluck.doctor.search import head_among, search, search_check
 from potluck.guest import Guest, HeadAddress, Membership
+from potluck.head_search import put_out
 from potluck.lan import ThisHost, this_host
+from potluck.paths import identity_dir
 from transport.curve import Curve, KeyPair
 from transport.endpoints import tcp_endpoint
 from transport.errors import ConfigError, DeadlineExceeded, PotluckError
@@ -67,6 +70,9 @@ def guest_checks(pool: KnownPool, settings: Settings, *, firewall: str) -> Itera
         return
     try:
         here = this_host(settings, towards=control.address)
+        _, word = ask_standing(at.reach.address, at.reach.port, pool, keys=load_keys(identity_dir()))
+        if word != "member":
+            raise put_out(pool, word)
         facts = visit(HeadAddress(control=tcp_endpoint(control.address, control.port), key=pool.key), here, pool.name)
     except PotluckError as error:
         yield failed(f"{pool.name}: membership", error)
@@ -104,7 +110,7 @@ def visit(head: HeadAddress, here: ThisHost, name: str) -> StayFacts:
         except DeadlineExceeded as error:
             raise DeadlineExceeded(
                 f"the head did not let this host in within {_WELCOME_S:.0f} s",
-                hint="was it revoked there (potluck devices)? Then: potluck forget, and join with a new code",
+                hint="its door does: is another head's key at this address?",
             ) from error
         off_s = welcome.clock_s - time.time()
         speed = Later("the link", lambda: _speed(welcome, head, name, here.keys))

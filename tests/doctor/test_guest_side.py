@@ -64,6 +64,7 @@ def test_a_head_that_is_down_is_told_from_one_that_lets_nobody_in(home: Path, he
     out = checks_now()
     assert out["alpha: control"].state == "ok"
     assert out["alpha: membership"].state == "problem"
+    assert "alpha has revoked this host" in out["alpha: membership"].what
     head.close()
     down = checks_now()
     assert down["head alpha"].state == "problem"
