@@ -69,6 +69,9 @@ class TemplateRenderer:
         with self._process() as process:
             self._ready(process)
             answer = process.ask(frame, within_s)
+            if answer is None and not self._is_closed:
+                # Now, so that the next chat does not wait for it.
+                process.start()
         if answer is None:
             raise BadRequest(
                 f"the model's chat template computed for more than {within_s:.1f} s, or took more memory than it may",
@@ -102,9 +105,6 @@ class TemplateRenderer:
             try:
                 yield process
             finally:
-                if not (process.is_alive or self._is_closed):
-                    # Now, so that the next chat does not wait for it.
-                    process.start()
                 with self._lock:
                     self._idle.append(process)
 

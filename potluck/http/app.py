@@ -25,6 +25,8 @@ _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
@@ -106,5 +108,5 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    # Starlette logs the traceback after this; the client is not shown our insides.
+    # Starlette raises it again after this, for the log; the client is not shown our insides.
     return ApiError(500, "Potluck failed at this request; see its log", code="internal_error").response()

@@ -8,6 +8,9 @@ say nothing of the kind, and need the key where there is one.
 
 from __future__ import annotations
 
+import logging
+import traceback
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,6 +31,9 @@ _MAX_HEADERS = 100
 _PREFLIGHT_S = "600"
 # Each says from where or with what right a request comes: two of one say two things.
 _ONCE = ("host", "origin", "authorization", "x-api-key", "content-type", "sec-fetch-site")
+
+
+log = logging.getLogger("potluck.http")
 
 
 class Gate:
@@ -65,7 +71,11 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - whoever asked has been answered, as far as that went
+            # What it says may be of the prompt, which belongs into no log.
+            log.error("a request failed with %s", _where(error))
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
         size = (
@@ -152,6 +162,13 @@ def _preflight(headers: Headers) -> Response:
     if headers.get("access-control-request-private-network") == "true":
         allowed["Access-Control-Allow-Private-Network"] = "true"
     return Response(status_code=204, headers=allowed)
+
+
+def _where(error: BaseException) -> str:
+    """The kind of an error, and of those in it, and the lines of ours that led to it."""
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
+    parts = [_where(one) for one in inner if one is not None]
+    return "\n".join([type(error).__name__, "".join(traceback.format_tb(error.__traceback__)), *parts])
 
 
 def _kept_by_nobody(send: Send) -> Send:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
+from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +18,7 @@ from potluck.http.app import create_app
 from potluck.http.bounded import Bounded
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, Server, eventually
+from transport.requests import Accepted, EngineEvent, Submit
 
 
 def _body(content: str, **fields: object) -> dict[str, object]:
@@ -66,6 +70,30 @@ def test_an_answer_that_fails_leaves_its_place() -> None:
 
     asyncio.run(main())
     assert sent == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_shows_nothing_of_a_prompt(caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+    class Broken(ScriptedEngine):
+        async def submit(self, submit: Submit) -> AsyncIterator[EngineEvent]:
+            yield Accepted(submit.request, 7)
+            raise ValueError(f"no room for {submit.messages}") from KeyError(str(submit.messages))
+
+    server = Server(create_app(Broken(), model=MODEL))
+    received = ""
+    try:
+        asked: dict[str, Any] = {"json": _body("xylophone", stream=stream), "timeout": 60.0, "trust_env": False}
+        with httpx.stream("POST", f"{server.base_url}/chat/completions", **asked) as answer:
+            # It ends in the middle.
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                for piece in answer.iter_text():
+                    received += piece
+            assert answer.status_code == (200 if stream else 500)
+    finally:
+        server.close()
+    assert "xylophone" not in received and "[DONE]" not in received
+    assert "ValueError" in caplog.text and "KeyError" in caplog.text and "chat.py" in caplog.text
+    assert "xylophone" not in caplog.text
 
 
 def test_a_client_that_stops_reading_slows_nobody_and_is_dropped(

@@ -251,6 +251,8 @@ def test_no_cache_keeps_an_answer_and_no_browser_guesses_what_it_is(server: Serv
         file = send(server.port, _get(server.port, "Range: bytes=0-1,4-5", target=f"/{name}"))
         assert file.status == 200 and file.headers["content-type"].startswith(kind)
         assert file.headers["cache-control"] == "no-cache" and file.headers["x-content-type-options"] == "nosniff"
+        # Who opens the page in a window gets no hold of that.
+        assert file.headers["cross-origin-opener-policy"] == "same-origin"
 
 
 def test_a_named_origin_may_ask_and_read() -> None:
