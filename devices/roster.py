@@ -71,6 +71,14 @@ class RosterFile:
         except ConfigError:
             return False
 
+    def problem(self) -> ConfigError | None:
+        """Why nobody is admitted now, if the file can't be read."""
+        try:
+            self.read()
+        except ConfigError as error:
+            return error
+        return None
+
     def member(self, key: str) -> Member | None:
         """The member with that key; None if there is none, or it is revoked. Raises ConfigError."""
         found = self.read().member(key)

@@ -11,7 +11,7 @@ import zmq
 
 from devices.interfaces import lan_interfaces
 from potluck.host_answers import HostAnswers
-from transport.control import ControlClient
+from transport.control import REVOKED, ControlClient
 from transport.control_messages import ControlMessage, Stop
 from transport.curve import Curve
 from transport.endpoints import port_of
@@ -147,7 +147,7 @@ class Guest:
 
 
 def _stopped(reason: str) -> PotluckError:
-    if "revoked" in reason:
+    if reason == REVOKED:
         return NotAllowed(reason, hint="pair again: potluck forget, then potluck join with a new code")
     if "protocol" in reason:
         return VersionMismatch(reason, hint="bring both hosts to the same version of Potluck")

@@ -15,7 +15,7 @@ import zmq
 from potluck.lan import ThisHost
 from potluck.pool_hosts import PoolHosts, Roster
 from potluck.questions import Questions
-from transport.control import ControlServer, Peer
+from transport.control import REVOKED, ControlServer, Peer
 from transport.control_messages import (
     Connect,
     ControlMessage,
@@ -32,11 +32,20 @@ from transport.control_messages import (
 from transport.curve import Guard, Prepare
 from transport.edges import Where
 from transport.endpoints import is_host_endpoint, local_endpoint
-from transport.errors import BadMessage, DeadlineExceeded, HostRevoked, PotluckError, RingDown, error_from_code
+from transport.errors import (
+    BadMessage,
+    ConfigError,
+    DeadlineExceeded,
+    HostRevoked,
+    PotluckError,
+    RingDown,
+    error_from_code,
+)
 from transport.measure_messages import Doing, MeasureAnswer, MeasureQuestion
 from transport.messages import Fence
 from transport.pool_messages import Arrive
 
+_UNREADABLE = "the head can't read its list of devices now"
 TAKEN = "is in the pool already"
 """A part of what a worker is told whose device has another one's name."""
 
@@ -119,6 +128,7 @@ class Pool:
             on_lost=self._on_lost,
             # Whom hosts may give pieces to is not to wait for a ring that loads.
             on_look=self.hosts.tell_members,
+            why_out=lambda key: REVOKED if self._unreadable() is None else _UNREADABLE,
         )
 
     @property
@@ -331,6 +341,9 @@ class Pool:
             return None
         return worker.fault or RingDown("its worker is gone")
 
+    def _unreadable(self) -> ConfigError | None:
+        return self._roster.problem() if self._roster is not None else None
+
     def _on_lost(self, peer: Peer) -> None:
         with self._changed:
             worker = self._workers.pop(peer.identity, None)
@@ -339,6 +352,11 @@ class Pool:
         if worker is None:
             return
         if worker.is_remote and self._roster is not None and self._roster.name_of(peer.key) is None:
+            problem = self._unreadable()
+            if problem is not None:
+                what = f"{worker.register.device} is kept out: {problem.message}"
+                self._fail(worker, RingDown(what, hint=problem.hint))
+                return
             what = f"{worker.register.device} was revoked"
             self._fail(worker, HostRevoked(what, hint="its host can pair again with a new code"))
             return

@@ -17,7 +17,7 @@ from potluck.questions import Questions
 from transport.control import Peer
 from transport.control_messages import ControlMessage
 from transport.endpoints import is_host_endpoint, tcp_endpoint
-from transport.errors import PotluckError, RingDown
+from transport.errors import ConfigError, PotluckError, RingDown
 from transport.pool_messages import (
     Arrive,
     HostAnswer,
@@ -41,6 +41,9 @@ class Roster(Protocol):
         """None for a key that it does not admit."""
 
     def keys(self) -> tuple[str, ...]: ...
+
+    def problem(self) -> ConfigError | None:
+        """Why nobody is admitted now, whoever is a member."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,8 @@ log = logging.getLogger("potluck.control")
 ALIVE_INTERVAL_S = 1.0
 SILENT_AFTER_S = 6.0
 REACH_WITHIN_S = 20.0
+REVOKED = "this host was revoked by the head's owner"
+"""What a host is told that is out for good."""
 _RETRY_S = 0.02
 _MOST_AT_ONCE = 1000
 # Who is revoked is out within this time, and what waits is sent.
@@ -159,7 +161,7 @@ class ControlServer:
     times a second or more often `on_look`, whatever the head does meanwhile.
 
     `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
-    key it admits no more is told so, lost, and not heard again.
+    key it admits no more is told why (`why_out`), lost, and not heard again.
     """
 
     def __init__(
@@ -170,10 +172,12 @@ class ControlServer:
         on_message: Callable[[Peer, ControlMessage], None],
         on_lost: Callable[[Peer], None],
         on_look: Callable[[], object] = lambda: None,
+        why_out: Callable[[str], str] = lambda key: REVOKED,
     ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_look = on_look
+        self._why_out = why_out
         self._peers: dict[bytes, Peer] = {}
         self._outbox: deque[tuple[bytes, ControlMessage]] = deque()
         self._wake = Wake()
@@ -311,7 +315,7 @@ class ControlServer:
         for peer in list(self._peers.values()):
             guard = self._guards[peer.identity[0]]
             if guard is not None and not guard.admits(peer.key):
-                self._outbox.append((peer.identity, Stop("this host was revoked by the head's owner")))
+                self._outbox.append((peer.identity, Stop(self._why_out(peer.key))))
                 self._flush()
                 if self._peers.pop(peer.identity, None) is not None:  # Else it has just been found to be gone.
                     self._on_lost(peer)

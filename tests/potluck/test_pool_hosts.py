@@ -14,10 +14,13 @@ from devices.identity import load_keys
 from devices.interfaces import leads_to_lan
 from devices.roster import RosterFile
 from potluck import pool_hosts
+from potluck.guest import _stopped
 from tests.doctor.small_head import SmallHead
 from tests.transport.test_control import ARRIVE, wait_until
 from transport.control import ControlClient
+from transport.control_messages import Stop
 from transport.curve import Curve, new_key_pair
+from transport.errors import NotAllowed, RingDown
 from transport.pool_messages import Members, Welcome
 
 
@@ -76,3 +79,37 @@ def test_a_device_does_not_look_around_by_the_heads_eyes(
 
 def test_loopback_is_no_lan() -> None:
     assert not leads_to_lan("127.0.0.1")
+
+
+@pytest.mark.parametrize("is_revoked", [True, False])
+def test_a_list_that_can_not_be_read_keeps_hosts_out_and_is_not_called_a_revocation(
+    tmp_path: Path, is_revoked: bool
+) -> None:
+    """One that is revoked ends; the others come back by themselves once someone has put the list right."""
+    heard: list[Any] = []
+    guest = load_keys(tmp_path / "guest" / "identity")
+    with ExitStack() as stack:
+        head = SmallHead(tmp_path / "head", "127.0.0.1")
+        stack.callback(head.close)
+        head.pair(tmp_path / "guest")
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.destroy, 0)
+        client = ControlClient(
+            context,
+            str(head.pool.control),
+            ARRIVE,
+            on_message=heard.append,
+            on_lost=lambda: None,
+            prepare=Curve(context, guest).towards(head.key),
+        )
+        stack.callback(client.close)
+        wait_until(lambda: any(isinstance(message, Welcome) for message in heard))
+        if is_revoked:
+            RosterFile(head.roster.path).revoke("beta")
+        else:
+            head.roster.path.write_text("{")
+        wait_until(lambda: any(isinstance(message, Stop) for message in heard))
+        wait_until(lambda: head.pool.hosts.all() == [])
+    [stop] = [message for message in heard if isinstance(message, Stop)]
+    assert isinstance(_stopped(stop.reason), NotAllowed if is_revoked else RingDown)
+    assert ("revoked" in stop.reason) is is_revoked

@@ -265,6 +265,9 @@ class TwoHosts:
     def name_of(self, key: str) -> str | None:
         return "far" if key == self._key else None
 
+    def problem(self) -> ConfigError | None:
+        return None
+
     def keys(self) -> tuple[str, ...]:
         return (self._key,)
 
