@@ -52,7 +52,7 @@ def uninstall(
         _write(json_output, _facts(inventory, hub, stays, removed=None))
         return
     refuse_in_use(places.home)
-    if not yes:
+    if not yes and (inventory.kept or (hub and hub_cache)):
         _ask()
     heads = _heads_that_know_this_host()
     with HeadFile():  # None starts meanwhile.
@@ -94,7 +94,10 @@ def _heads_that_know_this_host() -> list[str]:
         pools = load_known_pools(known_pools_file())
     except ConfigError:
         return []
-    return [f"{pool.name} still knows this host. On it: potluck revoke {pool.my_name}" for pool in pools]
+    return [
+        f"{pool.name} still knows this host, if it has not revoked it. On it: potluck revoke {pool.my_name}"
+        for pool in pools
+    ]
 
 
 def _ask() -> None:

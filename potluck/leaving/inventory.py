@@ -36,7 +36,8 @@ class Places:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Everything of one kind. `paths` are files, and folders that are Potluck's with all that is in them."""
+    """Everything of one kind, all of it below `place`. `paths` are files, and folders that are Potluck's with all that
+    is in them."""
 
     kind: str
     place: Path
@@ -77,7 +78,7 @@ def take_inventory(places: Places) -> Inventory:
     kept = [
         Kept(
             kind=kind,
-            place=found[kind][0][0],
+            place=Path(os.path.commonpath([folder for folder, _ in found[kind]])),
             paths=tuple(path for _, path in found[kind]),
             num_bytes=sum(size_of(path) for _, path in found[kind]),
         )

@@ -103,6 +103,9 @@ def test_it_says_what_there_is_asks_and_removes_it(user: User) -> None:
     assert not user.data.exists() and not (user.folder / "r" / "potluck").exists()
     assert (user.folder / "tiny.gguf").exists()
 
+    nothing = user.run("uninstall")  # Nobody is asked about nothing.
+    assert nothing.returncode == 0 and "keeps nothing" in nothing.stderr
+
 
 def test_it_refuses_while_a_head_runs(user: User) -> None:
     facts = HeadFacts(pid=os.getpid(), url="http://127.0.0.1:1", model="tiny", control="c", host="here")

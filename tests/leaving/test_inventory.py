@@ -85,6 +85,9 @@ def test_all_of_it_is_found_and_removed(places: Places, tmp_path: Path) -> None:
     kinds = {kept.kind for kept in found.kept}
     assert kinds >= {rule.kind for rule in HOME_RULES} | {"runtime", "config", "hub-parts"}
     assert sum(kept.num_bytes for kept in found.kept) >= 1000
+    for kept in found.kept:
+        assert all(kept.place in path.parents for path in kept.paths)
+    assert next(kept.place for kept in found.kept if kept.kind == "downloads") == places.home / "downloads"
     removed = remove(found)
     assert removed.failed == () and removed.num_bytes == sum(kept.num_bytes for kept in found.kept)
     assert not places.home.exists() and not places.runtime.exists() and not places.config.parent.exists()
