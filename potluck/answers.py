@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -28,7 +29,9 @@ class TerminalAnswers:
         if sys.platform != "win32":
             import termios
 
-            termios.tcflush(self._descriptor, termios.TCIFLUSH)
+            # One that is gone says so to whoever reads.
+            with contextlib.suppress(termios.error):
+                termios.tcflush(self._descriptor, termios.TCIFLUSH)
 
     def line(self, timeout_s: float) -> str | None:
         readable, _, _ = select.select([self._descriptor], [], [], timeout_s)
