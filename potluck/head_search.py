@@ -110,8 +110,9 @@ def find_again(pool: KnownPool, settings: Settings) -> Found:
     if busy:
         raise busy[0]
     said = list(dict.fromkeys(problem.message for problem in problems))
+    elsewhere = ", and nowhere else on this network" if settings.discovery else ""
     raise NotRunning(
-        f"the head {pool.name} is not to be found, neither at {', '.join(pool.doors)} nor by itself",
+        f"the head {pool.name} is not found at {', '.join(pool.doors)}{elsewhere}",
         hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said[:_MOST_SAID])})",
     )
 

@@ -113,6 +113,8 @@ def _join_there(where: str | None, code: str | None, settings: Settings, prefix:
     """Until the user ends it, or the head for good; while the head is away, wait for it."""
     pool = pool_to_join(where, code, settings, say=_say)
     wishes = Wishes(settings=settings, prefix=prefix)
+    if where is None and code is None:
+        _say(f"Joining the pool of {escape(pool.name)}")
     said: set[str] = set()
     pause_s = _TRY_AGAIN_S
     while True:
