@@ -21,8 +21,11 @@ _LINUX_NETWORK = Path("/sys/class/net")
 # Networks inside this host (containers, virtual machines) and tunnels: nobody at home can reach it there.
 _NOT_LAN = re.compile(
     r"lo\d*$|docker|br-|virbr|lxc|lxd|veth|cni|cali|flannel|cilium|podman|kube|vnet|vmnet|vboxnet|bridge\d{3}|"
+    r"incusbr|vxlan|ovs-|azure|nerdctl|"
     r"tun|tap|utun|wg|ppp|ipsec|gif|stf|tailscale|zt|nordlynx|proton|awdl|llw|anpi|dummy|"
-    r"loopback|vethernet|.*(virtualbox|vmware|hyper-v|wsl|tailscale|zerotier|wireguard|openvpn|wintun|bluetooth)",
+    r"ham\d|gpd\d|wt\d|nebula|.*tun\d+$|"
+    r"loopback|vethernet|.*(virtualbox|vmware|hyper-v|wsl|tailscale|zerotier|wireguard|openvpn|wintun|bluetooth|"
+    r"cloudflarewarp|nordvpn|anyconnect|globalprotect|hamachi)",
     re.IGNORECASE,
 )
 _WIFI_NAME = re.compile(r"wl|wi-?fi|wlan|.*wireless", re.IGNORECASE)

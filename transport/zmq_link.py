@@ -202,6 +202,8 @@ class ZmqReceiver:
             self.endpoint = bind(self._socket, endpoint)
         except ConfigError:
             self._end_watch()
+            if guard is not None:
+                guard.forget()
             raise
         self._wake = Wake()
         self._news: list[tuple[Any, int]] = [

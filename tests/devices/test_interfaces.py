@@ -49,6 +49,15 @@ Ethernet Address: 00:00:00:00:00:03
         "vEthernet#(WSL)",
         "VirtualBox#Host-Only#Network",
         "Bluetooth#Network#Connection",
+        "incusbr0",
+        "vxlan.calico",
+        "cscotun0",
+        "outline-tun0",
+        "gpd0",
+        "wt0",
+        "nebula1",
+        "CloudflareWARP",
+        "Cisco#AnyConnect#Virtual#Adapter",
     ],
 )
 def test_networks_within_the_host_and_tunnels_are_none_of_the_lan(name: str) -> None:
