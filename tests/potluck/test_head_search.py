@@ -66,7 +66,7 @@ def test_who_claims_to_be_the_head_does_not_hide_it(house: House, pool: KnownPoo
 def test_a_liar_alone_is_waited_out(house: House, pool: KnownPool, tmp_path: Path) -> None:
     impostor = Impostor(house, tmp_path / "impostor.json")
     try:
-        with pytest.raises(NotRunning, match="not to be found") as raised:
+        with pytest.raises(NotRunning, match="is not found") as raised:
             find_again(replace(pool, doors=(impostor.door,)), SETTINGS)
     finally:
         impostor.close()
