@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,20 @@ def make_home(data: Path) -> Home:
 @pytest.fixture
 def home(data_home: Path) -> Iterator[Home]:
     """Folders of one test; whatever the test left running is ended."""
-    home = make_home(data_home)
+    with kept_home(data_home) as home:
+        yield home
+
+
+@pytest.fixture
+def another_home(data_home: Path) -> Iterator[Home]:
+    """Of the same test."""
+    with kept_home(data_home) as home:
+        yield home
+
+
+@contextmanager
+def kept_home(data: Path) -> Iterator[Home]:
+    home = make_home(data)
     yield home
     for process in home.processes():
         process.kill()
