@@ -91,7 +91,7 @@ def test_what_a_model_says_or_is_called_is_text(browser: Browser) -> None:
         assert page.value("document.getElementById('model').textContent") == bad
         assert _ask(page, f"``` {bad} ```{bad} {bad}") == f"{bad} ```{bad} {bad} ``` "
         engine.reason, engine.state = bad, "down"
-        page.wait_for("document.getElementById('error').textContent.includes('onerror')", 60.0)
+        page.wait_for("document.getElementById('error').textContent.includes('onerror')")
         assert (
             page.value("document.querySelectorAll('main img, main svg, body script, header img, #error *').length") == 0
         )
