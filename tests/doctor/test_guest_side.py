@@ -175,6 +175,6 @@ def test_without_a_network_a_head_is_not_to_be_found_either(
 
     monkeypatch.setattr("devices.discovery.find_pools", no_network)
     head.close()
-    with pytest.raises(NotRunning, match="not to be found") as raised:
+    with pytest.raises(NotRunning, match="is not found") as raised:
         find_again(head.known(), Settings())
     assert "potluck doctor" in raised.value.hint
