@@ -45,6 +45,9 @@ from transport.measure_messages import Doing, MeasureAnswer, MeasureQuestion
 from transport.messages import Fence
 from transport.pool_messages import Arrive
 
+_MOST_THREADS = 65536
+_MOST_BYTES = 2**50
+_MOST_WORDS = 4096
 _UNREADABLE = "the head can't read its list of devices now"
 TAKEN = "is in the pool already"
 """A part of what a worker is told whose device has another one's name."""
@@ -327,6 +330,8 @@ class Pool:
         register = worker.register
         if not _DEVICE_NAME.fullmatch(register.device):
             return "a device's name has other characters than letters, digits and .:/-: choose another --name"
+        if not _makes_sense(register):
+            return "what this device says of itself makes no sense: update Potluck on its host"
         if register.device in {other.register.device for other in self._workers.values()}:
             return f"a device called {register.device} {TAKEN}: choose another --name"
         name = self._here.name
@@ -371,3 +376,14 @@ class Pool:
             self._changed.notify_all()
         if first:
             self._on_fault(worker, error)
+
+
+def _makes_sense(register: Register) -> bool:
+    """Whether a plan can be made with it: a number that is none would end the head."""
+    return (
+        0 < register.threads <= _MOST_THREADS
+        and 0 <= register.free_bytes <= _MOST_BYTES
+        and 0 <= register.total_bytes <= _MOST_BYTES
+        and 0.0 < register.bandwidth_bytes_per_s <= _MOST_BYTES
+        and max(map(len, (register.kind, register.memory_pool, register.machine))) <= _MOST_WORDS
+    )

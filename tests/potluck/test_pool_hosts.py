@@ -7,16 +7,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from devices.identity import load_keys
 from devices.interfaces import leads_to_lan
 from devices.roster import RosterFile
-from potluck import pool_hosts
+from potluck import pool, pool_hosts
 from potluck.guest import _stopped
 from tests.doctor.small_head import SmallHead
-from tests.transport.test_control import ARRIVE, wait_until
+from tests.transport.test_control import ARRIVE, REGISTER, wait_until
 from transport.control import ControlClient
 from transport.control_messages import Stop
 from transport.curve import Curve, new_key_pair
@@ -75,6 +76,25 @@ def test_a_device_does_not_look_around_by_the_heads_eyes(
     """Behind the head's VPN is 10.8.0.0/16; at home are 192.168.1.0/24 and 192.168.2.0/24."""
     monkeypatch.setattr(pool_hosts, "leads_to_lan", lambda address: address.startswith("192.168."))
     assert pool_hosts._may_be_its_own(address, comes_from) is may
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"free_bytes": -1},
+        {"total_bytes": -1},
+        {"free_bytes": 2**80, "total_bytes": 2**80},
+        {"bandwidth_bytes_per_s": float("nan")},
+        {"bandwidth_bytes_per_s": float("inf")},
+        {"bandwidth_bytes_per_s": 0.0},
+        {"threads": 0},
+        {"kind": "x" * 5000},
+    ],
+    ids=lambda lie: "-".join(lie),
+)
+def test_a_device_whose_numbers_are_none_is_no_part_of_any_plan(lie: dict[str, Any]) -> None:
+    assert pool._makes_sense(REGISTER)
+    assert not pool._makes_sense(msgspec.structs.replace(REGISTER, **lie))
 
 
 def test_loopback_is_no_lan() -> None:
