@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -167,6 +168,6 @@ def _step_s(answer: MeasureAnswer | PotluckError) -> float | PotluckError:
     match answer:
         case PotluckError():
             return answer
-        case SteadyTime(step_s=step_s):
+        case SteadyTime(step_s=step_s) if 0.0 < step_s < math.inf:
             return step_s
     return StageFailed(f"its worker answered with {type(answer).__name__}")

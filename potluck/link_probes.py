@@ -13,7 +13,8 @@ import zmq
 
 from potluck.pool import Pool, PoolWorker
 from transport.edges import Edges, Where
-from transport.errors import PotluckError, StageFailed
+from transport.endpoints import is_host_endpoint
+from transport.errors import BadMessage, PotluckError, StageFailed
 from transport.link_probe import LinkEnd, LinkFigures, figures
 from transport.measure_messages import (
     LinkListen,
@@ -87,6 +88,8 @@ class WorkerEnd:
         answer = self._ask(LinkListen(listen=where, shape=shape, upstream=upstream))
         if not isinstance(answer, LinkListening):
             raise StageFailed(f"{self._worker.register.device} answered with {type(answer).__name__}")
+        if where == "network" and not is_host_endpoint(answer.endpoint):
+            raise BadMessage(f"{self._worker.register.device} listens at {answer.endpoint[:80]!r}")
         return answer.endpoint
 
     def probe(self, next: str, key: str, *, leads: bool) -> LinkProbed:

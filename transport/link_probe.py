@@ -9,6 +9,7 @@ Then each end sends large messages, and the other one times them as they come.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import zmq
 
 from transport.codec import EdgeLimits
 from transport.curve import Guard, Prepare
-from transport.errors import DeadlineExceeded, NeighbourGone
+from transport.errors import BadMessage, DeadlineExceeded, NeighbourGone
 from transport.link import Received
 from transport.measure_messages import LinkProbed, LinkShape
 from transport.messages import DTYPE_BYTES, Entry, Hidden, SequenceId
@@ -44,7 +45,12 @@ class LinkFigures:
 
 
 def figures(leader: LinkProbed, follower: LinkProbed) -> tuple[LinkFigures, LinkFigures]:
-    """The links from the leader to the follower and back. Half of a round trip counts for each."""
+    """The links from the leader to the follower and back. Half of a round trip counts for each.
+
+    Raises DeadlineExceeded if there was none, BadMessage for numbers that nothing can be planned with.
+    """
+    if not (_is_sound(leader) and _is_sound(follower)):
+        raise BadMessage("a link with impossible numbers", hint="update Potluck on both hosts")
     hops = [
         max(0.0, trip_s - held_s) / 2 for trip_s, held_s in zip(leader.round_trips_s, follower.held_s, strict=False)
     ]
@@ -157,6 +163,11 @@ class LinkEnd:
 
     def _use_caches(self) -> None:
         bytes(self._other_data)
+
+
+def _is_sound(probed: LinkProbed) -> bool:
+    seconds = (*probed.round_trips_s, *probed.held_s)
+    return all(0.0 <= each < math.inf for each in seconds) and 0.0 < probed.bytes_per_s < math.inf
 
 
 def _num_rows(received: Received) -> int:

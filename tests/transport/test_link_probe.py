@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import zmq
 from hypothesis import given
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.transport.kept import edges_of, kept_context
 from transport import link_probe
-from transport.errors import DeadlineExceeded, NeighbourGone
+from transport.errors import BadMessage, DeadlineExceeded, NeighbourGone
 from transport.link_probe import LinkEnd, figures
 from transport.measure_messages import LinkProbed, LinkShape
 from transport.messages import Fence
@@ -99,6 +102,24 @@ def test_a_link_without_round_trips_is_no_link() -> None:
     nothing = LinkProbed(round_trips_s=(), held_s=(), bytes_per_s=1.0)
     with pytest.raises(DeadlineExceeded):
         figures(nothing, nothing)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"round_trips_s": (math.nan,) * 9},
+        {"round_trips_s": (-1.0,) * 9},
+        {"bytes_per_s": 0.0},
+        {"bytes_per_s": math.inf},
+    ],
+)
+def test_numbers_that_are_none_are_no_link(lie: dict[str, Any]) -> None:
+    """The other end may be another host's, and a plan with them would end the head."""
+    honest = LinkProbed(round_trips_s=(0.1,) * 9, held_s=(0.0,) * 9, bytes_per_s=1.0)
+    liar = msgspec.structs.replace(honest, **lie)
+    for pair in ((honest, liar), (liar, honest)):
+        with pytest.raises(BadMessage):
+            figures(*pair)
 
 
 def test_a_slow_direction_is_told_from_a_fast_one(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
