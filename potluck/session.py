@@ -14,10 +14,10 @@ from devices.roster import RosterFile
 from potluck.commands.models import pull_with_progress
 from potluck.config import Settings
 from potluck.head import Head
+from potluck.head_display import head_progress
 from potluck.paths import home_dir, logs_dir, roster_file
 from potluck.store import Store, StoredModel
 from potluck.store.supply import offline_by_environment
-from potluck.terminal import head_progress
 from potluck.wanted_model import WantedModel, wanted_model
 from transport.errors import ConfigError, DownloadFailed, ModelNotFound, PotluckError
 

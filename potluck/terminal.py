@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import re
-import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from potluck.invitation import show_first_invitation
-from potluck.progress import HeadProgress
-from potluck.store.progress import STAGE_LABELS, PullProgress
-
 if TYPE_CHECKING:
-    from potluck.pool import PoolWorker
     from potluck.status import StatusReport
 
 data = Console()
@@ -67,60 +58,6 @@ def _line_starts(text: str, columns: int) -> list[int]:
 def gib(num_bytes: float) -> str:
     """ "1.5 GiB", "57 MiB"."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
-
-
-@contextmanager
-def head_progress(console: Console) -> Iterator[HeadProgress]:
-    """Lines of what happens, and one bar a stage while weights load."""
-    bars = Progress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    tasks: dict[str, TaskID] = {}
-    measuring: dict[str, TaskID] = {}
-    lock = threading.Lock()
-
-    def say(line: str) -> None:
-        tell(console, line)
-
-    def tick(workers: Sequence[PoolWorker]) -> None:
-        while measuring:
-            bars.remove_task(measuring.popitem()[1])
-        for worker in workers:
-            name = worker.register.device
-            if worker.loading is None:
-                continue
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=worker.loading.total_bytes)
-            loading = worker.loading
-            what = f"{name} receives" if loading.phase == "fetch" else f"{name} reads"
-            bars.update(tasks[name], description=what, completed=loading.read_bytes, total=loading.total_bytes)
-
-    def doing(device: str, what: str) -> None:
-        with lock:
-            if device not in measuring:
-                measuring[device] = bars.add_task("", total=None)
-            bars.update(measuring[device], description=f"measuring {device}: {what}")
-
-    def pulling(event: PullProgress) -> None:
-        if event.says:
-            console.print(event.says, markup=False, soft_wrap=True)
-        if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(STAGE_LABELS[event.stage], total=event.total)
-        bars.update(tasks[event.stage], completed=event.done, total=event.total, visible=event.done != event.total)
-
-    with bars:
-        yield HeadProgress(
-            say=say,
-            doing=doing,
-            tick=tick,
-            invite=lambda invite, code: show_first_invitation(console, invite, code),
-            pulling=pulling,
-        )
 
 
 def show_table(console: Console, table: Table) -> None:
