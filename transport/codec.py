@@ -32,6 +32,7 @@ from transport.messages import (
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_CONTROL_BYTES = 2**20
 MAX_STAGES = 1024
+_LARGEST_NUMBER = 2**63
 
 _encoder = msgspec.msgpack.Encoder()
 _data_decoder = msgspec.msgpack.Decoder(DataMessage)
@@ -65,8 +66,10 @@ def encode(message: DataMessage | ControlMessage) -> bytes:
 
 
 def decode_control(frame: bytes | memoryview) -> ControlMessage:
-    """Raises BadMessage."""
+    """Raises BadMessage, also for numbers below zero or without bounds: nothing can be counted or planned with them."""
     message: ControlMessage = _decode(_control_decoder, frame, MAX_CONTROL_BYTES)
+    if not _counts(message):
+        raise BadMessage(f"{type(message).__name__} with impossible numbers")
     return message
 
 
@@ -114,6 +117,22 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, lim
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(f"a header that can't be decoded: {error}") from error
+
+
+def _counts(value: object) -> bool:
+    """Whether all numbers in it are numbers of something."""
+    match value:
+        case bool() | str() | bytes() | None:
+            return True
+        case int() | float():
+            return 0 <= value <= _LARGEST_NUMBER
+        case tuple() | list():
+            return all(map(_counts, value))
+        case dict():
+            return all(map(_counts, value.values()))
+        case msgspec.Struct():
+            return all(_counts(getattr(value, name)) for name in value.__struct_fields__)
+    return False
 
 
 def _check_ids(ids: tuple[int, ...], limits: EdgeLimits) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
-from transport.control_messages import Register
+from transport.control_messages import DecodeBucket, Loaded, Loading, Register, Stats
 from transport.errors import BadMessage
 from transport.messages import (
     Entry,
@@ -154,3 +155,22 @@ def test_register_round_trips() -> None:
         compute_dtype="bfloat16",
     )
     assert decode_control(encode(register)) == register
+
+
+@pytest.mark.parametrize("lie", [float("nan"), float("inf"), -0.5, 1e30])
+def test_control_carries_no_numbers_that_nothing_can_be_planned_with(lie: float) -> None:
+    """They come from other hosts, and would end the head where they meet its arithmetic."""
+    bucket = DecodeBucket(largest_rows=1, steps=1, rows=1, context_tokens=1, seconds=0.5)
+    honest = Stats(token=1, rss_bytes=1, decode_s=0.5, decode_buckets=(bucket,))
+    assert decode_control(encode(honest)) == honest
+    deep = msgspec.structs.replace(honest, decode_buckets=(msgspec.structs.replace(bucket, seconds=lie),))
+    for message in (msgspec.structs.replace(honest, decode_s=lie), deep):
+        with pytest.raises(BadMessage, match="impossible numbers"):
+            decode_control(encode(message))
+
+
+def test_control_carries_no_counts_below_zero() -> None:
+    with pytest.raises(BadMessage):
+        decode_control(encode(Loading(FENCE, -1, 5)))
+    with pytest.raises(BadMessage):
+        decode_control(encode(Loaded(FENCE, 1, 1, 0.5, fetched={"den": -1})))
