@@ -37,8 +37,10 @@ def probe_devices(
     fresh: bool = False,
     prober: Prober = run_probes,
     now: Callable[[], float] = time.time,
+    on_measuring: Callable[[], object] = lambda: None,
 ) -> Probed:
-    """The devices asked for, in that order; `left_out` names those that could not be measured, and why.
+    """The devices asked for, in that order; `left_out` names those that could not be measured, and why. `on_measuring`
+    is called if any has to be measured: that takes some seconds.
 
     Probes run together, and a result counts only for the same set of devices: they compete for the memory bus.
     A cache that is missing, corrupt or of other library versions means measuring again (`fresh`: in any case), and so
@@ -52,6 +54,7 @@ def probe_devices(
     if doubt is not None and is_due(doubt.kept_s, doubt.num_tries, now()):
         earlier, measured = measured, None
     if measured is None:
+        on_measuring()
         found = prober(requests)
         left_out = [
             LeftOut(name=request.name, reason=result)

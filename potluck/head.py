@@ -199,7 +199,6 @@ class Head:
         elif self._settings.lan:
             self._progress.say(f"No other host can join: {NO_NETWORK}")
         # Before there is a folder of sockets: its workers remove it should this process crash, and none is there yet.
-        self._progress.say("Measuring this host's devices")
         devices = offered_devices(self._settings, say=self._progress.say, host=self._here.name, is_head=True)
         for left_by_a_crash in runtime_dir().glob("run-*"):
             shutil.rmtree(left_by_a_crash, ignore_errors=True)

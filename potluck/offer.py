@@ -35,7 +35,12 @@ def offered_devices(
     requests = device_requests(
         texts, threads=settings.threads, cores_allowed=cores_allowed(), memory_bytes=settings.memory_bytes
     )
-    found = probe_devices(requests, probe_cache_file(), fresh=settings.fresh)
+    found = probe_devices(
+        requests,
+        probe_cache_file(),
+        fresh=settings.fresh,
+        on_measuring=lambda: say("Measuring this host's devices"),
+    )
     for left_out in found.left_out:
         say(f"[yellow]Left out {escape(left_out.name)}:[/yellow] {escape(left_out.reason)}")
     if not found.devices:

@@ -50,10 +50,11 @@ def _host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_second_time_from_the_cache_with_fresh_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prober = FakeProber([_measured(2e9), _measured(3e9, compute_dtype="float32")])
     requests, path = device_requests(["cpu", "mlx"]), tmp_path / "deep" / "probes.json"
-    first = probe_devices(requests, path, prober=prober)
+    said: list[str] = []
+    first = probe_devices(requests, path, prober=prober, on_measuring=lambda: said.append("measuring"))
     monkeypatch.setattr(cache, "host_free_bytes", lambda: 5 * GIB)
-    second = probe_devices(requests, path, prober=prober)
-    assert len(prober.calls) == 1
+    second = probe_devices(requests, path, prober=prober, on_measuring=lambda: said.append("measuring"))
+    assert len(prober.calls) == len(said) == 1
     assert [d.bandwidth_bytes_per_s for d in second.devices] == [2e9, 3e9]
     assert [d.free_bytes for d in (*first.devices, *second.devices)] == [8 * GIB] * 2 + [5 * GIB] * 2
     assert len({d.memory_pool for d in second.devices}) == 1
