@@ -14,7 +14,7 @@ from rich.markup import escape
 from devices.device import Device, LeftOut
 from devices.doubt import is_disturbed
 from planner.measured import DeviceTimes, Grid, LayerTimes
-from potluck.calibration import corrected, factor_at
+from potluck.calibration import corrected, factor_at, is_off
 from potluck.device_probes import DeviceProbes, Doing
 from potluck.profile_cache import DeviceKey, ProfileCache, model_identity
 from potluck.store import StoredModel
@@ -97,7 +97,11 @@ class DeviceMeasuring:
     def _times(self, device: Device, now_s: float) -> DeviceTimes:
         times = device_times(device, self._known[device.name], self._busy.get(device.name, 1.0))
         learned = None if self.fresh else self.cache.learned(self._keys[device.name])
-        return corrected(times, factor_at(learned, now_s))
+        factor = factor_at(learned, now_s)
+        if is_off(factor):
+            words = f"{device.name} took {factor:.2f}× what was measured of it when it was in use, and is planned so"
+            self.say(escape(f"{words}; --fresh measures it anew"))
+        return corrected(times, factor)
 
     def _is_known(self, group: Sequence[Device]) -> bool:
         """Whether all of the group, and what its devices do to each other, is remembered."""

@@ -186,8 +186,10 @@ def test_what_was_learned_counts(tmp_path: Path) -> None:
     run(measuring(tmp_path, probes), [CPU])
     key = device_key(model(tmp_path), CPU, "a machine", "stored")
     ProfileCache(tmp_path / "profiles").keep_learned(key, Learned(factor=2.0, at_s=time.time()))
-    times, _ = run(measuring(tmp_path, probes), [CPU])
+    said: list[str] = []
+    times, _ = run(replace(measuring(tmp_path, probes), say=said.append), [CPU])
     assert times.devices[0].head.seconds[0][0] == pytest.approx(0.006, rel=1e-3)
+    assert any("cpu took 2.00×" in line and "--fresh" in line for line in said)
 
 
 def test_links_are_of_every_ordered_pair_of_hosts(tmp_path: Path) -> None:
