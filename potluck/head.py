@@ -19,29 +19,29 @@ from rich.markup import escape
 
 from devices.device import Device
 from devices.interfaces import lan_address
-from potluck.borrowed_model import BorrowedModel
 from potluck.config import Settings
 from potluck.endpoint import Endpoint, bind_endpoint
 from potluck.head_file import HeadFacts, HeadFile
 from potluck.http_access import OpenedAccess, open_access
 from potluck.lan import NO_NETWORK, this_host
-from potluck.model_share import ModelShare, OwnModel, PieceGiver
+from potluck.model_share import PieceGiver
+from potluck.model_source import ModelSource, find_model
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.paths import logs_dir, runtime_dir
 from potluck.plan_watch import BetterPlan, PlanWatch
 from potluck.pool import Pool, PoolWorker
 from potluck.pool_hosts import PoolHost
+from potluck.pool_offers import FileHolders, ModelsElsewhere, file_holders, models_elsewhere
 from potluck.progress import HeadProgress
 from potluck.ring import Ring
-from potluck.ring_loader import ModelSource, RingLoader
+from potluck.ring_loader import RingLoader
 from potluck.status import StatusReport, report_of
 from potluck.store import StoredModel
 from potluck.wanted_model import WantedModel
 from transport.endpoints import port_of
 from transport.errors import (
     DeadlineExceeded,
-    DownloadFailed,
     HostRevoked,
     NeighbourGone,
     NotRunning,
@@ -74,14 +74,13 @@ class Head:
         self._next_address_s = 0.0
         self._joined: list[PoolWorker] = []
         self._events: queue.SimpleQueue[PotluckError | PoolWorker] = queue.SimpleQueue()
-        self._reporting = threading.Lock()
         self._here = this_host(settings)
         self.network: Network | None = None
         self._model = model
         self.model_name = model.name
         self.state: State = "starting"
         self._giver: PieceGiver | None = None
-        self._share: ModelShare | BorrowedModel | None = None
+        self._source: ModelSource | None = None
         self._wants_replan = False
         self._wants_reload = False
         self._tried_again = False
@@ -127,11 +126,10 @@ class Head:
 
     def report(self) -> StatusReport:
         """Facts for `potluck status`, the stages' counters fresh. Thread-safe."""
-        with self._reporting:
-            ring = self.ring
-            if ring is not None:
-                self._pool.request_stats([stage.worker for stage in ring.stages])
-            return report_of(self, ring, self._pool.workers(), self.endpoint.pong())
+        loader = self._loader
+        if loader is not None:
+            loader.request_stats()
+        return report_of(self, self.ring, self._pool.workers(), self.endpoint.pong())
 
     def wait(self) -> None:
         """Until interrupted: takes in devices that join and reports a ring that goes down."""
@@ -144,14 +142,14 @@ class Head:
                     self._wants_reload = self._wants_reload or isinstance(error, HostRevoked)
                 case PoolWorker() as worker if self._loader is None or not self._loader.is_planned(worker):
                     self._joined.append(worker)
-            self._pool.hosts.tell_members()
             if self._address_changed():
                 self._move()
             if (self._joined or self._wants_replan or self._wants_reload) and self.endpoint.is_idle():
                 self._load_anew()
             elif time.monotonic() >= self._next_look_s:
                 self._next_look_s = time.monotonic() + _WATCH_INTERVAL_S
-                self._look()
+                if self._loader is not None and self.state == "ready":
+                    self._loader.look()
 
     def request_replan(self) -> BetterPlan | None:
         """Load the better plan, if there is one, once nobody waits for an answer. Thread-safe."""
@@ -167,6 +165,14 @@ class Head:
     def answer(self, name: str, allow: bool) -> str:
         """Let in, or refuse, the host that waits under that name. Thread-safe. Raises BadRequest, NotRunning."""
         return self._open_network().approvals.answer(name, allow).name
+
+    def files(self, sha256: str) -> FileHolders:
+        """Which other hosts have a file with that checksum. Thread-safe; takes seconds at most."""
+        return file_holders(self._pool.hosts, sha256)
+
+    def models(self) -> ModelsElsewhere:
+        """What the other hosts have. Thread-safe; takes seconds at most."""
+        return models_elsewhere(self._pool.hosts)
 
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are connected, but for those that only visit (`potluck doctor`). Thread-safe."""
@@ -232,7 +238,14 @@ class Head:
         self.endpoint.start(self)
         self._open_door()
         head_file.publish(self._facts())
-        model = self._shared_model()
+        self._source = find_model(
+            self._model,
+            here=self._here,
+            giver=self._giver,
+            pool=self._pool,
+            run_dir=self._run_dir,
+            progress=self._progress,
+        )
         self._gather(devices)
         self._loader = RingLoader(
             self._settings,
@@ -241,54 +254,12 @@ class Head:
             endpoint=self.endpoint,
             here=self._here,
             run_dir=self._run_dir,
-            model=model,
+            model=self._source,
             first_devices=[device.name for device in devices],
         )
         self._stack.callback(self._loader.remember_deviations)
-        self._load_first(self._loader)
+        self._loader.load_first()
         self.state = "ready"
-
-    def _shared_model(self) -> ModelSource:
-        """The model, of this host or another one, for whichever workers there will be. May wait long for other hosts.
-
-        Raises ModelNotFound and what else a pull raises.
-        """
-        model = self._model
-        if isinstance(model, WantedModel):
-            if self._giver is not None:
-                borrowed = BorrowedModel(
-                    model, self._here, self._giver, self._pool, self._run_dir, say=self._progress.say
-                )
-                if borrowed.find():
-                    self._share = borrowed
-                    return borrowed
-            if model.pull is None:
-                raise model.missing
-            model = model.pull(self._progress.pulling)
-        if self._giver is None:
-            return OwnModel(model)
-        self._share = ModelShare(model, self._here, self._giver, self._pool)
-        return self._share
-
-    def _load_first(self, loader: RingLoader) -> None:
-        """Where a host is away that has what lacks here, wait for it. Once more, too, where it has just come back, or
-        its model has changed meanwhile."""
-        tries = 0
-        while True:
-            try:
-                loader.load()
-                return
-            except (DownloadFailed, RingDown) as error:
-                if not isinstance(self._share, BorrowedModel):
-                    raise
-                tries += self._share.has_lender
-                if tries > 1:
-                    raise
-                self._progress.say(f"[yellow]{escape(error.message)}[/yellow]")
-            self.endpoint.disconnect()
-            loader.mark_down(RingDown("the model is not all here", hint="see the head's terminal"))
-            loader.take_down()
-            self._share.wait_for_lender()
 
     def _new_node(self) -> Node:
         return Node(
@@ -343,21 +314,6 @@ class Head:
         except queue.Empty:
             return self._loader.engine_exit() if self._loader is not None else None
 
-    def _look(self) -> None:
-        """Compare what the stages do with the plan."""
-        ring, watch = self.ring, self.watch
-        if ring is None or watch is None or self.state != "ready":
-            return
-        with self._reporting:
-            self._pool.request_stats([stage.worker for stage in ring.stages])
-        had_better = watch.better is not None
-        watch.look([stage.worker.stats for stage in ring.stages], time.time())
-        if watch.better is not None and not had_better:
-            self._progress.say(
-                f"A better plan exists ({escape(watch.better.why)}): {watch.better.tokens_per_s:.1f} tokens/s "
-                f"instead of {watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
-            )
-
     def _address_changed(self) -> bool:
         """Whether other hosts reach this one somewhere else than before: another Wi-Fi, a new lease."""
         network = self.network
@@ -372,15 +328,15 @@ class Head:
 
     def _move(self) -> None:
         """Go on at this host's new address: its workers listen there, and others are told."""
-        network, share = self.network, self._share
-        assert network is not None and share is not None
+        network, source = self.network, self._source
+        assert network is not None and source is not None, "it is up"
         self._progress.say(f"This host's address is {self._here.address} now")
         if self.ring is not None:
             self._ring_lost(self.ring, RingDown("this host's address has changed", hint="try again in a moment"))
         if self._loader is not None:
             self._loader.here = self._here
         network.moved(self._here)
-        share.moved(self._here)
+        source.moved(self._here)
         self._take_down_ring()
         self._node.stop()
         self._pool.dismiss([worker.child.pid for worker in self._node.workers])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -20,11 +20,13 @@ from devices.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S
 from potluck.api_key import SECRET_HEADER
 from potluck.http.errors import ApiError
 from potluck.plan_watch import BetterPlan
+from potluck.pool_offers import FileHolders, ModelsElsewhere
 from potluck.status import StatusReport, better_report
 from transport.errors import NotAllowed, PotluckError
 
 _MAX_BODY_BYTES = 4096
 _BODY_WITHIN_S = 5.0
+Body = TypeVar("Body")
 
 
 class HeadControl(Protocol):
@@ -39,6 +41,16 @@ class HeadControl(Protocol):
 
     def answer(self, name: str, allow: bool) -> str:
         """Let in, or refuse, the host that waits under that name; its name. Raises BadRequest, NotRunning."""
+
+    def files(self, sha256: str) -> FileHolders:
+        """Which other hosts have a file with that checksum, and give it from now on."""
+
+    def models(self) -> ModelsElsewhere:
+        """What the other hosts have in their stores."""
+
+
+class FileWanted(Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: str
 
 
 class Approval(Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,21 +92,32 @@ def head_routes(head: HeadControl, secret: str) -> list[Route]:
 
     async def approve(request: Request) -> Response:
         check(request)
-        asked = await _body(request)
+        asked = await _body(request, Approval)
         try:
             return _json({"name": head.answer(asked.name, asked.allow)})
         except PotluckError as error:
             raise ApiError.of(error) from error
 
+    async def files(request: Request) -> Response:
+        check(request)
+        wanted = await _body(request, FileWanted)
+        return _json(await asyncio.to_thread(head.files, wanted.sha256))
+
+    async def models(request: Request) -> Response:
+        check(request)
+        return _json(await asyncio.to_thread(head.models))
+
     return [
         Route("/potluck/status", status),
+        Route("/potluck/files", files, methods=["POST"]),
+        Route("/potluck/models", models),
         Route("/potluck/replan", replan, methods=["POST"]),
         Route("/potluck/invite", invite, methods=["POST"]),
         Route("/potluck/approve", approve, methods=["POST"]),
     ]
 
 
-async def _body(request: Request) -> Approval:
+async def _body(request: Request, kind: type[Body]) -> Body:
     data = b""
     try:
         async with asyncio.timeout(_BODY_WITHIN_S):
@@ -105,7 +128,7 @@ async def _body(request: Request) -> Approval:
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"the request's body did not come within {_BODY_WITHIN_S:.0f} s") from None
     try:
-        return msgspec.json.decode(data, type=Approval)
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body can't be read: {error}") from error
 

@@ -103,6 +103,9 @@ class OwnModel:
     def __init__(self, model: StoredModel) -> None:
         self._model = model
 
+    def moved(self, here: ThisHost) -> None:
+        pass  # Nobody else reaches it.
+
     def ready(self, say: Callable[[str], object], *, for_others: bool) -> StoredModel:
         return self._model
 

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+
+from rich.markup import escape
 
 from devices.device import LeftOut
 from planner.measured import PoolTimes
+from potluck.borrowed_model import BorrowedModel
 from potluck.config import Settings
 from potluck.endpoint import Endpoint
 from potluck.lan import ThisHost
+from potluck.model_source import ModelSource
 from potluck.paths import logs_dir
 from potluck.plan_watch import PlanWatch
 from potluck.planning import chosen_weights, device_of, estimated_times, plan_for, profile_of
 from potluck.pool import Pool, PoolWorker
 from potluck.profiling import pool_times_for, remember_deviation
 from potluck.progress import HeadProgress
-from potluck.ring import Ring, RingStage
+from potluck.ring import Ring
 from potluck.store import StoredModel
-from transport.errors import PotluckError
+from transport.errors import DownloadFailed, PotluckError, RingDown
 from transport.messages import WeightsForm
-from transport.pool_messages import SharedModel
 
 _READY_TIMEOUT_S = 300.0
-
-
-class ModelSource(Protocol):
-    """A model, and where its workers get it from."""
-
-    def ready(self, say: Callable[[str], object], *, for_others: bool) -> StoredModel:
-        """The model as it is to be loaded now; `for_others`: by workers of other hosts too. Raises PotluckError."""
-
-    def for_worker(self, worker: PoolWorker) -> SharedModel | None:
-        """For one that is to open it without its weights; None if it lies on the worker's host."""
-
-    def for_stages(self, stages: Sequence[RingStage]) -> Mapping[int, SharedModel]:
-        """For all that load it, by the stage's number, without those on whose host it lies."""
 
 
 class RingLoader:
@@ -66,6 +56,7 @@ class RingLoader:
         self._source = model
         self._model: StoredModel
         self._first_devices = {name: index for index, name in enumerate(first_devices)}
+        self._asking = threading.Lock()
         self._epoch = 0
         self._planned: set[bytes] = set()
         self._weights: WeightsForm = "stored"
@@ -109,6 +100,48 @@ class RingLoader:
         except PotluckError as error:
             # A worker or the engine that died says more than the engine's client can.
             raise self.ring.error or self.ring.engine_exit() or error from error
+
+    def load_first(self) -> None:
+        """`load`; where a host is away that has what lacks here of the model, wait for it. Once more, too, where it has
+        just come back, or its model has changed meanwhile."""
+        tries = 0
+        while True:
+            try:
+                self.load()
+                return
+            except (DownloadFailed, RingDown) as error:
+                source = self._source
+                if not isinstance(source, BorrowedModel):
+                    raise
+                tries += source.has_lender
+                if tries > 1:
+                    raise
+                self._progress.say(f"[yellow]{escape(error.message)}[/yellow]")
+            self._endpoint.disconnect()
+            self.mark_down(RingDown("the model is not all here", hint="see the head's terminal"))
+            self.take_down()
+            source.wait_for_lender()
+
+    def request_stats(self) -> None:
+        """Of all stages, fresh. Thread-safe."""
+        ring = self.ring
+        if ring is not None:
+            with self._asking:
+                self._pool.request_stats([stage.worker for stage in ring.stages])
+
+    def look(self) -> None:
+        """Compare what the stages do with the plan; a plan that would be better is said once."""
+        ring, watch = self.ring, self.watch
+        if ring is None or watch is None:
+            return
+        self.request_stats()
+        had_better = watch.better is not None
+        watch.look([stage.worker.stats for stage in ring.stages], time.time())
+        if watch.better is not None and not had_better:
+            self._progress.say(
+                f"A better plan exists ({escape(watch.better.why)}): {watch.better.tokens_per_s:.1f} tokens/s instead "
+                f"of {watch.better.now_tokens_per_s:.1f}. Apply it with: potluck replan"
+            )
 
     def is_planned(self, worker: PoolWorker) -> bool:
         """Whether the newest plan was made with that worker in the pool."""

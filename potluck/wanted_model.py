@@ -111,6 +111,7 @@ def checked_models(answer: HostModels) -> list[HostModel]:
         if 0 < len(model.name) <= _MAX_NAME_CHARACTERS
         and len(model.source) <= _MAX_NAME_CHARACTERS
         and model.name.isprintable()
+        and model.source.isprintable()
         and 0 <= model.num_bytes <= _MAX_MODEL_BYTES
     ]
 

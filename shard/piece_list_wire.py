@@ -13,11 +13,10 @@ from shard.gguf_index import INDEX_FILE
 from shard.piece_list import CONFIG, ENGINE_FILES
 from shard.safetensors_files import WEIGHT_INDEX
 from transport.errors import BadMessage
-from transport.pieces.piece import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList
+from transport.pieces.piece import LIST_VERSION, MAX_FILE_BYTES, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList
 from transport.pieces.store import is_digest
 
 MAX_FILES = 4096
-MAX_FILE_BYTES = 1 << 44
 MAX_NAMELESS_BYTES = 512 << 20
 """What every stage needs: it is kept apart, and asked for before anything else is known of the model."""
 

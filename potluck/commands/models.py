@@ -11,15 +11,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from potluck.borrowed_record import read_borrowed
+from potluck.head_api import get_from_head
 from potluck.head_file import running_head
 from potluck.model_view import SHOWN_DTYPE, details_of, format_table, rows_of, summary_of
 from potluck.options import JsonOption, OfflineOption
+from potluck.pool_files import PoolFiles, files_of_the_pool
+from potluck.pool_offers import ModelElsewhere, ModelsElsewhere
 from potluck.pull_display import json_progress, shown_progress
 from potluck.store import Store, StoredModel
 from potluck.store.formats import format_rows
 from potluck.store.sources import ALIASES
 from potluck.terminal import data, errors, gib, show_table, tell
-from transport.errors import ModelNotFound, NotRunning
+from transport.errors import ModelNotFound, NotRunning, PotluckError
 
 ModelArgument = Annotated[str, typer.Argument(help="A model's name, as `potluck list` shows it.")]
 SourceArgument = Annotated[
@@ -52,23 +55,36 @@ def pull_with_progress(store: Store, name: str, console: Console) -> StoredModel
 
 def pull(source: SourceArgument, offline: OfflineOption = False, json_output: JsonOption = False) -> None:
     """Download a model, or go on with a download that was cut off. With --json, one line per event."""
-    store = Store(offline=offline)
-    if json_output:
-        model = store.pull(source, json_progress(data.file))
-        data.file.write(json.dumps(summary_of(model)) + "\n")
-        return
-    with shown_progress(errors) as progress:
-        model = store.pull(source, progress)
+    with files_of_the_pool() as peers:
+        store = Store(offline=offline, peers=peers)
+        if json_output:
+            model = store.pull(source, json_progress(data.file))
+            given = {"from_pool": _given(peers)} if _given(peers) else {}
+            data.file.write(json.dumps(summary_of(model) | given) + "\n")
+            return
+        with shown_progress(errors) as progress:
+            model = store.pull(source, progress)
+        for host, num_bytes in _given(peers).items():
+            tell(data, f"{num_bytes / 1e6:,.0f} MB of it came from {host}", markup=False)
     tell(data, f"{model.name} is ready: {gib(model.num_bytes)} in {model.path}", markup=False)
 
 
+def _given(peers: PoolFiles | None) -> dict[str, int]:
+    """How many bytes came from which host."""
+    return dict(peers.bytes_by_host) if peers is not None else {}
+
+
 def list_models(json_output: JsonOption = False) -> None:
-    """List the models of this host."""
-    models = Store().list()
+    """List the models of this host and, where the head runs, those that other hosts of the pool have."""
+    models, elsewhere = Store().list(), _elsewhere()
     if json_output:
-        data.file.write(json.dumps([summary_of(model) for model in models]) + "\n")
+        rows = [summary_of(model) for model in models]
+        for other in elsewhere:
+            facts = {"name": other.name, "source": other.source, "bytes": other.bytes, "host": other.host}
+            rows.append({**facts, "present": False})
+        data.file.write(json.dumps(rows) + "\n")
         return
-    if not models:
+    if not models and not elsewhere:
         data.print(f"No model is here yet. Try: potluck pull {next(iter(ALIASES))}")
         return
     table = Table(box=None, pad_edge=False)
@@ -81,7 +97,20 @@ def list_models(json_output: JsonOption = False) -> None:
         spec = model.spec
         row = (model.name, spec.architecture, str(spec.num_layers), spec.stored_dtype, size, model.source)
         table.add_row(*(escape(cell) for cell in row))
+    for other in elsewhere:
+        row = (other.name, "–", "–", "–", gib(other.bytes), f"on {other.host}")
+        table.add_row(*(escape(cell) for cell in row))
     show_table(data, table)
+
+
+def _elsewhere() -> list[ModelElsewhere]:
+    """Of the other hosts of the pool, if its head runs here."""
+    try:
+        if running_head().pieces is None:
+            return []
+        return get_from_head("/potluck/models", ModelsElsewhere).models
+    except PotluckError:
+        return []
 
 
 def show(name: ModelArgument, json_output: JsonOption = False) -> None:

@@ -1,4 +1,7 @@
-"""A model that lies on another host than the head: it is served all the same, and everybody gets only what it lacks."""
+"""A model that lies on another host than the head: it is served all the same, and everybody gets only what it lacks.
+
+Offline: what the head lacks it can get from the pool alone.
+"""
 
 from __future__ import annotations
 
@@ -11,69 +14,39 @@ import httpx
 import pytest
 
 from devices.identity import load_keys
-from devices.known_pools import KnownPool, save_known_pool
-from devices.roster import RosterFile
 from potluck.borrowed_record import BorrowedRecord, write_borrowed
 from potluck.paths import shared_dir
 from shard.needed_pieces import engine_pieces, nameless_pieces, stage_pieces
 from shard.open import open_checkpoint
 from shard.shared_model import OfferedModel, offer_model, read_list
-from tests.e2e.lan_hosts import LOADED_S, ONE_DEVICE, answer, join, new_home, stages, up
+from tests.e2e.lan_hosts import LOADED_S, ONE_DEVICE, answer, new_home, stages
+from tests.e2e.paired_hosts import Pair
 from tests.e2e.potluck_process import Home, Running, wait_until
 from tests.shard.pieces.given import contents
-from transport.endpoints import free_port
 from transport.pieces.piece import Piece
 from transport.pieces.store import PieceStore
 
-HEAD, BETA, GAMMA = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 QUESTION = ("Name three fruits.", "--max-tokens", "12", "--temperature", "0")
-
-
-class Pair:
-    """A head without models, and beta, which it has paired with."""
-
-    def __init__(self, models: Path | None) -> None:
-        self.alpha, self.beta = new_home(), new_home(models)
-        self.port = free_port(HEAD)
-        self.roster = RosterFile(self.alpha.data / "roster.json", name="alpha")
-        key = load_keys(self.alpha.data / "identity").public
-        self.roster.add(load_keys(self.beta.data / "identity").public, "beta", "Linux x86-64")
-        pool = self.roster.read().pool
-        door = f"{HEAD}:{self.port}"
-        known = KnownPool(pool=pool, key=key, name="alpha", my_name="beta", doors=(door,))
-        save_known_pool(self.beta.data / "pools.json", known)
-
-    def up(self, *extra: str) -> Running:
-        """Offline: what the head lacks it can get from the pool alone."""
-        return up(self.alpha, "alpha", HEAD, "--offline", *extra, port=self.port)
-
-    def join(self) -> Running:
-        return join(self.beta, "beta", BETA)
-
-    @property
-    def digest(self) -> str:
-        (found,) = [path for path in (self.alpha.data / "shared").iterdir() if len(path.name) == 64]
-        return found.name
 
 
 @pytest.fixture
 def pair(data_home: Path) -> Iterator[Pair]:
-    made = Pair(data_home / "models")
+    made = Pair(new_home(), new_home(data_home / "models"))
     yield made
-    clean(made)
+    made.clean()
 
 
 @pytest.fixture
 def pair_without_models() -> Iterator[Pair]:
-    made = Pair(None)
+    made = Pair(new_home(), new_home())
     yield made
-    clean(made)
+    made.clean()
 
 
-def clean(pair: Pair) -> None:
-    for home in (pair.alpha, pair.beta):
-        for process in home.processes():
-            process.kill()
+def borrowed(pair: Pair) -> str:
+    """The digest of the one model that alpha has got."""
+    (found,) = [path for path in (pair.alpha.data / "shared").iterdir() if len(path.name) == 64]
+    return found.name
 
 
 def fetched(head: Running) -> dict[str, dict[str, int]]:
@@ -97,7 +70,7 @@ def answer_alone(home: Home) -> str:
 
 
 def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
-    head, beta = pair.up("--wait-for", "2"), pair.join()
+    head, beta = pair.up("--offline", "--wait-for", "2"), pair.join()
     assert stages(head) == [("alpha", "cpu"), ("beta", "beta/cpu")]
     assert "smollm2 is not in this host's store" in head.said()
     assert "Giving smollm2 to the pool" in beta.said()
@@ -105,7 +78,7 @@ def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
 
     # Of all that came to the head: its own tensors, what opens the model, and the tokenizer.
     came = fetched(head)
-    skeleton = pair.alpha.data / "shared" / pair.digest
+    skeleton = pair.alpha.data / "shared" / borrowed(pair)
     pieces = read_list(skeleton)
     spec = open_checkpoint(skeleton, pieces=PieceStore(pair.alpha.data / "pieces")).spec
     last = json.loads(head.lines[0])["stages"][0]["last"]
@@ -116,10 +89,10 @@ def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
     assert set(came["alpha"]) == {"beta"}
     assert came["alpha"]["beta"] <= sum(own.values())
     kept = {path.stem: path.stat().st_size for path in (pair.alpha.data / "pieces").rglob("*.piece")}
-    assert set(kept) == {*own, *opened, pair.digest}
+    assert set(kept) == {*own, *opened, borrowed(pair)}
 
     head.stop()
-    head = pair.up("--wait-for", "2")
+    head = pair.up("--offline", "--wait-for", "2")
     wait_until(lambda: len(stages(head)) == 2, LOADED_S, head.said)
     assert fetched(head) == {"alpha": {}, "beta": {}}
     assert answer(head) == text
@@ -142,7 +115,7 @@ def test_a_head_goes_on_with_what_it_has_and_waits_only_for_what_lacks(
     keep(made, smollm2_path, pair.alpha.data / "pieces", stage_pieces(made.pieces, spec, 0, 20).values())
     shutil.rmtree(shared_dir() / "offers")
 
-    head = pair.up()
+    head = pair.up("--offline")
     wait_until(lambda: "Waiting for beta" in head.said(), LOADED_S, head.said)
     beta = pair.join()
     wait_until(lambda: bool(stages(head)), LOADED_S, lambda: head.said() + beta.said())
@@ -151,7 +124,7 @@ def test_a_head_goes_on_with_what_it_has_and_waits_only_for_what_lacks(
     head.stop()
 
     keep(made, smollm2_path, pair.alpha.data / "pieces", stage_pieces(made.pieces, spec, 0, 30).values())
-    head = pair.up()
+    head = pair.up("--offline")
     assert stages(head) == [("alpha", "cpu")]
     assert "Going on with what is here of smollm2, which came from beta" in head.said()
     assert fetched(head) == {"alpha": {}}
@@ -165,7 +138,7 @@ def test_a_head_goes_on_with_what_it_has_and_waits_only_for_what_lacks(
 
 def test_a_name_that_no_host_knows_is_said_at_once(pair_without_models: Pair) -> None:
     pair = pair_without_models
-    head = pair.up()
+    head = pair.up("--offline")
     wait_until(lambda: "not there yet: beta" in head.said(), LOADED_S, head.said)
     beta = pair.join()
     assert head.process.wait(LOADED_S) == 1
@@ -174,7 +147,7 @@ def test_a_name_that_no_host_knows_is_said_at_once(pair_without_models: Pair) ->
     assert "hint: " in said and "Traceback" not in said
     beta.stop()
 
-    head = pair.up()
+    head = pair.up("--offline")
     wait_until(lambda: "not there yet: beta" in head.said(), LOADED_S, head.said)
     assert head.stop() == 130
     assert "Traceback" not in head.said()
@@ -182,7 +155,7 @@ def test_a_name_that_no_host_knows_is_said_at_once(pair_without_models: Pair) ->
 
 
 def test_a_lender_that_is_revoked_while_it_is_asked_is_waited_for_no_more(pair: Pair) -> None:
-    head, beta = pair.up("--wait-for", "2"), pair.join()
+    head, beta = pair.up("--offline", "--wait-for", "2"), pair.join()
     wait_until(lambda: "smollm2 is on beta" in head.said() or head.process.poll() is not None, LOADED_S, head.said)
     pair.roster.revoke("beta")
     assert beta.process.wait(30.0) == 1

@@ -5,32 +5,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-import zmq
 
 from potluck import borrowed_model
 from potluck.borrowed_model import BorrowedModel
 from potluck.borrowed_record import read_borrowed
-from potluck.lan import ThisHost
-from potluck.model_share import PieceGiver
 from potluck.paths import shared_dir
 from potluck.ring import RingStage
 from potluck.wanted_model import WantedModel
 from shard.piece_list_wire import list_digest
 from shard.shared_model import OfferedModel, offer_model
 from tests.doctor.small_head import SmallHead
+from tests.potluck.guests import Answer, Guest
 from tests.shard.tiny import save_tiny
-from tests.transport.test_control import ARRIVE, wait_until
-from transport.control import ControlClient
+from tests.transport.test_control import wait_until
 from transport.control_messages import ControlMessage
-from transport.curve import Curve, new_key_pair
-from transport.endpoints import tcp_endpoint
+from transport.curve import new_key_pair
 from transport.errors import DeadlineExceeded, ModelNotFound
 from transport.pieces import whole
 from transport.pieces.piece_source import Located
@@ -38,45 +33,6 @@ from transport.pool_messages import AskModels, AskOffer, HostFault, HostModel, H
 
 HEAD, BETA, GAMMA = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 MISSING = ModelNotFound("there is no model 'tiny'; none is here yet", hint="potluck pull smollm2")
-Answer = Callable[[Any], list[ControlMessage]]
-
-
-class Guest:
-    """A host of the pool that answers by `answer`."""
-
-    def __init__(self, pool: Pool, name: str, address: str, answer: Answer) -> None:
-        self.keys = new_key_pair()
-        self.asked: list[ControlMessage] = []
-        self._answer = answer
-        self._stack = ExitStack()
-        pool.stack.callback(self.close)
-        pool.head.roster.add(self.keys.public, name, "Linux x86-64")
-        here = ThisHost(name=name, address=address, keys=self.keys)
-        self.giver = PieceGiver(here, tcp_endpoint(address), lambda key: True)
-        self._stack.callback(self.giver.close)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._stack.callback(context.destroy, 0)
-        curve = Curve(context, self.keys)
-        self._stack.callback(curve.close)
-        self.control = ControlClient(
-            context,
-            str(pool.head.pool.control),
-            msgspec.structs.replace(ARRIVE, address=address, pieces=self.giver.endpoint),
-            on_message=self._hear,
-            on_lost=lambda: None,
-            prepare=curve.towards(pool.head.key),
-        )
-        self._stack.callback(self.control.close)
-        wait_until(lambda: name in {host.name for host in pool.head.pool.hosts.all()})
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def _hear(self, message: ControlMessage) -> None:
-        if isinstance(message, AskModels | AskOffer):
-            self.asked.append(message)
-            for answer in self._answer(message):
-                self.control.send(answer)
 
 
 class Pool:
@@ -133,8 +89,8 @@ def written(home: Path) -> set[str]:
 
 
 def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: OfferedModel, tmp_path: Path) -> None:
-    beta = Guest(pool, "beta", BETA, lacks)
-    gamma = Guest(pool, "gamma", GAMMA, has(tiny))
+    beta = Guest(pool.head, pool.stack, "beta", BETA, lacks)
+    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
     gamma.giver.offer(tiny)
     assert pool.model.find()
     model = pool.model.ready(pool.said.append, for_others=False)
@@ -162,7 +118,7 @@ def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: OfferedModel, tmp
 
 
 def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: OfferedModel) -> None:
-    gamma = Guest(pool, "gamma", GAMMA, has(tiny))
+    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
     gamma.giver.offer(tiny)
     assert pool.model.find()
 
@@ -184,7 +140,7 @@ def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: Offere
 def test_what_is_known_does_while_the_host_is_away_and_what_it_has_now_counts(
     pool: Pool, tiny: OfferedModel, tmp_path: Path
 ) -> None:
-    gamma = Guest(pool, "gamma", GAMMA, has(tiny))
+    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
     gamma.giver.offer(tiny)
     assert pool.model.find()
     gamma.close()
@@ -196,15 +152,21 @@ def test_what_is_known_does_while_the_host_is_away_and_what_it_has_now_counts(
 
     pool.head.roster.revoke("gamma")
     changed = offer_model(save_tiny("llama", 1, tmp_path / "changed"), "tiny", tmp_path / "lent")
-    again = Guest(pool, "delta", GAMMA, has(changed))
+    again = Guest(pool.head, pool.stack, "delta", GAMMA, has(changed))
     again.giver.offer(changed)
     assert pool.model.ready(pool.said.append, for_others=False).path.name == changed.digest
     assert pool.model.has_lender
 
 
 def test_nobody_has_it(pool: Pool) -> None:
-    Guest(pool, "beta", BETA, lacks)
-    Guest(pool, "gamma", GAMMA, lambda question: [HostFault(question.token, "no_space", "\x1bfull[/red]")])
+    Guest(pool.head, pool.stack, "beta", BETA, lacks)
+    Guest(
+        pool.head,
+        pool.stack,
+        "gamma",
+        GAMMA,
+        lambda question: [HostFault(question.token, "no_space", "\x1bfull[/red]")],
+    )
     with pytest.raises(ModelNotFound, match="nor has any of the paired hosts: beta, gamma") as raised:
         pool.model.find()
     assert "potluck pull smollm2" in raised.value.hint
@@ -263,9 +225,9 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
                 return [HostFault(question.token, "no_space", "the disk is full")]
         return [Offered(question.token, digest, 1 << 62)]
 
-    beta = Guest(pool, "beta", BETA, answer)
+    beta = Guest(pool.head, pool.stack, "beta", BETA, answer)
     beta.giver._server.sources = (Given(digest, tmp_path / "list"),)
-    gamma = Guest(pool, "gamma", GAMMA, has(tiny))
+    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
     gamma.giver.offer(tiny)
     assert pool.model.find()
     assert pool.model.ready(lambda line: None, for_others=False).path.name == tiny.digest
@@ -279,10 +241,10 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
 
 def test_only_who_was_asked_answers(pool: Pool, tiny: OfferedModel) -> None:
     """Tokens are easy to guess: another host's answer is not taken for it."""
-    gamma = Guest(pool, "gamma", GAMMA, has(tiny))
+    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
     gamma.giver.offer(tiny)
     lie = hashlib.sha256(b"lie").hexdigest()
-    beta = Guest(pool, "beta", BETA, lacks)
+    beta = Guest(pool.head, pool.stack, "beta", BETA, lacks)
 
     def slow(question: Any) -> list[ControlMessage]:
         if isinstance(question, AskOffer):
@@ -291,6 +253,6 @@ def test_only_who_was_asked_answers(pool: Pool, tiny: OfferedModel) -> None:
             wait_until(lambda: beta.control._outbox == type(beta.control._outbox)())
         return has(tiny)(question)
 
-    gamma._answer = slow
+    gamma.answer = slow
     assert pool.model.find()
     assert pool.model.ready(lambda line: None, for_others=False).path.name == tiny.digest

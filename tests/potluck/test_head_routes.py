@@ -12,6 +12,7 @@ import pytest
 from potluck import head_routes
 from potluck.api_key import SECRET_HEADER
 from potluck.http.app import create_app
+from potluck.pool_offers import FileHolder, FileHolders, ModelElsewhere, ModelsElsewhere
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, Server
 from transport.errors import BadRequest
@@ -41,6 +42,14 @@ class _Head:
         self.done.append((name, allow))
         return name
 
+    def files(self, sha256: str) -> FileHolders:
+        self.done.append(sha256)
+        return FileHolders(holders=[FileHolder(name="mac", endpoint="tcp://192.0.2.2:5", key="k", num_bytes=7)])
+
+    def models(self) -> ModelsElsewhere:
+        self.done.append("models")
+        return ModelsElsewhere(models=[ModelElsewhere(host="mac", name="m", source="", bytes=7)])
+
 
 class _AnyKey:
     def is_right(self, presented: bytes) -> bool:
@@ -67,18 +76,36 @@ def _post(server: Server, path: str, secret: str | None, body: Any = None) -> ht
     return httpx.post(url, json={} if body is None else body, headers=headers, timeout=60.0, trust_env=False)
 
 
+def _get_models(server: Server, secret: str) -> httpx.Response:
+    headers = {"Authorization": "Bearer sk-potluck-of-a-friend", SECRET_HEADER: secret}
+    url = f"http://127.0.0.1:{server.port}/potluck/models"
+    return httpx.get(url, headers=headers, timeout=60.0, trust_env=False)
+
+
 def test_commands_of_the_heads_user_are_obeyed(server: Server, head: _Head) -> None:
     assert _post(server, "replan", SECRET).json() == {"better_plan": None}
     assert _post(server, "invite", SECRET).json()["code"] == "ABCD-EFGH"
     assert _post(server, "approve", SECRET, {"name": "mac", "allow": True}).json() == {"name": "mac"}
-    assert head.done == ["replan", "invite", ("mac", True)]
+    holders = _post(server, "files", SECRET, {"sha256": "ab"}).json()["holders"]
+    assert holders == [{"name": "mac", "endpoint": "tcp://192.0.2.2:5", "key": "k", "num_bytes": 7}]
+    models = _get_models(server, SECRET).json()["models"]
+    assert models == [{"host": "mac", "name": "m", "source": "", "bytes": 7}]
+    assert head.done == ["replan", "invite", ("mac", True), "ab", "models"]
 
 
 @pytest.mark.parametrize("secret", [None, "", "of-this-hea", "of-this-head1", "sk-potluck-of-a-friend", "é"])
 def test_who_may_only_chat_decides_nothing(server: Server, head: _Head, secret: str | None) -> None:
-    for path, body in (("replan", {}), ("invite", {}), ("approve", {"name": "mac", "allow": True}), ("approve", [1])):
+    asked = {"name": "mac", "allow": True}
+    for path, body in (
+        ("replan", {}),
+        ("invite", {}),
+        ("approve", asked),
+        ("approve", [1]),
+        ("files", {"sha256": "a"}),
+    ):
         refused = _post(server, path, None if secret is None else secret.encode("latin-1"), body)  # type: ignore[arg-type]
         assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_allowed"
+    assert _get_models(server, "of-this-hea").status_code == 403
     assert head.done == []
     status = httpx.get(f"http://127.0.0.1:{server.port}/potluck/status", timeout=60.0, trust_env=False)
     assert status.json() == {"model": MODEL}

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from transport.errors import BadMessage
-from transport.pieces.piece import MAX_PIECE_BYTES
+from transport.pieces.piece import MAX_FILE_BYTES
 
 PART_BYTES = 256 * 2**10
 MAX_REQUEST_BYTES = 1024
@@ -32,7 +32,8 @@ MAX_ANSWER_FRAME_BYTES = max(PART_BYTES, MAX_HEADER_BYTES) + _ENVELOPE_BYTES
 
 
 class Ask(Struct, frozen=True, tag="ask", array_like=True, forbid_unknown_fields=True):
-    """Bytes [offset, offset + num_bytes) of the piece, or as many of them as it has."""
+    """Bytes [offset, offset + num_bytes) of the piece, or as many of them as it has. A whole file that a host was asked
+    to give (`AskFiles`) is one piece."""
 
     token: int
     digest: str
@@ -113,8 +114,8 @@ def decode_request(frames: Sequence[bytes | memoryview]) -> Request:
         return request
     _check_digest(request.digest)
     if isinstance(request, Ask):
-        if not 0 <= request.offset <= MAX_PIECE_BYTES:
-            raise BadMessage(f"offset {request.offset} in a piece of at most {MAX_PIECE_BYTES} bytes")
+        if not 0 <= request.offset <= MAX_FILE_BYTES:
+            raise BadMessage(f"offset {request.offset}; a file has at most {MAX_FILE_BYTES} bytes")
         if not 1 <= request.num_bytes <= PART_BYTES:
             raise BadMessage(f"{request.num_bytes} bytes asked for at once; at most {PART_BYTES} are allowed")
     return request
@@ -140,7 +141,7 @@ def decode_answer(frames: Sequence[bytes | memoryview]) -> Answer:
     if isinstance(answer, Part):
         if len(frames[1]) > PART_BYTES:
             raise BadMessage(f"a part of {len(frames[1])} bytes; at most {PART_BYTES} are allowed")
-        if not 0 <= answer.offset <= max(MAX_PIECE_BYTES, MAX_SPEED_TEST_BYTES):
+        if not 0 <= answer.offset <= MAX_FILE_BYTES:
             raise BadMessage(f"a part at offset {answer.offset}")
     return answer
 

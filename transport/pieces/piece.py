@@ -11,6 +11,7 @@ from msgspec import Struct
 
 MAX_PIECE_BYTES = 16 * 2**20
 MAX_LIST_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 1 << 44
 LIST_VERSION = 2
 
 

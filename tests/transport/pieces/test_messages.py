@@ -30,7 +30,7 @@ from transport.pieces.messages import (
     encode,
     is_held,
 )
-from transport.pieces.piece import MAX_PIECE_BYTES
+from transport.pieces.piece import MAX_FILE_BYTES
 
 DIGEST = "0123456789abcdef" * 4
 NO_DIGESTS = ("", "abc", DIGEST.upper(), DIGEST[:-1] + "/", "../" * 21 + "a", "/etc/passwd", DIGEST + "\n", DIGEST * 2)
@@ -51,7 +51,7 @@ tagged = st.tuples(
 
 @pytest.mark.parametrize(
     "request_",
-    [Ask(1, DIGEST, 0, 1), Ask(2, DIGEST, MAX_PIECE_BYTES, PART_BYTES), Holdings(3, DIGEST), SpeedTest(4, 1)],
+    [Ask(1, DIGEST, 0, 1), Ask(2, DIGEST, MAX_FILE_BYTES, PART_BYTES), Holdings(3, DIGEST), SpeedTest(4, 1)],
 )
 def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
     assert decode_request([encode(request_)]) == request_
@@ -79,7 +79,7 @@ def test_an_answer_comes_out_as_it_went_in(answer: Answer, buffers: list[bytes])
         [encode(Ask(1, DIGEST, 0, 1)), b""],
         [encode(Ask(-1, DIGEST, 0, 1))],
         [encode(Ask(1, DIGEST, -1, 1))],
-        [encode(Ask(1, DIGEST, MAX_PIECE_BYTES + 1, 1))],
+        [encode(Ask(1, DIGEST, MAX_FILE_BYTES + 1, 1))],
         [encode(Ask(1, DIGEST, 0, 0))],
         [encode(Ask(1, DIGEST, 0, PART_BYTES + 1))],
         [encode(SpeedTest(1, MAX_SPEED_TEST_BYTES + 1))],
@@ -140,7 +140,7 @@ def test_what_gets_through_is_within_its_bounds(fields: tuple[Any, ...]) -> None
         else:
             assert request.digest == DIGEST
         if isinstance(request, Ask):
-            assert 0 <= request.offset <= MAX_PIECE_BYTES and 1 <= request.num_bytes <= PART_BYTES
+            assert 0 <= request.offset <= MAX_FILE_BYTES and 1 <= request.num_bytes <= PART_BYTES
 
 
 @given(st.lists(st.booleans(), max_size=70))
