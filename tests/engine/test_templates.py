@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from potluck.engine.template_sandbox import ChatTemplate, TooLarge
 from potluck.engine.templates import TemplateRenderer
-from transport.errors import BadCheckpoint, BadRequest
+from transport.errors import BadCheckpoint, BadRequest, Busy, PotluckError
 
 _CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": 'Hi "you" <b>'}]
 _VARIABLES = {"add_generation_prompt": True, "tools": None, "documents": None, "bos_token": "<s>", "eos_token": "</s>"}
@@ -239,6 +239,32 @@ def test_a_slow_chat_does_not_hold_up_another() -> None:
     threads[0].join(60.0)
     assert ended == ["quick", "slow"]
     renderer.close()
+
+
+def test_many_slow_chats_hold_up_no_quick_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potluck.engine.templates._SHORT_WITHIN_S", 600.0)
+    template = "{% if messages[0].content == 'slow' %}" + _BOMBS["a loop"] + "{% endif %}{{ messages[0].content }}"
+    renderer = TemplateRenderer(template, within_s=600.0)
+    refusals: list[PotluckError] = []
+
+    def ask() -> None:
+        with pytest.raises((Busy, BadRequest)) as caught:
+            renderer.render([{"role": "user", "content": "slow"}], _VARIABLES)
+        refusals.append(caught.value)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    _wait(lambda: len(refusals) == 5, 60.0)
+    # One may go on, the others come again; and whoever the template is quick with is served.
+    assert all(isinstance(refusal, Busy) for refusal in refusals)
+    for number in range(10):
+        assert renderer.render([{"role": "user", "content": f"{number}"}], _VARIABLES) == f"{number}"
+    assert len(refusals) == 5
+    renderer.close()
+    for thread in threads:
+        thread.join(60.0)
+    assert isinstance(refusals[-1], BadRequest)
 
 
 def test_several_threads_take_turns(renderer: TemplateRenderer) -> None:
