@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,9 @@ def join(home: Home, name: str, address: str, *how: str) -> Running:
     return Running(home, *join_arguments(name, address, *how))
 
 
-def shown_invite(head: Running) -> str:
-    """The one that a head prints when it starts."""
-    found = re.search(r"potluck://[^'\s]+", head.said())
-    assert found is not None, head.said()
-    return found[0]
+def new_invite(head: Home) -> str:
+    invite: str = json.loads(head.run("invite", "--json").stdout)["invite"]
+    return invite
 
 
 def new_code(head: Home) -> str:

@@ -22,7 +22,7 @@ from tests.e2e.lan_hosts import (
     members,
     new_code,
     new_home,
-    shown_invite,
+    new_invite,
     stages,
     up,
 )
@@ -106,14 +106,16 @@ def test_hosts_pair_by_invite_when_they_are_approved_and_one_that_is_revoked_is_
     head_home, beta_home, other_home = hosts(has_models=True), hosts(), hosts()
     head = up(head_home, "alpha", HEAD)
     door = head.facts()["lan"]
-    beta = join(beta_home, "beta", BETA, shown_invite(head))
+    assert "potluck://" not in head.said()  # Into a file.
+    invite = new_invite(head_home)
+    beta = join(beta_home, "beta", BETA, invite)
     wait_until(lambda: "potluck approve beta" in head.said(), READY_S, beta.said)
     assert members(head_home) == {}
     assert head_home.run("approve", "beta").returncode == 0
     wait_until(lambda: len(stages(head)) == 2, LOADED_S, head.said)
 
     # The invite was used; and who is called like another gets another name.
-    again = other_home.run(*join_arguments("beta", GAMMA, shown_invite(head)))
+    again = other_home.run(*join_arguments("beta", GAMMA, invite))
     assert again.returncode == 1
     assert "used already" in again.stderr and "Traceback" not in again.stderr
     second = join(other_home, "beta", GAMMA, "--head", door, "--code", new_code(head_home))
