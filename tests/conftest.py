@@ -7,8 +7,19 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from potluck.store import Store
+
+# The same examples in each run, which pass or fail with the code alone, however slow the machine is; others with
+# POTLUCK_TEST_EXPLORE=1.
+settings.register_profile(
+    "potluck",
+    derandomize=not os.environ.get("POTLUCK_TEST_EXPLORE"),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("potluck")
 
 
 def pytest_configure() -> None:

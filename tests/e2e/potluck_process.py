@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
+import pytest
+
+from potluck.cli import main
 
 # What takes seconds on a quiet machine may take minutes on a busy one: these are to end a hang, not to measure.
 READY_S = 240.0
@@ -24,6 +27,14 @@ ASK_S = 120.0
 _SAID = "stderr-"
 DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
 COMMAND = [sys.executable, "-P", "-m", "potluck.cli"]
+
+
+class Done(NamedTuple):
+    """As `subprocess.CompletedProcess`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +67,21 @@ class Home:
             timeout=timeout_s,
             check=False,
         )
+
+    def run_here(self, *arguments: str, patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> Done:
+        """The same in this process: for what is refused before anything is started it need not be imported anew."""
+        for name, value in self.environment().items():
+            if name.startswith("POTLUCK_"):
+                patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["potluck", *arguments])
+        captured.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = captured.readouterr()
+        return Done(code, said.out, said.err)
 
     def processes(self) -> list[psutil.Process]:
         """Every process that was started with these folders, told by its environment."""

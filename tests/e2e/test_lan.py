@@ -158,8 +158,14 @@ def test_hosts_pair_by_invite_when_they_are_approved_and_one_that_is_revoked_is_
         (["join", "--no-discovery"], ["--head", "hint"]),
     ],
 )
-def test_bad_input_ends_with_the_next_step(home: Home, arguments: list[str], words: list[str]) -> None:
-    done = home.run(*arguments)
+def test_bad_input_ends_with_the_next_step(
+    home: Home,
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = home.run_here(*arguments, patch=monkeypatch, captured=capsys)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for word in words:

@@ -102,9 +102,14 @@ def test_the_threads_of_a_host_are_shared_out(home: Home, devices: int, wanted: 
 )
 @pytest.mark.parametrize("command", [("up", "smollm2"), ("run", "smollm2", "Hi"), ("plan", "smollm2"), ("demo",)])
 def test_bad_values_are_refused_by_name(
-    home: Home, command: tuple[str, ...], arguments: tuple[str, ...], says: str
+    home: Home,
+    command: tuple[str, ...],
+    arguments: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = home.run(*command, *arguments)
+    done = home.run_here(*command, *arguments, patch=monkeypatch, captured=capsys)
     assert done.returncode == 1
     assert says in " ".join(done.stderr.split()) and "hint:" in done.stderr
     assert home.leftovers() == []

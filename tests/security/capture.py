@@ -39,6 +39,7 @@ class Capture:
 
     def __init__(self) -> None:
         self._payloads: dict[tuple[int, int], bytearray] = {}
+        self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))  # type: ignore[attr-defined]
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         self._socket.bind(("lo", 0))
@@ -49,7 +50,8 @@ class Capture:
 
     def of_ports(self, ports: Collection[int]) -> list[bytes]:
         """What went to them and came from them."""
-        return [bytes(data) for ends, data in list(self._payloads.items()) if set(ends) & set(ports)]
+        with self._lock:
+            return [bytes(data) for ends, data in self._payloads.items() if set(ends) & set(ports)]
 
     def share_dropped(self) -> float:
         """Of all packets, whosever they were, since this was last asked."""
@@ -58,9 +60,9 @@ class Capture:
 
     def close(self) -> None:
         """Forget all of it. May be called again."""
-        self._payloads.clear()
         self._ending.set()
         self._thread.join()
+        self._payloads.clear()
         self._socket.close()
 
     def _run(self) -> None:
@@ -76,7 +78,8 @@ class Capture:
         tcp = 14 + 4 * (packet[14] & 15)
         source, destination = struct.unpack_from(">HH", packet, tcp)
         payload = packet[tcp + 4 * (packet[tcp + 12] >> 4) :]
-        self._payloads.setdefault((source, destination), bytearray()).extend(payload)
+        with self._lock:
+            self._payloads.setdefault((source, destination), bytearray()).extend(payload)
 
 
 class Windows:

@@ -114,7 +114,7 @@ def test_a_quarter_of_a_core_is_that(lab: Lab) -> None:
     burning = [lab.popen(host, [sys.executable, "-c", BURN], stdout=subprocess.PIPE, text=True) for host in "ab"]
     free, limited = (float(each.communicate(timeout=240)[0]) for each in burning)
     # A machine that gives others less gives this one less, too.
-    assert 0.7 * min(0.25, free) < limited < 0.33
+    assert 0.4 * min(0.25, free) < limited < 0.33
 
 
 def test_more_memory_than_there_is_kills(lab: Lab) -> None:
