@@ -17,12 +17,13 @@ from devices.members import checked_name
 from devices.roster import RosterFile
 from potluck.devices_view import WaitingRow, device_row, device_table, joined_json, joined_line
 from potluck.head_api import get_from_head, post_to_head
+from potluck.head_file import running_head
 from potluck.invitation import show_invitation
 from potluck.leaving.in_use import joining_processes
 from potluck.options import JsonOption
 from potluck.paths import known_pools_file, roster_file
 from potluck.terminal import data, show_table, tell
-from transport.errors import ConfigError, PotluckError
+from transport.errors import ConfigError, NotRunning, PotluckError
 
 
 class InviteAnswer(msgspec.Struct, frozen=True):
@@ -118,9 +119,12 @@ def rename(
 ) -> None:
     """Give a host of the pool another name."""
     roster = RosterFile(roster_file())
-    before = old if old == roster.read().name else roster.find(old).name
+    is_own = old == roster.read().name
+    before = old if is_own else roster.find(old).name
     roster.rename(old, new)
-    tell(data, f"{escape(before)} is called {escape(checked_name(new))} now")
+    # A head has told its own name to everyone there.
+    when = "when its head is started again" if is_own and _head_runs() else "now"
+    tell(data, f"{escape(before)} is called {escape(checked_name(new))} {when}")
 
 
 def revoke(
@@ -164,6 +168,14 @@ def forget(
 
 def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _head_runs() -> bool:
+    try:
+        running_head()
+        return True
+    except NotRunning:
+        return False
 
 
 def _seen_by_head() -> HostsReport:

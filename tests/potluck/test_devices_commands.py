@@ -195,6 +195,11 @@ def test_a_device_is_renamed_by_name_or_fingerprint(roster: RosterFile) -> None:
     assert isinstance(error_of("rename", "mini", "den"), ConfigError)
 
 
+def test_a_head_that_runs_has_its_new_name_when_it_is_started_again(roster: RosterFile, head: Answering) -> None:
+    assert "den is called attic when its head is started again" in said("rename", "den", "attic")
+    assert "mac is called laptop now" in said("rename", "mac", "laptop")
+
+
 def test_revoking_says_what_it_does_and_asks(roster: RosterFile, monkeypatch: pytest.MonkeyPatch) -> None:
     error = error_of("revoke", "mac")
     assert "--yes" in error.hint
