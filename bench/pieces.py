@@ -2,14 +2,16 @@
 
 python -m bench.pieces [--model FOLDER ...] [--rounds 9] [--backend torch mlx] [--steps 200] [--cold] [--json FILE]
 Both ways are taken in turn, round after round, because the machine drifts; ratios are medians over rounds of ratios
-within a round. Without a model: SmolLM2 from the store, and 1 GB of random weights. `--cold` has the files put out of
-the system's page cache before each load (Linux). Steps with made-up weights are of the first model.
+within a round. Without a model: SmolLM2 from the store, and 1 GB of random weights. `--cold` has everything put out of
+the system's caches before each load (Linux; root), and tells how long the disk itself takes for as many bytes, 8 MiB
+after 8 MiB. Steps with made-up weights are of the first model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +41,7 @@ _ONE_GB = LlamaShape(hidden=2048, intermediate=5632, layers=8, heads=32, kv_head
 _ALIGNMENT = 64
 """That of torch's memory. NumPy's, 16 bytes into a page, takes twice the time to copy to from the start of a file's
 page: processors mistake what is read for what was just written."""
+_DIRECT_BYTES = 8 << 20
 _room = np.ones((1 << 28) + _ALIGNMENT, np.uint8)  # Its pages are there before anything is timed.
 _buffer = _room[-_room.ctypes.data % _ALIGNMENT :]
 
@@ -63,7 +67,7 @@ def cut(folder: Path, scratch: Path) -> tuple[PieceStore, dict[str, float]]:
     }
 
 
-def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -> dict[str, object]:
+def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=Path.home()) as scratch:
         store, found = cut(folder, Path(scratch))
 
@@ -75,16 +79,22 @@ def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -
 
         ways: dict[str, Callable[[Checkpoint], None]] = {"reading": _read}
         ways |= {backend: partial(_load, backend) for backend in backends}
-        kept_out = [*model_files(folder).weights.values(), *store.root.rglob("*.piece")] if cold else []
-        report: dict[str, object] = {"model": folder.name, **found}
+        weights = list(model_files(folder).weights.values())
+        report: dict[str, Any] = {"model": folder.name, **found}
         for name, use in ways.items():
             for opened in (plain, pieced):
-                _timed(opened, use, [])
-            pairs = []
+                _timed(opened, use)
+            pairs, disk_s = [], []
             for number in range(rounds):
                 order = (plain, pieced) if number % 2 == 0 else (pieced, plain)
-                taken = {opened.__name__: _timed(opened, use, kept_out) for opened in order}
+                taken = {}
+                for opened in order:
+                    if cold:
+                        empty_caches()
+                    taken[opened.__name__] = _timed(opened, use)
                 pairs.append((taken["plain"], taken["pieced"]))
+                if cold:
+                    disk_s.append(disk_seconds(weights))
             report[name] = {
                 "plain_s": statistics.median(plain[0] for plain, _ in pairs),
                 "pieces_s": statistics.median(pieces[0] for _, pieces in pairs),
@@ -92,19 +102,41 @@ def loading(folder: Path, backends: list[Backend], rounds: int, *, cold: bool) -
                 "best_ratio": min(pieces[0] for _, pieces in pairs) / min(plain[0] for plain, _ in pairs),
                 "cpu_ratio": statistics.median(pieces[1] / plain[1] for plain, pieces in pairs),
             }
+            if disk_s:
+                report[name] |= {
+                    "disk_s": statistics.median(disk_s),
+                    "plain_over_disk": statistics.median(
+                        plain[0] / disk for (plain, _), disk in zip(pairs, disk_s, strict=True)
+                    ),
+                    "pieces_over_disk": statistics.median(
+                        pieces[0] / disk for (_, pieces), disk in zip(pairs, disk_s, strict=True)
+                    ),
+                }
             print(f"{folder.name} {name}: {report[name]}", file=sys.stderr)
         return report
 
 
-def _timed(
-    opened: Callable[[], Checkpoint], use: Callable[[Checkpoint], None], kept_out: Sequence[Path]
-) -> tuple[float, float]:
+def empty_caches() -> None:
+    """Contents of files, and where they lie: as after a start."""
+    os.sync()  # Pages that are still to be written would stay.
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def disk_seconds(paths: Sequence[Path]) -> float:
+    """To read them past the system's cache, one request of 8 MiB after the other."""
+    started = time.perf_counter()
+    with mmap.mmap(-1, _DIRECT_BYTES) as block:  # The memory has to begin with a page.
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            offset = 0
+            while count := os.preadv(fd, [block], offset):
+                offset += count
+            os.close(fd)
+    return time.perf_counter() - started
+
+
+def _timed(opened: Callable[[], Checkpoint], use: Callable[[Checkpoint], None]) -> tuple[float, float]:
     """Seconds of the clock, and of the processor: where others use the machine too, the latter say more."""
-    for path in kept_out:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)  # Pages that are still to be written would stay.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
     started, started_cpu = time.perf_counter(), time.process_time()
     checkpoint = opened()
     use(checkpoint)

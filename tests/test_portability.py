@@ -77,7 +77,7 @@ ALLOWED = {
     "potluck/service/launchd.py": {"os.getuid"},  # used on macOS only
     "shard/file_blocks.py": {"os.preadv"},  # hasattr
     "shard/machine.py": {"os.sched_getaffinity"},  # hasattr
-    "shard/weight_folder.py": {"os.posix_fadvise"},  # hasattr
+    "shard/weight_folder.py": {"os.preadv"},  # sys.platform
     "transport/pieces/piece_source.py": {"os.pread"},  # hasattr
     "transport/threads.py": {"os.sched_setscheduler", "os.sched_param"},  # sys.platform
     # The table of systems that it knows.

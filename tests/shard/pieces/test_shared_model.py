@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +23,7 @@ from shard.open import open_checkpoint
 from shard.piece_list import make_piece_list
 from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
 from shard.shared_model import LIST_FILE, materialize, offer_model, read_list, whole_list
-from shard.weight_folder import PiecedFolder, PlainFolder
+from shard.weight_folder import PiecedFolder, PlainFolder, _is_cached, _to_page_cache
 from tests.shard.pieces.given import pieced, stored
 from tests.shard.pieces.test_piece_list import ingested
 from tests.shard.tiny import save_tiny
@@ -101,6 +104,64 @@ def test_a_piece_that_lacks_is_asked_for(tmp_path: Path) -> None:
     open_checkpoint(folder).read_into("model.norm.weight", wanted, "float32")
     np.testing.assert_array_equal(out, wanted)
     assert asked == [Piece(norm.digest, norm.num_bytes)]
+
+
+def test_the_pieces_that_follow_are_looked_for_while_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shard.weight_folder._CAN_READ_AHEAD", True)
+    asked: list[Path] = []
+    going_on = threading.Event()
+
+    def read_ahead(paths: Sequence[Path]) -> None:
+        going_on.wait(10.0)
+        asked.extend(paths)
+
+    monkeypatch.setattr("shard.weight_folder._to_page_cache", read_ahead)
+    pieces, skeleton, store = pieced(save_tiny("llama", 0, tmp_path / "model"), tmp_path)
+    (weights,) = [file for file in pieces.files if file.name.endswith(".safetensors")]
+    named = [piece for piece in weights.pieces if piece.tensor]
+    folder = PiecedFolder(skeleton, pieces, store)
+    for piece in named[:3]:
+        folder.read(weights.name, np.empty(piece.num_bytes, np.uint8), piece.offset, "a tensor")
+    assert not asked, "reading does not wait for it"
+    going_on.set()
+    folder.close()
+    assert asked == [store.path(piece.digest) for piece in named[1:]], "each once"
+    folder.read(weights.name, np.empty(named[1].num_bytes, np.uint8), named[1].offset, "the second, once it is closed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others can't")
+def test_reading_ahead_passes_over_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "here").write_bytes(bytes(100_000))
+    _to_page_cache([tmp_path / "gone", tmp_path, tmp_path / "here"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others can't")
+def test_only_what_the_system_does_not_have_in_memory_is_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    send, here = os.sendfile, threading.get_ident()
+
+    def noting(*arguments: Any) -> int:
+        num_bytes = send(*arguments)
+        if threading.get_ident() == here:
+            sent.append(num_bytes)
+        return num_bytes
+
+    monkeypatch.setattr(os, "sendfile", noting)
+    path = tmp_path / "piece"
+    path.write_bytes(bytes(1_000_000))
+    _to_page_cache([path])
+    assert not sent
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _is_cached(file.fileno()):
+            pytest.skip("a file system that is all in memory")
+        _to_page_cache([path])
+        assert sum(sent) == 1_000_000 and _is_cached(file.fileno())
 
 
 def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
