@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 from rich.markup import escape
@@ -59,6 +60,16 @@ Approve = Callable[[Candidate], bool]
 """Whether the head's user lets it in. Raises DeadlineExceeded if nobody says. Called in a thread of its own."""
 
 
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """`is_known` once it has proved that it knows the secret."""
+
+    address: str
+    thread: threading.Thread
+    is_known: bool = False
+    is_sent_away: bool = False
+
+
 class FrontDoor:
     """Listens at `host` and `port`; None is 11501, or any free one if that is taken. Raises PortInUse, ConfigError.
 
@@ -91,8 +102,7 @@ class FrontDoor:
         self._exchange_at = 0.0
         self._warn_at = 0.0
         self._lock = threading.Lock()
-        self._open: dict[Lines, threading.Thread] = {}
-        self._addresses: Counter[str] = Counter()
+        self._open: dict[Lines, _Guest] = {}
         self._listener = _listener(host, port)
         self._host, self.port = self._listener.getsockname()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -119,7 +129,7 @@ class FrontDoor:
             if self._is_closed:
                 return
             self._is_closed = True
-            threads = [self._thread, *self._open.values()]
+            threads = [self._thread, *(guest.thread for guest in self._open.values())]
             for lines in self._open:
                 lines.interrupt()
         self._wake_write.close()
@@ -148,14 +158,31 @@ class FrontDoor:
         lines = Lines(sock)
         thread = threading.Thread(target=self._serve, args=(lines, address), name="front-door-guest", daemon=True)
         with self._lock:
-            is_full = len(self._open) >= MAX_CONNECTIONS or self._addresses[address] >= MAX_PER_ADDRESS
-            if not is_full and not self._is_closed and _started(thread):
-                self._open[lines] = thread
-                self._addresses[address] += 1
+            if self._has_room(address) and not self._is_closed and _started(thread):
+                self._open[lines] = _Guest(address, thread)
                 return
         with contextlib.suppress(HungUp):  # It fits into the socket's buffer: nobody is waited for.
             lines.send(Refused(reason="busy"), 0.0)
         lines.close()
+
+    def _has_room(self, address: str) -> bool:
+        """For one more from there. If all places are taken, one is made free for it, of an address that has more of
+        them than it would: who holds many from few addresses keeps nobody out."""
+        there = [guest for guest in self._open.values() if not guest.is_sent_away]
+        if sum(guest.address == address for guest in there) >= MAX_PER_ADDRESS:
+            return False
+        if len(there) < MAX_CONNECTIONS:
+            return True
+        strangers = Counter(guest.address for guest in there if not guest.is_known)
+        most_from, num = max(strangers.items(), key=lambda item: item[1], default=("", 0))
+        if num <= strangers[address] + 1:
+            return False
+        for lines, guest in self._open.items():
+            if guest.address == most_from and not guest.is_known and not guest.is_sent_away:
+                guest.is_sent_away = True
+                lines.interrupt()
+                break
+        return True
 
     def _serve(self, lines: Lines, address: str) -> None:
         try:
@@ -170,7 +197,6 @@ class FrontDoor:
             lines.close()
             with self._lock:
                 del self._open[lines]
-                self._addresses -= Counter([address])  # Also drops those with none left.
 
     def _talk(self, lines: Lines, address: str) -> None:
         knock = lines.receive(Knock, self._line_timeout_s)
@@ -243,6 +269,8 @@ class FrontDoor:
         self._exchange_at = time.monotonic() + _EXCHANGE_SPACING_S
 
     def _welcome(self, lines: Lines, side: HeadSide, begin: Begin, address: str) -> None:
+        with self._lock:
+            self._open[lines].is_known = True
         lines.send(side.confirmed(), self._line_timeout_s)
         candidate = Candidate(
             key=begin.key, name=clean_name(begin.name), platform=clean_words(begin.platform), address=address

@@ -31,10 +31,16 @@ class _Connection:
     address: str
     counted_bytes: float = 0.0
     is_heard: bool = False
+    is_known: bool = False
+    """Something was heard of it that counts: it is no stranger's."""
+    is_shut: bool = False
 
 
 class ConnectionCap:
     """Fed with a socket's monitor events, by one thread at a time.
+
+    Where all places are taken, a newcomer gets that of a stranger whose address has more of them than the newcomer's:
+    who holds many from few addresses keeps nobody out.
 
     A message comes out of libzmq when its last frame is there: one that never ends would pile up. On Linux a connection
     that has sent more than `most_unread_bytes` since its last whole message is shut down; elsewhere the kernel does not
@@ -63,18 +69,40 @@ class ConnectionCap:
             if connection is None or not _is_at(connection, event["endpoint"]):
                 self._connections.pop(descriptor, None)
                 return
+            self._connections.pop(descriptor, None)
             address = str(connection.getpeername()[0])
             self._connections[descriptor] = _Connection(event["endpoint"], address)
-            addresses = Counter(each.address for each in self._connections.values())
-            if len(self._connections) > self._most or addresses[address] > self._most_per_address:
-                self.num_refused += 1
-                connection.shutdown(socket.SHUT_RDWR)
+        if descriptor in self._connections and (refused := self._one_too_many(descriptor)) is not None:
+            self._shut(refused)
+
+    def _one_too_many(self, newest: int) -> int | None:
+        """Of the descriptors, after `newest` has come."""
+        address = self._connections[newest].address
+        there = {descriptor: each for descriptor, each in self._connections.items() if not each.is_shut}
+        if sum(each.address == address for each in there.values()) > self._most_per_address:
+            return newest
+        if len(there) <= self._most:
+            return None
+        strangers = {descriptor: each.address for descriptor, each in there.items() if not each.is_known}
+        num_by_address = Counter(strangers.values())
+        [(most_from, num)] = num_by_address.most_common(1)
+        if num <= num_by_address[address]:
+            return newest
+        return next(descriptor for descriptor, each in strangers.items() if each == most_from)
+
+    def _shut(self, descriptor: int) -> None:
+        connection = self._connections[descriptor]
+        connection.is_shut = True
+        self.num_refused += 1
+        with _borrowed(descriptor) as sock:
+            if sock is not None and _is_at(sock, connection.endpoint):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def heard(self, descriptor: int) -> None:
-        """A whole message has come by this connection."""
+        """A whole message has come by this connection, from someone who may send some."""
         connection = self._connections.get(descriptor)
         if connection is not None:
-            connection.is_heard = True
+            connection.is_heard = connection.is_known = True
 
     def look(self, now_s: float) -> None:
         """To be called when no message waits, every `LOOK_EVERY_S` or more often: shut down what piles up."""
@@ -94,8 +122,7 @@ class ConnectionCap:
                 connection.counted_bytes = received if connection.is_heard else min(received, forgiven)
                 connection.is_heard = False
                 if received - connection.counted_bytes > self._most_unread_bytes:
-                    self.num_refused += 1
-                    sock.shutdown(socket.SHUT_RDWR)
+                    self._shut(descriptor)
 
 
 @contextmanager

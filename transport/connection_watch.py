@@ -52,6 +52,7 @@ class ConnectionWatch:
         """Tell when that connection ends, also if it has by now."""
         with self._lock:
             self._followed = descriptor
+            self._cap.heard(descriptor)
             if descriptor in self._over:
                 self._ended.set()
 

@@ -499,6 +499,30 @@ def test_the_door_holds_so_many_and_no_more(patient: House) -> None:
         sock.close()
 
 
+def test_who_holds_the_whole_door_from_few_addresses_keeps_nobody_out(patient: House) -> None:
+    """Nor puts out a host that waits to be let in, from however many."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def answer(candidate: Candidate) -> bool:
+        asked.set()
+        return answered.wait(60.0)
+
+    patient.answer = answer
+    code = str(patient.door.new_code())
+    held = [connection(patient, f"127.0.0.{3 + number % 4}") for number in range(MAX_CONNECTIONS)]
+    until(lambda: guests() == MAX_CONNECTIONS)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(patient.pair, code)
+        assert asked.wait(60.0)
+        held += [connection(patient, f"127.0.0.{3 + number % 4}") for number in range(20)]
+        assert ask_door("127.0.0.1", patient.door.port) == patient.facts
+        held += [connection(patient, f"127.0.0.{7 + number}") for number in range(30)]
+        answered.set()
+        assert joining.result(60.0).my_name == "mac"
+    for sock in held:
+        sock.close()
+
+
 def test_a_hundred_hostile_connections_do_not_keep_a_host_out(house: House) -> None:
     hostile = [connection(house, f"127.0.0.{3 + number % 3}") for number in range(100)]
     for number, sock in enumerate(hostile):
