@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import psutil
-import pytest
 
 from potluck.cli import main
 
@@ -68,20 +70,9 @@ class Home:
             check=False,
         )
 
-    def run_here(self, *arguments: str, patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> Done:
-        """The same in this process: for what is refused before anything is started it need not be imported anew."""
-        for name, value in self.environment().items():
-            if name.startswith("POTLUCK_"):
-                patch.setenv(name, value)
-        patch.setattr(sys, "argv", ["potluck", *arguments])
-        captured.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = captured.readouterr()
-        return Done(code, said.out, said.err)
+    def run_here(self, *arguments: str) -> Done:
+        """The same in this process."""
+        return run_here(*arguments, environment=self.environment())
 
     def processes(self) -> list[psutil.Process]:
         """Every process that was started with these folders, told by its environment."""
@@ -147,6 +138,23 @@ class Running:
                 self.lines.append(line)
             else:
                 self.words.append(line)
+
+
+def run_here(*arguments: str, environment: Mapping[str, str] | None = None) -> Done:
+    """A command in this process: what starts no other one, and is refused or planned, need not be imported anew."""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environment or {}),
+        mock.patch.object(sys, "argv", ["potluck", *arguments]),
+        redirect_stdout(out),
+        redirect_stderr(errors),
+    ):
+        code: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Done(int(str(code or 0)), out.getvalue(), errors.getvalue())
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float, describe: Callable[[], object] = str) -> None:

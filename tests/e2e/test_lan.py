@@ -162,10 +162,8 @@ def test_bad_input_ends_with_the_next_step(
     home: Home,
     arguments: list[str],
     words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = home.run_here(*arguments, patch=monkeypatch, captured=capsys)
+    done = home.run_here(*arguments)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for word in words:

@@ -122,12 +122,10 @@ def test_bad_input_ends_with_the_next_step(
     home: Home,
     arguments: list[str],
     words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # A head of the developer's own may have the usual port.
     port = ("--port", "0") if arguments[0] == "up" and "--port" not in arguments else ()
-    done = home.run_here(*arguments, *port, patch=monkeypatch, captured=capsys)
+    done = home.run_here(*arguments, *port)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for word in words:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from planner.estimate import estimated_pool
 from potluck.saved_pool import save_pool
+from tests.e2e.potluck_process import Done, run_here
 from tests.planner.pool import device, model
 
 
@@ -22,9 +21,8 @@ def pool_file(tmp_path: Path) -> Path:
     return tmp_path / "pool.json"
 
 
-def potluck_plan(pool_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "potluck.cli", "plan", "--pool", str(pool_file), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def potluck_plan(pool_file: Path, *arguments: str) -> Done:
+    return run_here("plan", "--pool", str(pool_file), *arguments)
 
 
 def facts(pool_file: Path, *arguments: str) -> Any:
