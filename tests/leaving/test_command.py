@@ -143,7 +143,7 @@ def test_what_a_terminal_can_not_say_is_no_crash() -> None:
         env=os.environ | {"PYTHONIOENCODING": "latin-1", "POTLUCK_HOME": "/nowhere"},
         capture_output=True,
         encoding="latin-1",
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "hint" in done.stderr

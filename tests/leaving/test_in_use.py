@@ -51,7 +51,7 @@ def test_a_process_with_this_folder_is_in_the_way_and_one_with_another_is_not(tm
             refuse_in_use(tmp_path / "home")
         refuse_in_use(tmp_path / "another")
     finally:
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     refuse_in_use(tmp_path / "home")
 
 

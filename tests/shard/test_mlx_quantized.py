@@ -178,7 +178,7 @@ def test_loading_holds_no_dense_copy() -> None:
         [sys.executable, "-m", "tests.shard.mlx_quantized_peak"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=True,
     )
     found = json.loads(done.stdout)

@@ -42,7 +42,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_line_prints_json(tiny_path: Path) -> None:
-    done = subprocess.run(command(tiny_path), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command(tiny_path), capture_output=True, text=True, timeout=400, check=True)
     assert decode_report(done.stdout.encode()).kinds == (0, 0, 0, 0)
 
 
@@ -57,9 +57,9 @@ def test_a_profile_holds_weights_in_the_form_asked_for(tiny_path: Path) -> None:
     assert held["dense"] == held["stored"] > 3 * held["8-bit"] > 4.5 * held["4-bit"]
     profiler = Profiler(checkpoint, replace(TINY, weights="4-bit", budget_s=0.2), tell=lambda what: None)
     assert profiler.profile().is_sound()
-    done = subprocess.run(command(tiny_path, "--weights", "8-bit"), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(tiny_path, "--weights", "8-bit"), capture_output=True, text=True, timeout=400)
     assert decode_report(done.stdout.encode()).is_sound()
-    done = subprocess.run(command(tiny_path, "--weights", "5-bit"), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(tiny_path, "--weights", "5-bit"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 2 and "invalid choice" in done.stderr
 
 

@@ -1,15 +1,13 @@
-"""`potluck pull | list | show | rm` as a user runs them: processes, exit codes, what is on stdout."""
+"""`potluck pull | list | show | rm` as a user runs them: exit codes, what is on stdout."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.potluck_process import Done, run_here
 from tests.shard.test_safetensors import tensors, write_folder
 from tests.shard.tiny_gguf import write_gguf
 
@@ -19,11 +17,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {"POTLUCK_HOME": str(tmp_path / "home"), "POTLUCK_RUNTIME": str(tmp_path / "run"), "COLUMNS": "200"}
 
 
-def potluck(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "potluck.cli", *arguments]
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
-    )
+def potluck(environment: dict[str, str], *arguments: str) -> Done:
+    return run_here(*arguments, environment=environment)
 
 
 def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_two_processes_get_each_piece_once(store: PieceStore) -> None:
     for racer in racers:
         assert racer.stdout is not None
         assert racer.stdout.readline() == "ready\n"
-    written = [int(racer.communicate("go\n", timeout=60)[0]) for racer in racers]
+    written = [int(racer.communicate("go\n", timeout=400)[0]) for racer in racers]
     assert sum(written) == 40 * 3000
     for number in range(40):
         data = noise(3000, number)
@@ -323,7 +323,7 @@ def test_a_process_that_is_killed_leaves_what_it_had_and_no_lock(store: PieceSto
     for _ in range(lines):
         process.stdout.readline()
     process.kill()
-    process.wait(timeout=60)
+    process.wait(timeout=400)
     process.stdout.close()
     data = noise(1 << 20)
     partial = store.open_partial(piece_of(data))
@@ -370,7 +370,7 @@ sys.stdin.readline()
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     assert store.clear() == 0
-    process.communicate("end\n", timeout=60)
+    process.communicate("end\n", timeout=400)
     assert store.clear() == 1000
 
 
