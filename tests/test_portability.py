@@ -193,7 +193,7 @@ def test_every_module_can_be_imported_as_if_on(system: str) -> None:
         env=environment_of(system),
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
