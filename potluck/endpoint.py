@@ -52,7 +52,9 @@ def bind_endpoint(host: str, port: int) -> socket.socket:
             raise PortInUse(
                 f"port {port} of {host} is in use", hint="choose another one with --port, or 0 for any free one"
             ) from error
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint="choose another --port") from error
+        is_port = error.errno in (errno.EACCES, errno.EPERM)
+        hint = "choose another --port" if is_port else "--host is an address of this host, or 0.0.0.0 for all of them"
+        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror}", hint=hint) from error
     return listener
 
 

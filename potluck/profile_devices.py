@@ -70,6 +70,7 @@ class DeviceMeasuring:
     _keys: dict[str, DeviceKey] = field(default_factory=dict)
     _known: dict[str, ProfileReport] = field(default_factory=dict)
     _doubtful: dict[str, ProfileReport] = field(default_factory=dict)
+    _disturbed: dict[str, float] = field(default_factory=dict)
     _busy: dict[str, float] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
@@ -88,6 +89,10 @@ class DeviceMeasuring:
         groups = _groups(devices)
         for batch in _batches([group for group in groups if not self._is_known(group)], in_turn=in_turn):
             self._measure(batch)
+        if self._disturbed:
+            most, names = max(self._disturbed.values()), ", ".join(sorted(self._disturbed))
+            what = f"Other programs had up to {100 * most:.0f} % of the processors meanwhile"
+            self.say(escape(f"{what}; measured again at a later start, or now with --fresh: {names}"))
         now_s = time.time()
         return (
             [self._times(device, now_s) for device in devices if device.name in self._known],
@@ -145,12 +150,7 @@ class DeviceMeasuring:
         self._done.add(device.name)
         earlier = self._doubtful.get(device.name)
         if is_disturbed(report.others_share):
-            self.say(
-                escape(
-                    f"Other programs had {report.others_share:.0%} of the processors of {device.host} meanwhile: "
-                    f"{device.name} is measured again at a later start, or now with --fresh"
-                )
-            )
+            self._disturbed[device.name] = report.others_share
             if earlier is not None:
                 report = min(earlier, report, key=lambda one: one.steady_s)
         self._known[device.name] = report

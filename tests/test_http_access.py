@@ -12,6 +12,7 @@ import pytest
 
 from potluck.api_key import key_file
 from potluck.config import Settings, checked, settings_from
+from potluck.endpoint import bind_endpoint
 from potluck.http.access import Access, as_host, host_of, origin_of
 from potluck.http_access import open_access, own_url
 from transport.errors import ConfigError
@@ -142,3 +143,9 @@ def test_on_a_network_only_the_key_opens(network: str) -> None:
         "no key, loopback": 401, "key, by name": 200, "key, another name": 403, "key, another address": 403,
     }  # fmt: skip
     assert found["health"] == {"status": "ready"}
+
+
+def test_an_address_of_another_computer_is_not_taken_for_a_port() -> None:
+    with pytest.raises(ConfigError, match="can't listen on 192.0.2.1") as raised:
+        bind_endpoint("192.0.2.1", 0)
+    assert "--host" in raised.value.hint

@@ -115,7 +115,7 @@ def test_what_other_programs_disturbed_is_said_and_measured_again_later(
 
     assert [decode_s(), decode_s()] == [0.002, 0.002]
     assert len(probes.asked) == 1
-    assert any("40%" in line and "--fresh" in line for line in said)
+    assert any("40 %" in line and "--fresh" in line for line in said)
     began_s = time.time()
     monkeypatch.setattr(time, "time", lambda: began_s + 3600)
     assert decode_s() == 0.002  # Disturbed once more: the better one counts.
