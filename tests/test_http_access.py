@@ -146,6 +146,6 @@ def test_on_a_network_only_the_key_opens(network: str) -> None:
 
 
 def test_an_address_of_another_computer_is_not_taken_for_a_port() -> None:
-    with pytest.raises(ConfigError, match="can't listen on 192.0.2.1") as raised:
+    with pytest.raises(ConfigError, match=r"can't listen on 192\.0\.2\.1") as raised:
         bind_endpoint("192.0.2.1", 0)
     assert "--host" in raised.value.hint
