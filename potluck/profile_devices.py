@@ -92,7 +92,7 @@ class DeviceMeasuring:
         if self._disturbed:
             most, names = max(self._disturbed.values()), ", ".join(sorted(self._disturbed))
             what = f"Other programs had up to {100 * most:.0f} % of the processors meanwhile"
-            self.say(escape(f"{what}; measured again at a later start, or now with --fresh: {names}"))
+            self.say(escape(f"{what}; measured again at a later start, or with potluck up --fresh: {names}"))
         now_s = time.time()
         return (
             [self._times(device, now_s) for device in devices if device.name in self._known],
