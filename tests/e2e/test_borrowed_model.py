@@ -21,7 +21,7 @@ from shard.open import open_checkpoint
 from shard.shared_model import OfferedModel, offer_model, read_list
 from tests.e2e.lan_hosts import LOADED_S, ONE_DEVICE, answer, new_home, stages
 from tests.e2e.paired_hosts import Pair
-from tests.e2e.potluck_process import Home, Running, wait_until
+from tests.e2e.potluck_process import ASK_S, Home, Running, wait_until
 from tests.shard.pieces.given import contents
 from transport.pieces.piece import Piece
 from transport.pieces.store import PieceStore
@@ -51,7 +51,7 @@ def borrowed(pair: Pair) -> str:
 
 def fetched(head: Running) -> dict[str, dict[str, int]]:
     """What came for each stage, by its host and the giver's."""
-    report = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=30).json()
+    report = httpx.get(f"{head.facts()['url']}/potluck/status", timeout=ASK_S).json()
     return {stage["host"]: stage["fetched"] for stage in report["stages"]}
 
 

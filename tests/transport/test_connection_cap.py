@@ -26,7 +26,7 @@ class Listener:
     def come(self, address: str) -> tuple[socket.socket, int]:
         """The stranger's end, and the descriptor of the other one."""
         outside = self._stack.enter_context(
-            socket.create_connection(self._listener.getsockname(), 5.0, source_address=(address, 0))
+            socket.create_connection(self._listener.getsockname(), 60.0, source_address=(address, 0))
         )
         inside, _ = self._listener.accept()
         descriptor = inside.detach()

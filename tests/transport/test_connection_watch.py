@@ -33,9 +33,9 @@ def test_strangers_at_a_busy_receiver_do_not_stop_its_process(context: Context) 
         peer.linger = 0
         peer.connect(f"tcp://127.0.0.1:{port}")
         for _ in range(NUM_STRANGERS):
-            socket.create_connection(("127.0.0.1", port_of(receiver.endpoint)), 5.0).close()
+            socket.create_connection(("127.0.0.1", port_of(receiver.endpoint)), 60.0).close()
         peer.send(b"still there?")
-        assert other.poll(5000), "this process's sockets are stuck"
+        assert other.poll(60_000), "this process's sockets are stuck"
     other.close(0)
     sender = sender_to(context, receiver.endpoint, LIMITS, name="engine")
     sender.send(step(1))
@@ -48,11 +48,13 @@ def test_a_busy_receivers_connections_are_capped(context: Context) -> None:
     receiver = receiver_at(context, "tcp://127.0.0.1:*", LIMITS)
     with ExitStack() as stack:
         strangers = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port_of(receiver.endpoint)), 5.0))
+            stack.enter_context(socket.create_connection(("127.0.0.1", port_of(receiver.endpoint)), 60.0))
             for _ in range(100)
         ]
-        time.sleep(1.0)  # Handshakes have three.
-        assert sum(is_open(stranger) for stranger in strangers) <= 16
+        capped_by_s = time.monotonic() + 2.5  # Handshakes have three.
+        while (num_open := sum(is_open(stranger) for stranger in strangers)) > 16 and time.monotonic() < capped_by_s:
+            time.sleep(0.05)
+        assert num_open <= 16
     receiver.close()
 
 
@@ -76,6 +78,6 @@ def test_a_peer_that_goes_while_the_receiver_is_busy_is_noticed(context: Context
     sender.close()
     time.sleep(0.3)
     with pytest.raises(RingDown, match="engine is gone"):
-        for _ in range(50):
+        for _ in range(600):
             receiver.receive(0.1)
     receiver.close()
