@@ -202,10 +202,10 @@ class FrontDoor:
         knock = lines.receive(Knock, self._line_timeout_s)
         facts = self._facts()
         facts = replace(facts, name=facts.name[:MAX_WORDS])
-        lines.send(facts, self._line_timeout_s)
+        told = lines.send(facts, self._line_timeout_s)
         begin: Begin | Ask = lines.receive(Begin | Ask, self._line_timeout_s)  # type: ignore[arg-type]
         if isinstance(begin, Ask):  # Of any version: it has to learn that it is of another one.
-            lines.send(answered(begin, facts, self._roster.read(), self._keys), self._line_timeout_s)
+            lines.send(answered(begin, told, self._roster.read(), self._keys), self._line_timeout_s)
             return
         if knock.protocol != facts.protocol:
             lines.send(Refused(reason="version"), self._line_timeout_s)
@@ -235,7 +235,7 @@ class FrontDoor:
             is_right = side.is_right(lines.receive(Confirm, self._line_timeout_s))
         finally:
             refusal = self._offered.settle(attempt, is_right=is_right, now=self._ticks())
-            if refusal is not None and not is_right:
+            if refusal is not None and refusal.reason != "expired" and not is_right:
                 self._tell_wrong(begin, address, refusal)
         if refusal is None:
             self._welcome(lines, side, begin, address)

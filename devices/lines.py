@@ -35,13 +35,15 @@ class Lines:
         self._sock = sock
         self._pending = b""
 
-    def send(self, message: msgspec.Struct, timeout_s: float) -> None:
-        """Raises HungUp, also if it can't be sent in time."""
+    def send(self, message: msgspec.Struct, timeout_s: float) -> bytes:
+        """The line that was sent, without its end. Raises HungUp, also if it can't be sent in time."""
+        line = msgspec.json.encode(message)
         try:
             self._sock.settimeout(timeout_s)
-            self._sock.sendall(msgspec.json.encode(message) + b"\n")
+            self._sock.sendall(line + b"\n")
         except OSError as error:
             raise HungUp(str(error)) from error
+        return line
 
     def receive(self, kind: type[Message], timeout_s: float) -> Message:
         """The next line, which has to be complete in that time, however slowly it drips in.

@@ -77,12 +77,12 @@ def ask_standing(
     where = f"{host}:{port}"
     lines = _connected(host, port, timeout)
     try:
-        facts = _facts(lines, host, port, timeout)
+        facts, told = _told(lines, host, port, timeout)
         if facts.key != pool.key:
             raise NotRunning(f"at {where} is another head than {pool.name}", hint="pair with it: potluck join --code")
         ask = new_ask(keys)
         lines.send(ask, timeout)
-        word = word_of(lines.receive(Standing, timeout), ask, facts, keys)
+        word = word_of(lines.receive(Standing, timeout), ask, told, pool.key, keys)
         return _printable(facts), word
     except VersionMismatch as error:  # Unproven: a stranger must not end a host's wait for its head.
         raise NotRunning(error.message, hint=error.hint) from error
@@ -180,9 +180,15 @@ def _connected(host: str, port: int, timeout_s: float) -> Lines:
 
 
 def _facts(lines: Lines, host: str, port: int, timeout_s: float) -> DoorFacts:
+    return _told(lines, host, port, timeout_s)[0]
+
+
+def _told(lines: Lines, host: str, port: int, timeout_s: float) -> tuple[DoorFacts, bytes]:
+    """The facts, and the line that told them."""
     try:
         lines.send(Knock(protocol=PROTOCOL_VERSION, potluck=version("potluck")), timeout_s)
-        message = _door_says(lines.receive_line(timeout_s))
+        line = lines.receive_line(timeout_s)
+        message = _door_says(line)
     except HungUp as error:
         raise NotRunning(
             f"what listens at {host}:{port} hung up: {error}", hint="is it a head's door? If so, try again in a moment"
@@ -196,7 +202,7 @@ def _facts(lines: Lines, host: str, port: int, timeout_s: float) -> DoorFacts:
         raise Busy(f"too many hosts knock at {host}:{port}", hint="try again in a moment")
     if not is_key(message.key):
         raise ConfigError(f"what answers at {host}:{port} has no key", hint="is it a head?")
-    return message
+    return message, line
 
 
 def _door_says(line: bytes) -> DoorFacts | Refused:

@@ -7,7 +7,8 @@
 The proof is made with what only the head and the host whose key is asked about can compute: X25519 (RFC 7748) of their
 CURVE keys. It says one of three words without showing it: the host tries them all. So nobody else learns from it who is
 paired, whoever's key he asks about, and nobody else can answer in the head's place. It is about the facts that the door
-has just told, too.
+has just told, too: the bytes, since a head of a later version may tell more than this one knows. These messages stay as
+they are, so that hosts of different versions can prove that to each other.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import hmac
 import secrets
 from typing import Annotated, Literal, get_args
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from msgspec import Meta, Struct
 from zmq.utils import z85
 
-from devices.pairing import DoorFacts, Key, Proof
+from devices.pairing import Key, Proof
 from devices.roster import Roster
 from transport.curve import KeyPair, is_key
 from transport.errors import BadMessage
@@ -51,30 +51,29 @@ def new_ask(keys: KeyPair) -> Ask:
     return Ask(key=keys.public, nonce=secrets.token_bytes(_NONCE_BYTES))
 
 
-def answered(ask: Ask, facts: DoorFacts, roster: Roster, keys: KeyPair) -> Standing:
-    """The head's answer, with its own keys. Raises BadMessage for a key that is none."""
+def answered(ask: Ask, told: bytes, roster: Roster, keys: KeyPair) -> Standing:
+    """The head's answer, with its own keys, after it has `told` its facts. Raises BadMessage for a key that is none."""
     member = roster.member(ask.key)
     word: Word = "unknown" if member is None else "revoked" if member.is_revoked else "member"
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    return Standing(nonce=nonce, proof=_proof(_shared(keys, ask.key), ask, nonce, facts, word))
+    return Standing(nonce=nonce, proof=_proof(_shared(keys, ask.key), ask, nonce, told, word))
 
 
-def word_of(standing: Standing, ask: Ask, facts: DoorFacts, keys: KeyPair) -> Word:
-    """What the head with `facts.key` said of this host. Raises BadMessage if it was not that head, or not about those
-    facts."""
-    shared = _shared(keys, facts.key)
+def word_of(standing: Standing, ask: Ask, told: bytes, head_key: str, keys: KeyPair) -> Word:
+    """What the head said of this host. Raises BadMessage if it was not that head, or has not `told` those facts."""
+    shared = _shared(keys, head_key)
     words: tuple[Word, ...] = get_args(Word)
     fitting = [
-        word for word in words if hmac.compare_digest(standing.proof, _proof(shared, ask, standing.nonce, facts, word))
+        word for word in words if hmac.compare_digest(standing.proof, _proof(shared, ask, standing.nonce, told, word))
     ]
     if not fitting:
         raise BadMessage("who answers can't prove that it is the head")
     return fitting[0]
 
 
-def _proof(shared: bytes, ask: Ask, nonce: bytes, facts: DoorFacts, word: Word) -> bytes:
-    # Nonces have one length, and no word begins another one.
-    said = _LABEL + ask.nonce + nonce + ask.key.encode() + word.encode() + msgspec.json.encode(facts)
+def _proof(shared: bytes, ask: Ask, nonce: bytes, told: bytes, word: Word) -> bytes:
+    # Nonces and keys have one length, and no word begins another one.
+    said = _LABEL + ask.nonce + nonce + ask.key.encode() + word.encode() + told
     return hmac.new(shared, said, hashlib.sha256).digest()
 
 

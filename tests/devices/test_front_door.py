@@ -216,6 +216,19 @@ def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
     assert len(house.heard) == 3
 
 
+def test_a_guess_that_is_broken_off_too_late_is_no_matter(house: House) -> None:
+    code = str(house.door.new_code())
+    with contextlib.closing(connection(house)) as sock:
+        lines = Lines(sock)
+        lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+        facts = lines.receive(DoorFacts, 60.0)
+        lines.send(JoinerSide(code, facts, kind="code", key=JOINER.public, name="x", platform="y").begin, 60.0)
+        lines.receive(HeadMessage, 60.0)  # type: ignore[arg-type]
+        house.now += CODE_LIFETIME_S + 1.0
+    until(lambda: guests() == 0)
+    assert not house.heard
+
+
 def test_points_that_are_none_do_not_use_up_guesses(house: House) -> None:
     code = str(house.door.new_code())
     for point in (bytes(32), bytes(31) + b"\x01", b"\x01" + bytes(31), b"\xff" * 32):
