@@ -181,14 +181,17 @@ def _at_door(host: str, port: int, code: str | None, settings: Settings, say: Sa
 
 
 def _paired(host: str, port: int, credential: Invite | str, settings: Settings, say: Say) -> KnownPool:
+    keys = load_keys(identity_dir())
+
     def on_waiting(facts: DoorFacts) -> None:
-        say(f"Waiting until {escape(facts.name)}'s owner lets this host in")
+        own = fingerprint(keys.public)
+        say(f"Waiting until {escape(facts.name)}'s owner lets this host in (its key, as shown there: {own})")
 
     pool = pair(
         host,
         port,
         credential,
-        keys=load_keys(identity_dir()),
+        keys=keys,
         name=settings.host_name or own_name(),
         platform=platform_name(),
         on_waiting=on_waiting,
