@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 MAX_CONNECTIONS = 1024
 """Twice as many as answers that can be open; each is a file to the system."""
 HEAD_WITHIN_S = 10.0
+BODY_WITHIN_S = 60.0
 TAKEN_WITHIN_S = 60.0
 # Each chunk of a body costs about as much time as a packet, however little is in it.
 _MAX_CRUMBS = 256
@@ -35,19 +36,25 @@ class Room:
 
     def __init__(self) -> None:
         self.without_head: Deadlines = OrderedDict()
+        self.without_body: Deadlines = OrderedDict()
         self.unread: Deadlines = OrderedDict()
 
     def first(self) -> Connection | None:
         """Found at once: strangers may open thousands a second."""
-        return next(iter(self.without_head or self.unread), None)
+        return next(iter(self.without_head or self.without_body or self.unread), None)
+
+    def forget(self, connection: Connection) -> None:
+        for deadlines in (self.without_head, self.without_body, self.unread):
+            connection.end(deadlines)
 
 
 class Connection(H11Protocol):
     """A connection that is closed when a request's head takes longer than HEAD_WITHIN_S, also if bytes trickle in, or
     when it takes nothing of what it is sent for TAKEN_WITHIN_S.
 
-    Beyond `max_connections` the one that has waited longest without a request under way makes room, then the one that
-    has not read for longest; if all are being answered, the new one gets a 503.
+    Beyond `max_connections` the one that has waited longest without a request under way makes room, then the one whose
+    request's body has been coming for longest, then the one that has not read for longest; if all are being answered,
+    the new one gets a 503.
     """
 
     max_connections = MAX_CONNECTIONS
@@ -84,8 +91,7 @@ class Connection(H11Protocol):
         self._begin(self._room.without_head, HEAD_WITHIN_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(self._room.without_head)
-        self._end(self._room.unread)
+        self._room.forget(self)
         if self.flow is not None:
             super().connection_lost(exc)
 
@@ -93,14 +99,19 @@ class Connection(H11Protocol):
         if self.flow is None:
             return
         super().data_received(data)
-        if self.is_under_way:
-            self._end(self._room.without_head)
-        else:
+        if not self.is_under_way:
             self._begin(self._room.without_head, HEAD_WITHIN_S)
+            return
+        self.end(self._room.without_head)
+        if self.cycle.more_body:
+            self._begin(self._room.without_body, BODY_WITHIN_S)
+        else:
+            self.end(self._room.without_body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.is_under_way:
+            self.end(self._room.without_body)
             self._begin(self._room.without_head, HEAD_WITHIN_S)
 
     def send_400_response(self, msg: str) -> None:
@@ -119,25 +130,25 @@ class Connection(H11Protocol):
         self._begin(self._room.unread, TAKEN_WITHIN_S)
 
     def resume_writing(self) -> None:
-        self._end(self._room.unread)
+        self.end(self._room.unread)
         super().resume_writing()
 
     def leave(self) -> None:
         """Hang up, at once."""
         self.connections.discard(self)
-        self._end(self._room.without_head)
-        self._end(self._room.unread)
+        self._room.forget(self)
         if not self.transport.is_closing():
             self.transport.abort()
+
+    def end(self, deadlines: Deadlines) -> None:
+        """What one of them is for has happened."""
+        deadline = deadlines.pop(self, None)
+        if deadline is not None:
+            deadline.cancel()
 
     def _begin(self, deadlines: Deadlines, within_s: float) -> None:
         if self not in deadlines and not self.transport.is_closing():
             deadlines[self] = self.loop.call_later(within_s, self.leave)
-
-    def _end(self, deadlines: Deadlines) -> None:
-        deadline = deadlines.pop(self, None)
-        if deadline is not None:
-            deadline.cancel()
 
 
 Deadlines = OrderedDict[Connection, asyncio.TimerHandle]

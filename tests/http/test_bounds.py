@@ -52,6 +52,23 @@ def test_answers_beyond_the_bound_are_asked_to_come_again() -> None:
     asyncio.run(main())
 
 
+def test_bodies_that_are_still_coming_take_no_place() -> None:
+    server = Server(Bounded(create_app(ScriptedEngine(), model=MODEL), limit=1))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                slow = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60.0))
+                slow.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+            for _ in range(3):
+                asked = httpx.post(
+                    f"{server.base_url}/chat/completions", json=_body("hi"), timeout=60.0, trust_env=False
+                )
+                assert asked.status_code == 200
+    finally:
+        server.close()
+
+
 def test_an_answer_that_fails_leaves_its_place() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("a bug")

@@ -107,6 +107,17 @@ def test_answers_under_way_are_not_cut_for_others(server: Server, monkeypatch: p
     assert _is_served(server)
 
 
+def test_those_whose_bodies_do_not_come_make_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "max_connections", 3)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with _open(server, 3, head + b"Content-Length: 1000\r\n\r\n{") as opened:
+        assert _is_served(server)
+        assert _is_closed(opened[0])
+    monkeypatch.setattr(connections, "BODY_WITHIN_S", 0.2)
+    with _open(server, 1, head + b"Content-Length: 1000\r\n\r\n{") as (slow,):
+        assert _is_closed(slow)
+
+
 def test_a_connection_is_kept_between_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_WITHIN_S", 0.5)
     server.engine.delay_s = 0.2
