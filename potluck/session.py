@@ -36,7 +36,13 @@ def wanted_of(settings: Settings, console: Console) -> StoredModel | WantedModel
     """The settings' model. What is not in the store may be on another host of the pool, if there can be one; otherwise
     it is pulled now. Raises PotluckError."""
     if settings.model is None or not _may_be_elsewhere(settings):
-        return model_of(settings, console)
+        try:
+            return model_of(settings, console)
+        except ModelNotFound as error:
+            if settings.model is None or not settings.lan or wanted_model(settings.model, error, None) is None:
+                raise
+            there = f"if another computer has it: potluck up {settings.model} --wait-for 2, and potluck join there"
+            raise ModelNotFound(error.message, hint=f"{error.hint}; or, {there}") from error
     store, text = Store(home_dir(), offline=settings.offline), settings.model
     try:
         return store.resolve(text)
