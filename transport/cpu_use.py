@@ -9,8 +9,8 @@ import psutil
 
 Clock = Callable[[], float]
 
-_IDLE = ("idle", "iowait")
-_COUNTED_ELSEWHERE = ("guest", "guest_nice")  # As "user" and "nice" as well.
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+"""Of what systems tell; the others are idle, or in one of these as well (Linux' guests, Windows' interrupts)."""
 
 
 class CpuUse:
@@ -55,4 +55,4 @@ def num_cores() -> int:
 def busy_s() -> float:
     """Seconds that all cores together have computed since the system started, whatever for."""
     times = psutil.cpu_times()._asdict()
-    return float(sum(value for name, value in times.items() if name not in (*_IDLE, *_COUNTED_ELSEWHERE)))
+    return float(sum(times.get(name, 0.0) for name in _BUSY))
