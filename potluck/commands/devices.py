@@ -133,6 +133,8 @@ def revoke(
 ) -> None:
     """Put a host out of the pool, at once and for good: it can only come back by pairing anew."""
     roster = RosterFile(roster_file())
+    if name == roster.read().name:
+        raise ConfigError(f"{name} is this pool's head, which can't be put out of it", hint="stop it with Ctrl-C there")
     member = roster.find(name)
     words = f"{escape(member.name)} (key {fingerprint(member.key)})"
     if not yes and not member.is_revoked:

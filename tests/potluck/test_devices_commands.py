@@ -214,6 +214,7 @@ def test_revoking_says_what_it_does_and_asks(roster: RosterFile, monkeypatch: py
     said("revoke", fingerprint(PC), "--yes")
     assert RosterFile(roster.path).keys() == ()
     assert "revoked already" in error_of("revoke", "mac").message
+    assert "head" in error_of("revoke", "den", "--yes").message
 
 
 def test_a_joined_host_forgets_a_pool() -> None:
