@@ -48,6 +48,16 @@ def stored_files(root: Path) -> list[StoredFile]:
     return found
 
 
+def whole_pieces(root: Path) -> set[str]:
+    """Their digests."""
+    found: set[str] = set()
+    for folder in _entries(root):
+        if _FOLDER.fullmatch(folder.name):
+            names = (entry.name for entry in _entries(Path(folder.path)))
+            found.update(name.removesuffix(".piece") for name in names if name.endswith(".piece"))
+    return found
+
+
 def evictable(files: Sequence[StoredFile], leased: Container[str]) -> list[StoredFile]:
     """What may go, in the order in which it goes."""
     return sorted((file for file in files if file.digest not in leased), key=lambda file: file.used_ns)

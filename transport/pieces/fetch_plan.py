@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transport.pieces.messages import is_held
+from transport.pieces.messages import changed_bits, is_held
 from transport.pieces.piece import Piece
 from transport.pieces.rate import Rate
 from transport.pool_messages import PieceHint
@@ -34,9 +34,11 @@ _QUEUE_S = 0.2
 
 @dataclass(slots=True)
 class _Peer:
-    """`slow_for`: pieces that it had begun, and that a faster one is to go on with."""
+    """`has` are the wanted pieces that its bitmap tells of. `slow_for`: pieces that it had begun, and that a faster one
+    is to go on with."""
 
     bitmap: bytes = b""
+    has: set[str] = field(default_factory=set)
     lacks: set[str] = field(default_factory=set)
     slow_for: set[str] = field(default_factory=set)
     useful_at_s: float = 0.0
@@ -69,6 +71,7 @@ class FetchPlan:
         self._peers = {key: _Peer(useful_at_s=now_s) for key in keys}
         self._wanted = _wanted(pieces, {hint for hint in hints if hint.peer in self._peers})
         self._hinted = {wanted.hinted for wanted in self._wanted.values()}
+        self._by_index = {index: wanted for wanted in self._wanted.values() for index in wanted.indexes}
         self._pending = dict.fromkeys(self._wanted)
         self._num_done = 0
         self._version = 0
@@ -123,6 +126,12 @@ class FetchPlan:
         peer = self._peers[key]
         if bitmap == peer.bitmap:
             return False
+        for index in changed_bits(peer.bitmap, bitmap):
+            wanted = self._by_index.get(index)
+            if wanted is not None and any(is_held(bitmap, each) for each in wanted.indexes):
+                peer.has.add(wanted.piece.digest)
+            elif wanted is not None:
+                peer.has.discard(wanted.piece.digest)
         peer.bitmap, peer.useful_at_s = bitmap, now_s
         peer.lacks.clear()
         self._version += 1
@@ -164,20 +173,21 @@ class FetchPlan:
     def _queue(self, key: str, now_s: float, usable: Collection[str], idle_s: float) -> _Queue:
         """What to ask `key` for as things are now, in order."""
         peer, found, left = self._peers[key], deque[str](), list[str]()
-        if not peer.is_refused:
-            for digest in self._pending:
-                wanted = self._wanted[digest]
-                if digest in peer.lacks or (digest in peer.slow_for and self._others(key, wanted, usable)):
-                    continue
-                if key != self._head:
-                    if self._has(key, wanted):
-                        found.append(digest)
-                elif not self._has(key, wanted) and self._others(key, wanted, usable):
-                    continue  # Perhaps it has it all the same: asked for only if nobody says so.
-                elif not self._is_left_to_others(wanted, now_s, usable):
+        if peer.is_refused or (key != self._head and not (peer.has and self._pending)):
+            return _Queue(found, self._version, now_s)
+        for digest in self._pending:
+            wanted = self._wanted[digest]
+            if digest in peer.lacks or (digest in peer.slow_for and self._others(key, wanted, usable)):
+                continue
+            if key != self._head:
+                if digest in peer.has:
                     found.append(digest)
-                else:
-                    left.append(digest)
+            elif not self._has(key, wanted) and self._others(key, wanted, usable):
+                continue  # Perhaps it has it all the same: asked for only if nobody says so.
+            elif not self._is_left_to_others(wanted, now_s, usable):
+                found.append(digest)
+            else:
+                left.append(digest)
         if key == self._head:
             self._help(found, left, now_s, idle_s)
         return _Queue(found, self._version, now_s)
@@ -214,10 +224,8 @@ class FetchPlan:
         return self._has(key, wanted)
 
     def _has(self, key: str, wanted: _Wanted) -> bool:
-        peer = self._peers[key]
-        if peer.is_refused or wanted.piece.digest in peer.lacks:
-            return False
-        return any(is_held(peer.bitmap, index) for index in wanted.indexes)
+        peer, digest = self._peers[key], wanted.piece.digest
+        return digest in peer.has and digest not in peer.lacks and not peer.is_refused
 
 
 def _wanted(pieces: Mapping[int, Piece], hints: Collection[PieceHint]) -> dict[str, _Wanted]:

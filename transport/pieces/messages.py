@@ -7,7 +7,7 @@ a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -157,6 +157,14 @@ def bitmap_of(held: Sequence[bool]) -> bytes:
 
 def is_held(bitmap: bytes, index: int) -> bool:
     return index >> 3 < len(bitmap) and bool(bitmap[index >> 3] >> (index & 7) & 1)
+
+
+def changed_bits(before: bytes, after: bytes) -> Iterator[int]:
+    """The numbers of the pieces that only one of the bitmaps tells of."""
+    size = max(len(before), len(after))
+    for at, (one, other) in enumerate(zip(before.ljust(size, b"\0"), after.ljust(size, b"\0"), strict=True)):
+        if one != other:
+            yield from (8 * at + bit for bit in range(8) if (one ^ other) >> bit & 1)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, limit_bytes: int) -> _T:

@@ -21,8 +21,7 @@ from transport.pieces.piece import MAX_LIST_BYTES, PieceList
 MAX_OPEN_FILES = 32
 _MAX_KNOWN_LISTS = 8
 _MAX_WHOLE_FILES = 256
-_LACKING_AGAIN_S = 0.3
-_ALL_AGAIN_S = 30.0
+_AGAIN_S = 0.3
 _lists = msgspec.json.Decoder(PieceList)
 
 
@@ -56,6 +55,8 @@ class KeptPieces(Protocol):
 
     def has(self, digest: str) -> bool: ...
 
+    def digests(self) -> set[str]: ...
+
     def path(self, digest: str) -> Path: ...
 
 
@@ -78,16 +79,11 @@ class StoreSource:
         if known is None:
             return b""
         now_s = self._clock()
-        if now_s - known.all_looked_at_s >= _ALL_AGAIN_S:
-            known.all_looked_at_s, known.held = now_s, [False] * len(known.digests)
-            known.looked_at_s = None
-        # Each piece takes 10 µs, several hosts ask twice a second, and lists can be long.
-        if known.looked_at_s is None or now_s - known.looked_at_s >= _LACKING_AGAIN_S:
+        # Several hosts ask twice a second, and both lists and stores can be long.
+        if known.looked_at_s is None or now_s - known.looked_at_s >= _AGAIN_S:
             known.looked_at_s = now_s
-            known.held = [
-                held or self._store.has(digest) for digest, held in zip(known.digests, known.held, strict=True)
-            ]
-            known.bitmap = bitmap_of(known.held)
+            here = self._store.digests()
+            known.bitmap = bitmap_of([digest in here for digest in known.digests])
         return known.bitmap
 
     def _read(self, model: str) -> _Known | None:
@@ -100,7 +96,7 @@ class StoreSource:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None  # A piece like others, not a list.
         digests = [piece.digest for file in pieces.files for piece in file.pieces]
-        known = self._known[model] = _Known(digests, [False] * len(digests), self._clock())
+        known = self._known[model] = _Known(digests)
         while len(self._known) > _MAX_KNOWN_LISTS:
             self._known.popitem(last=False)
         return known
@@ -111,8 +107,6 @@ class _Known:
     """A model's pieces, and which of them were in the store when it was last looked."""
 
     digests: list[str]
-    held: list[bool]
-    all_looked_at_s: float
     looked_at_s: float | None = None
     bitmap: bytes = b""
 

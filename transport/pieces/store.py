@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transport.errors import BadMessage, DeadlineExceeded, NoSpace
 from transport.pieces.disk_space import MARGIN_BYTES, free_bytes, mb, no_space, translated_write_errors
-from transport.pieces.eviction import evict, evictable, stored_files
+from transport.pieces.eviction import evict, evictable, stored_files, whole_pieces
 from transport.pieces.leases import Lease, Leases
 from transport.pieces.limit import read_limit
 from transport.pieces.part_file import open_part
@@ -44,6 +44,10 @@ class PieceStore:
     def has(self, digest: str) -> bool:
         """Whether the piece is here, whole. False for what is no digest."""
         return is_digest(digest) and self.path(digest).exists()
+
+    def digests(self) -> set[str]:
+        """Of all whole pieces. Takes less than to look for some thousands, one by one."""
+        return whole_pieces(self.root)
 
     def path(self, digest: str) -> Path:
         """Where the piece lies, or would. Raises BadMessage for what is no digest."""

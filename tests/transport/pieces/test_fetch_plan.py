@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from transport.pieces.fetch_plan import AWAY_PATIENCE_S, HINT_PATIENCE_S, IDLE_S, FetchPlan
 from transport.pieces.messages import bitmap_of
 from transport.pieces.piece import Piece
@@ -133,3 +135,27 @@ def test_a_piece_that_is_listed_twice_is_wanted_once_and_had_by_who_has_either()
     assert taken(twice, A, usable=(A, HEAD)) == "0"
     twice.note_done(PIECES[0].digest)
     assert twice.is_done
+
+
+def test_what_a_peer_has_no_more_is_not_asked_of_it() -> None:
+    twice = FetchPlan({0: PIECES[0], 1: PIECES[1], 4: PIECES[0]}, (A, HEAD), [], 0.0)
+    twice.note_held(A, holding(0, 1, 4), 0.0)
+    twice.note_held(A, holding(4), 1.0)
+    assert taken(twice, A, 1.0, usable=(A, HEAD)) == "0"
+    twice.give_back(PIECES[0].digest)
+    twice.note_held(A, b"", 2.0)
+    assert taken(twice, A, 2.0, usable=(A, HEAD)) == ""
+    assert taken(twice, HEAD, 2.0, usable=(A, HEAD)) == "01"
+
+
+def test_who_has_nothing_of_a_large_model_costs_nothing() -> None:
+    """The network waits for the plan."""
+    count = 20_000
+    pieces = {number: Piece(f"{number:064x}", 10) for number in range(count)}
+    plan = FetchPlan(pieces, ALL, [], 0.0)
+    plan.note_held(HEAD, bitmap_of([True] * count), 0.0)
+    plan.note_held(B, bitmap_of([False] * count), 0.0)
+    began_s = time.process_time()
+    for step in range(1000):
+        assert plan.take(B, step * 1.0, usable=ALL, idle_s=0.0) is None
+    assert time.process_time() - began_s < 1.0

@@ -188,14 +188,20 @@ def start_child(stack: ExitStack, role: str, host: Host, **told: Any) -> Any:
 
 
 class Asked(StoreSource):
-    """Tells when it was asked first."""
+    """Tells when it was asked for a piece first: only then is it known what it has."""
 
     def __init__(self, store: PieceStore) -> None:
         super().__init__(store)
         self.asked = threading.Event()
+        self._lists: set[str] = set()
+
+    def held(self, model: str) -> bytes:
+        self._lists.add(model)
+        return super().held(model)
 
     def locate(self, digest: str) -> Located | None:
-        self.asked.set()
+        if digest not in self._lists:
+            self.asked.set()
         return super().locate(digest)
 
 
@@ -300,19 +306,14 @@ def test_one_that_never_says_what_it_has_is_left_and_named(pool: Pool, monkeypat
     source.over.set()
 
 
-class Slow(StoreSource):
-    """Takes its time for each part of a piece. Tells when it was asked for the first one."""
-
-    def __init__(self, store: PieceStore, model: Model) -> None:
-        super().__init__(store)
-        self.asked = threading.Event()
-        self._digests = {piece.digest for piece in model.pieces.values()}
+class Slow(Asked):
+    """Takes its time for each part of a piece."""
 
     def locate(self, digest: str) -> Located | None:
-        if digest in self._digests:
-            self.asked.set()
+        found = super().locate(digest)
+        if digest not in self._lists:
             time.sleep(0.25)
-        return super().locate(digest)
+        return found
 
 
 def test_a_slow_peer_holds_nothing_up(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +322,7 @@ def test_a_slow_peer_holds_nothing_up(pool: Pool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fetch_peer, "SLOW_AFTER_S", 0.5)
     model = Model(*[16 * PART_BYTES] * 6)
     slow = pool.host("slow", model)
-    source = Slow(slow.store, model)
+    source = Slow(slow.store)
     pool.serve(slow, sources=[source])
     head, other = pool.host("head", model), pool.host("other")
     pool.serve(head, sources=[Behind(head.store, source.asked)])

@@ -25,6 +25,7 @@ from transport.pieces.messages import (
     Request,
     SpeedTest,
     bitmap_of,
+    changed_bits,
     decode_answer,
     decode_request,
     encode,
@@ -147,3 +148,11 @@ def test_what_gets_through_is_within_its_bounds(fields: tuple[Any, ...]) -> None
 def test_a_bitmap_says_what_is_held_and_nothing_follows_it(held: list[bool]) -> None:
     bitmap = bitmap_of(held)
     assert [is_held(bitmap, index) for index in range(len(held) + 20)] == held + [False] * 20
+
+
+@given(st.lists(st.booleans(), max_size=40), st.lists(st.booleans(), max_size=40))
+def test_changed_bits_are_those_that_differ(before: list[bool], after: list[bool]) -> None:
+    longer = max(len(before), len(after))
+    padded = [some + [False] * (longer - len(some)) for some in (before, after)]
+    expected = [index for index, (one, other) in enumerate(zip(*padded, strict=True)) if one != other]
+    assert list(changed_bits(bitmap_of(before), bitmap_of(after))) == expected

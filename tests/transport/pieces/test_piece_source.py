@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,9 +117,25 @@ def test_a_store_knows_a_model_by_its_list(tmp_path: Path) -> None:
     assert held() == [True, False, True]
     store.path(MODEL.pieces[2].digest).unlink()
     assert source.locate(MODEL.pieces[2].digest) is None
-    now_s = 40.0
+    assert held() == [True, False, True], "a moment old"
+    now_s = 2.0
     assert held() == [True, False, False]
     assert source.held(MODEL.pieces[0].digest) == b"", "a piece is no list"
+
+
+def test_what_is_here_of_a_long_list_is_found_quickly(tmp_path: Path) -> None:
+    """Nobody gets anything meanwhile."""
+    model, store = Model(*range(1, 10_001)), PieceStore(tmp_path)
+    store.put(model.list_bytes, model.digest)
+    for index in (0, 5000):
+        store.put(model.contents[index], model.pieces[index].digest)
+    looks = iter(range(100))
+    source = StoreSource(store, clock=lambda: float(next(looks)))
+    began_s = time.process_time()
+    for _ in range(10):
+        found = source.held(model.digest)
+    assert time.process_time() - began_s < 0.5
+    assert [index for index in range(10_000) if is_held(found, index)] == [0, 5000]
 
 
 def test_models_in_folders_are_given_beside_the_store(tmp_path: Path, source: FolderSource) -> None:
