@@ -95,7 +95,7 @@ class Gate:
         if not self._access.knows_host(host, server[0] if server else None):
             raise ApiError(
                 403,
-                f"the host {host[:100]!r} is not served here; use localhost, or name it in allowed_hosts",
+                f"the host {host[:100]!r} is not served here; use localhost, or name it with potluck up --allow-host",
                 code="host_not_allowed",
             )
         # "GET http://elsewhere/ HTTP/1.1": a proxy's form, with a second name.
