@@ -27,7 +27,7 @@ from transport.zmq_link import set_options
 log = logging.getLogger("potluck.control")
 
 ALIVE_INTERVAL_S = 1.0
-SILENT_AFTER_S = 6.0
+SILENT_AFTER_S = 10.0
 REACH_WITHIN_S = 20.0
 REVOKED = "this host was revoked by the head's owner"
 """What a host is told that is out for good."""

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.known_devices import know_devices
 from tests.e2e.potluck_process import Home, Running, up_arguments
 
 
 @pytest.fixture(scope="session")
 def data_home(smollm2_path: Path) -> Path:
-    """A POTLUCK_HOME that holds the demo model."""
-    return smollm2_path.parents[1]
+    """A POTLUCK_HOME that holds the demo model and knows this host's devices."""
+    home = smollm2_path.parents[1]
+    know_devices(home / "probe.json")
+    return home
 
 
 def make_home(data: Path) -> Home:

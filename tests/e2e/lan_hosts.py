@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.known_devices import know_devices
 from tests.e2e.potluck_process import ASK_S, READY_S, Home, Running, up_arguments
 
 ONE_DEVICE = ("--device", "torch:cpu")
@@ -16,11 +17,12 @@ LOADED_S = READY_S
 
 
 def new_home(models: Path | None = None) -> Home:
-    """Of a host that has the `models`, or none."""
+    """Of a host that has the `models`, or none, and knows its devices."""
     folder = Path(tempfile.mkdtemp(prefix="plt-"))
     home = Home(data=folder / "data", runtime=folder / "run")
     for each in (home.data, home.runtime):
         each.mkdir()
+    know_devices(home.data / "probe.json")
     if models is not None:
         (home.data / "models").symlink_to(models)
     return home

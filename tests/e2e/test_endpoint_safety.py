@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from tests.e2e.known_devices import know_devices
 from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments, wait_until
 from tests.http.raw import Raw, send
 
@@ -45,6 +46,7 @@ def home(data_home: Path) -> Iterator[Home]:
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": _TEMPLATE}))
     (folder / "run").mkdir()
     home = Home(data=folder / "data", runtime=folder / "run")
+    know_devices(home.data / "probe.json")
     yield home
     for process in home.processes():
         process.kill()

@@ -8,18 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from devices.cache import probe_devices
-from devices.device import DeviceRequest
-from devices.discover import device_requests
-from devices.measure import Measured
-from shard.machine import cores_allowed
+from tests.e2e.known_devices import know_devices
 from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
 
 # The command itself, with less patience: minutes are for people.
@@ -30,19 +25,6 @@ sys.exit(potluck.cli.main())
 """
 ARGUMENTS = ("--use-all", "--estimate", "--objective", "latency", "--concurrency", "1", "--threads", "1", "--port", "0")
 DEVICES = ("torch:cpu", "torch:cpu")
-
-
-def know_two_alike(cache: Path) -> None:
-    """As if this host's devices had been measured while it was quiet: equal, and about as fast as they are here."""
-
-    def measured(requests: Sequence[DeviceRequest]) -> list[Measured | str]:
-        one = Measured(
-            bandwidth_bytes_per_s=2e10, compute_dtype="bfloat16", uses_host_memory=True, limit_bytes=None, gpu=""
-        )
-        return [one] * len(requests)
-
-    requests = device_requests(DEVICES, threads=1, cores_allowed=cores_allowed(), memory_bytes=None)
-    probe_devices(requests, cache, fresh=True, prober=measured)
 
 
 class Slowed:
@@ -69,7 +51,7 @@ class Slowed:
 def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(home.data / "models")
     home = replace(home, data=tmp_path)
-    know_two_alike(tmp_path / "probe.json")
+    know_devices(tmp_path / "probe.json")
     devices = [word for device in DEVICES for word in ("--device", device)]
     command = [sys.executable, "-P", "-c", IMPATIENT]
     running = Running(home, "up", "smollm2", *devices, *ARGUMENTS, "--json", command=command)
@@ -92,16 +74,17 @@ def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     slowed = Slowed(busiest["pid"])
     try:
         deadline = time.monotonic() + READY_S
-        while report()["better_plan"] is None:
+        while busiest["device"] not in (report()["better_plan"] or {"why": ""})["why"]:
             assert time.monotonic() < deadline, running.said()
             assert chat(40).status_code == 200
+        # While it is slow: what is measured later, on a machine that others use too, may say something else.
+        told = home.run("replan", "--json")
     finally:
         slowed.end()
     assert "A better plan exists" in running.said()
-    better = report()["better_plan"]
+    better = json.loads(told.stdout)["better_plan"]
     assert better["tokens_per_s"] > 1.05 * better["now_tokens_per_s"]
     assert busiest["device"] in better["why"]
-    assert home.run("replan").returncode == 0
     wait_until(lambda: "by the better plan" in running.said(), GONE_S, running.said)
     wait_until(lambda: report()["state"] == "ready", READY_S, running.said)
     assert share(busiest["device"]) < before

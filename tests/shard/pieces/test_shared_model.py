@@ -151,17 +151,23 @@ def test_only_what_the_system_does_not_have_in_memory_is_read_ahead(
         return num_bytes
 
     monkeypatch.setattr(os, "sendfile", noting)
-    path = tmp_path / "piece"
-    path.write_bytes(bytes(1_000_000))
+    path, another = tmp_path / "piece", tmp_path / "another"
+    for each in (path, another):
+        each.write_bytes(bytes(1_000_000))
     _to_page_cache([path])
     assert not sent
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for each in (path, another):
+        with each.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    # To ask begins to read: not of the same one.
+    with another.open("rb") as file:
         if _is_cached(file.fileno()):
             pytest.skip("a file system that is all in memory")
-        _to_page_cache([path])
-        assert sum(sent) == 1_000_000 and _is_cached(file.fileno())
+    _to_page_cache([path])
+    assert sum(sent) == 1_000_000
+    with path.open("rb") as file:
+        assert _is_cached(file.fileno())
 
 
 def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
