@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ def loopback_hosts(model: str, models: Path, *, options: Sequence[str] = ()) -> 
         homes = {name: folder / name / "home" for name in ("alpha", "beta")}
         for home in homes.values():
             home.mkdir(parents=True)
+            with suppress(FileNotFoundError):  # What is known of this machine's devices need not be measured again.
+                shutil.copyfile(models / "probe.json", home / "probe.json")
         (homes["alpha"] / "models").symlink_to(models / "models")
         key, member = load_keys(homes["alpha"] / "identity").public, load_keys(homes["beta"] / "identity")
         roster = RosterFile(homes["alpha"] / "roster.json", name="alpha")
