@@ -28,7 +28,7 @@ DEVICES = ("torch:cpu", "torch:cpu")
 
 
 class Slowed:
-    """A process that stands still for five sixths of the time, as a laptop that is too hot."""
+    """A process that stands still for ten elevenths of the time, as a laptop that is too hot."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -43,7 +43,7 @@ class Slowed:
     def _run(self) -> None:
         while not self._is_over.is_set():
             os.kill(self._pid, signal.SIGSTOP)
-            time.sleep(0.05)
+            time.sleep(0.1)
             os.kill(self._pid, signal.SIGCONT)
             time.sleep(0.01)
 
@@ -68,13 +68,20 @@ def test_a_better_plan_is_found_and_loaded(home: Home, tmp_path: Path) -> None:
     def share(device: str) -> int:
         return sum(stage["last"] - stage["first"] for stage in report()["stages"] if stage["device"] == device)
 
+    def planned(better: dict[str, Any] | None, device: str) -> int:
+        """How many layers it gives the device."""
+        spans = [stage.rpartition(": layers ") for stage in better["stages"]] if better else []
+        ends = [span.split("–") for name, _, span in spans if name == device]
+        return sum(int(last) + 1 - int(first) for first, last in ends) if better else 1000
+
     busiest = max(report()["stages"], key=lambda stage: stage["last"] - stage["first"])
     before = share(busiest["device"])
     assert home.run("replan").stdout.strip() == "The ring runs by the best plan known."
     slowed = Slowed(busiest["pid"])
     try:
         deadline = time.monotonic() + READY_S
-        while busiest["device"] not in (report()["better_plan"] or {"why": ""})["why"]:
+        # Others may use the machine, and slow the other device down for a while.
+        while planned(report()["better_plan"], busiest["device"]) >= before:
             assert time.monotonic() < deadline, running.said()
             assert chat(40).status_code == 200
         # While it is slow: what is measured later, on a machine that others use too, may say something else.
