@@ -74,7 +74,7 @@ def fetch(
     piece is nowhere to be had, or nothing has come for `patience_s`. What came is kept, also when `stop` says so.
     """
     began_s = time.monotonic()
-    missing = {index: piece for index, piece in pieces.items() if not store.has(piece.digest)}
+    missing = {index: piece for index, piece in pieces.items() if not store.has_all_of(piece)}
     if not missing:
         return FetchReport(is_complete=True, seconds=time.monotonic() - began_s)
     peers = [peer for peer in peers if peer.key != curve.keys.public]  # What this host gives, it has.
@@ -202,7 +202,7 @@ class _Fetch:
             return
         self._elsewhere_due_s = now_s + _ELSEWHERE_AGAIN_S
         pieces, shared.elsewhere[:] = list(shared.elsewhere), []
-        there = [piece for piece in pieces if shared.store.has(piece.digest)]
+        there = [piece for piece in pieces if shared.store.has_all_of(piece)]
         for piece in there:
             shared.plan.note_done(piece.digest)
             shared.count(piece.num_bytes)

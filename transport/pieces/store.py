@@ -45,6 +45,13 @@ class PieceStore:
         """Whether the piece is here, whole. False for what is no digest."""
         return is_digest(digest) and self.path(digest).exists()
 
+    def has_all_of(self, piece: Piece) -> bool:
+        """Whether it is here with as many bytes as it has: a disk that lost some is given them again."""
+        try:
+            return self.path(piece.digest).stat().st_size == piece.num_bytes
+        except OSError:
+            return False
+
     def digests(self) -> set[str]:
         """Of all whole pieces. Takes less than to look for some thousands, one by one."""
         return whole_pieces(self.root)
@@ -62,7 +69,7 @@ class PieceStore:
 
     def partial_bytes(self, piece: Piece) -> int:
         """How many of the piece's bytes are here: all of them, or those that an earlier fetch has left."""
-        if self.has(piece.digest):
+        if self.has_all_of(piece):
             return piece.num_bytes
         try:
             return min(self._named(piece.digest, "part").stat().st_size, piece.num_bytes)
@@ -84,7 +91,7 @@ class PieceStore:
             if part is None:
                 return None
             whole = path.with_suffix(".piece")
-            if whole.exists():
+            if self.has_all_of(piece):
                 part.remove()
                 return None
         return PartialPiece(piece, part, whole)
@@ -95,8 +102,9 @@ class PieceStore:
         Raises WrongBytes, NoSpace, DeadlineExceeded.
         """
         give_up_at_s = time.monotonic() + _PUT_WITHIN_S
-        while not self.has(digest):
-            partial = self.open_partial(Piece(digest, len(data)))
+        piece = Piece(digest, len(data))
+        while not self.has_all_of(piece):
+            partial = self.open_partial(piece)
             if partial is None:
                 if time.monotonic() >= give_up_at_s:
                     raise DeadlineExceeded(f"another process has been writing piece {digest[:12]} for too long")

@@ -242,6 +242,13 @@ def test_if_everybody_sends_wrong_bytes_the_error_names_them(pool: Pool) -> None
     assert not other.store.has(SMALL.pieces[3].digest)
 
 
+def test_a_piece_that_the_disk_has_lost_a_part_of_comes_again(pool: Pool) -> None:
+    head, other = pool.server("head", SMALL), pool.host("other", SMALL)
+    other.store.path(SMALL.pieces[4].digest).write_bytes(b"")
+    report = other.fetch(SMALL, [head.peer])
+    assert report.bytes_by_peer == {"head": SMALL.pieces[4].num_bytes} and other.has(SMALL)
+
+
 def test_nobody_is_blamed_for_what_an_earlier_fetch_has_left(pool: Pool) -> None:
     head, other = pool.server("head", SMALL), pool.host("other")
     partial = other.store.open_partial(SMALL.pieces[0])
