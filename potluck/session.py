@@ -96,8 +96,9 @@ def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
     try:
         with ending_signals(), ExitStack() as stack:
             model = wanted_of(settings, console)
-            with head_progress(console) as progress:
-                head = stack.enter_context(Head(settings, model, progress))
+            # Until the head has ended: bars also come while it loads anew, and would leave a terminal without a cursor.
+            progress = stack.enter_context(head_progress(console))
+            head = stack.enter_context(Head(settings, model, progress))
             is_up = True
             yield head
     except KeyboardInterrupt:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from potluck import session
+from potluck.config import Settings
 from potluck.head_display import head_progress
+from potluck.progress import HeadProgress
 from potluck.store.progress import PullProgress
 
 
@@ -66,3 +69,27 @@ def test_a_pipe_gets_lines_alone() -> None:
         progress.tick([worker("cpu")])
         progress.say("Warming up")
     assert out.getvalue() == "Warming up\n"
+
+
+def test_a_terminal_has_its_cursor_back_after_an_interrupt_while_the_ring_is_loaded_anew(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Head:
+        def __init__(self, settings: Settings, model: object, progress: HeadProgress) -> None:
+            self.progress = progress
+
+        def __enter__(self) -> Head:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.progress.doing("cpu", "decode of 8")  # Until its threads have heard of it.
+
+    monkeypatch.setattr(session, "Head", Head)
+    monkeypatch.setattr(session, "wanted_of", lambda settings, console: None)
+    monkeypatch.setattr(session, "_log_to_file", lambda: None)
+    with session.running_head_of(Settings(), console) as head:
+        head.progress.doing("cpu", "decode of 1")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+    shown = new_text(console)
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert shown.rstrip().endswith("Stopped.")
