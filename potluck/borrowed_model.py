@@ -37,6 +37,7 @@ ELSEWHERE_WITHIN_S = 6.0
 
 WAIT_S = 3600.0
 _SILENT_AFTER_S = 60.0
+_STANDS_STILL_S = 300.0
 _LOOK_EVERY_S = 0.2
 _SAY_EVERY_S = 15.0
 
@@ -76,7 +77,7 @@ class BorrowedModel:
         try:
             self._wait(search, ELSEWHERE_WITHIN_S if has_another_way else WAIT_S)
             return True
-        except (ModelNotFound, DeadlineExceeded):
+        except PotluckError:
             if not has_another_way:
                 raise
         if not is_known or known is None:
@@ -227,15 +228,24 @@ class BorrowedModel:
 
 
 class _Telling:
-    """Says now and then how far a host is that reads a model."""
+    """Says now and then how far a host is that reads a model. Raises DeadlineExceeded where it gets no further."""
 
     def __init__(self, name: str, say: Say) -> None:
         self._name = name
         self._say = say
         self._next_s = 0.0
+        self._done_bytes = -1
+        self._grew_s = 0.0
 
     def __call__(self, host: PoolHost, news: Preparing) -> None:
         now_s = time.monotonic()
+        if news.done_bytes > self._done_bytes:
+            self._done_bytes, self._grew_s = news.done_bytes, now_s
+        elif now_s - self._grew_s > _STANDS_STILL_S:
+            raise DeadlineExceeded(
+                f"{host.name} has read nothing more of {self._name} for {_STANDS_STILL_S:.0f} s",
+                hint="is its disk busy, or does it share another model first?",
+            )
         if now_s < self._next_s or not 0 <= news.done_bytes <= news.total_bytes:
             return
         self._next_s = now_s + _SAY_EVERY_S

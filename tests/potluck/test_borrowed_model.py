@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +58,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
     monkeypatch.setattr(borrowed_model, "ELSEWHERE_WITHIN_S", 0.5)
     monkeypatch.setattr(borrowed_model, "_SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr(borrowed_model, "_STANDS_STILL_S", 0.5)
     monkeypatch.setitem(whole.fetch_bytes.__kwdefaults__, "patience_s", 1.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
@@ -203,7 +206,18 @@ def hostile_list(model: OfferedModel) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "lie", ["no digest", "no such list", "wrong list", "hostile list", "silence", "wrong message", "it leaves", "fault"]
+    "lie",
+    [
+        "no digest",
+        "no such list",
+        "wrong list",
+        "hostile list",
+        "silence",
+        "wrong message",
+        "it leaves",
+        "fault",
+        "it stands still",
+    ],
 )
 def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tmp_path: Path, lie: str) -> None:
     digest = {"no digest": "../../../etc", "no such list": "ab" * 32}.get(lie, tiny.digest)
@@ -217,6 +231,9 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
         match lie:
             case "silence":
                 return []
+            case "it stands still":
+                threading.Thread(target=stand_still, args=(question.token,), daemon=True).start()
+                return []
             case "it leaves":
                 beta.control.close()
                 return []
@@ -225,6 +242,11 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
             case "fault":
                 return [HostFault(question.token, "no_space", "the disk is full")]
         return [Offered(question.token, digest, 1 << 62)]
+
+    def stand_still(token: int) -> None:
+        for _ in range(100):
+            beta.control.send(Preparing(token, 5, 9))
+            time.sleep(0.05)
 
     beta = Guest(pool.head, pool.stack, "beta", BETA, answer)
     beta.giver._server.sources = (Given(digest, tmp_path / "list"),)
