@@ -1,5 +1,6 @@
 """Entry point of the console script. A Ctrl-C while libraries are still being imported ends it as one later does."""
 
+import signal
 import sys
 
 
@@ -11,3 +12,6 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # It has said how it ended: what the interpreter still puts away is not interrupted.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
