@@ -15,6 +15,7 @@ import zmq
 from bench.scheduling_pool import BenchPool
 from planner.plan import Plan
 from potluck.pool import PoolWorker
+from potluck.ring import RingStage
 from potluck.store import StoredModel
 from transport.codec import EdgeLimits
 from transport.control_messages import Connect, Load
@@ -170,6 +171,11 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
     edges = pool.here.edges(context, pool.run_dir)
     listen = edges.listen_at(where, "driver")
     receiver = ZmqReceiver(context, listen, limits, guard=edges.guard(listen, keys[-1]))
+    stages = [
+        RingStage(index=index, first=stage.first, last=stage.last, worker=worker)
+        for index, (stage, worker) in enumerate(zip(plan.stages, workers, strict=True))
+    ]
+    shared = pool.share(model).for_stages(stages)
     loads = [
         Load(
             fence=fence,
@@ -187,6 +193,7 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
             listen=where,
             weights=plan.weights,
             upstream=upstream,
+            shared=shared.get(index),
         )
         for index, (stage, upstream) in enumerate(zip(plan.stages, keys[:-1], strict=True))
     ]

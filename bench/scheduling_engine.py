@@ -197,7 +197,16 @@ def engine_ring(
     name: str, pool: BenchPool, model: StoredModel, plan: Plan, eos_ids: frozenset[int]
 ) -> Iterator[EngineRing]:
     """Load it, start its engine, wait until it has warmed up. Raises PotluckError."""
-    ring = Ring(pool.pool, model, plan, here=pool.here, run_dir=pool.run_dir, logs=pool.run_dir, epoch=1)
+    ring = Ring(
+        pool.pool,
+        model,
+        plan,
+        here=pool.here,
+        run_dir=pool.run_dir,
+        logs=pool.run_dir,
+        epoch=1,
+        shared=pool.share(model).for_stages,
+    )
     try:
         ring.bring_up(lambda workers: None)
         door = Door(pool.context, ring.api_endpoint, pool.pool.towards(ring.api_endpoint))

@@ -15,6 +15,7 @@ import zmq
 from planner.plan import Plan
 from potluck.config import Settings
 from potluck.lan import ThisHost, alone
+from potluck.model_share import ModelShare, OwnModel, PieceGiver
 from potluck.node import Node
 from potluck.offer import offered_devices
 from potluck.planning import device_of, estimated_times, plan_for
@@ -32,12 +33,13 @@ _STARTS_WITHIN_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class BenchPool:
-    """One pool with all its devices; `run_dir` is for sockets and logs."""
+    """One pool with all its devices; `run_dir` is for sockets and logs. Other hosts get the model from the `giver`."""
 
     context: zmq.Context[zmq.Socket[bytes]]
     pool: Pool
     here: ThisHost
     run_dir: Path
+    giver: PieceGiver | None = None
 
     def wait_for(self, num_devices: int) -> None:
         """Raises DeadlineExceeded."""
@@ -49,9 +51,23 @@ class BenchPool:
             devices = [device_of(worker.register) for worker in self.pool.workers()]
             return plan_for(model, estimated_times(model, devices, self.here.name), settings)
         times, _ = pool_times_for(
-            model, self.pool, self.here, run_dir=self.run_dir, say=lambda line: None, in_turn=in_turn
+            model,
+            self.pool,
+            self.here,
+            run_dir=self.run_dir,
+            say=lambda line: None,
+            in_turn=in_turn,
+            shared=self.share(model).for_worker,
         )
         return plan_for(model, times, settings)
+
+    def share(self, model: StoredModel) -> OwnModel | ModelShare:
+        """Of the model with the other hosts. Raises PotluckError."""
+        if self.giver is None:
+            return OwnModel(model)
+        share = ModelShare(model, self.here, self.giver, self.pool)
+        share.ready(lambda line: None, for_others=True)
+        return share
 
     def workers_of(self, plan: Plan) -> list[PoolWorker]:
         """Those of the plan's stages, in ring order."""
@@ -108,21 +124,27 @@ def _pool(here: ThisHost, network: Network | None) -> Iterator[BenchPool]:
     run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        pool = Pool(
-            context,
-            run_dir,
-            on_fault=lambda worker, error: None,
-            on_joined=lambda worker: None,
-            here=here,
-            roster=network.roster if network is not None else None,
-            control=network.control if network is not None else None,
-            pool=network.pool if network is not None else "",
-        )
+        giver = None if network is None else PieceGiver(here, network.pieces, network.roster.admits)
         try:
-            yield BenchPool(context, pool, here, run_dir)
+            pool = Pool(
+                context,
+                run_dir,
+                on_fault=lambda worker, error: None,
+                on_joined=lambda worker: None,
+                here=here,
+                roster=network.roster if network is not None else None,
+                control=network.control if network is not None else None,
+                pool=network.pool if network is not None else "",
+                pieces=(lambda: "") if giver is None else (lambda: giver.endpoint),
+            )
+            try:
+                yield BenchPool(context, pool, here, run_dir, giver)
+            finally:
+                pool.stop_workers("the bench is over")
+                pool.close()
         finally:
-            pool.stop_workers("the bench is over")
-            pool.close()
+            if giver is not None:
+                giver.close()
     finally:
         context.destroy(0)
         shutil.rmtree(run_dir, ignore_errors=True)
