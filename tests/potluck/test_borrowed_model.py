@@ -56,10 +56,10 @@ class Pool:
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
-    monkeypatch.setattr(borrowed_model, "ELSEWHERE_WITHIN_S", 0.5)
-    monkeypatch.setattr(borrowed_model, "_SILENT_AFTER_S", 1.0)
-    monkeypatch.setattr(borrowed_model, "_STANDS_STILL_S", 0.5)
-    monkeypatch.setitem(whole.fetch_bytes.__kwdefaults__, "patience_s", 1.0)
+    monkeypatch.setattr(borrowed_model, "ELSEWHERE_WITHIN_S", 2.0)
+    monkeypatch.setattr(borrowed_model, "_SILENT_AFTER_S", 3.0)
+    monkeypatch.setattr(borrowed_model, "_STANDS_STILL_S", 2.0)
+    monkeypatch.setitem(whole.fetch_bytes.__kwdefaults__, "patience_s", 3.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
         yield Pool(tmp_path / "head", stack)
@@ -244,7 +244,7 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
         return [Offered(question.token, digest, 1 << 62)]
 
     def stand_still(token: int) -> None:
-        for _ in range(100):
+        for _ in range(400):
             beta.control.send(Preparing(token, 5, 9))
             time.sleep(0.05)
 
