@@ -256,7 +256,7 @@ def _num_compared(got: _Answer, alone: _Answer) -> int:
     ("family", "runners"),
     [("llama", ("lean", "mlx")), ("llama", ("library", "lean")), ("gemma3_text", ("mlx", "lean"))],
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.builds(list.__add__, _BURSTS, st.lists(_ACTIONS, max_size=40)), st.integers(0, 1000))
 def test_each_request_gets_the_tokens_that_it_gets_alone(
     family: str, runners: tuple[Runner, ...], actions: list[tuple[str, Any]], seed: int

@@ -64,7 +64,7 @@ def test_a_capture_has_no_prompt_no_answer_and_no_weights(
     streams = capture.of_ports(ports)
     assert sum(map(len, streams)) > 20 * MIB, "the other host's weights have crossed"
     # What a busy machine drops hides nothing: each message has very many of them.
-    assert capture.share_dropped() < 0.1
+    assert capture.share_dropped() < 0.01
     assert found_in(streams, secrets, weights) == set()
 
     # The same, unencrypted: this would have been seen.
