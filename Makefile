@@ -33,20 +33,20 @@ imports: $(READY)
 
 # The pipeline's overhead and the software cost of a hop; memory of three stages of a 4 GB model.
 bench-hops: $(READY)
-	$(BIN)/python -m bench.pipeline $(ARGS)
+	$(BIN)/python -m bench.ring.pipeline $(ARGS)
 
 bench-memory: $(READY)
-	$(BIN)/python -m bench.memory $(ARGS)
+	$(BIN)/python -m bench.stage.memory $(ARGS)
 
 # One stage beside its peers; what quantized kernels cost in quality; loading a quantized model of 3 billion weights.
 bench-stage: $(READY) llama-cpp
-	$(BIN)/python -m bench.stage_speed $(ARGS)
+	$(BIN)/python -m bench.stage.speed $(ARGS)
 
 bench-quality: $(READY) llama-cpp
-	$(BIN)/python -m bench.quality $(ARGS)
+	$(BIN)/python -m bench.stage.quality $(ARGS)
 
 bench-loading: $(READY)
-	$(BIN)/python -m bench.loading $(ARGS)
+	$(BIN)/python -m bench.stage.loading $(ARGS)
 
 # Real quantized models beside the numbers in their files; GEMMA is a folder that `potluck pull file:…gguf` made.
 test-gemma: $(READY)
@@ -59,20 +59,20 @@ fuzz: $(READY)
 	@for target in $(FUZZ); do \
 		$(BIN)/python -m tests.fuzz.run $$target $(FUZZ_SECONDS) .fuzz/$$target || exit 1; done
 
-# Whether every device is kept busy, beside llama.cpp over two RPC servers; and over emulated hosts (root).
-bench-scheduling: $(READY) llama-rpc
-	$(BIN)/python -m bench.scheduling $(ARGS)
+# Whether every device is kept busy; and over emulated hosts (root).
+bench-scheduling: $(READY)
+	$(BIN)/python -m bench.ring.scheduling $(ARGS)
 
 bench-scheduling-lab: $(READY)
-	$(BIN)/python -m bench.lab_scheduling $(ARGS)
+	$(BIN)/python -m bench.ring.lab_scheduling $(ARGS)
 
 # 200 hostile connections at every port of a ring of two hosts on this machine.
 bench-hostile: $(READY)
-	$(BIN)/python -m bench.hostile $(ARGS)
+	$(BIN)/python -m bench.ring.hostile $(ARGS)
 
 # Pieces of a model from a head to three emulated hosts (root).
 bench-transfer: $(READY)
-	$(BIN)/python -m bench.piece_transfer $(ARGS)
+	$(BIN)/python -m bench.ring.transfer $(ARGS)
 
 # llama.cpp, built here (some minutes each, a C++ compiler): the benches do without it where that fails. Its Python package
 # is one stage's peer; its RPC and HTTP servers, built from the source that comes with the package, are a ring's.

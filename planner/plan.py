@@ -1,4 +1,4 @@
-"""A plan: which device runs which layers, in what precision, what that takes, and what it is expected to do."""
+"""A plan says which device runs which layers, in what precision, and what that takes and gives."""
 
 from __future__ import annotations
 
@@ -7,10 +7,46 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from devices.device import LeftOut
-from planner.evaluate import Prediction
-from planner.stage_times import StageTimes
-from transport.messages import DType, KVForm, WeightsForm
+from devices.hardware.device import UnavailableDevice
+from planner.cost import Assignment, CostModel, Prediction, slowdown_factors
+from transport.messages.ring import DType, KVForm, WeightsForm
+
+_DECODE_SEQUENCES = (1, 2, 4, 8, 16, 32)
+_CHUNK_TOKENS = (8, 16, 32, 64, 128, 256, 512)
+_CONTEXT_QUARTERS = (0, 1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds of one stage. `decode`: (sequences in the step, seconds), by number of sequences. `prefill`: (tokens of
+    the chunk, positions before it, seconds), for every pair of some numbers of tokens and some of positions."""
+
+    decode: tuple[tuple[int, float], ...]
+    prefill: tuple[tuple[int, int, float], ...]
+
+
+def stage_times(costs: CostModel, assignment: Assignment) -> tuple[StageTimes, ...]:
+    """Each stage's, while the others of the ring work too. Decode steps read the KV of the workload's usual context;
+    chunks ask for no logits."""
+    context = costs.workload.context_tokens
+    befores = sorted({context * quarters // 4 for quarters in _CONTEXT_QUARTERS})
+    slow = slowdown_factors(costs, assignment, busy=True)
+
+    def of(device: int, first: int, last: int, factor: float) -> StageTimes:
+        return StageTimes(
+            decode=tuple(
+                (group, factor * costs.decode(device, group).span_s(first, last)) for group in _DECODE_SEQUENCES
+            ),
+            prefill=tuple(
+                (tokens, before, factor * costs.chunk(device, tokens, before, is_last=False).span_s(first, last))
+                for tokens in _CHUNK_TOKENS
+                for before in befores
+            ),
+        )
+
+    return tuple(
+        of(placed.device, placed.first, placed.last, factor) for placed, factor in zip(assignment, slow, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +117,7 @@ class Plan:
     weights: WeightsForm = "stored"
     kv: KVForm = "full"
     times: tuple[StageTimes, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[UnavailableDevice, ...] = ()
     is_exact: bool = False
     advice: Advice | None = None
 

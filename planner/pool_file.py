@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from planner.measured import DeviceTimes, Grid, PoolTimes
-from planner.profile import ModelProfile
+from planner.measurements import DeviceTimes, Grid, PoolTimes
+from planner.memory import ModelProfile
 from transport.errors import ConfigError
 
-FORMAT = "potluck-pool"
-VERSION = 2
+POOL_FILE_FORMAT = "potluck-pool"
+POOL_FILE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +27,18 @@ class SavedPool:
 
 
 def pool_to_json(profile: ModelProfile, times: PoolTimes) -> dict[str, Any]:
-    saved = SavedPool(format=FORMAT, version=VERSION, profile=profile, times=times)
+    saved = SavedPool(format=POOL_FILE_FORMAT, version=POOL_FILE_VERSION, profile=profile, times=times)
     plain: dict[str, Any] = msgspec.to_builtins(saved)
     return plain
 
 
 def pool_from_json(data: object, *, where: str) -> SavedPool:
     """Raises ConfigError for anything that `pool_to_json` would not write."""
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != POOL_FILE_FORMAT:
         raise ConfigError(f"{where} is not a pool file", hint="make one with: potluck plan MODEL --save-pool FILE")
-    if data.get("version") != VERSION:
+    if data.get("version") != POOL_FILE_VERSION:
         raise ConfigError(
-            f"{where} has version {data.get('version')!r}; this Potluck reads {VERSION}", hint="save it again"
+            f"{where} has version {data.get('version')!r}; this Potluck reads {POOL_FILE_VERSION}", hint="save it again"
         )
     try:
         saved = msgspec.convert(data, SavedPool)

@@ -5,9 +5,9 @@ import sys
 
 
 def main() -> None:
-    """Runs `potluck.cli.main`; 130 when interrupted."""
+    """Runs `potluck.cli.app.main`; 130 when interrupted."""
     try:
-        from potluck.cli import main as run
+        from potluck.cli.app import main as run
 
         run()
     except KeyboardInterrupt:

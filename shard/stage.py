@@ -11,11 +11,11 @@ from typing import Protocol
 import numpy as np
 from msgspec import Struct
 
-from transport.messages import DType, Entry, KVForm, Op, Result, SequenceId, WeightsForm
+from transport.messages.ring import DType, Entry, EntryResult, KVForm, Op, SequenceId, WeightsForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSpec:
+class StageSpec:
     """Which layers of which model run where, and in what precision.
 
     `kv_capacity_tokens` bounds the tokens of KV that all sequences together may hold; `context_tokens` those of one.
@@ -60,7 +60,7 @@ class ShardBackend(Protocol):
     Each entry's `start` equals `length(sequence)`: the caller has truncated, and refused what lies beyond.
     """
 
-    spec: ShardSpec
+    spec: StageSpec
     weights_bytes: int
 
     def forward(self, batch: Batch) -> np.ndarray:
@@ -109,7 +109,7 @@ class HiddenOutput(Struct, frozen=True, kw_only=True):
 
 
 class TokenOutput(Struct, frozen=True, kw_only=True):
-    results: tuple[Result, ...]
+    results: tuple[EntryResult, ...]
 
 
 StageOutput = HiddenOutput | TokenOutput

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from potluck import api_key
-from potluck.api_key import KeyWatch, head_headers, key_at, key_file, make_key, read_key
-from potluck.head_file import HeadFacts
+from potluck.api import api_key
+from potluck.api.api_key import KeyWatch, auth_headers, key_file, key_for_url, make_key, read_key
+from potluck.host.local_head import LocalHead
 from transport.errors import ConfigError, NotRunning
 
 
@@ -18,9 +18,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_key_is_kept_until_a_new_one_is_made(home: Path) -> None:
-    assert read_key() is None and head_headers() == {}
+    assert read_key() is None and auth_headers() == {}
     key = make_key()
-    assert read_key() == key and head_headers() == {"Authorization": f"Bearer {key}"}
+    assert read_key() == key and auth_headers() == {"Authorization": f"Bearer {key}"}
     assert key_file().stat().st_mode & 0o777 == 0o600
     assert make_key() != key and [path.name for path in home.iterdir()] == ["api-key"]
 
@@ -83,14 +83,14 @@ def test_a_watch_takes_a_new_key_soon_and_none_that_is_gone() -> None:
 
 def test_only_the_own_head_is_told_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = make_key()
-    facts = HeadFacts(pid=1, url="http://127.0.0.1:11500", model="m", control="c", host="h")
+    facts = LocalHead(pid=1, url="http://127.0.0.1:11500", model="m", control="c", host="h")
     monkeypatch.setattr(api_key, "running_head", lambda: facts)
-    assert key_at("http://127.0.0.1:11500") == key_at("http://127.0.0.1:11500/v1/") == key
+    assert key_for_url("http://127.0.0.1:11500") == key_for_url("http://127.0.0.1:11500/v1/") == key
     for other in ("http://127.0.0.1:11501", "http://127.0.0.1:11500.evil.example", "https://api.example/v1", ""):
-        assert key_at(other) == ""
+        assert key_for_url(other) == ""
 
-    def none() -> HeadFacts:
+    def none() -> LocalHead:
         raise NotRunning("none")
 
     monkeypatch.setattr(api_key, "running_head", none)
-    assert key_at("http://127.0.0.1:11500") == ""
+    assert key_for_url("http://127.0.0.1:11500") == ""

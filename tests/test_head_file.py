@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from potluck.head_file import HeadFacts, HeadFile, running_head
+from potluck.host.local_head import HeadFile, LocalHead, running_head
 from transport.errors import AlreadyRunning, NotRunning
 
 
@@ -17,7 +17,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_head_is_found_from_when_it_says_where_it_is_until_it_ends() -> None:
-    facts = HeadFacts(
+    facts = LocalHead(
         pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://control", host="here", address=None, lan=None
     )
     with HeadFile() as file:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from potluck.api_key import key_file
-from potluck.config import Settings, checked, settings_from
-from potluck.endpoint import bind_endpoint
-from potluck.http.access import Access, as_host, host_of, origin_of
-from potluck.http_access import open_access, own_url
+from potluck.api.access import AccessPolicy, parse_host, parse_origin, url_host
+from potluck.api.api_key import key_file
+from potluck.head.api_access import endpoint_access, local_url
+from potluck.head.endpoint import bind_endpoint
+from potluck.system.settings import Settings, parse_settings, validated
 from transport.errors import ConfigError
 
 
@@ -49,65 +49,65 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_which_hosts_are_ours(host: str, local_address: str | None, is_known: bool) -> None:
-    access = Access(port=11500, hosts=frozenset({"localhost", "mymac.local"}))
-    assert access.knows_host(host, local_address) == is_known
+    access = AccessPolicy(port=11500, hosts=frozenset({"localhost", "mymac.local"}))
+    assert access.allows_host(host, local_address) == is_known
 
 
 def test_names_and_origins_that_a_user_may_allow() -> None:
-    assert [host_of(text) for text in ("Potluck.Home", "10.0.0.1", "fd00::1", "[fd00::1]", "my_host")] == [
+    assert [parse_host(text) for text in ("Potluck.Home", "10.0.0.1", "fd00::1", "[fd00::1]", "my_host")] == [
         "potluck.home", "10.0.0.1", "[fd00::1]", "[fd00::1]", "my_host",
     ]  # fmt: skip
     for text in ("", "*", "a b", "a:80", "a.", ".a", "a/b", "0.0.0.0", "::", "a" * 254, "ü.example", "http://a"):
-        assert host_of(text) is None, text
-    assert [origin_of(text) for text in ("http://LocalHost:3000/", "https://a.example:443", "http://[::1]:80")] == [
+        assert parse_host(text) is None, text
+    assert [parse_origin(text) for text in ("http://LocalHost:3000/", "https://a.example:443", "http://[::1]:80")] == [
         "http://localhost:3000", "https://a.example", "http://[::1]",
     ]  # fmt: skip
     for text in ("*", "null", "a.example", "ftp://a", "https://a/b", "https://u@a", "https://a?b", "https://a:x", ""):
-        assert origin_of(text) is None, text
-    assert as_host("fe80::1%eth0") == "[fe80::1]"
+        assert parse_origin(text) is None, text
+    assert url_host("fe80::1%eth0") == "[fe80::1]"
 
 
 def test_this_host_alone_needs_no_key_and_has_no_network_name() -> None:
-    opened = open_access(Settings(), 11500)
-    assert opened.access.key is None and opened.lines() == [] and not key_file().exists()
+    opened = endpoint_access(Settings(), 11500)
+    assert opened.access.key is None and opened.user_lines() == [] and not key_file().exists()
     assert opened.access.hosts == {"localhost", "127.0.0.1", "[::1]"}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "fd00::7"])
 def test_the_network_needs_a_key_that_is_told_once(host: str) -> None:
     settings = Settings(host=host, host_name="kitchen")
-    opened = open_access(settings, 11500)
+    opened = endpoint_access(settings, 11500)
     assert opened.access.key is not None and opened.new_key is not None
     assert {"kitchen", "kitchen.local", "localhost"} <= opened.access.hosts
-    assert any(opened.new_key in line for line in opened.lines())
+    assert any(opened.new_key in line for line in opened.user_lines())
     if host == "192.0.2.7":
-        assert f"http://192.0.2.7:11500/#key={opened.new_key}" in opened.lines()[-1]
-    again = open_access(settings, 11500)
-    assert again.new_key is None and not any(opened.new_key in line for line in again.lines())
+        assert f"http://192.0.2.7:11500/#key={opened.new_key}" in opened.user_lines()[-1]
+    again = endpoint_access(settings, 11500)
+    assert again.new_key is None and not any(opened.new_key in line for line in again.user_lines())
 
 
 def test_a_key_can_be_asked_for_on_this_host_too() -> None:
-    opened = open_access(Settings(require_key=True), 11500)
+    opened = endpoint_access(Settings(require_key=True), 11500)
     assert opened.access.key is not None and opened.new_key is not None and opened.pages == ()
 
 
 def test_programs_of_this_host_find_it_wherever_it_listens() -> None:
-    assert own_url("0.0.0.0", 1) == "http://127.0.0.1:1"
-    assert own_url("::", 1) == "http://[::1]:1"
-    assert own_url("192.0.2.7", 1) == "http://192.0.2.7:1"
+    assert local_url("0.0.0.0", 1) == "http://127.0.0.1:1"
+    assert local_url("::", 1) == "http://[::1]:1"
+    assert local_url("192.0.2.7", 1) == "http://192.0.2.7:1"
 
 
 def test_settings_for_it() -> None:
     data = {"host": "0.0.0.0", "allowed_hosts": ["a.example"], "allowed_origins": ["http://localhost:3000"]}
-    settings = settings_from(data, where="config.toml")
-    access = open_access(settings, 1).access
+    settings = parse_settings(data, where="config.toml")
+    access = endpoint_access(settings, 1).access
     assert "a.example" in access.hosts and access.origins == {"http://localhost:3000"}
     for wrong in ({"host": "mymac.local"}, {"host": ""}, {"host": "fe80::1%eth0"}):
         with pytest.raises(ConfigError, match="no address"):
-            checked(Settings(**wrong))
+            validated(Settings(**wrong))
     for bad in ({"allowed_hosts": ("*",)}, {"allowed_origins": ("*",)}):
         with pytest.raises(ConfigError, match=r"'\*' is no"):
-            open_access(Settings(**bad), 1)  # type: ignore[arg-type]
+            endpoint_access(Settings(**bad), 1)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_the_command_runs_from_the_wheel_anywhere(wheel: Path, tmp_path: Path) -
     (tmp_path / "devices").mkdir()  # A folder of the user's, named like one of ours.
     facts = json.loads(_run(fresh / "bin" / "potluck", "version", "--json", cwd=tmp_path).stdout)
     assert facts["potluck"]
-    where = "import potluck.cli, devices, json; print(json.dumps([potluck.__file__, devices.__file__]))"
+    where = "import potluck.cli.app, devices, json; print(json.dumps([potluck.__file__, devices.__file__]))"
     for file in json.loads(_run(fresh / "bin" / "python", "-P", "-c", where, cwd=tmp_path).stdout):
         assert Path(file).is_relative_to(fresh)
     assert _run(fresh / "bin" / "potluck", "list", "--json", cwd=tmp_path).stdout == "[]\n"

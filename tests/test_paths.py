@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck import paths
+from potluck.system import paths
 from transport.errors import ConfigError
 
 
@@ -77,5 +77,5 @@ def test_another_users_folder_or_link_is_refused(kind: str, monkeypatch: pytest.
 
 
 def test_names_of_devices_become_names_of_files_on_every_system() -> None:
-    assert paths.file_name("gaming-pc/cuda:0") == "gaming-pc-cuda-0"
-    assert paths.file_name('a\\b|c"d<e>f?g*h\n..') == "a-b-c-d-e-f-g-h-.."
+    assert paths.safe_file_name("gaming-pc/cuda:0") == "gaming-pc-cuda-0"
+    assert paths.safe_file_name('a\\b|c"d<e>f?g*h\n..') == "a-b-c-d-e-f-g-h-.."

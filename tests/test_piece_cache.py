@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from potluck.cli import app_for
-from potluck.paths import pieces_dir, shared_dir
-from shard.needed_pieces import stage_pieces
-from shard.open import open_checkpoint
-from shard.piece_list import make_piece_list
-from shard.piece_list_wire import encode_piece_list, list_digest
-from shard.shared_model import materialize, offer_model
+from potluck.cli.app import app_for
+from potluck.system.paths import pieces_dir, shared_dir
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.metadata import share_model, write_metadata_from_store
+from shard.pieces.open import open_checkpoint
+from shard.pieces.piece_list import encode_piece_list, list_digest, stage_pieces
 from tests.shard.pieces.given import contents
 from tests.shard.tiny import save_tiny
 from transport.errors import ConfigError
-from transport.pieces.piece import Piece
+from transport.messages.pieces import Piece
 from transport.pieces.store import PieceStore
 
 
@@ -44,7 +43,7 @@ def keep_half(folder: Path) -> list[Piece]:
     store, found = PieceStore(pieces_dir()), contents(folder, pieces)
     for piece in needed.values():
         store.put(found[piece.digest], piece.digest)
-    materialize(pieces, store, shared_dir() / list_digest(encode_piece_list(pieces)))
+    write_metadata_from_store(pieces, store, shared_dir() / list_digest(encode_piece_list(pieces)))
     return list(needed.values())
 
 
@@ -79,7 +78,7 @@ def test_it_shows_what_is_there_and_removes_what_nobody_needs(home: Path) -> Non
 
 def test_a_model_that_this_host_offers_is_not_forgotten(home: Path) -> None:
     folder = save_tiny("llama", 0, home / "model")
-    offered = offer_model(folder, "tiny", shared_dir())
+    offered = share_model(folder, "tiny", shared_dir())
     assert told()["models"] == []
     assert told("clear") == {"freed_bytes": 0, "kept_bytes": 0}
     assert offered.list_file.is_file()

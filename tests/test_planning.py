@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from devices.device import Device
-from potluck.config import Settings
-from potluck.planning import chosen_weights, profile_of
+from devices.hardware.device import Device
+from potluck.head.planning import choose_weights, profile_of
 from potluck.store import Store, StoredModel
+from potluck.system.settings import Settings
 from tests.planner.pool import device, quantizable
 from tests.shard.tiny import NUM_LAYERS, save_tiny
 from transport.errors import ConfigError
-from transport.messages import WeightsForm
+from transport.messages.ring import WeightsForm
 
 
 def chosen(devices: list[Device], **settings: object) -> tuple[WeightsForm, list[str]]:
     said: list[str] = []
     wanted = Settings(**{"quantize": "auto", "concurrency": 1, **settings})  # type: ignore[arg-type]
-    return chosen_weights(replace(quantizable(), head_dim=64), devices, "here", wanted, said.append), said
+    return choose_weights(replace(quantizable(), head_dim=64), devices, "here", wanted, said.append), said
 
 
 @pytest.mark.parametrize(

@@ -69,33 +69,32 @@ SOME_SYSTEMS_HAVE = {
 }
 
 ALLOWED = {
-    "devices/discover.py": {"os.sched_getaffinity"},  # hasattr
-    "devices/identity.py": {"os.getuid"},  # os.name
-    "potluck/doctor/multicast.py": {"socket.SO_REUSEPORT"},  # hasattr
+    "devices/hardware/selection.py": {"os.sched_getaffinity"},  # hasattr
+    "devices/pairing/identity.py": {"os.getuid"},  # os.name
+    "potluck/cli/doctor/probe.py": {"socket.SO_REUSEPORT"},  # hasattr
     "potluck/engine/template_process.py": {"signal.setitimer"},  # hasattr
-    "potluck/paths.py": {"os.getuid"},  # sys.platform
-    "potluck/service/launchd.py": {"os.getuid"},  # used on macOS only
-    "shard/file_blocks.py": {"os.preadv"},  # hasattr
-    "shard/machine.py": {"os.sched_getaffinity"},  # hasattr
-    "shard/weight_folder.py": {"os.preadv"},  # sys.platform
+    "potluck/system/paths.py": {"os.getuid"},  # sys.platform
+    "potluck/cli/service/launchd.py": {"os.getuid"},  # used on macOS only
+    "shard/worker/machine.py": {"os.sched_getaffinity"},  # hasattr
+    "shard/formats/weight_folder.py": {"os.preadv"},  # sys.platform
     "transport/pieces/piece_source.py": {"os.pread"},  # hasattr
-    "transport/threads.py": {"os.sched_setscheduler", "os.sched_param"},  # sys.platform
+    "transport/process/child.py": {"os.sched_setscheduler", "os.sched_param"},  # sys.platform
     # The table of systems that it knows.
-    "shard/torch_backend/reserved.py": {
+    "shard/torch_backend/memory.py": {
         "mmap.MAP_PRIVATE",
         "mmap.MAP_ANONYMOUS",
         "mmap.MADV_DONTNEED",
         "mmap.MADV_FREE",
         "mmap.MADV_NOHUGEPAGE",
     },
-    "potluck/endpoint.py": {"socket.SO_EXCLUSIVEADDRUSE"},
+    "potluck/head/endpoint.py": {"socket.SO_EXCLUSIVEADDRUSE"},
 }
 """Where such a name is used behind a question whether the system has it."""
 
 IN_THE_SYSTEMS_ENCODING = {
-    "devices/interfaces.py": "what a tool of the system says",
+    "devices/hardware/interfaces.py": "what a tool of the system says",
     "potluck/store/pypi.py": "what pip says",
-    "potluck/store/hub_cache.py": "a commit, which is digits",
+    "potluck/store/hub/repository.py": "a commit, which is digits",
 }
 
 _IMPORTS = """

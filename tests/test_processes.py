@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from potluck.processes import Child, stop_all
+from potluck.system.child_process import ChildProcess, stop_processes
 
 _STUBBORN = """
 import signal, sys, time
@@ -51,8 +51,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def children() -> Iterator[list[Child]]:
-    started: list[Child] = []
+def children() -> Iterator[list[ChildProcess]]:
+    started: list[ChildProcess] = []
     yield started
     for child in started:
         child.kill()
@@ -66,20 +66,20 @@ def _wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_all_are_gone_also_one_that_does_not_listen(tmp_path: Path, children: list[Child]) -> None:
+def test_all_are_gone_also_one_that_does_not_listen(tmp_path: Path, children: list[ChildProcess]) -> None:
     for number, module in enumerate(("stubborn", "with_a_lifeline")):
-        children.append(Child(module, [str(tmp_path / "run")], log=tmp_path / f"{number}.log"))
-    _wait_until(lambda: all("ready" in child.last_words() for child in children))
-    assert children[1].last_words() == "ready é"
-    stop_all(children)
+        children.append(ChildProcess(module, [str(tmp_path / "run")], log=tmp_path / f"{number}.log"))
+    _wait_until(lambda: all("ready" in child.last_log_line() for child in children))
+    assert children[1].last_log_line() == "ready é"
+    stop_processes(children)
     assert [child.exit_code() for child in children] == [-signal.SIGKILL, -signal.SIGTERM]
-    stop_all(children)  # Nobody is there any more.
+    stop_processes(children)  # Nobody is there any more.
 
 
 def test_one_that_can_not_be_told_does_not_save_the_others(
-    tmp_path: Path, children: list[Child], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, children: list[ChildProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children += [Child("stubborn", [], log=tmp_path / f"{number}.log") for number in range(2)]
+    children += [ChildProcess("stubborn", [], log=tmp_path / f"{number}.log") for number in range(2)]
     terminate = subprocess.Popen.terminate
 
     def refused(process: subprocess.Popen[bytes]) -> None:
@@ -88,7 +88,7 @@ def test_one_that_can_not_be_told_does_not_save_the_others(
         terminate(process)
 
     monkeypatch.setattr(subprocess.Popen, "terminate", refused)
-    stop_all(children)
+    stop_processes(children)
     assert all(child.exit_code() is not None for child in children)
 
 

@@ -47,7 +47,9 @@ def test_under_nohup_a_closed_terminal_does_not() -> None:
 
 
 def test_windows_has_other_signals() -> None:
-    code = "import signal; signal.SIGBREAK = 21; from potluck.session import _ENDING; print(sorted(map(int, _ENDING)))"
+    code = (
+        "import signal; signal.SIGBREAK = 21; from potluck.cli.session import _ENDING; print(sorted(map(int, _ENDING)))"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env=environment_of("Windows"),

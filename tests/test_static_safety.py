@@ -36,9 +36,9 @@ _LOADERS = (
 # Names that are ours: of a command from a table, of an architecture from one of those that run, and of the peer in a
 # bench.
 _REVIEWED = {
-    ("potluck/cli.py", "importlib.import_module"),
+    ("potluck/cli/app.py", "importlib.import_module"),
     ("shard/mlx_backend/library.py", "importlib.import_module"),
-    ("bench/llama_child.py", "from importlib import import_module"),
+    ("bench/peers/llama_child.py", "from importlib import import_module"),
 }
 
 

@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from rich.console import Console
 from typer.testing import CliRunner
 
-from potluck.cli import app_for
-from potluck.status import StageReport, StatusReport
-from potluck.terminal import show_stages, show_text, tell
+from potluck.cli.app import app_for
+from potluck.cli.terminal import show_line, show_stages, show_text
+from potluck.head.status import StageReport, StatusReport
 
 
 def _stage(index: int, device: str) -> StageReport:
@@ -112,7 +112,7 @@ def test_lines_break_between_words_in_a_terminal_and_nowhere_in_a_pipe() -> None
     shown = []
     for is_terminal in (True, False):
         out = io.StringIO()
-        tell(Console(file=out, width=40, force_terminal=is_terminal, color_system=None), text, markup=False)
+        show_line(Console(file=out, width=40, force_terminal=is_terminal, color_system=None), text, markup=False)
         shown.append(out.getvalue().splitlines())
     in_terminal, in_pipe = shown
     assert in_terminal == ["its log says more than fits into one", "line of this terminal:", path]

@@ -1,4 +1,4 @@
-"""Bytes ↔ messages: a msgpack header frame, then raw buffers. Everything is checked before it is used."""
+"""The codec turns messages into frames of bounded size and checks every frame that comes before it is used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import msgspec
 
-from transport.control_messages import ControlMessage
 from transport.errors import BadMessage
-from transport.link import Received
-from transport.messages import (
+from transport.links.link import Received
+from transport.messages.control import ControlMessage
+from transport.messages.ring import (
     DTYPE_BYTES,
     DataMessage,
     DType,
@@ -28,6 +28,57 @@ from transport.messages import (
     Sampling,
     Tokens,
 )
+
+FRAME_BYTES = 2**16
+# What CURVE puts around a frame is 33 bytes.
+MAX_FRAME_BYTES = FRAME_BYTES + 256
+# No msgpack message begins with this byte: the frame says in how many pieces the header follows.
+_SPLIT_MARK = b"\xc1"
+_COUNT_BYTES = 4
+
+Frame = bytes | memoryview
+
+
+def split_frames(header: bytes, buffers: Sequence[memoryview], frame_bytes: int) -> list[Frame]:
+    """A message's frames: its header, then its buffers, in pieces of at most `frame_bytes`."""
+    frames: list[Frame] = []
+    if len(header) <= frame_bytes:
+        frames.append(header)
+    else:
+        slices = _slices(memoryview(header), frame_bytes)
+        frames += [_SPLIT_MARK + len(slices).to_bytes(_COUNT_BYTES, "big"), *slices]
+    for buffer in buffers:
+        if len(buffer) <= frame_bytes:
+            frames.append(buffer)
+        else:
+            frames += _slices(buffer, frame_bytes)
+    return frames
+
+
+def join_frames(frames: Sequence[Frame], max_bytes: int) -> list[Frame]:
+    """The header, and the one buffer that a message has at most. Raises BadMessage, also for more than `max_bytes`."""
+    if len(frames) <= 2 and bytes(frames[0][:1]) != _SPLIT_MARK:
+        return list(frames)
+    num_bytes = sum(len(frame) for frame in frames)
+    if num_bytes > max_bytes:
+        raise BadMessage(f"a message of {num_bytes} bytes; at most {max_bytes} are allowed")
+    first = frames[0]
+    at = 1
+    if bytes(first[:1]) == _SPLIT_MARK:
+        count = int.from_bytes(first[1:], "big")
+        if len(first) != 1 + _COUNT_BYTES or not 1 < count < len(frames):
+            raise BadMessage("a header in pieces that are not there")
+        at = 1 + count
+        first = b"".join(frames[1:at])
+    rest = frames[at:]
+    if len(rest) <= 1:
+        return [first, *rest]
+    return [first, b"".join(rest)]
+
+
+def _slices(data: memoryview, size: int) -> list[memoryview]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_CONTROL_BYTES = 2**20
@@ -68,7 +119,7 @@ def encode(message: DataMessage | ControlMessage) -> bytes:
 def decode_control(frame: bytes | memoryview) -> ControlMessage:
     """Raises BadMessage, also for numbers below zero or without bounds: nothing can be counted or planned with them."""
     message: ControlMessage = _decode(_control_decoder, frame, MAX_CONTROL_BYTES)
-    if not _counts(message):
+    if not _has_valid_numbers(message):
         raise BadMessage(f"{type(message).__name__} with impossible numbers")
     return message
 
@@ -83,11 +134,11 @@ def decode_data(frames: Sequence[bytes | memoryview], limits: EdgeLimits) -> Rec
     message = _decode(_data_decoder, frames[0], MAX_HEADER_BYTES)
     buffers = tuple([memoryview(frame) for frame in frames[1:]])
     if message.fence == limits.fence:
-        check(message, buffers, limits)
+        check_data(message, buffers, limits)
     return Received(message=message, buffers=buffers)
 
 
-def check(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimits) -> None:
+def check_data(message: DataMessage, buffers: Sequence[memoryview], limits: EdgeLimits) -> None:
     """Raises BadMessage if `message` can't belong to this edge."""
     expected_buffers = 1 if isinstance(message, Hidden) else 0
     if len(buffers) != expected_buffers:
@@ -119,7 +170,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview, lim
         raise BadMessage(f"a header that can't be decoded: {error}") from error
 
 
-def _counts(value: object) -> bool:
+def _has_valid_numbers(value: object) -> bool:
     """Whether all numbers in it are numbers of something."""
     match value:
         case bool() | str() | bytes() | None:
@@ -127,11 +178,11 @@ def _counts(value: object) -> bool:
         case int() | float():
             return 0 <= value <= _LARGEST_NUMBER
         case tuple() | list():
-            return all(map(_counts, value))
+            return all(map(_has_valid_numbers, value))
         case dict():
-            return all(map(_counts, value.values()))
+            return all(map(_has_valid_numbers, value.values()))
         case msgspec.Struct():
-            return all(_counts(getattr(value, name)) for name in value.__struct_fields__)
+            return all(_has_valid_numbers(getattr(value, name)) for name in value.__struct_fields__)
     return False
 
 

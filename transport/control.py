@@ -12,36 +12,35 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from transport.awake import Awake
 from transport.codec import MAX_CONTROL_BYTES, decode_control, encode
-from transport.connection_cap import MONITORED, ConnectionCap
-from transport.control_messages import Alive, ControlMessage, Register, Stop
-from transport.curve import Guard, Prepare, address_of, descriptor_of, is_given, user_id
-from transport.endpoints import bind, is_tcp
 from transport.errors import BadMessage
-from transport.messages import PROTOCOL_VERSION
-from transport.pool_messages import Arrive
-from transport.wake import Wake
-from transport.zmq_link import set_options
+from transport.links.endpoints import bind, is_tcp
+from transport.links.zmq_link import set_options
+from transport.messages.control import ControlMessage, Heartbeat, Register, Stop
+from transport.messages.pool import NodeHello
+from transport.messages.ring import PROTOCOL_VERSION
+from transport.process.polling import SuspendDetector, Waker
+from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
+from transport.security.curve import Guard, Prepare, address_of, descriptor_of, is_authenticated, peer_key
 
 log = logging.getLogger("potluck.control")
 
-ALIVE_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 1.0
 SILENT_AFTER_S = 10.0
-REACH_WITHIN_S = 20.0
-REVOKED = "this host was revoked by the head's owner"
+CONNECT_TIMEOUT_S = 20.0
+REVOKED_REASON = "this host was revoked by the head's owner"
 """What a host is told that is out for good."""
 _RETRY_S = 0.02
-_MOST_AT_ONCE = 1000
+_MAX_MESSAGES_AT_ONCE = 1000
 # Who is revoked is out within this time, and what waits is sent.
-_LOOK_EVERY_S = 0.1
+_TICK_S = 0.1
 # From the network: a stranger can make the head keep as much before it has proved who it is.
 _NETWORK_BYTES = 2**18
 _UNREAD_BYTES = 2**20
-_MOST_CONNECTIONS = 128
-_MOST_PER_ADDRESS = 32
+_MAX_CONNECTIONS = 128
+_MAX_PER_ADDRESS = 32
 
-Introduction = Register | Arrive
+Introduction = Register | NodeHello
 """The first message on a control connection: a worker's, or a host's node's."""
 
 
@@ -72,7 +71,7 @@ class ControlClient:
         self._on_message = on_message
         self._on_lost = on_lost
         self._outbox: deque[ControlMessage] = deque()
-        self._wake = Wake()
+        self._wake = Waker()
         self._closing = threading.Event()
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket, on_network=is_tcp(endpoint))
@@ -97,7 +96,7 @@ class ControlClient:
 
     def _run(self) -> None:
         try:
-            self._obey()
+            self._serve()
         except Exception:  # The root of the thread: else nobody would notice that the head is not heard any more.
             log.exception("control has ended")
             self._on_lost()
@@ -106,15 +105,15 @@ class ControlClient:
         self._socket.close(linger=500)
         self._monitor.close(0)
 
-    def _obey(self) -> None:
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
-        next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
-        reach_by_s: float | None = time.monotonic() + REACH_WITHIN_S
+        next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+        reach_by_s: float | None = time.monotonic() + CONNECT_TIMEOUT_S
         while not self._closing.is_set():
-            wait_s = _RETRY_S if self._outbox else next_alive_s - time.monotonic()
+            wait_s = _RETRY_S if self._outbox else next_heartbeat_s - time.monotonic()
             ready = dict(poller.poll(max(1, int(wait_s * 1000))))
             self._wake.clear()
             self._flush()
@@ -125,9 +124,9 @@ class ControlClient:
             if self._monitor in ready or (reach_by_s is not None and time.monotonic() >= reach_by_s):
                 self._on_lost()
                 break
-            if time.monotonic() >= next_alive_s:
-                self._outbox.append(Alive())
-                next_alive_s = time.monotonic() + ALIVE_INTERVAL_S
+            if time.monotonic() >= next_heartbeat_s:
+                self._outbox.append(Heartbeat())
+                next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
 
     def _flush(self) -> None:
         while self._outbox:
@@ -139,7 +138,7 @@ class ControlClient:
 
 
 @dataclass(slots=True)
-class Peer:
+class ControlPeer:
     """A worker or a host's node as the head knows it. `identity` is the socket's index, and the peer's routing id
     there; `key` is its host's, and `address` where it comes from, empty for processes of this host that came by ipc."""
 
@@ -158,10 +157,10 @@ class Peer:
 
 class ControlServer:
     """The head's end. One thread owns the sockets; `on_message(peer, message)` and `on_lost(peer)` run in it, and ten
-    times a second or more often `on_look`, whatever the head does meanwhile.
+    times a second or more often `on_tick`, whatever the head does meanwhile.
 
     `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
-    key it admits no more is told why (`why_out`), lost, and not heard again.
+    key it admits no more is told why (`eviction_reason`), lost, and not heard again.
     """
 
     def __init__(
@@ -169,18 +168,18 @@ class ControlServer:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoints: Sequence[tuple[str, Guard | None]],
         *,
-        on_message: Callable[[Peer, ControlMessage], None],
-        on_lost: Callable[[Peer], None],
-        on_look: Callable[[], object] = lambda: None,
-        why_out: Callable[[str], str] = lambda key: REVOKED,
+        on_message: Callable[[ControlPeer, ControlMessage], None],
+        on_lost: Callable[[ControlPeer], None],
+        on_tick: Callable[[], object] = lambda: None,
+        eviction_reason: Callable[[str], str] = lambda key: REVOKED_REASON,
     ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
-        self._on_look = on_look
-        self._why_out = why_out
-        self._peers: dict[bytes, Peer] = {}
+        self._on_tick = on_tick
+        self._eviction_reason = eviction_reason
+        self._peers: dict[bytes, ControlPeer] = {}
         self._outbox: deque[tuple[bytes, ControlMessage]] = deque()
-        self._wake = Wake()
+        self._wake = Waker()
         self._closing = threading.Event()
         self.num_refused = 0
         # One for each: those of this host must not have the heartbeats that the network needs.
@@ -194,7 +193,7 @@ class ControlServer:
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
-    def send(self, peer: Peer, message: ControlMessage) -> None:
+    def send(self, peer: ControlPeer, message: ControlMessage) -> None:
         """Thread-safe; a message to a peer that is gone is dropped (its loss is reported by `on_lost`)."""
         self._outbox.append((peer.identity, message))
         self._wake.set()
@@ -212,9 +211,9 @@ class ControlServer:
         _set_options(sock, on_network=on_network, max_bytes=_NETWORK_BYTES if on_network else MAX_CONTROL_BYTES)
         if guard is not None and on_network:
             guard.prepare(sock)
-            monitor = sock.get_monitor_socket(MONITORED)
+            monitor = sock.get_monitor_socket(MONITORED_EVENTS)
             cap = ConnectionCap(
-                most=_MOST_CONNECTIONS, most_per_address=_MOST_PER_ADDRESS, most_unread_bytes=_UNREAD_BYTES
+                max_connections=_MAX_CONNECTIONS, max_per_address=_MAX_PER_ADDRESS, max_unread_bytes=_UNREAD_BYTES
             )
             self._monitors[monitor] = self._caps[sock] = cap
         self.endpoints.append(bind(sock, endpoint))
@@ -226,22 +225,22 @@ class ControlServer:
         for sock in (*self._sockets, *self._monitors):
             poller.register(sock, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
-        awake = Awake()
+        suspends = SuspendDetector()
         while not self._closing.is_set():
-            ready = dict(poller.poll(int(_LOOK_EVERY_S * 1000)))
-            slept_s = awake.slept_s(_LOOK_EVERY_S)
+            ready = dict(poller.poll(int(_TICK_S * 1000)))
+            suspended_s = suspends.suspended_s(_TICK_S)
             self._wake.clear()
             for monitor, cap in self._monitors.items():
                 if monitor in ready:
-                    cap.note(parse_monitor_message(monitor.recv_multipart()))
+                    cap.on_event(parse_monitor_message(monitor.recv_multipart()))
             self._flush()
             for index in range(len(self._sockets)):
                 self._take_all(index)
             for cap in self._caps.values():
-                cap.look(time.monotonic())
-            self._drop_silent(slept_s)
+                cap.enforce(time.monotonic())
+            self._drop_silent(suspended_s)
             self._drop_revoked()
-            self._on_look()
+            self._on_tick()
         self._flush()
         for sock in self._sockets:
             sock.disable_monitor()
@@ -252,18 +251,18 @@ class ControlServer:
     def _take_all(self, index: int) -> None:
         """Everything that waits: nobody is silent whose sign of life only has not been read yet."""
         guard = self._guards[index]
-        for _ in range(_MOST_AT_ONCE):
+        for _ in range(_MAX_MESSAGES_AT_ONCE):
             try:
                 identity, *frames = self._sockets[index].recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            key = user_id(frames[0]) if guard is not None and frames else ""
-            is_allowed = guard is None or (guard.admits(key) and is_given(identity.bytes))
+            key = peer_key(frames[0]) if guard is not None and frames else ""
+            is_allowed = guard is None or (guard.is_authorized(key) and is_authenticated(identity.bytes))
             if len(frames) != 1 or not is_allowed:
                 self.num_refused += 1
                 continue
             if guard is not None:
-                self._caps[self._sockets[index]].heard(descriptor_of(frames[0]))
+                self._caps[self._sockets[index]].mark_active(descriptor_of(frames[0]))
             # Sockets give identities of their own: two could be equal.
             self._take(bytes([index]) + identity.bytes, key, frames[0])
 
@@ -275,7 +274,7 @@ class ControlServer:
             return
         peer = self._peers.get(identity)
         if peer is None:
-            if not isinstance(message, Register | Arrive):
+            if not isinstance(message, Register | NodeHello):
                 self.num_refused += 1
                 return
             if message.version != PROTOCOL_VERSION:
@@ -283,17 +282,17 @@ class ControlServer:
                 reason = f"the head speaks protocol {PROTOCOL_VERSION}, this host {message.version}: update Potluck"
                 self._outbox.append((identity, Stop(reason)))
                 return
-            peer = self._peers[identity] = Peer(
+            peer = self._peers[identity] = ControlPeer(
                 identity=identity, introduction=message, key=key, address=address_of(frame) if key else ""
             )
         if peer.key != key:  # A routing id that somebody else has taken over.
             self.num_refused += 1
             return
         peer.last_heard_s = time.monotonic()
-        if not isinstance(message, Alive):
-            self._hand_on(peer, message)
+        if not isinstance(message, Heartbeat):
+            self._dispatch(peer, message)
 
-    def _hand_on(self, peer: Peer, message: ControlMessage) -> None:
+    def _dispatch(self, peer: ControlPeer, message: ControlMessage) -> None:
         try:
             self._on_message(peer, message)
         except Exception:  # What one peer says must not end control for all of them.
@@ -302,11 +301,11 @@ class ControlServer:
             if self._peers.pop(peer.identity, None) is not None:
                 self._on_lost(peer)
 
-    def _drop_silent(self, slept_s: float) -> None:
-        """Nobody is blamed for `slept_s` in which this thread itself did not run."""
+    def _drop_silent(self, suspended_s: float) -> None:
+        """Nobody is blamed for `suspended_s` in which this thread itself did not run."""
         now_s = time.monotonic()
         for peer in self._peers.values():
-            peer.last_heard_s = min(now_s, peer.last_heard_s + slept_s)
+            peer.last_heard_s = min(now_s, peer.last_heard_s + suspended_s)
         for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)
@@ -314,8 +313,8 @@ class ControlServer:
     def _drop_revoked(self) -> None:
         for peer in list(self._peers.values()):
             guard = self._guards[peer.identity[0]]
-            if guard is not None and not guard.admits(peer.key):
-                self._outbox.append((peer.identity, Stop(self._why_out(peer.key))))
+            if guard is not None and not guard.is_authorized(peer.key):
+                self._outbox.append((peer.identity, Stop(self._eviction_reason(peer.key))))
                 self._flush()
                 if self._peers.pop(peer.identity, None) is not None:  # Else it has just been found to be gone.
                     self._on_lost(peer)
@@ -323,7 +322,7 @@ class ControlServer:
     def _flush(self) -> None:
         while self._outbox:
             identity, message = self._outbox.popleft()
-            if not self._may_get(identity, message):
+            if not self._may_send(identity, message):
                 continue
             try:
                 self._sockets[identity[0]].send_multipart([identity[1:], encode(message)], flags=zmq.DONTWAIT)
@@ -332,10 +331,10 @@ class ControlServer:
                 if peer is not None:
                     self._on_lost(peer)
 
-    def _may_get(self, identity: bytes, message: ControlMessage) -> bool:
+    def _may_send(self, identity: bytes, message: ControlMessage) -> bool:
         """Whoever is put out, or was never let in, gets no more than that word."""
         guard = self._guards[identity[0]]
         if guard is None or isinstance(message, Stop):
             return True
         peer = self._peers.get(identity)
-        return peer is not None and guard.admits(peer.key)
+        return peer is not None and guard.is_authorized(peer.key)

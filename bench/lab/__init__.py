@@ -5,10 +5,8 @@ with Lab(spec) as lab:
     lab.run("fast", ["ping", "-c1", lab.address("slow")])
 """
 
-from bench.lab.errors import LabError
-from bench.lab.lab import Lab, why_not
-from bench.lab.pairing import head_options, join_options, pair_hosts
-from bench.lab.spec import HostSpec, LabSpec, LinkSpec, load_spec, parse_spec
+from bench.lab.lab import Lab, head_options, join_options, pair_hosts, why_not
+from bench.lab.spec import HostSpec, LabError, LabSpec, LinkSpec, load_spec, parse_spec
 
 __all__ = [
     "HostSpec",

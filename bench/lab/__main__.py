@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench.lab.errors import LabError
 from bench.lab.lab import Lab, remove_leftovers
-from bench.lab.spec import load_spec
+from bench.lab.spec import LabError, load_spec
 from bench.lab.state import launch_command, running_lab
 from transport.errors import PotluckError
 

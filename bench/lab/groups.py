@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.lab.errors import LabError
-from bench.lab.spec import HostSpec
+from bench.lab.spec import HostSpec, LabError
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 

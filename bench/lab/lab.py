@@ -1,4 +1,4 @@
-"""A lab that is up: run commands in its hosts; when it is left, nothing of it stays."""
+"""A lab runs commands in its hosts, which can be paired beforehand; when it is left, nothing of it stays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from bench.lab.errors import LabError
 from bench.lab.groups import hierarchy, make_groups, remove_groups
 from bench.lab.network import (
     CARD,
@@ -33,18 +32,21 @@ from bench.lab.network import (
     route_through_relay,
     try_network,
 )
-from bench.lab.spec import HostSpec, LabSpec
+from bench.lab.spec import HostSpec, LabError, LabSpec
 from bench.lab.state import (
     PREFIX,
-    HostFacts,
     LabFacts,
-    forget,
+    LabHostFacts,
     launch_command,
     leftovers,
     owner_start_s,
-    remember,
+    remove_facts,
+    save_facts,
 )
-from potluck.paths import home_dir
+from devices.pairing.identity import load_keys, platform_name
+from devices.pairing.known_pools import KnownPool, save_known_pool
+from devices.pairing.roster import RosterFile
+from potluck.system.paths import home_dir
 
 _RELAY_WITHIN_S = 10.0
 _RELAY_GROUP = HostSpec(name="_relay")
@@ -81,7 +83,7 @@ def take_down(lab: str) -> None:
     """Whatever there is of it. Raises LabError if something won't go."""
     remove_groups(lab)
     remove_network(lab)
-    forget(lab)
+    remove_facts(lab)
 
 
 class Lab:
@@ -141,7 +143,7 @@ class Lab:
         new = f"10.77.0.{number}"
         change_address(facts.namespace, facts.address, new)
         self.facts.hosts[host] = msgspec.structs.replace(facts, address=new)
-        remember(self.facts)
+        save_facts(self.facts)
 
     def card(self, host: str) -> CardBytes:
         """What has passed the host's network card so far."""
@@ -193,10 +195,10 @@ class Lab:
         self.facts = LabFacts(
             id=self.id, pid=os.getpid(), start_s=owner_start_s(os.getpid()), store=str(self._store), hosts={}
         )
-        remember(self.facts)  # before there is anything to forget
+        save_facts(self.facts)  # before there is anything to forget
         free = make_groups(groups, self.id, _FREE_GROUP)
         for host in self._spec.hosts:
-            facts = HostFacts(
+            facts = LabHostFacts(
                 address=known[host.name],
                 namespace=namespace(self.id, host.name),
                 groups=[str(group) for group in make_groups(groups, self.id, host)],
@@ -204,7 +206,7 @@ class Lab:
                 has_models=host.name in self._models_on,
             )
             self.facts.hosts[host.name] = facts
-        remember(self.facts)
+        save_facts(self.facts)
         build_network(self.id, self._spec)
         relays = [str(group) for group in make_groups(groups, self.id, _RELAY_GROUP)]
         for host in self._spec.hosts:
@@ -233,3 +235,42 @@ class Lab:
 
 def _new_id() -> str:
     return f"{PREFIX}{secrets.token_hex(3)}"
+
+
+PAIRING_PORT = 11501
+
+
+def pair_hosts(lab: Lab, head: str, others: Sequence[str], *, port: int = PAIRING_PORT) -> str:
+    """Write what pairing would leave behind: the head's roster and the others' known pools. Returns the head's door,
+    "ADDRESS:PORT". A head started there with `head_options` lets the others in by `join_options`."""
+    pairing_address = f"{lab.address(head)}:{port}"
+    home = home_of(lab, head)
+    head_key = load_keys(home / "identity").public
+    roster = RosterFile(home / "roster.json", name=head)
+    for name in others:
+        own = home_of(lab, name)
+        member = roster.add(load_keys(own / "identity").public, name, platform_name())
+        pool = KnownPool(
+            pool=roster.read().pool, key=head_key, name=head, my_name=member.name, doors=(pairing_address,)
+        )
+        save_known_pool(own / "pools.json", pool)
+    return pairing_address
+
+
+def head_options(lab: Lab, head: str, *, port: int = PAIRING_PORT) -> tuple[str, ...]:
+    """Options of `potluck up` in that host."""
+    return (*_network(lab, head), "--lan-port", str(port))
+
+
+def join_options(lab: Lab, host: str, pairing_address: str) -> tuple[str, ...]:
+    """Options of `potluck join` in a host that is paired."""
+    return ("--head", pairing_address, *_network(lab, host))
+
+
+def home_of(lab: Lab, host: str) -> Path:
+    """The host's POTLUCK_HOME."""
+    return lab.facts.folder / host / "home"
+
+
+def _network(lab: Lab, host: str) -> tuple[str, ...]:
+    return ("--no-discovery", "--lan-host", lab.address(host), "--host-name", host)

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.lab.errors import LabError
-from bench.lab.spec import HostSpec, LabSpec
+from bench.lab.spec import HostSpec, LabError, LabSpec
 
 CARD = "eth0"
 RELAY_DEVICE = "relay0"

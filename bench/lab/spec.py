@@ -1,19 +1,4 @@
-"""What a lab is: a small TOML file of hosts and the links between them.
-
-[[hosts]]
-name = "fast"
-cpu = 1.0              # cores; left out: no limit
-memory = "2GiB"        # left out: no limit
-cpuset = "0"           # left out: any core
-rate = "1gbit"         # of its network card, each way; left out: no limit
-
-[[links]]
-between = ["fast", "slow"]      # both ways; or: from = "fast", to = "slow"
-rate = "100mbit"
-delay_ms = 2.0         # one way
-jitter_ms = 0.5        # each packet's delay is uniform in delay_ms ± jitter_ms; order is kept
-loss = 0.01            # of packets
-"""
+"""A lab's spec is a TOML file of hosts and the links between them."""
 
 from __future__ import annotations
 
@@ -24,9 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.lab.errors import LabError
-from potluck.config import parse_bytes
-from transport.errors import ConfigError
+from potluck.system.settings import parse_bytes
+from transport.errors import ConfigError, PotluckError
+
+
+class LabError(PotluckError):
+    """A lab that can't be as it was described, or a machine that can't have one."""
+
+    code = "lab"
+
 
 _HOST_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,15}")
 _CPUSET = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")

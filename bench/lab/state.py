@@ -11,9 +11,9 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from bench.lab.errors import LabError
 from bench.lab.groups import labs_with_groups
 from bench.lab.network import NAMESPACES, labs_with_network
+from bench.lab.spec import LabError
 
 PREFIX = "plab"
 STATE_DIR = Path("/run/potluck-lab")
@@ -24,7 +24,7 @@ _SAME_START_S = 2.0
 _LAUNCH = 'for group in $LAB_GROUPS; do echo $$ > "$group/cgroup.procs" || exit 125; done; unset LAB_GROUPS; exec "$@"'
 
 
-class HostFacts(Struct, frozen=True, kw_only=True):
+class LabHostFacts(Struct, frozen=True, kw_only=True):
     """One host: processes in `groups` have its limits, those in `free_groups` only its network; `has_models`: those of
     the lab's store."""
 
@@ -42,7 +42,7 @@ class LabFacts(Struct, frozen=True, kw_only=True):
     pid: int
     start_s: float
     store: str
-    hosts: dict[str, HostFacts]
+    hosts: dict[str, LabHostFacts]
 
     @property
     def folder(self) -> Path:
@@ -53,7 +53,7 @@ class LabFacts(Struct, frozen=True, kw_only=True):
         return self.folder / _FILE
 
 
-def remember(facts: LabFacts) -> None:
+def save_facts(facts: LabFacts) -> None:
     """The folder appears with its file in it."""
     draft = STATE_DIR / f".{facts.id}"
     draft.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def remember(facts: LabFacts) -> None:
         _make_home(facts, name)
 
 
-def forget(lab: str) -> None:
+def remove_facts(lab: str) -> None:
     for folder in (STATE_DIR / lab, STATE_DIR / f".{lab}"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,25 +1,24 @@
-"""The other side of the engine's door, for asyncio: one thread owns the socket, any event loop may ask."""
+"""The engine client sends requests from any event loop and hands each its events; one thread owns the socket."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
 import msgspec
 import zmq
 
-from potluck.engine.api_server import MAX_CLIENT_MESSAGE_BYTES
-from potluck.engine.book import failure
-from potluck.engine.inbox import Inbox, call, hand_over
-from transport.awake import Awake
-from transport.curve import Prepare
+from potluck.engine.request_manager import request_failed
+from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
-from transport.requests import (
+from transport.links.zmq_link import set_options
+from transport.messages.requests import (
     Aborted,
     Accepted,
     Cancel,
@@ -35,9 +34,53 @@ from transport.requests import (
     RequestFailed,
     Submit,
 )
-from transport.threads import give_way
-from transport.wake import Wake
-from transport.zmq_link import set_options
+from transport.process.child import lower_priority
+from transport.process.polling import SuspendDetector, Waker
+from transport.security.curve import Prepare
+
+
+class Inbox:
+    """Events of one request, on their way to its reader in `loop`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._events: list[EngineEvent] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, events: list[EngineEvent]) -> None:
+        """In the loop's thread."""
+        self._events += events
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> list[EngineEvent]:
+        """What has come; waits for it."""
+        if not self._events:
+            self._reader = self.loop.create_future()
+            await self._reader
+        events, self._events = self._events, []
+        return events
+
+
+def deliver_all(received: dict[Inbox, list[EngineEvent]]) -> None:
+    """Into the inboxes, with one call for each event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[Inbox, list[EngineEvent]]]] = {}
+    for inbox, events in received.items():
+        loops.setdefault(inbox.loop, []).append((inbox, events))
+    for loop, batch in loops.items():
+        call_in_loop(loop, _put, batch)
+
+
+def _put(batch: list[tuple[Inbox, list[EngineEvent]]]) -> None:
+    for inbox, events in batch:
+        inbox.put(events)
+
+
+def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """In the loop's thread. A loop that has been closed has nobody left who waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
+
 
 _PING_INTERVAL_S = 1.0
 _SILENT_AFTER_S = 4.0
@@ -49,7 +92,7 @@ log = logging.getLogger("potluck.engine.client")
 _encoder = msgspec.msgpack.Encoder()
 _PING = _encoder.encode(Ping())
 _TERMINAL = (Finished, Aborted, RequestFailed)
-_OF_ENGINE = (EngineReady, EngineDown, Pong)
+_ENGINE_EVENTS = (EngineReady, EngineDown, Pong)
 _RequestEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed
 
 
@@ -66,7 +109,7 @@ class EngineClient:
             prepare(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
-        self._wake = Wake()
+        self._wake = Waker()
         # Guards what the socket's thread and the event loops share: all of the following.
         self._changed = threading.Condition()
         self._outbox: deque[bytes] = deque()
@@ -107,9 +150,9 @@ class EngineClient:
         inbox = Inbox(asyncio.get_running_loop())
         try:
             # Here, and not in the socket's thread, so that only this request fails if it can't be encoded.
-            frame = _frame_of(submit)
+            frame = _encode_submit(submit)
         except BadRequest as error:
-            yield failure(submit.request, error)
+            yield request_failed(submit.request, error)
             return
         with self._changed:
             refusal = self._refusal()
@@ -117,7 +160,7 @@ class EngineClient:
                 self._inboxes[submit.request] = inbox
                 self._outbox.append(frame)
         if refusal is not None:
-            yield failure(submit.request, refusal)
+            yield request_failed(submit.request, refusal)
             return
         self._wake.set()
         try:
@@ -174,7 +217,7 @@ class EngineClient:
         self._wake.set()
 
     def _run(self) -> None:
-        give_way()
+        lower_priority()
         try:
             self._serve()
         except Exception as error:
@@ -189,24 +232,24 @@ class EngineClient:
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake.fileno()):
             poller.register(source, zmq.POLLIN)
-        next_ping_s = last_heard_s = time.monotonic()
+        next_ping_s = last_received_s = time.monotonic()
         is_connected = False
-        awake = Awake()
+        suspend_detector = SuspendDetector()
         while not self._is_closing:
             # Up to the next thing to do: to ask, or to find that nobody has answered for too long.
-            next_s = min(next_ping_s, last_heard_s + _SILENT_AFTER_S) if is_connected else next_ping_s
+            next_s = min(next_ping_s, last_received_s + _SILENT_AFTER_S) if is_connected else next_ping_s
             wait_ms = max(1, int((next_s - time.monotonic()) * 1000) + 1)
             ready = dict(poller.poll(min(wait_ms, _RETRY_MS) if self._outbox else wait_ms))
             self._wake.clear()
-            last_heard_s += awake.slept_s(_PING_INTERVAL_S)
+            last_received_s += suspend_detector.suspended_s(_PING_INTERVAL_S)
             if self._socket in ready:
-                is_connected, last_heard_s = True, time.monotonic()
-                self._take_all()
+                is_connected, last_received_s = True, time.monotonic()
+                self._receive_all()
             elif self._monitor in ready:
                 self._monitor.recv_multipart()
                 is_connected = False
                 self._go_down(RingDown("the engine's process is gone", hint="see its log, then start again"))
-            elif is_connected and time.monotonic() - last_heard_s > _SILENT_AFTER_S:
+            elif is_connected and time.monotonic() - last_received_s > _SILENT_AFTER_S:
                 is_connected = False
                 self._go_down(RingDown(f"the engine has been silent for {_SILENT_AFTER_S:.0f} s", hint="see its log"))
             if time.monotonic() >= next_ping_s:
@@ -223,9 +266,9 @@ class EngineClient:
                 return
             self._outbox.popleft()
 
-    def _take_all(self) -> None:
+    def _receive_all(self) -> None:
         """Everything that has arrived, handed to each event loop in one go."""
-        arrived: dict[Inbox, list[EngineEvent]] = {}
+        received: dict[Inbox, list[EngineEvent]] = {}
         while True:
             try:
                 frame = self._socket.recv(flags=zmq.DONTWAIT)
@@ -237,14 +280,14 @@ class EngineClient:
                 log.error("the engine's message can't be read: %s", error)
                 continue
             for event in events:
-                if isinstance(event, _OF_ENGINE):
+                if isinstance(event, _ENGINE_EVENTS):
                     # A ring that goes down ends requests: not ahead of what they have got.
-                    hand_over(arrived)
-                    arrived = {}
-                    self._note(event)
+                    deliver_all(received)
+                    received = {}
+                    self._handle_engine_event(event)
                 elif (inbox := self._inbox_of(event)) is not None:
-                    arrived.setdefault(inbox, []).append(event)
-        hand_over(arrived)
+                    received.setdefault(inbox, []).append(event)
+        deliver_all(received)
 
     def _inbox_of(self, event: _RequestEvent) -> Inbox | None:
         if not isinstance(event, _TERMINAL):
@@ -252,7 +295,7 @@ class EngineClient:
         with self._changed:
             return self._inboxes.pop(event.request, None)
 
-    def _note(self, event: EngineReady | EngineDown | Pong) -> None:
+    def _handle_engine_event(self, event: EngineReady | EngineDown | Pong) -> None:
         match event:
             case EngineReady():
                 self._set_ready(event)
@@ -262,7 +305,7 @@ class EngineClient:
                 with self._changed:
                     pings, self._pings = self._pings, []
                 for loop, future in pings:
-                    call(loop, _resolve, future, event)
+                    call_in_loop(loop, _resolve, future, event)
                 # Back after a silence: the engine was ready all the time.
                 if event.state == "ready" and self._state == "down" and self._ready is not None:
                     self._set_ready(self._ready)
@@ -281,12 +324,12 @@ class EngineClient:
             # Their clients have been told: an engine that comes back must not go on with them.
             self._outbox = deque(_encoder.encode(Cancel(request)) for request in inboxes)
             self._changed.notify_all()
-        hand_over({inbox: [failure(request, error)] for request, inbox in inboxes.items()})
+        deliver_all({inbox: [request_failed(request, error)] for request, inbox in inboxes.items()})
         for loop, future in pings:
-            call(loop, _refuse, future, error)
+            call_in_loop(loop, _reject, future, error)
 
 
-def _frame_of(submit: Submit) -> bytes:
+def _encode_submit(submit: Submit) -> bytes:
     """Raises BadRequest."""
     try:
         frame = _encoder.encode(submit)
@@ -305,6 +348,6 @@ def _resolve(future: asyncio.Future[Pong], pong: Pong) -> None:
         future.set_result(pong)
 
 
-def _refuse(future: asyncio.Future[Pong], error: PotluckError) -> None:
+def _reject(future: asyncio.Future[Pong], error: PotluckError) -> None:
     if not future.done():
         future.set_exception(error)

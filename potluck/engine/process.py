@@ -17,18 +17,15 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from potluck.engine.api_server import EngineApi
-from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
-from potluck.engine.settings import EngineSettings
+from potluck.engine.server import EngineServer
+from potluck.engine.settings import EngineLimits, EngineSettings
 from potluck.engine.tokenizer import Tokenizer
 from transport.codec import EdgeLimits
-from transport.curve import KeyPair
-from transport.edges import Edges
-from transport.key_file import read_keys
-from transport.lifeline import hold_lifeline
-from transport.threads import giving_way
-from transport.zmq_link import ZmqReceiver, ZmqSender
+from transport.links.secure_endpoints import SecureEndpoints
+from transport.links.zmq_link import ZmqReceiver, ZmqSender
+from transport.process.child import lowered_priority, start_parent_watch
+from transport.security.curve import KeyPair, read_keys
 
 # The first stage listens before it loads, but its process may still be starting.
 _FIRST_STAGE_TIMEOUT_S = 60.0
@@ -63,12 +60,12 @@ def serve(settings: EngineSettings) -> None:
         edge,
         name="the engine",
         connect_timeout_s=_FIRST_STAGE_TIMEOUT_S,
-        prepare=edges.towards(settings.first_stage, settings.first_stage_key),
+        prepare=edges.client_auth(settings.first_stage, settings.first_stage_key),
     )
-    with giving_way():
+    with lowered_priority():
         # A context of its own, whose thread for sockets gives way too.
         api_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        api = EngineApi(api_context, settings.api, guard=_edges(api_context, keys).guard(settings.api, ""))
+        server = EngineServer(api_context, settings.api, guard=_edges(api_context, keys).guard(settings.api, ""))
     engine = Engine(
         model=settings.model,
         sender=sender,
@@ -85,10 +82,10 @@ def serve(settings: EngineSettings) -> None:
             prefix_cache=settings.prefix_cache,
         ),
         fence=settings.fence,
-        emit=api.emit,
+        emit=server.emit,
         clock=time.monotonic,
     )
-    api.serve(engine)
+    server.serve(engine)
     # What is here stays: the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
@@ -97,9 +94,9 @@ def serve(settings: EngineSettings) -> None:
     threading.Event().wait()
 
 
-def _edges(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None) -> Edges:
+def _edges(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None) -> SecureEndpoints:
     """It is told where to listen, and has no folder or address of its own."""
-    return Edges(context, Path(), keys=keys, address=None)
+    return SecureEndpoints(context, Path(), keys=keys, address=None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The ring's thread must not wait 5 ms, Python's default, for those that tokenize and answer clients.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    hold_lifeline(options.remove)
+    start_parent_watch(options.remove)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(msgspec.json.decode(options.settings, type=EngineSettings))
     return 0

@@ -7,40 +7,40 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from potluck.engine.limits import EngineLimits
-from potluck.engine.pace import Grouping, RingPace
-from potluck.engine.prompt_share import PromptCredit, Share, earnings, share_of
-from potluck.engine.sequences import KV_CLAIM_TOKENS
-from potluck.engine.sequences import Sequence as TokenSequence
-from transport.messages import Entry, Op
+from potluck.engine.prefill_budget import PrefillBudget, PrefillShare, prefill_share, refill_per_token_s
+from potluck.engine.request import KV_ALLOCATION_TOKENS
+from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.settings import EngineLimits
+from potluck.engine.step_times import MicroBatches, StepTimeModel
+from transport.messages.ring import Entry, Op
 
-_LEAST_CHUNK = 32
-MOST_SHARING = 8
+_MIN_CHUNK = 32
+MAX_PROMPTS_PER_STEP = 8
 """Prompts that share a step."""
 
-_SAME_BEGINNING = 64
+_COMMON_PREFIX_TOKENS = 64
 _SMALL_CHUNK, _TYPICAL_CHUNK = 8, 128
-_LEAST_LOST_S = 0.0003
-_MOST_CHUNK_S = 0.5
+_MIN_OVERHEAD_S = 0.0003
+_MAX_CHUNK_S = 0.5
 """A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
     """A step that is not numbered yet. `share` is what it takes from others that decode, if it has part of a prompt;
-    `earned_s` what its decodes earn for prompts."""
+    `refill_s` what its decodes earn for prompts."""
 
     ops: tuple[Op, ...]
     entries: tuple[Entry, ...]
     has_prompt: bool = False
-    share: Share | None = None
-    earned_s: float = 0.0
+    share: PrefillShare | None = None
+    refill_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
         return sum(len(entry.token_ids) for entry in self.entries)
 
 
-class RingState(Struct, frozen=True, kw_only=True):
+class SchedulerState(Struct, frozen=True, kw_only=True):
     """What the scheduler looks at. `decoding` and `prompts` are the admitted sequences, prompts those with ids left to
     compute, first due first. `ops` wait to be sent and go ahead of everything."""
 
@@ -49,7 +49,7 @@ class RingState(Struct, frozen=True, kw_only=True):
     ops: Sequence[Op]
     steps_in_flight: int
     prompt_steps_in_flight: int
-    credit: PromptCredit
+    prefill_budget: PrefillBudget
     now_s: float
 
 
@@ -62,110 +62,118 @@ def num_admissible(waiting: Iterable[TokenSequence], *, free_tokens: int, num_ac
     """
     count = 0
     for sequence in waiting:
-        free_tokens -= sequence.wanted_claim - sequence.claimed_tokens
+        free_tokens -= sequence.wanted_tokens - sequence.allocated_tokens
         running = num_active + count
-        headroom = 0 if running == 0 else KV_CLAIM_TOKENS * (running + 1)
+        headroom = 0 if running == 0 else KV_ALLOCATION_TOKENS * (running + 1)
         if free_tokens < headroom or running >= limits.max_active_sequences:
             break
         count += 1
     return count
 
 
-def schedule(state: RingState, pace: RingPace, limits: EngineLimits) -> StepPlan | None:
+def schedule(state: SchedulerState, step_times: StepTimeModel, limits: EngineLimits) -> StepPlan | None:
     """The next step, or None if there is nothing to send or the ring has enough.
 
-    Decodes go first, in as many groups as fill the ring (`RingPace.grouping`), and in no more: a part of a group waits
+    Decodes go first, in as many groups as fill the ring (`StepTimeModel.micro_batches`), and in no more: a part of a
+    group waits
     for the rest, since a stage reads its weights for each step anew, whoever is in it. Prompts go in chunks, first due
     first; several that are short share a step. Chunks follow each other without waiting, as many as keep every stage
-    busy; while others decode, as `PromptCredit` allows. With one stage a chunk joins the decodes' step.
+    busy; while others decode, as `PrefillBudget` allows. With one stage a chunk joins the decodes' step.
     """
     if state.steps_in_flight >= limits.max_steps_in_flight:
         return None
     decoding, prompts = state.decoding, state.prompts
-    is_late = bool(prompts) and state.now_s > prompts[0].due_s
-    grouping: Grouping | None = None
+    is_late = bool(prompts) and state.now_s > prompts[0].deadline_s
+    micro_batches: MicroBatches | None = None
     decodes: tuple[Entry, ...] = ()
     if decoding:
-        grouping = pace.grouping(len(decoding), limits.max_steps_in_flight)
-        decodes = _decodes(decoding, grouping)
+        micro_batches = step_times.micro_batches(len(decoding), limits.max_steps_in_flight)
+        decodes = _decodes(decoding, micro_batches)
     chunk: list[TokenSequence] = []
     entries: tuple[Entry, ...] = ()
-    share: Share | None = None
-    if prompts and (not decodes or (pace.num_stages == 1 and not prompts[0].num_retries)):
-        if grouping is not None:
-            share = _share(state, pace, grouping, limits, is_late=is_late)
-            tokens = share.tokens if state.credit.allows(share) else 0
+    share: PrefillShare | None = None
+    if prompts and (not decodes or (step_times.num_stages == 1 and not prompts[0].num_retries)):
+        if micro_batches is not None:
+            share = _prefill_share(state, step_times, micro_batches, limits, is_late=is_late)
+            tokens = share.tokens if state.prefill_budget.allows(share) else 0
         else:
-            tokens = _free_chunk(state, pace, limits)
+            tokens = _chunk_without_decodes(state, step_times, limits)
         if tokens:
             chunk, entries = _prompt_entries(prompts, tokens)
     if not decodes and not chunk:
         # Ops ride with a step; they need one of their own only where none is to come.
         return StepPlan(ops=tuple(state.ops), entries=()) if state.ops and not state.steps_in_flight else None
-    opening = tuple(op for sequence in chunk for op in sequence.opening())
-    earned_s = 0.0
-    if decodes and grouping is not None:
-        earned_s = earnings(grouping, is_late=is_late) / grouping.groups
+    opening = tuple(op for sequence in chunk for op in sequence.opening_ops())
+    refill_s = 0.0
+    if decodes and micro_batches is not None:
+        refill_s = refill_per_token_s(micro_batches, is_late=is_late) / micro_batches.count
     return StepPlan(
         ops=(*state.ops, *opening),
         entries=(*decodes, *entries),
         has_prompt=bool(chunk),
         share=share if chunk else None,
-        earned_s=earned_s,
+        refill_s=refill_s,
     )
 
 
-def _decodes(decoding: Sequence[TokenSequence], grouping: Grouping) -> tuple[Entry, ...]:
+def _decodes(decoding: Sequence[TokenSequence], micro_batches: MicroBatches) -> tuple[Entry, ...]:
     ready = [sequence for sequence in decoding if sequence.num_in_flight == 0]
     if not ready:
         return ()
     in_flight = len({sequence.last_step for sequence in decoding if sequence.num_in_flight})
-    if in_flight >= -(-len(decoding) // grouping.size):
+    if in_flight >= -(-len(decoding) // micro_batches.size):
         return ()
-    if len(ready) > grouping.size:
-        ready = sorted(ready, key=lambda sequence: sequence.last_step)[: grouping.size]
+    if len(ready) > micro_batches.size:
+        ready = sorted(ready, key=lambda sequence: sequence.last_step)[: micro_batches.size]
     return tuple(sequence.decode_entry() for sequence in ready)
 
 
-def _share(state: RingState, pace: RingPace, grouping: Grouping, limits: EngineLimits, *, is_late: bool) -> Share:
+def _prefill_share(
+    state: SchedulerState,
+    step_times: StepTimeModel,
+    micro_batches: MicroBatches,
+    limits: EngineLimits,
+    *,
+    is_late: bool,
+) -> PrefillShare:
     first = state.prompts[0]
-    return share_of(
-        pace,
-        earnings(grouping, is_late=is_late),
-        sum(sequence.num_left for sequence in state.prompts),
-        first.length - first.num_left,
+    return prefill_share(
+        step_times,
+        refill_per_token_s(micro_batches, is_late=is_late),
+        sum(sequence.num_uncomputed for sequence in state.prompts),
+        first.length - first.num_uncomputed,
         limits.fixed_chunk_tokens or limits.max_chunk_tokens,
-        is_for_slice=state.credit.is_for_slice,
+        is_for_burst=state.prefill_budget.is_for_burst,
     )
 
 
-def _free_chunk(state: RingState, pace: RingPace, limits: EngineLimits) -> int:
+def _chunk_without_decodes(state: SchedulerState, step_times: StepTimeModel, limits: EngineLimits) -> int:
     """Tokens of the next chunk while nobody decodes; 0 if enough are on their way."""
     first = state.prompts[0]
-    before = first.length - first.num_left
-    left = sum(sequence.num_left for sequence in state.prompts)
-    tokens = limits.fixed_chunk_tokens or _pipelined_chunk(pace, left, before, limits.max_chunk_tokens)
-    fills = math.ceil(pace.chunk_trip_s(tokens, before) / pace.chunk_s(tokens, before)) + 1
+    before = first.length - first.num_uncomputed
+    left = sum(sequence.num_uncomputed for sequence in state.prompts)
+    tokens = limits.fixed_chunk_tokens or _pipelined_chunk(step_times, left, before, limits.max_chunk_tokens)
+    fills = math.ceil(step_times.chunk_trip_s(tokens, before) / step_times.chunk_s(tokens, before)) + 1
     return tokens if state.prompt_steps_in_flight < fills else 0
 
 
-def _pipelined_chunk(pace: RingPace, left: int, before: int, most_tokens: int) -> int:
+def _pipelined_chunk(step_times: StepTimeModel, left: int, before: int, max_tokens: int) -> int:
     """The chunk that gets all that is left through S stages soonest: of work W on the slowest stage, with o lost on
     each chunk, one of √(W·o / (S − 1)) seconds, so that later ones have fewer tokens as attention grows."""
-    most = min(left, most_tokens)
-    if most <= _LEAST_CHUNK:
-        return most
-    most_s = _MOST_CHUNK_S
-    if pace.num_stages > 1:
+    max_chunk = min(left, max_tokens)
+    if max_chunk <= _MIN_CHUNK:
+        return max_chunk
+    max_chunk_s = _MAX_CHUNK_S
+    if step_times.num_stages > 1:
         # What a chunk takes is a line between small and large ones; what it takes besides its tokens is lost.
-        typical_s, half_s = (pace.chunk_s(size, before) for size in (_TYPICAL_CHUNK, _TYPICAL_CHUNK // 2))
+        typical_s, half_s = (step_times.chunk_s(size, before) for size in (_TYPICAL_CHUNK, _TYPICAL_CHUNK // 2))
         slope_s = (typical_s - half_s) / (_TYPICAL_CHUNK // 2)
-        lost_s = max(pace.chunk_s(_SMALL_CHUNK, before) - _SMALL_CHUNK * slope_s, _LEAST_LOST_S)
-        lost_s += pace.hops_s / (pace.num_stages + 1)
+        overhead_s = max(step_times.chunk_s(_SMALL_CHUNK, before) - _SMALL_CHUNK * slope_s, _MIN_OVERHEAD_S)
+        overhead_s += step_times.hops_s / (step_times.num_stages + 1)
         middle = before + left // 2
-        work_s = pace.chunk_s(_TYPICAL_CHUNK, middle) * left / _TYPICAL_CHUNK
-        most_s = min(most_s, math.sqrt(work_s * lost_s / (pace.num_stages - 1)))
-    return max(min(_LEAST_CHUNK, most), pace.largest_chunk(most_s, before, most))
+        work_s = step_times.chunk_s(_TYPICAL_CHUNK, middle) * left / _TYPICAL_CHUNK
+        max_chunk_s = min(max_chunk_s, math.sqrt(work_s * overhead_s / (step_times.num_stages - 1)))
+    return max(min(_MIN_CHUNK, max_chunk), step_times.largest_chunk(max_chunk_s, before, max_chunk))
 
 
 def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:
@@ -174,20 +182,20 @@ def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list
     chosen, entries = [first], [first.prefill_entry(tokens)]
     tokens -= len(entries[0].token_ids)
     if entries[0].num_logits:
-        for sequence in prompts[1:MOST_SHARING]:
-            if sequence.num_left > tokens or not _may_share(first, sequence):
+        for sequence in prompts[1:MAX_PROMPTS_PER_STEP]:
+            if sequence.num_uncomputed > tokens or not _can_join_step(first, sequence):
                 break
             chosen.append(sequence)
             entries.append(sequence.prefill_entry(tokens))
-            tokens -= sequence.num_left
+            tokens -= sequence.num_uncomputed
     return chosen, tuple(entries)
 
 
-def _may_share(first: TokenSequence, other: TokenSequence) -> bool:
+def _can_join_step(first: TokenSequence, other: TokenSequence) -> bool:
     """Not with one whose step has failed before, and might fail again; and one that begins like the first, at length,
     waits until it can copy that."""
     if first.num_retries or other.num_retries:
         return False
-    beginning = first.prompt_ids[:_SAME_BEGINNING]
-    is_alike = len(beginning) == _SAME_BEGINNING and other.prompt_ids[:_SAME_BEGINNING] == beginning
+    beginning = first.prompt_ids[:_COMMON_PREFIX_TOKENS]
+    is_alike = len(beginning) == _COMMON_PREFIX_TOKENS and other.prompt_ids[:_COMMON_PREFIX_TOKENS] == beginning
     return other.reuse is not None or not is_alike

@@ -1,11 +1,13 @@
-"""What an engine process is started with."""
+"""Settings and limits say what an engine process is started with and what it may promise."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from msgspec import Struct
 
-from planner.stage_times import StageTimes
-from transport.messages import DType, Fence
+from planner.plan import StageTimes
+from transport.messages.ring import DType, Fence
 
 
 class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,3 +41,51 @@ class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     keys: str | None = None
     first_stage_key: str = ""
     upstream: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Fixed by the plan and the owner.
+
+    `kv_capacity_tokens` is what all sequences together may hold on each stage, those kept for their prefixes included.
+    How many steps are in flight is the scheduler's choice, up to `max_steps_in_flight`; so is the size of a prompt's
+    chunks, up to `max_chunk_tokens`, unless `fixed_chunk_tokens` says it. `max_queued_requests` counts those that wait
+    for KV memory. `stage_times` and `hops_s` (all hops of a step) are what the plan expects. `has_window`: some layers
+    forget positions.
+    """
+
+    context_tokens: int
+    kv_capacity_tokens: int
+    vocab_size: int
+    num_stages: int = 1
+    stage_times: tuple[StageTimes, ...] = ()
+    hops_s: float = 0.0
+    has_window: bool = False
+    prefix_cache: bool = True
+    max_steps_in_flight: int = 64
+    max_chunk_tokens: int = 512
+    fixed_chunk_tokens: int | None = None
+    max_active_sequences: int = 128
+    max_queued_requests: int = 256
+    max_choices: int = 16
+    max_stop_strings: int = 16
+    max_stop_chars: int = 1024
+    max_top_logprobs: int = 20
+
+    @property
+    def sequence_tokens(self) -> int:
+        """The most tokens, prompt and answer, that one sequence can have."""
+        return min(self.context_tokens, self.kv_capacity_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDeadlines:
+    """How long the ring may make no progress: `factor` times the slowest tokens seen of late, within bounds.
+
+    Before anything has been measured it is `first_s`: weights may still come from the disk.
+    """
+
+    first_s: float = 120.0
+    min_s: float = 10.0
+    max_s: float = 600.0
+    factor: float = 6.0

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: chats and texts → ids, and the bytes of ids."""
+"""The tokenizer of a model folder turns chats and texts into ids, and ids into their bytes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,62 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from potluck.engine.templates import TemplateRenderer
-from potluck.engine.token_bytes import piece_decoder
+from potluck.engine.chat_template import TemplateRenderer
 from transport.errors import BadCheckpoint, BadRequest
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE_MARK = "\u2581"
+
+
+def _byte_level_table() -> dict[str, int]:
+    """Character → byte of GPT-2's byte-level BPE: printable bytes stand for themselves, the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    table = {chr(byte): byte for byte in printable}
+    hidden = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_LEVEL = _byte_level_table()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    values = [_BYTE_LEVEL.get(char) for char in piece]
+    # The decoder falls back on a token as a whole: one foreign character and all of it is taken literally.
+    return piece.encode() if None in values else bytes(value for value in values if value is not None)
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_MARK, " ").encode()
+
+
+def piece_decoder(decoder_json: str | bytes) -> Callable[[str], bytes] | None:
+    """How a token's piece becomes bytes, from the "decoder" part of a tokenizer.json; None where that depends on its
+    neighbours (WordPiece and the like)."""
+    kinds = {part["type"]: part for part in _decoder_parts(json.loads(decoder_json))}
+    if "ByteLevel" in kinds:
+        return _byte_level_bytes
+    if "Metaspace" in kinds and kinds["Metaspace"].get("replacement", _SPACE_MARK) == _SPACE_MARK:
+        return _sentencepiece_bytes
+    if "ByteFallback" in kinds and "Replace" in kinds:
+        return _sentencepiece_bytes
+    return None
+
+
+def _decoder_parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [part for child in decoder["decoders"] for part in _decoder_parts(child)]
+    return [decoder]
+
 
 _FALLBACK_ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 _FALLBACK_STOP = "\nUser:"
 # A text is counted in parts when it has so many characters a token that it may have, and taken for too long when the
 # parts have so many times the tokens: cut in two, a text may have some more of them.
 _COUNTED_FROM = 16
-_CLEARLY = 2
+_TOO_LONG_FACTOR = 2
 _PART_CHARS = 2**15
 
 
@@ -35,7 +81,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
 
 
-class LongPrompt(Exception):
+class PromptTooLong(Exception):
     """A prompt that clearly has more tokens than it may have; `num_tokens` were counted before it was given up."""
 
     def __init__(self, num_tokens: int) -> None:
@@ -94,7 +140,7 @@ class Tokenizer:
         if not messages:
             raise BadRequest("messages is empty", hint="send at least one message", param="messages")
         if self._renderer is None:
-            script = _as_script(messages)
+            script = _plain_transcript(messages)
             self._count(script, most_tokens)
             return Prompt(ids=self.encode_text(script), stop=(_FALLBACK_STOP,))
         marked = mark_control_tokens([dict(message) for message in messages], self._control_tokens(self._renderer))
@@ -136,8 +182,8 @@ class Tokenizer:
                     text[start : start + _PART_CHARS], add_special_tokens=False
                 )
             num_tokens += len(part)
-            if num_tokens > _CLEARLY * most_tokens:
-                raise LongPrompt(num_tokens)
+            if num_tokens > _TOO_LONG_FACTOR * most_tokens:
+                raise PromptTooLong(num_tokens)
 
     def _read_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
@@ -198,7 +244,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _as_script(messages: Sequence[Mapping[str, Any]]) -> str:
+def _plain_transcript(messages: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for message in messages:
         role = message.get("role")

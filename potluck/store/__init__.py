@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from potluck.store.progress import Progress, PullProgress
+from potluck.store.progress import ProgressCallback, PullProgress
 
 if TYPE_CHECKING:
     from potluck.store.manifest import StoredFile, StoredModel
     from potluck.store.store import Store
 
-__all__ = ["Progress", "PullProgress", "Store", "StoredFile", "StoredModel"]
+__all__ = ["ProgressCallback", "PullProgress", "Store", "StoredFile", "StoredModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Disk space: asked for before it is needed, and told with numbers when it runs out all the same."""
+"""Disk functions ask for space before it is needed, translate write errors, and lock a model's files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from potluck.store.progress import ProgressCallback, PullProgress
 from transport.errors import NoSpace, PotluckError
 
 # Room for the index, the tokenizer and the file system's own book-keeping.
 MARGIN_BYTES = 32 << 20
-FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_WRITE_REFUSED_ERRNOS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EIO,
+)
 
 
 def require_space(folder: Path, need_bytes: int, what: str, *, setting: str = "POTLUCK_HOME") -> None:
@@ -29,9 +41,9 @@ def translated_write_errors(folder: Path, what: str, *, setting: str = "POTLUCK_
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             raise _no_space(folder, f"the disk filled up while writing {what}", _free_bytes(folder), setting) from error
-        if error.errno in _REFUSED:
+        if error.errno in _WRITE_REFUSED_ERRNOS:
             raise PotluckError(
                 f"can't write {what} in {folder}: {error.strerror}",
                 hint=f"see that you may write there, or set {setting} to another folder",
@@ -53,3 +65,24 @@ def _no_space(folder: Path, what: str, free_bytes: int, setting: str) -> NoSpace
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+_POLL_S = 0.5
+
+
+@contextmanager
+def locked(path: Path, progress: ProgressCallback) -> Iterator[None]:
+    """Hold the lock file `path`. A process that is killed lets go of it by itself, so waiting needs no limit."""
+    with translated_write_errors(path.parent, "a lock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        while True:
+            try:
+                lock.acquire(timeout=_POLL_S, poll_interval=0.05)
+                break
+            except Timeout:
+                progress(PullProgress(stage="waiting", done=0, total=None))
+    try:
+        yield
+    finally:
+        lock.release()

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from shard.gguf_index import INDEX_FILE, read_index
-from shard.spec import ModelSpec
+from shard.formats.gguf.index import INDEX_FILE, read_index
+from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint
 
 MANIFEST_FILE = "potluck.json"

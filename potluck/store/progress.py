@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["waiting", "download", "verify", "unpack", "ingest"]
-STAGE_LABELS: dict[Stage, str] = {
+PullStage = Literal["waiting", "download", "verify", "unpack", "ingest"]
+STAGE_LABELS: dict[PullStage, str] = {
     "waiting": "waiting for another process that pulls it",
     "download": "downloading",
     "verify": "checking",
@@ -21,13 +21,13 @@ class PullProgress:
     """`done` of `total` bytes (steps, for "ingest"); `total` None when nobody knows. "waiting": for another process.
     `says` is a line for people, once: what is about to come."""
 
-    stage: Stage
+    stage: PullStage
     done: int
     total: int | None
     says: str = ""
 
 
-Progress = Callable[[PullProgress], None]
+ProgressCallback = Callable[[PullProgress], None]
 
 
 def ignore_progress(progress: PullProgress) -> None:

@@ -1,10 +1,13 @@
-"""Where models come from: `file:PATH` or a path, `pypi:PACKAGE==VERSION`, `hf:org/name[@revision]`, or an alias."""
+"""Sources say where a model comes from: a path, a package, a hub or an alias; and who else may have its bytes."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from transport.errors import BadRequest, ModelNotFound
 
@@ -123,3 +126,31 @@ def _local(text: str, rest: str) -> LocalSource:
     stem = path.stem if path.suffix == ".gguf" else path.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:96] or "model"
     return LocalSource(name=name, text=f"file:{path}", path=path)
+
+
+_TRUE = ("1", "ON", "YES", "TRUE")
+
+
+class PeerFiles(Protocol):
+    """Whole files that other hosts of the pool have, by their SHA-256. Several threads may call at once; what comes is
+    checked by who asks."""
+
+    def holds(self, sha256: str) -> bool: ...
+
+    def read(self, sha256: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the file's bytes from `offset` on. Raises PotluckError when that can't be done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullOptions:
+    """`copies` gives files of this store, wherever they lie, that should have that SHA-256."""
+
+    is_offline: bool
+    peers: PeerFiles | None
+    local_copies: Callable[[str], list[Path]]
+
+
+def offline_by_environment() -> bool:
+    """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as the hub's client reads it) says so."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in _TRUE

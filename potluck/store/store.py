@@ -1,35 +1,127 @@
-"""The store: a folder of models that several processes may use at once.
-
-    HOME/models/NAME/      a whole model: potluck.json, and its files or where they lie
-    HOME/downloads/NAME/   what a pull that was cut off goes on from
-    HOME/locks/NAME.lock   held by whoever works on the model
-
-A model is built in a folder aside and put in place by one rename, so that a kill leaves nothing half made.
-"""
+"""The store is a folder of models that several processes use at once; a model is built aside, then renamed."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
 import logging
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
-from potluck.paths import home_dir
-from potluck.store.build import Workplace, build, files_of
-from potluck.store.disk import translated_write_errors
-from potluck.store.hub import delete_snapshot
-from potluck.store.locking import locked
-from potluck.store.manifest import StoredModel, read_manifest, write_manifest
-from potluck.store.progress import Progress, ignore_progress
-from potluck.store.sources import ALIASES, HubSource, LocalSource, Source, check_name, looks_like_path, parse_source
-from potluck.store.supply import PeerFiles, Supply, offline_by_environment
-from shard.gguf_index import INDEX_FILE, read_index
-from shard.open import open_checkpoint
-from transport.errors import BadCheckpoint, ModelNotFound, PotluckError, UnsupportedModel
+from potluck.store.disk import locked, translated_write_errors
+from potluck.store.hub.snapshot import delete_snapshot, fetch_snapshot
+from potluck.store.manifest import StoredFile, StoredModel, read_manifest, write_manifest
+from potluck.store.progress import ProgressCallback, PullProgress, ignore_progress
+from potluck.store.pypi import fetch_gguf
+from potluck.store.sources import (
+    ALIASES,
+    HubSource,
+    LocalSource,
+    PackageSource,
+    PeerFiles,
+    PullOptions,
+    Source,
+    check_name,
+    looks_like_path,
+    offline_by_environment,
+    parse_source,
+)
+from potluck.system.paths import home_dir
+from shard.formats.gguf.index import INDEX_FILE, read_index
+from shard.formats.gguf.ingest import ingest_gguf
+from shard.pieces.open import open_checkpoint
+from transport.errors import BadCheckpoint, BadRequest, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
+
+_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildTarget:
+    """`folder` becomes the model's folder; `downloads` keeps what can be resumed; `options` says where from."""
+
+    folder: Path
+    downloads: Path
+    options: PullOptions
+
+
+def build_model(source: Source, name: str, target: BuildTarget, progress: ProgressCallback) -> None:
+    """Fill `place.folder`, manifest last. Raises PotluckError."""
+    if isinstance(source, PackageSource):
+        if target.options.is_offline:
+            raise DownloadFailed(
+                f"{source.text} is not in the store, and offline no package index is asked for it",
+                hint="pull it once with a network: without --offline, and with HF_HUB_OFFLINE not set",
+            )
+        gguf, sha256 = fetch_gguf(source, target.downloads, target.folder, progress)
+        _ingest(gguf, gguf.name, target, progress)
+        _write_record(source, name, target, target.folder, ".", (_stored_file(gguf, sha256),))
+        return
+    if isinstance(source, HubSource):
+        path = fetch_snapshot(source, target.downloads, target.options, progress)
+    else:
+        path = source.path
+    if path.is_dir():
+        _refuse_gguf_folder(path)
+        _write_record(source, name, target, path, str(path), files_of(path))
+    elif path.suffix == ".gguf":
+        _ingest(path, str(path), target, progress)
+        _write_record(source, name, target, target.folder, ".", files_of(path))
+    else:
+        raise BadRequest(f"{path} is neither a folder nor a .gguf", hint="give a model's folder or its .gguf file")
+
+
+def _refuse_gguf_folder(folder: Path) -> None:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not (folder / "config.json").exists():
+        raise BadRequest(f"{folder} holds GGUF files, not a Hugging Face model", hint=f"give the file: {ggufs[0]}")
+
+
+def files_of(path: Path) -> tuple[StoredFile, ...]:
+    """A .gguf, or a folder's configuration and weights, as they are now."""
+    if path.is_file():
+        return (_stored_file(path, None),)
+    wanted = sorted(entry for entry in path.iterdir() if entry.suffix in _FILES and entry.is_file())
+    return tuple(_stored_file(entry, None) for entry in wanted)
+
+
+def _stored_file(path: Path, sha256: str | None) -> StoredFile:
+    blob = path.resolve().name
+    if sha256 is None and _SHA256.fullmatch(blob):
+        sha256 = blob  # The hub's cache names large files by their checksum.
+    status = path.stat()
+    return StoredFile(name=path.name, num_bytes=status.st_size, modified_ns=status.st_mtime_ns, sha256=sha256)
+
+
+def _ingest(gguf: Path, recorded_as: str, target: BuildTarget, progress: ProgressCallback) -> None:
+    def report(done: int, total: int) -> None:
+        progress(PullProgress(stage="ingest", done=done, total=total))
+
+    with translated_write_errors(target.folder, gguf.name):
+        ingest_gguf(gguf, target.folder, recorded_as=recorded_as, progress=report)
+
+
+def _write_record(
+    source: Source,
+    name: str,
+    target: BuildTarget,
+    checkpoint_folder: Path,
+    recorded: str,
+    files: tuple[StoredFile, ...],
+) -> None:
+    checkpoint = open_checkpoint(checkpoint_folder)
+    try:
+        spec = checkpoint.spec
+    finally:
+        checkpoint.close()
+    model = StoredModel(name=name, source=source.text, path=checkpoint_folder, files=files, spec=spec)
+    with translated_write_errors(target.folder, name):
+        write_manifest(target.folder, model, recorded_path=recorded)
+
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +162,7 @@ class Store:
         pull = name if name in ALIASES else f"hf:{name}" if "/" in name else next(iter(ALIASES))
         raise ModelNotFound(f"there is no model {name!r}; {here}", hint=f"potluck pull {pull}")
 
-    def resolve(self, name: str, progress: Progress = ignore_progress) -> StoredModel:
+    def resolve(self, name: str, progress: ProgressCallback = ignore_progress) -> StoredModel:
         """The model to load: of that name or source, or at that path. A file that changed is looked at again.
 
         Raises ModelNotFound, also when the files it points to are gone; never downloads.
@@ -90,27 +182,29 @@ class Store:
         if model.spec.is_current:
             return model
         with locked(self._lock(model.name), progress):
-            return self._up_to_date(model)
+            return self._refreshed(model)
 
-    def pull(self, source: str, progress: Progress = ignore_progress) -> StoredModel:
+    def pull(self, source: str, progress: ProgressCallback = ignore_progress) -> StoredModel:
         """Fetch the model, or go on fetching it; the one in the store if it is whole and unchanged.
 
         Raises BadRequest, ModelNotFound, DownloadFailed, NoSpace, BadCheckpoint or UnsupportedModel.
         """
         parsed = parse_source(source)
-        name = self._free_name(parsed)
+        name = self._choose_name(parsed)
         with locked(self._lock(name), progress):
             existing = self._read(name)
             if existing is not None and _is_current(existing, parsed):
-                return self._up_to_date(existing)
-            place = Workplace(
+                return self._refreshed(existing)
+            target = BuildTarget(
                 folder=self._models() / f".building-{_slug(name)}",
                 downloads=self._downloads(name),
-                supply=Supply(
-                    is_offline=self._offline or offline_by_environment(), peers=self._peers, copies=self.copies
+                options=PullOptions(
+                    is_offline=self._offline or offline_by_environment(),
+                    peers=self._peers,
+                    local_copies=self.local_copies,
                 ),
             )
-            self._build(parsed, name, place, progress)
+            self._build(parsed, name, target, progress)
         model = self._read(name)
         if model is None:
             raise PotluckError(f"{name} was removed while it was pulled", hint="pull it again")
@@ -122,7 +216,7 @@ class Store:
         A process that has it open keeps its files until it ends, but could not open them again.
         """
         model = self.show(name)
-        snapshot = _snapshot(model)
+        snapshot = _hub_snapshot(model)
         with locked(self._lock(model.name), ignore_progress), translated_write_errors(self.root, model.name):
             self._discard(model.name)
             shutil.rmtree(self._downloads(model.name), ignore_errors=True)
@@ -130,7 +224,7 @@ class Store:
             delete_snapshot(snapshot)
         return model
 
-    def _up_to_date(self, model: StoredModel) -> StoredModel:
+    def _refreshed(self, model: StoredModel) -> StoredModel:
         """The model with what this version knows of its files: an older one may have recorded less. Raises
         BadCheckpoint."""
         if model.spec.is_current:
@@ -146,21 +240,21 @@ class Store:
             write_manifest(folder, renewed, recorded_path=recorded)
         return renewed
 
-    def _build(self, source: Source, name: str, place: Workplace, progress: Progress) -> None:
+    def _build(self, source: Source, name: str, target: BuildTarget, progress: ProgressCallback) -> None:
         with translated_write_errors(self.root, name):
-            shutil.rmtree(place.folder, ignore_errors=True)
-            place.folder.mkdir(parents=True)
+            shutil.rmtree(target.folder, ignore_errors=True)
+            target.folder.mkdir(parents=True)
         try:
-            build(source, name, place, progress)
+            build_model(source, name, target, progress)
             with translated_write_errors(self.root, name):
                 self._discard(name)
-                place.folder.replace(self._folder(name))
+                target.folder.replace(self._folder(name))
         except (BadCheckpoint, UnsupportedModel):
-            shutil.rmtree(place.downloads, ignore_errors=True)  # Nobody will go on with it.
+            shutil.rmtree(target.downloads, ignore_errors=True)  # Nobody will go on with it.
             raise
         finally:
-            shutil.rmtree(place.folder, ignore_errors=True)
-        shutil.rmtree(place.downloads, ignore_errors=True)
+            shutil.rmtree(target.folder, ignore_errors=True)
+        shutil.rmtree(target.downloads, ignore_errors=True)
 
     def _discard(self, name: str) -> None:
         """Take the model out in one step, then delete it."""
@@ -170,7 +264,7 @@ class Store:
             self._folder(name).replace(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _free_name(self, source: Source) -> str:
+    def _choose_name(self, source: Source) -> str:
         """The source's own name, unless another source has it: then with a few digits that are the source's."""
         taken = self._read(source.name)
         if isinstance(source, HubSource):
@@ -187,7 +281,7 @@ class Store:
         except BadCheckpoint:
             return None  # To be pulled again.
 
-    def copies(self, sha256: str) -> builtins.list[Path]:
+    def local_copies(self, sha256: str) -> builtins.list[Path]:
         """Downloaded files of that checksum. (What the user keeps elsewhere may change at any time.)"""
         models = [model for model in self.list() if not model.source.startswith("file:")]
         return [path for model in models for path in model.paths_of(sha256)]
@@ -210,7 +304,7 @@ def _slug(name: str) -> str:
     return quote(check_name(name), safe="")
 
 
-def _snapshot(model: StoredModel) -> Path | None:
+def _hub_snapshot(model: StoredModel) -> Path | None:
     """Where the hub's client keeps the model's files."""
     if not model.source.startswith("hf:") or not model.is_present:
         return None

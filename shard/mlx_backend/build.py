@@ -8,35 +8,32 @@ from typing import Any
 
 import mlx.core as mx
 
-from shard.checkpoint import Checkpoint
-from shard.mlx_backend.arguments import final_softcap, model_arguments
-from shard.mlx_backend.cpu_linear import for_cpu
-from shard.mlx_backend.families import Family, family_of
-from shard.mlx_backend.kv import kv_group
-from shard.mlx_backend.library import model_module
-from shard.mlx_backend.modules import StageModules
-from shard.mlx_backend.parts import Part, quantized
+from shard.formats.checkpoint import Checkpoint
+from shard.formats.families import MlxFamily, mlx_family_of
+from shard.mlx_backend.kv import kv_group_size
+from shard.mlx_backend.library import final_softcap, model_arguments, model_module
+from shard.mlx_backend.modules import StageModules, use_cpu_kernels
 from shard.mlx_backend.shard import MlxShard
-from shard.mlx_backend.weights import Progress, fill
-from shard.stage import ShardSpec
+from shard.mlx_backend.weights import ModuleSource, Progress, load_weights, with_quantized_modules
+from shard.stage import StageSpec
 from transport.errors import DoesNotFit
 
 _NO_EXPERTS: Mapping[str, str] = MappingProxyType({})
 
 
-def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda done, total: None) -> MlxShard:
+def build_mlx_shard(checkpoint: Checkpoint, spec: StageSpec, progress: Progress = lambda done, total: None) -> MlxShard:
     """Load layers [spec.first, spec.last) and what the stage needs besides. `progress(read_bytes, total_bytes)`.
 
     Raises UnsupportedModel for an architecture or a feature that can't run here, BadCheckpoint for bad files,
     DoesNotFit where memory runs out.
     """
-    family = family_of(checkpoint.config)
-    group = kv_group(spec.kv, checkpoint.spec.head_dim)
+    family = mlx_family_of(checkpoint.config)
+    group = kv_group_size(spec.kv, checkpoint.spec.head_dim)
     if spec.device.endswith(":cpu"):
         mx.set_default_device(mx.cpu)
     modules, parts = _modules(checkpoint, spec, family)
     try:
-        weights_bytes = fill(parts, checkpoint, spec.compute_dtype, progress)
+        weights_bytes = load_weights(parts, checkpoint, spec.compute_dtype, progress)
     except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
         raise DoesNotFit(
             f"{spec.device} has no memory left for layers [{spec.first}, {spec.last}): {error}",
@@ -44,11 +41,11 @@ def build(checkpoint: Checkpoint, spec: ShardSpec, progress: Progress = lambda d
         ) from error
     if mx.default_device() == mx.Device(mx.cpu):
         for layer in modules.layers:
-            for_cpu(layer)
+            use_cpu_kernels(layer)
     return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes, kv_group=group)
 
 
-def _modules(checkpoint: Checkpoint, spec: ShardSpec, family: Family) -> tuple[StageModules, list[Part]]:
+def _modules(checkpoint: Checkpoint, spec: StageSpec, family: MlxFamily) -> tuple[StageModules, list[ModuleSource]]:
     """The stage's part of the whole model, and what is to be filled in it.
 
     Building the rest costs nothing: arrays are lazy, and never evaluated. That way each layer knows its absolute index,
@@ -57,14 +54,16 @@ def _modules(checkpoint: Checkpoint, spec: ShardSpec, family: Family) -> tuple[S
     model = checkpoint.spec
     library = model_module(family.module)
     windows = model.windows[spec.first : spec.last]
-    parts: list[Part] = []
+    parts: list[ModuleSource] = []
 
     def whole(sliding: bool) -> Any:  # An mlx-lm Model: the library is untyped.
         arguments = model_arguments(checkpoint.config, model, family, library.ModelArgs, sliding=sliding)
         return library.Model(arguments)
 
     def held(module: Any, prefix: str, experts: Mapping[str, str] = _NO_EXPERTS) -> Any:
-        part = quantized(Part(module=module, prefix=prefix, experts=experts), checkpoint.tensors, spec.device)
+        part = with_quantized_modules(
+            ModuleSource(module=module, prefix=prefix, experts=experts), checkpoint.tensors, spec.device
+        )
         parts.append(part)
         return part.module
 
@@ -80,7 +79,7 @@ def _modules(checkpoint: Checkpoint, spec: ShardSpec, family: Family) -> tuple[S
         windows=windows,
         embed=held(some.model.embed_tokens, "model.embed_tokens.") if spec.is_first or tied_head else None,
         norm=held(some.model.norm, "model.norm.") if spec.is_last else None,
-        head=held(some.lm_head, "lm_head.") if spec.is_last and not tied_head else None,
+        lm_head=held(some.lm_head, "lm_head.") if spec.is_last and not tied_head else None,
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         embed_scale=model.hidden_size**0.5 if family.scaled_embedding else None,

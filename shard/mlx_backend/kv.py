@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from transport.errors import UnsupportedModel
-from transport.messages import KVForm
+from transport.messages.ring import KVForm
 
 BLOCK_TOKENS = 256
 """Buffers grow by at least this many tokens, so that a decode step writes in place instead of copying."""
@@ -19,7 +19,7 @@ ROLLBACK_TOKENS = 64
 """How far a sliding-window layer can always go back: more than any draft that speculation would take back."""
 
 
-class KVSlot:
+class MlxLayerKV:
     """Keys and values of one sequence in one layer, [1, kv_heads, tokens, head_dim], grown in blocks.
 
     A layer with a window keeps the last window + ROLLBACK_TOKENS positions, at most two blocks more between two moves,
@@ -64,17 +64,17 @@ class KVSlot:
         assert length <= self.offset and self.can_truncate(length)
         self.offset = length
 
-    def fork(self, length: int) -> KVSlot:
+    def fork(self, length: int) -> MlxLayerKV:
         """A slot with a copy, not yet evaluated, of what position `length` looks back at and ROLLBACK_TOKENS more."""
         assert length <= self.offset and self.can_truncate(length)
-        copy = KVSlot(self._window, self._context_tokens, self._group)
+        copy = MlxLayerKV(self._window, self._context_tokens, self._group)
         kept = self._kept(length)
         copy._base, copy.offset = length - kept, length
         # A slice alone would share the source's buffer: keep all of it alive, and make the next write to it a copy.
         # Joined to at least one row, it gets a buffer of its own.
         room = max(self._room(kept, 1), kept + 1)
         begin, end = length - kept - self._base, length - self._base
-        copy.arrays = [_moved(held, held, begin, end, room) for held in self.arrays]
+        copy.arrays = [_copied_buffer(held, held, begin, end, room) for held in self.arrays]
         return copy
 
     def _append_long(self, new: list[mx.array]) -> tuple[mx.array, mx.array]:
@@ -91,7 +91,7 @@ class KVSlot:
         self.offset = first + count
         kept = min(count, self._kept(self.offset))
         self._base = self.offset - kept
-        self.arrays = [_moved(added, added, count - kept, count, kept + BLOCK_TOKENS) for added in new]
+        self.arrays = [_copied_buffer(added, added, count - kept, count, kept + BLOCK_TOKENS) for added in new]
         return self._decoded(new)
 
     def _encoded(self, x: mx.array) -> list[mx.array]:
@@ -133,18 +133,18 @@ class KVSlot:
         kept = self._kept(self.offset)
         room = self._room(kept, num_new)
         old: list[mx.array | None] = [*self.arrays] or [None] * len(new)
-        self.arrays = [_moved(one, like, held - kept, held, room) for one, like in zip(old, new, strict=True)]
+        self.arrays = [_copied_buffer(one, like, held - kept, held, room) for one, like in zip(old, new, strict=True)]
         self._base += held - kept
 
 
-class DecodeSlots:
+class MlxDecodeKV:
     """The slots of several sequences in one layer as a cache for [batch, 1] tokens; `offset` is an array [batch].
 
     Attention needs one array of keys, so the sequences' keys are copied side by side, padded on the right to the
     longest. That costs a read and a write of the batch's KV; the weights, read once for all, are far larger.
     """
 
-    def __init__(self, slots: Sequence[KVSlot], offset: mx.array) -> None:
+    def __init__(self, slots: Sequence[MlxLayerKV], offset: mx.array) -> None:
         self.offset = offset
         self._slots = slots
 
@@ -153,7 +153,7 @@ class DecodeSlots:
         return _padded([k for k, _ in rows]), _padded([v for _, v in rows])
 
 
-def kv_group(form: KVForm, head_dim: int | None) -> int | None:
+def kv_group_size(form: KVForm, head_dim: int | None) -> int | None:
     """How many numbers of a head share a scale where KV is held in that form; None for none. Raises UnsupportedModel
     for heads that 8 bits are not made for."""
     if form == "full":
@@ -197,7 +197,7 @@ def decode_mask(starts: Sequence[int], window: int | None) -> mx.array | None:
     return (mx.arange(max(visible))[None] < mx.array(visible)[:, None])[:, None, None, :]
 
 
-def _moved(old: mx.array | None, new: mx.array, begin: int, end: int, room: int) -> mx.array:
+def _copied_buffer(old: mx.array | None, new: mx.array, begin: int, end: int, room: int) -> mx.array:
     """A buffer of `room` tokens that starts with tokens [begin, end) of the old one."""
     _, num_heads, _, head_dim = new.shape
     empty = mx.zeros((1, num_heads, room - (end - begin), head_dim), new.dtype)

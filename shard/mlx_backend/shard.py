@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from shard.mlx_backend.arrays import MLX_DTYPE, NUMPY_DTYPE, to_mlx, to_wire
-from shard.mlx_backend.kv import DecodeSlots, KVSlot, chunk_mask, decode_mask
-from shard.mlx_backend.modules import StageModules
-from shard.stage import Batch, ShardSpec
+from shard.mlx_backend.kv import MlxDecodeKV, MlxLayerKV, chunk_mask, decode_mask
+from shard.mlx_backend.modules import MLX_DTYPE, NUMPY_DTYPE, StageModules, to_mlx, to_wire
+from shard.stage import Batch, StageSpec
 from transport.errors import BadMessage, StageFailed
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 
 class MlxShard:
@@ -20,13 +19,13 @@ class MlxShard:
     many numbers of the KV share a scale, where it is held in 8 bits."""
 
     def __init__(
-        self, *, spec: ShardSpec, modules: StageModules, weights_bytes: int, kv_group: int | None = None
+        self, *, spec: StageSpec, modules: StageModules, weights_bytes: int, kv_group: int | None = None
     ) -> None:
         self.spec = spec
         self.weights_bytes = weights_bytes
         self._modules = modules
         self._kv_group = kv_group
-        self._sequences: dict[SequenceId, list[KVSlot]] = {}
+        self._sequences: dict[SequenceId, list[MlxLayerKV]] = {}
 
     def forward(self, batch: Batch) -> np.ndarray:
         self._check(batch)
@@ -124,14 +123,14 @@ class MlxShard:
 
     def _layers(self, members: Sequence[Entry], hidden: mx.array) -> mx.array:
         """One chunk [1, tokens, hidden_size], or single tokens [batch, 1, hidden_size], through all layers."""
-        sequences = [self._slots(entry.sequence) for entry in members]
+        sequences = [self._layer_kvs(entry.sequence) for entry in members]
         starts = [slots[0].offset for slots in sequences]
         assert starts == [entry.start for entry in members]
         masks = {window: self._mask(starts, hidden.shape[1], window) for window in set(self._modules.windows)}
         offset = mx.array(starts) if len(members) > 1 else None
         for i, (layer, window) in enumerate(zip(self._modules.layers, self._modules.windows, strict=True)):
             slots = [sequence[i] for sequence in sequences]
-            cache = slots[0] if offset is None else DecodeSlots(slots, offset)
+            cache = slots[0] if offset is None else MlxDecodeKV(slots, offset)
             hidden = layer(hidden, masks[window], cache)
         return hidden
 
@@ -152,10 +151,10 @@ class MlxShard:
             return mx.zeros((0, self._modules.vocab_size), mx.float32)
         return self._modules.logits(mx.concatenate(rows))
 
-    def _slots(self, sequence: SequenceId) -> list[KVSlot]:
+    def _layer_kvs(self, sequence: SequenceId) -> list[MlxLayerKV]:
         slots = self._sequences.get(sequence)
         if slots is None:
-            slots = [KVSlot(window, self.spec.context_tokens, self._kv_group) for window in self._modules.windows]
+            slots = [MlxLayerKV(window, self.spec.context_tokens, self._kv_group) for window in self._modules.windows]
             self._sequences[sequence] = slots
         return slots
 

@@ -1,19 +1,18 @@
-"""Attention over a packed ragged step: each run of tokens attends to its own sequence's KV, alone.
-
-Registered with transformers under `NAME`, it takes the place of a model's attention: keys and values go into our KV
-cache here, and no attention mask is built by the model (a name without a mask function gets none).
-"""
+"""Attention over a packed ragged step: each run attends to its own sequence's KV; a step that fails leaves none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from shard.torch_backend.kv import SequenceKV
+from shard.stage import Batch
+from shard.torch_backend.kv import KVCache, SequenceKV
+from shard.torch_backend.memory import translate_step_oom
 from transport.errors import UnsupportedModel
 
 NAME = "potluck_ragged"
@@ -131,12 +130,12 @@ def attend(
     """A run's query [heads, tokens, head_dim] over keys and values [kv_heads, positions from `first`, head_dim] → as
     query. `softcap` caps the scores; `sinks` [heads] take part in the softmax."""
     if softcap is None and sinks is None:
-        return _attend_fused(query, keys, values, run, first, window, scale, step)
+        return _sdpa_attention(query, keys, values, run, first, window, scale, step)
     mask = step.mask(run, first, window, query.device)
-    return _attend_plain(query, keys, values, mask, scale, softcap, sinks)
+    return _plain_attention(query, keys, values, mask, scale, softcap, sinks)
 
 
-def _attend_fused(
+def _sdpa_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -159,7 +158,7 @@ def _attend_fused(
     )[0]
 
 
-def _attend_plain(
+def _plain_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -168,7 +167,7 @@ def _attend_plain(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `_attend_fused`, written out for scores that are capped (Gemma 2) or share their softmax with a learned sink
+    """As `_sdpa_attention`, written out for scores that are capped (Gemma 2) or share their softmax with a learned sink
     per head (gpt-oss, `sinks` [heads])."""
     kv_heads, head_dim = keys.shape[0], query.shape[-1]
     grouped = query.reshape(kv_heads, -1, query.shape[1], head_dim)
@@ -181,3 +180,20 @@ def _attend_plain(
         scores = torch.cat((scores, sink), dim=-1)
     weights = scores.softmax(dim=-1)[..., : keys.shape[1]].to(values.dtype)
     return torch.matmul(weights, values[:, None]).reshape(query.shape[0], query.shape[1], head_dim)
+
+
+@contextmanager
+def kv_transaction(kv: KVCache, batch: Batch, runs: Sequence[Run], device: str) -> Iterator[None]:
+    """Around what runs the layers. Where it fails, the sequences of the batch are as before, or hold nothing; out of
+    memory is StageFailed."""
+    assert all(run.start == run.kv.length for run in runs), "the caller truncates, and refuses what lies beyond"
+    try:
+        with translate_step_oom(device, sum(run.num_tokens for run in runs), kv.num_bytes):
+            yield
+    except Exception:
+        # Layers that had run hold rows beyond `start`; a sliding one may have dropped what going back needs.
+        for entry in batch.entries:
+            kv.truncate(entry.sequence, entry.start)
+        raise
+    for run in runs:
+        run.kv.length = run.start + run.num_tokens

@@ -1,4 +1,4 @@
-"""Loads a stage on torch: by the lean path, or the library's empty module with each tensor read into its place."""
+"""Loads a stage on torch: by the fused path, or the library's empty module with each tensor read into its place."""
 
 from __future__ import annotations
 
@@ -8,64 +8,70 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shard.checkpoint import Checkpoint
-from shard.stage import ShardSpec
-from shard.torch_backend.dtypes import NUMPY_DTYPES, to_numpy, to_torch
-from shard.torch_backend.lean.build import build_lean
-from shard.torch_backend.lean.shard import LeanShard
-from shard.torch_backend.lean.support import has_stacked_experts, lean_reason
-from shard.torch_backend.memory import loading_memory
-from shard.torch_backend.shard import TorchShard
-from shard.torch_backend.skeleton import build_skeleton
-from shard.weights import Part, TensorNames, read_part, total_file_bytes
+from shard.formats.checkpoint import Checkpoint
+from shard.formats.families import has_stacked_experts, why_not_fused
+from shard.stage import StageSpec
+from shard.torch_backend.fused.build import build_fused
+from shard.torch_backend.fused.shard import FusedShard
+from shard.torch_backend.library.shard import LibraryShard, build_empty_model
+from shard.torch_backend.memory import translate_load_oom
+from shard.torch_backend.tensors import (
+    NUMPY_DTYPES,
+    TensorNames,
+    TensorPart,
+    read_part,
+    to_numpy,
+    to_torch,
+    total_file_bytes,
+)
 from transport.errors import ConfigError, UnsupportedModel
 
-Path = Literal["auto", "library", "lean"]
+TorchPath = Literal["auto", "library", "fused"]
 
 
-def build(
-    checkpoint: Checkpoint, spec: ShardSpec, progress: Callable[[int, int], None], *, path: Path = "auto"
-) -> TorchShard | LeanShard:
-    """Layers [first, last) on spec.device, by the lean path where it runs this model ("auto"), or by the one asked for.
+def build_torch_shard(
+    checkpoint: Checkpoint, spec: StageSpec, progress: Callable[[int, int], None], *, path: TorchPath = "auto"
+) -> LibraryShard | FusedShard:
+    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or by the one asked for.
 
     `progress(read_bytes, total_bytes)` counts bytes of the stage's files. Reads the stage's own
     tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint, UnsupportedModel, DoesNotFit,
     ConfigError.
     """
     device = _device(spec.device)
-    reason = lean_reason(checkpoint.config, stacked_experts=has_stacked_experts(checkpoint.tensors))
-    if path == "lean" and reason is not None:
+    reason = why_not_fused(checkpoint.config, stacked_experts=has_stacked_experts(checkpoint.tensors))
+    if path == "fused" and reason is not None:
         raise UnsupportedModel(reason, hint="the library path may run it")
-    is_lean = path == "lean" or (path == "auto" and reason is None)
-    if spec.kv != "full" and (device.type != "cpu" or not is_lean):
+    is_fused = path == "fused" or (path == "auto" and reason is None)
+    if spec.kv != "full" and (device.type != "cpu" or not is_fused):
         raise UnsupportedModel(
             f"KV can't be held in 8 bits on {spec.device}"
-            + ("" if is_lean else f", where transformers runs this model: {reason or 'it was asked to'}"),
+            + ("" if is_fused else f", where transformers runs this model: {reason or 'it was asked to'}"),
             hint="leave --kv-cache out",
         )
-    if is_lean:
-        return build_lean(checkpoint, spec, device, progress)
+    if is_fused:
+        return build_fused(checkpoint, spec, device, progress)
     return _build_library(checkpoint, spec, device, progress)
 
 
 def _build_library(
-    checkpoint: Checkpoint, spec: ShardSpec, device: torch.device, progress: Callable[[int, int], None]
-) -> TorchShard:
-    model, tied = build_skeleton(checkpoint.config, spec)
+    checkpoint: Checkpoint, spec: StageSpec, device: torch.device, progress: Callable[[int, int], None]
+) -> LibraryShard:
+    model, tied = build_empty_model(checkpoint.config, spec)
     names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied)
     share_embedding = tied and spec.is_first and spec.is_last
     # All names and shapes are checked before the first byte is read: a wrong checkpoint fails at once.
-    plan: dict[str, tuple[Part, ...]] = {
+    parts_of: dict[str, tuple[TensorPart, ...]] = {
         name: names.parts(name, tuple(parameter.shape))
         for name, parameter in model.named_parameters()
         if not (share_embedding and name == "lm_head.weight")
     }
-    total_bytes = total_file_bytes(checkpoint.tensors, (part for parts in plan.values() for part in parts))
-    reader = _Reader(checkpoint, spec, device)
+    total_bytes = total_file_bytes(checkpoint.tensors, (part for parts in parts_of.values() for part in parts))
+    reader = _ParameterReader(checkpoint, spec, device)
     read_bytes = weights_bytes = 0
     progress(0, total_bytes)
-    for name, parts in plan.items():
-        with loading_memory(name, spec.device):
+    for name, parts in parts_of.items():
+        with translate_load_oom(name, spec.device):
             parameter = torch.empty_like(model.get_parameter(name), device=device, requires_grad=False)
             for part in parts:
                 reader.read(part, parameter)
@@ -78,19 +84,19 @@ def _build_library(
     model.to(device)  # The buffers: rotary frequencies and scales.
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"parameters without weights: {left}"
-    return TorchShard(model, spec, weights_bytes)
+    return LibraryShard(model, spec, weights_bytes)
 
 
-class _Reader:
+class _ParameterReader:
     """Reads parts into parameters: on the CPU directly, elsewhere by way of one host buffer that is used again."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: ShardSpec, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: StageSpec, device: torch.device) -> None:
         self._checkpoint = checkpoint
         self._dtype = spec.compute_dtype
         self._device = device
         self._buffer = np.empty(0, dtype=NUMPY_DTYPES[spec.compute_dtype])
 
-    def read(self, part: Part, parameter: torch.Tensor) -> None:
+    def read(self, part: TensorPart, parameter: torch.Tensor) -> None:
         if self._device.type == "cpu":
             read_part(self._checkpoint, part, to_numpy(parameter), self._dtype)
             return

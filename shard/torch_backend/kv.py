@@ -2,7 +2,8 @@
 
 A full-attention layer keeps every position: on the CPU in address space reserved for the whole context, so that growing
 copies nothing, elsewhere in a buffer that is copied as it grows by quarters. A sliding-window layer keeps the window
-and `SLACK` positions more, so that a sequence can be taken back by that much (rejected drafts, steps in flight) without
+and `ROLLBACK_TOKENS` positions more, so that a sequence can be taken back by that much (rejected drafts, steps in
+flight) without
 replaying it.
 """
 
@@ -12,14 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shard.stage import ShardSpec
-from shard.torch_backend.memory import step_memory
-from shard.torch_backend.reserved import Reservations, Reserved
-from transport.messages import SequenceId
+from shard.stage import StageSpec
+from shard.torch_backend.memory import AddressSpace, ReservedRows, translate_step_oom
+from transport.messages.ring import SequenceId
 
-SLACK = 128
+ROLLBACK_TOKENS = 128
 _BLOCK = 64
-_WORTH_GIVING_BACK = 256
+_MIN_FREED_POSITIONS = 256
 """Positions: freeing fewer, as when drafts are rejected, would cost more calls of the system than it frees pages."""
 
 
@@ -28,11 +28,11 @@ class LayerKV:
 
     __slots__ = ("_capacity", "_held", "_keys", "_places", "_reservations", "_reserved", "_values", "base", "window")
 
-    def __init__(self, window: int | None, reservations: Reservations | None = None) -> None:
+    def __init__(self, window: int | None, reservations: AddressSpace | None = None) -> None:
         self.window = window
         self.base = 0
         self._reservations = reservations
-        self._reserved: Reserved | None = None
+        self._reserved: ReservedRows | None = None
         # [2, kv_heads, capacity, head_dim], and its two halves [1, …]: views that would cost a decode step to make.
         self._held: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
@@ -49,10 +49,10 @@ class LayerKV:
         the first of them: views of the cache, valid until the next append.
         """
         end = start + key.shape[1]
-        first = self._first_seen(start)
-        if self.window is not None and key.shape[1] > SLACK:
+        first = self._first_visible(start)
+        if self.window is not None and key.shape[1] > ROLLBACK_TOKENS:
             return self._append_long(start, first, key, value)
-        held = self._with_room(start, end, key)
+        held = self._reserve(start, end, key)
         row = start - self.base
         held[0, :, row : end - self.base] = key
         held[1, :, row : end - self.base] = value
@@ -64,45 +64,45 @@ class LayerKV:
         values [1, kv_heads, positions, head_dim]."""
         held = self._held
         if held is None or position - self.base >= self._capacity:
-            held = self._with_room(position, position + 1, both[0, :, None])
+            held = self._reserve(position, position + 1, both[0, :, None])
         row = position - self.base
         held.select(2, row).copy_(both)
-        first = 0 if self.window is None else self._first_seen(position) - self.base
+        first = 0 if self.window is None else self._first_visible(position) - self.base
         assert self._keys is not None and self._values is not None
         return self._keys.narrow(2, first, row + 1 - first), self._values.narrow(2, first, row + 1 - first)
 
-    def seat(self, position: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+    def kv_slot(self, position: int, like: torch.Tensor) -> tuple[int, int, int, int]:
         """Room for one token, which the caller writes: the addresses of the first key and value that it sees, the bytes
         from one KV head to the next, and how many positions it sees, its own included. Valid until the next call.
 
         like: [kv_heads, 1, head_dim] of the KV's dtype.
         """
         if position - self.base >= self._capacity:
-            self._with_room(position, position + 1, like)
+            self._reserve(position, position + 1, like)
         first = 0 if self.window is None else max(0, position - self.window + 1)
         address, half, head, row = self._places
         keys = address + (first - self.base) * row
         return keys, keys + half, head, position + 1 - first
 
-    def run_seat(self, start: int, tokens: int, like: torch.Tensor) -> tuple[int, int, int, int]:
+    def slot_mapping(self, start: int, tokens: int, like: torch.Tensor) -> tuple[int, int, int, int]:
         """As `seat`, for a run of tokens from `start`, at most SLACK of them: the addresses of the first key and value
         that any of them sees, the bytes from one KV head to the next, and the position of that first one."""
         if start + tokens - self.base > self._capacity:
-            self._with_room(start, start + tokens, like)
-        first = self._first_seen(start)
+            self._reserve(start, start + tokens, like)
+        first = self._first_visible(start)
         address, half, head, row = self._places
         keys = address + (first - self.base) * row
         return keys, keys + half, head, first
 
-    def reaches_back_to(self, length: int) -> bool:
+    def can_truncate(self, length: int) -> bool:
         """Whether position `length` can be computed again, with all that its window sees."""
-        return self.window is None or self.base <= self._first_seen(length)
+        return self.window is None or self.base <= self._first_visible(length)
 
     def truncate(self, length: int) -> None:
         """Positions ≥ `length` are not needed any more: where they are many, give their memory back if that copies
         nothing."""
-        if self._reserved is not None and self._capacity - length >= _WORTH_GIVING_BACK:
-            self._reserved.give_back(length, self._capacity)
+        if self._reserved is not None and self._capacity - length >= _MIN_FREED_POSITIONS:
+            self._reserved.free_pages(length, self._capacity)
             self._capacity = self._reserved.in_whole_pages(length)
 
     def copy_to(self, target: LayerKV, length: int) -> None:
@@ -111,10 +111,10 @@ class LayerKV:
             return
         like = self._held[0]
         if self.window is None:
-            kept, rows = 0, target._with_room(0, length, like)
+            kept, rows = 0, target._reserve(0, length, like)
         else:
-            kept = max(self.base, length - (self.window - 1 + SLACK))
-            rows = target._move(kept, kept, length - kept + SLACK, like)
+            kept = max(self.base, length - (self.window - 1 + ROLLBACK_TOKENS))
+            rows = target._move(kept, kept, length - kept + ROLLBACK_TOKENS, like)
         rows[:, :, : length - kept] = self._held[:, :, kept - self.base : length - self.base]
 
     def num_bytes(self) -> int:
@@ -123,10 +123,10 @@ class LayerKV:
             return self._reserved.num_bytes(self._capacity)
         return 0 if self._held is None else self._held.nbytes
 
-    def _first_seen(self, position: int) -> int:
+    def _first_visible(self, position: int) -> int:
         return 0 if self.window is None else max(0, position - self.window + 1)
 
-    def _with_room(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
+    def _reserve(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer with rows for positions [start, end), what is held before them kept.
 
         A sliding layer keeps window - 1 + SLACK positions before `start`, with SLACK free: it stops growing at
@@ -135,11 +135,11 @@ class LayerKV:
         if self._held is not None and end - self.base <= self._capacity:
             return self._held
         if self.window is None:
-            return self._with_full_room(start, end, like)
-        kept = max(self.base, start - (self.window - 1 + SLACK))
-        return self._move(kept, start, start - kept + SLACK, like)
+            return self._reserve_full(start, end, like)
+        kept = max(self.base, start - (self.window - 1 + ROLLBACK_TOKENS))
+        return self._move(kept, start, start - kept + ROLLBACK_TOKENS, like)
 
-    def _with_full_room(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
+    def _reserve_full(self, start: int, end: int, like: torch.Tensor) -> torch.Tensor:
         """More of the reserved memory. Where there is none, a quarter more than before: that keeps both copying and
         unused memory small."""
         if self._held is None and self._reservations is not None:
@@ -161,8 +161,8 @@ class LayerKV:
         if self._held is not None:
             both = torch.cat((self._held[:, :, first - self.base : start - self.base], both), dim=2)
         end = start + key.shape[1]
-        kept = max(first, end - (self.window - 1 + SLACK))
-        self._hold(kept, both.new_empty((2, key.shape[0], end - kept + SLACK, key.shape[2])))
+        kept = max(first, end - (self.window - 1 + ROLLBACK_TOKENS))
+        self._hold(kept, both.new_empty((2, key.shape[0], end - kept + ROLLBACK_TOKENS, key.shape[2])))
         assert self._held is not None
         self._held[:, :, : end - kept] = both[:, :, kept - first :]
         return both[0], both[1], first
@@ -193,7 +193,7 @@ class SequenceKV:
 
     length: int = 0
     layers: dict[int, LayerKV] = field(default_factory=dict)
-    reservations: Reservations | None = None
+    reservations: AddressSpace | None = None
 
     def layer(self, index: int, window: int | None) -> LayerKV:
         found = self.layers.get(index)
@@ -205,7 +205,7 @@ class SequenceKV:
 class KVCache:
     """All sequences of a stage."""
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: StageSpec) -> None:
         self._spec = spec
         self._sequences: dict[SequenceId, SequenceKV] = {}
 
@@ -225,7 +225,7 @@ class KVCache:
         held = self._sequences.get(sequence)
         if held is None:
             return 0
-        if length <= 0 or not all(layer.reaches_back_to(length) for layer in held.layers.values()):
+        if length <= 0 or not all(layer.can_truncate(length) for layer in held.layers.values()):
             self.release(sequence)
             return 0
         held.length = min(held.length, length)
@@ -237,9 +237,9 @@ class KVCache:
     def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
         """See ShardBackend. Out of memory is StageFailed, and nothing is copied."""
         held, copied = self._sequences[source], self._empty()
-        if not all(layer.reaches_back_to(length) for layer in held.layers.values()):
+        if not all(layer.can_truncate(length) for layer in held.layers.values()):
             return False
-        with step_memory(self._spec.device, length, self.num_bytes):
+        with translate_step_oom(self._spec.device, length, self.num_bytes):
             for index, layer in held.layers.items():
                 layer.copy_to(copied.layer(index, layer.window), length)
         copied.length = length
@@ -264,4 +264,4 @@ class KVCache:
 
     def _empty(self) -> SequenceKV:
         spec = self._spec
-        return SequenceKV(reservations=Reservations(spec.context_tokens, spec.last - spec.first))
+        return SequenceKV(reservations=AddressSpace(spec.context_tokens, spec.last - spec.first))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from shard.checkpoint import Checkpoint
-from shard.torch_backend.dtypes import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
-from transport.messages import DType
+from shard.formats.checkpoint import Checkpoint
+from shard.torch_backend.tensors import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from transport.messages.ring import DType
 
 if TYPE_CHECKING:
     from shard.torch_backend.cpu.linear import CpuAffineLinear
 
-Read = Callable[[int], None]
+OnBytesRead = Callable[[int], None]
 """Called with the bytes of the file that were read since."""
 
 
@@ -29,7 +29,7 @@ class Linear(Protocol):
         """x [rows, columns] → [rows, out], in x's dtype."""
 
 
-class Table(Linear, Protocol):
+class EmbeddingTable(Linear, Protocol):
     """A projection whose matrix is read by rows too: an embedding, which may be the head as well."""
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class DenseLinear:
         return torch.nn.functional.embedding(ids, self.weight)
 
 
-class SideBySide:
+class ConcatenatedLinear:
     """Several projections of one input, which can't be one matrix: outputs side by side."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
@@ -68,7 +68,7 @@ def load_linear(
     names: Sequence[str],
     dtype: DType,
     device: torch.device,
-    read: Read = lambda num_bytes: None,
+    read: OnBytesRead = lambda num_bytes: None,
 ) -> Linear:
     """The tensors `names` [rows_i, columns], their rows one after another, on `device`: quantized where they are in the
     file, dense in `dtype` otherwise. Raises BadCheckpoint, UnsupportedModel."""
@@ -84,20 +84,20 @@ def load_linear(
         else _load_dense(checkpoint, run, dtype, device, read)
         for run in runs
     ]
-    return parts[0] if len(parts) == 1 else SideBySide(parts)
+    return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
 
 
-def load_table(
-    checkpoint: Checkpoint, name: str, dtype: DType, device: torch.device, read: Read = lambda num_bytes: None
-) -> Table:
+def load_embedding_table(
+    checkpoint: Checkpoint, name: str, dtype: DType, device: torch.device, read: OnBytesRead = lambda num_bytes: None
+) -> EmbeddingTable:
     """As `load_linear`, for one matrix that is read by rows too."""
     if not _is_affine(checkpoint, name):
         return _load_dense(checkpoint, [name], dtype, device, read)
     if device.type == "cpu":
         return _load_cpu(checkpoint, [name], dtype, read)
-    from shard.torch_backend.device_linear import load_device_table
+    from shard.torch_backend.gpu.linear import load_device_embedding_table
 
-    return load_device_table(checkpoint, name, dtype, device, read)
+    return load_device_embedding_table(checkpoint, name, dtype, device, read)
 
 
 def _is_affine(checkpoint: Checkpoint, name: str) -> bool:
@@ -108,17 +108,17 @@ def _is_affine(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _load_affine(
-    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: OnBytesRead
 ) -> Linear:
     if device.type == "cpu":
         return _load_cpu(checkpoint, names, dtype, read)
-    from shard.torch_backend.device_linear import load_device_linear
+    from shard.torch_backend.gpu.linear import load_device_linear
 
     parts = [load_device_linear(checkpoint, name, dtype, device, read) for name in names]
-    return parts[0] if len(parts) == 1 else SideBySide(parts)
+    return parts[0] if len(parts) == 1 else ConcatenatedLinear(parts)
 
 
-def _load_cpu(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, read: Read) -> CpuAffineLinear:
+def _load_cpu(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, read: OnBytesRead) -> CpuAffineLinear:
     from shard.torch_backend.cpu.linear import load_affine_linear
 
     # Whoever computes in float32 wants all of its digits.
@@ -126,7 +126,7 @@ def _load_cpu(checkpoint: Checkpoint, names: Sequence[str], dtype: DType, read: 
 
 
 def _load_dense(
-    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: Read
+    checkpoint: Checkpoint, names: Sequence[str], dtype: DType, device: torch.device, read: OnBytesRead
 ) -> DenseLinear:
     shapes = [checkpoint.tensors[name].shape for name in names]
     weight = torch.empty((sum(shape[0] for shape in shapes), shapes[0][1]), dtype=TORCH_DTYPES[dtype], device=device)

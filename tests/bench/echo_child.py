@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from bench.child_loop import reply_pipe, serve
+from potluck.measure.child_process import reply_pipe, serve_commands
 
 
 def double(number: int) -> dict[str, Any]:
@@ -21,4 +21,6 @@ def die() -> dict[str, Any]:
 if __name__ == "__main__":
     replies = reply_pipe()
     print("at once")
-    serve({"double": double, "die": die}, {"argument": sys.argv[1], "threads": os.environ["OMP_NUM_THREADS"]}, replies)
+    serve_commands(
+        {"double": double, "die": die}, {"argument": sys.argv[1], "threads": os.environ["OMP_NUM_THREADS"]}, replies
+    )

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.contestant import Contestant, llama_python
+from potluck.measure.child_process import SystemUnderTest, llama_python
 
 
 def test_it_answers_what_it_is_asked_and_says_how_it_ended() -> None:
-    with Contestant("echo", "tests.bench.echo_child", ["7"], threads=1) as child:
+    with SystemUnderTest("echo", "tests.bench.echo_child", ["7"], threads=1) as child:
         assert child.ready == {"argument": "7", "threads": "1"}
-        assert child.ask("double", number=21) == {"number": 42}
-        assert child.ask("double", number=1) == {"number": 2}
+        assert child.call("double", number=21) == {"number": 42}
+        assert child.call("double", number=1) == {"number": 2}
         with pytest.raises(RuntimeError, match="echo ended with 3"):
-            child.ask("die")
+            child.call("die")
 
 
 def test_an_interpreter_that_was_asked_for_must_be_there(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.hop_ends import CARRIERS
-from bench.hops import STEPS, main
-from bench.hops_report import HopRow, Seconds, table
+from potluck.measure.hop_process import CARRIERS
+from potluck.measure.hops import STEPS, HopRow, HopSeconds, main, table
 
 
 def test_every_message_crosses_every_carrier_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,8 +29,8 @@ def test_every_message_crosses_every_carrier_both_ways(tmp_path: Path, capsys: p
 
 
 def test_the_table_splits_a_hop_into_its_parts() -> None:
-    def us(value: float) -> Seconds:
-        return Seconds(p50_s=value * 1e-6, p95_s=value * 2e-6)
+    def us(value: float) -> HopSeconds:
+        return HopSeconds(p50_s=value * 1e-6, p95_s=value * 2e-6)
 
     row = HopRow(step="decode", carrier="curve", raw=us(200), potluck=us(250), encode=us(15), decode=us(35))
     lines = table([row], {"model": "smollm2", "stages": 2, "p50_s": 240e-6, "p95_s": 300e-6}, 3.0).splitlines()

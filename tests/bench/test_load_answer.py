@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.load_answer import Answer, answer_of
-from bench.load_http import Exchange
+from potluck.measure.endpoint import StreamedAnswer, answer_of
+from potluck.measure.http_client import HttpExchange
 
 DONE = "data: [DONE]\n\n"
 
@@ -22,8 +22,8 @@ def usage(tokens: int, **more: Any) -> str:
     return "data: " + json.dumps({"choices": [], "usage": counts}) + "\n\n"
 
 
-def exchange(*arrivals: tuple[float, str], status: int = 200, is_done: bool = True, error: str = "") -> Exchange:
-    found = Exchange(error=error)
+def exchange(*arrivals: tuple[float, str], status: int = 200, is_done: bool = True, error: str = "") -> HttpExchange:
+    found = HttpExchange(error=error)
     found.reader.status = status
     for at_s, text in arrivals:
         found.reader.body += text.encode()
@@ -32,7 +32,7 @@ def exchange(*arrivals: tuple[float, str], status: int = 200, is_done: bool = Tr
     return found
 
 
-def read(*arrivals: tuple[float, str], **how: Any) -> Answer:
+def read(*arrivals: tuple[float, str], **how: Any) -> StreamedAnswer:
     return answer_of(exchange(*arrivals, **how))
 
 
@@ -89,10 +89,10 @@ def test_cached_tokens_and_thoughts() -> None:
         (exchange((1.0, "data: [1]\n\n" + DONE)), "not a chunk"),
         (exchange((1.0, '{"error": {"message": "no such\\nmodel"}}'), status=404), "404: no such model"),
         (exchange((1.0, "<html>bad gateway"), status=502), "502: <html>bad gateway"),
-        (Exchange(error="no connection: refused"), "no connection: refused"),
+        (HttpExchange(error="no connection: refused"), "no connection: refused"),
     ],
 )
-def test_what_is_not_an_answer(found: Exchange, says: str) -> None:
+def test_what_is_not_an_answer(found: HttpExchange, says: str) -> None:
     assert says in answer_of(found).error
 
 

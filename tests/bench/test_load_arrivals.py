@@ -8,8 +8,7 @@ from collections import Counter
 
 import pytest
 
-from bench.load_arrivals import Chats, Mix, poisson_arrivals, tag
-from bench.load_lengths import fit, line
+from potluck.measure.workload import ChatGenerator, ChatMix, fit, line, poisson_arrivals, tag
 
 
 def first(count: int, rate_per_s: float, seed: int) -> list[float]:
@@ -32,12 +31,12 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert statistics.variance(per_second) == pytest.approx(4.0, rel=0.1)
 
 
-def chats(mix: Mix, *, seed: int = 0, salt: int = 0) -> Chats:
-    return Chats(mix, lambda tokens: tokens, seed=seed, salt=salt)
+def chats(mix: ChatMix, *, seed: int = 0, salt: int = 0) -> ChatGenerator:
+    return ChatGenerator(mix, lambda tokens: tokens, seed=seed, salt=salt)
 
 
 def test_messages_differ_from_the_first_word_on_also_between_runs() -> None:
-    mix = Mix(lengths=((20, 1.0),), output=4, turns=2)
+    mix = ChatMix(lengths=((20, 1.0),), output=4, turns=2)
     texts = [
         message.text for salt in (0, 500) for chat in itertools.islice(chats(mix, salt=salt), 100) for message in chat
     ]
@@ -46,7 +45,7 @@ def test_messages_differ_from_the_first_word_on_also_between_runs() -> None:
 
 
 def test_the_same_seed_gives_the_same_lengths_and_words() -> None:
-    mix = Mix(lengths=((8, 3.0), (40, 1.0)), output=4)
+    mix = ChatMix(lengths=((8, 3.0), (40, 1.0)), output=4)
 
     def of(seed: int, salt: int) -> list[tuple[int, list[str]]]:
         return [(m.tokens, m.text.split()[1:]) for (m,) in itertools.islice(chats(mix, seed=seed, salt=salt), 400)]
@@ -58,7 +57,7 @@ def test_the_same_seed_gives_the_same_lengths_and_words() -> None:
 
 
 def test_a_shared_prefix_is_shared_and_part_of_the_length() -> None:
-    mix = Mix(lengths=((50, 1.0),), output=4, shared_prefix=10)
+    mix = ChatMix(lengths=((50, 1.0),), output=4, shared_prefix=10)
     one, two = [chat[0].text.split() for chat in itertools.islice(chats(mix), 2)]
     assert one[:10] == two[:10] and one[10] != two[10]
     assert len(one) == len(two) == 51

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.load_http import BadResponse, ResponseReader
+from potluck.measure.http_client import BadResponse, ResponseReader
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"6;x=1\r\n0\r\n\r\nb\r\nC\r\nhello world!\r\n0\r\n\r\n"

@@ -9,39 +9,39 @@ from typing import Any
 
 import pytest
 
-from bench.load_arrivals import Chats, Mix
-from bench.load_endpoint import find_endpoint
-from bench.load_run import Cell, LoadRun, Outcome, Span, retry_after_s
-from bench.load_summary import spell_of
+from potluck.measure.endpoint import find_endpoint
+from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRun, LoadWindow, retry_after_s
+from potluck.measure.summary import trial_of
+from potluck.measure.workload import ChatGenerator, ChatMix
 from tests.bench.scripted_server import Reply, ScriptedServer, words
 
-ONE = Mix(lengths=((4, 1.0),), output=2)
+ONE = ChatMix(lengths=((4, 1.0),), output=2)
 
 
-def span(*, requests: int | None = None, duration_s: float | None = None, **more: Any) -> Span:
+def span(*, requests: int | None = None, duration_s: float | None = None, **more: Any) -> LoadWindow:
     given = {"warm_up_s": 0.0, "drain_s": 20.0, "silence_s": 20.0, **more}
-    return Span(duration_s=duration_s, requests=requests, **given)
+    return LoadWindow(duration_s=duration_s, requests=requests, **given)
 
 
 def run(
-    server: ScriptedServer, cell: Cell, length: Span, *, mix: Mix = ONE, stop_after_s: float | None = None
-) -> Outcome:
-    async def all_of_it() -> Outcome:
+    server: ScriptedServer, cell: LoadCell, length: LoadWindow, *, mix: ChatMix = ONE, stop_after_s: float | None = None
+) -> LoadOutcome:
+    async def all_of_it() -> LoadOutcome:
         stop = asyncio.Event()
         if stop_after_s is not None:
             asyncio.get_running_loop().call_later(stop_after_s, stop.set)
         endpoint = await find_endpoint(server.url, model=None, key="")
-        chats = Chats(mix, lambda tokens: tokens, seed=1, salt=1)
+        chats = ChatGenerator(mix, lambda tokens: tokens, seed=1, salt=1)
         load = LoadRun(endpoint, chats, cell, length, output=mix.output, turns=mix.turns, seed=1, stop=stop)
         return await load.run()
 
     return asyncio.run(all_of_it())
 
 
-def ends(outcome: Outcome, cell: Cell) -> list[str]:
-    spell = spell_of(outcome, cell)
+def ends(outcome: LoadOutcome, cell: LoadCell) -> list[str]:
+    spell = trial_of(outcome, cell)
     assert spell is not None
-    return sorted(each.end for each in spell.seen)
+    return sorted(each.end for each in spell.requests)
 
 
 def test_clients_ask_again_when_they_have_their_answer() -> None:
@@ -53,7 +53,7 @@ def test_clients_ask_again_when_they_have_their_answer() -> None:
         return Reply(texts=["a", "b"], wait_s=0.02)
 
     with ScriptedServer(script) as server:
-        cell = Cell(clients=3)
+        cell = LoadCell(clients=3)
         outcome = run(server, cell, span(requests=12))
         assert 1 < most <= 3
         assert ends(outcome, cell) == ["done"] * 12
@@ -64,24 +64,24 @@ def test_clients_ask_again_when_they_have_their_answer() -> None:
 
 def test_a_duration_ends_asking_but_not_answers() -> None:
     with ScriptedServer(lambda body: Reply(texts=[" a"] * 4, wait_s=0.05)) as server:
-        cell = Cell(clients=2)
+        cell = LoadCell(clients=2)
         outcome = run(server, cell, span(duration_s=0.5))
-        spell = spell_of(outcome, cell)
+        spell = trial_of(outcome, cell)
         assert spell is not None and spell.window_s == pytest.approx(0.5)
-        assert {each.end for each in spell.seen} == {"done"}
+        assert {each.end for each in spell.requests} == {"done"}
         # What came after the window is no throughput, but the last answers' times count.
-        came = sum(each.answer.tokens for each in spell.seen)
+        came = sum(each.answer.tokens for each in spell.requests)
         assert 0 < spell.tokens < came
-        assert spell.answers < len(spell.seen)
+        assert spell.answers < len(spell.requests)
 
 
 def test_the_warm_up_is_not_measured() -> None:
     with ScriptedServer(lambda body: Reply(texts=[" a"] * 2, wait_s=0.02)) as server:
-        cell = Cell(clients=1)
+        cell = LoadCell(clients=1)
         outcome = run(server, cell, span(duration_s=0.3, warm_up_s=0.3))
-        spell = spell_of(outcome, cell)
+        spell = trial_of(outcome, cell)
         assert spell is not None
-        assert 0 < len(spell.seen) < len(server.bodies)
+        assert 0 < len(spell.requests) < len(server.bodies)
         assert all(request.due_s >= outcome.begin_s for request in outcome.requests if request.is_measured)
 
 
@@ -94,7 +94,7 @@ def test_a_refused_client_waits_as_long_as_it_is_told() -> None:
         return Reply(status=busy, message="busy", headers={"Retry-After": "0.3"}) if busy else words(2)
 
     with ScriptedServer(script) as server:
-        cell = Cell(clients=1)
+        cell = LoadCell(clients=1)
         outcome = run(server, cell, span(requests=2))
         assert ends(outcome, cell) == ["done", "done", "refused", "refused"]
         assert [request.exchange.reader.status for request in outcome.requests] == [429, 503, 200, 200]
@@ -105,7 +105,7 @@ def test_a_refused_client_waits_as_long_as_it_is_told() -> None:
 
 def test_an_open_loop_does_not_ask_again() -> None:
     with ScriptedServer(lambda body: Reply(status=429, message="busy", headers={"Retry-After": "9"})) as server:
-        cell = Cell(rate_per_s=200.0)
+        cell = LoadCell(rate_per_s=200.0)
         assert ends(run(server, cell, span(requests=8)), cell) == ["refused"] * 8
         assert len(server.bodies) == 8
 
@@ -113,31 +113,31 @@ def test_an_open_loop_does_not_ask_again() -> None:
 def test_requests_that_queue_count_their_waiting() -> None:
     # One at a time, 0.1 s each, and all ten are due within some hundredths of a second.
     with ScriptedServer(lambda body: Reply(texts=[" a"] * 2, wait_s=0.05), at_once=1) as server:
-        cell = Cell(rate_per_s=400.0)
-        spell = spell_of(run(server, cell, span(requests=10)), cell)
+        cell = LoadCell(rate_per_s=400.0)
+        spell = trial_of(run(server, cell, span(requests=10)), cell)
         assert spell is not None
-        latencies = sorted(each.latency_s for each in spell.seen)
+        latencies = sorted(each.latency_s for each in spell.requests)
         assert len(latencies) == 10
         assert latencies[-1] > 0.7
-        closed = spell_of(run(server, Cell(clients=1), span(requests=10)), Cell(clients=1))
+        closed = trial_of(run(server, LoadCell(clients=1), span(requests=10)), LoadCell(clients=1))
         assert closed is not None
-        assert min(each.latency_s for each in closed.seen) < latencies[4]
+        assert min(each.latency_s for each in closed.requests) < latencies[4]
 
 
 def test_what_is_unanswered_at_the_end_counts_as_having_waited() -> None:
     with ScriptedServer(lambda body: Reply(texts=[" a"] * 9, hangs_after=0)) as server:
-        cell = Cell(rate_per_s=50.0)
+        cell = LoadCell(rate_per_s=50.0)
         outcome = run(server, cell, span(duration_s=0.2, drain_s=0.3))
-        spell = spell_of(outcome, cell)
-        assert spell is not None and spell.seen
-        assert {each.end for each in spell.seen} == {"unfinished"}
-        assert min(each.ttft_s for each in spell.seen) > 0.25
+        spell = trial_of(outcome, cell)
+        assert spell is not None and spell.requests
+        assert {each.end for each in spell.requests} == {"unfinished"}
+        assert min(each.ttft_s for each in spell.requests) > 0.25
 
 
 def test_a_stop_leaves_what_was_measured() -> None:
     replies = iter([words(2), words(2)])
     with ScriptedServer(lambda body: next(replies, Reply(texts=["a", "b"], hangs_after=1))) as server:
-        cell = Cell(clients=1)
+        cell = LoadCell(clients=1)
         outcome = run(server, cell, span(requests=50), stop_after_s=2.0)
         assert outcome.is_interrupted
         assert ends(outcome, cell) == ["done", "done", "unfinished"]
@@ -146,26 +146,26 @@ def test_a_stop_leaves_what_was_measured() -> None:
 def test_an_answer_that_breaks_off_and_one_that_hangs_are_failures() -> None:
     replies = iter([words(2), Reply(texts=["a", "b"], hangs_after=1, breaks=True), Reply(texts=["a"], hangs_after=0)])
     with ScriptedServer(lambda body: next(replies)) as server:
-        cell = Cell(clients=1)
+        cell = LoadCell(clients=1)
         outcome = run(server, cell, span(requests=3, silence_s=1.5))
-        spell = spell_of(outcome, cell)
+        spell = trial_of(outcome, cell)
         assert spell is not None
-        assert [each.end for each in spell.seen] == ["done", "failed", "failed"]
-        assert [each.answer.error for each in spell.seen][1:] == ["the connection broke off", "no news for 1.5 s"]
-        assert outcome.trouble == ""
+        assert [each.end for each in spell.requests] == ["done", "failed", "failed"]
+        assert [each.answer.error for each in spell.requests][1:] == ["the connection broke off", "no news for 1.5 s"]
+        assert outcome.failure == ""
 
 
 def test_nothing_but_failures_end_a_spell() -> None:
     with ScriptedServer(lambda body: Reply(status=500, message="out of memory")) as server:
-        outcome = run(server, Cell(clients=8), span(duration_s=60.0))
-        assert outcome.trouble == "500: out of memory"
+        outcome = run(server, LoadCell(clients=8), span(duration_s=60.0))
+        assert outcome.failure == "500: out of memory"
         assert outcome.cut_s - outcome.begin_s < 30
 
 
 def test_turns_carry_their_history() -> None:
     with ScriptedServer(lambda body: words(2)) as server:
-        mix = Mix(lengths=((4, 1.0),), output=2, turns=3)
-        outcome = run(server, Cell(clients=1), span(requests=4), mix=mix)
+        mix = ChatMix(lengths=((4, 1.0),), output=2, turns=3)
+        outcome = run(server, LoadCell(clients=1), span(requests=4), mix=mix)
         assert [request.turn for request in outcome.requests] == [0, 1, 2, 0]
         first, second, third, other = [body["messages"] for body in server.bodies]
         assert third[:3] == second and second[:1] == first and other[0] != first[0]

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from bench.load_http import Exchange
-from bench.load_run import Cell, Outcome, Request
-from bench.load_summary import Spell, percentile, row_of, spell_of, spread
+from potluck.measure.http_client import HttpExchange
+from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRequest
+from potluck.measure.summary import Trial, percentile, row_of, spread, trial_of
 from tests.bench.test_ring_use import stage
 
-CELL = Cell(clients=2)
+CELL = LoadCell(clients=2)
 
 
-def request(due_s: float, *arrivals_s: float, started_s: float | None = None, **how: Any) -> Request:
+def request(due_s: float, *arrivals_s: float, started_s: float | None = None, **how: Any) -> LoadRequest:
     """One token an arrival; without any it is unanswered."""
-    found = Exchange(started_s=due_s if started_s is None else started_s)
+    found = HttpExchange(started_s=due_s if started_s is None else started_s)
     for number, at_s in enumerate(arrivals_s, 1):
         text = "data: " + json.dumps({"choices": [{"delta": {"content": "a"}}]}) + "\n\n"
         if number == len(arrivals_s):
@@ -28,19 +28,19 @@ def request(due_s: float, *arrivals_s: float, started_s: float | None = None, **
     if arrivals_s:
         found.reader.status, found.reader.is_done, found.ended_s = 200, True, arrivals_s[-1]
     given = {"tokens": 10, "turn": 0, "is_measured": True, **how}
-    return Request(due_s=due_s, exchange=found, **given)
+    return LoadRequest(due_s=due_s, exchange=found, **given)
 
 
-def refused(status: int) -> Request:
+def refused(status: int) -> LoadRequest:
     found = request(1.0)
     found.exchange.reader.status, found.exchange.reader.is_done = status, True
     return found
 
 
-def spell(*requests: Request, begin_s: float = 0.0, end_s: float = 10.0, **more: Any) -> Spell:
+def spell(*requests: LoadRequest, begin_s: float = 0.0, end_s: float = 10.0, **more: Any) -> Trial:
     given: dict[str, Any] = {"cut_s": end_s, "cpu_s": 0.001, "statuses": [], "is_interrupted": False, "trouble": ""}
-    outcome = Outcome(requests=list(requests), begin_s=begin_s, end_s=end_s, **{**given, **more})
-    found = spell_of(outcome, CELL)
+    outcome = LoadOutcome(requests=list(requests), begin_s=begin_s, end_s=end_s, **{**given, **more})
+    found = trial_of(outcome, CELL)
     assert found is not None
     return found
 
@@ -55,7 +55,7 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 
 def test_times_count_from_when_a_request_was_due() -> None:
-    (seen,) = spell(request(1.0, 6.0, 6.5, started_s=5.0)).seen
+    (seen,) = spell(request(1.0, 6.0, 6.5, started_s=5.0)).requests
     assert (seen.ttft_s, seen.latency_s, seen.late_s) == (5.0, 5.5, 4.0)
 
 
@@ -68,7 +68,7 @@ def test_a_window_counts_what_came_in_it() -> None:
     )
     assert (found.tokens, found.tokens_per_s) == (5, 0.5)
     assert (found.answers, found.requests_per_s) == (2, 0.2)
-    assert [each.latency_s for each in found.seen] == [2.0, 3.0]
+    assert [each.latency_s for each in found.requests] == [2.0, 3.0]
 
 
 def test_a_row_counts_every_end_apart() -> None:
@@ -119,7 +119,7 @@ def test_stages_idle_as_their_head_says() -> None:
 
 
 def test_a_window_without_time_is_no_spell() -> None:
-    outcome = Outcome(
-        requests=[], begin_s=5.0, end_s=5.0, cut_s=2.0, cpu_s=0.0, statuses=[], is_interrupted=True, trouble=""
+    outcome = LoadOutcome(
+        requests=[], begin_s=5.0, end_s=5.0, cut_s=2.0, cpu_s=0.0, statuses=[], is_interrupted=True, failure=""
     )
-    assert spell_of(outcome, CELL) is None
+    assert trial_of(outcome, CELL) is None

@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import random_quantized
-from bench.loading import measure
-from bench.loading_report import parts_of, verdicts
-from bench.process_memory import parse_status
-from bench.random_checkpoint import LlamaShape
-from bench.random_quantized import forget_pages, write_quantized
-from shard.open import open_checkpoint
+from bench.stage import random_checkpoint
+from bench.stage.loading import measure, parse_status, parts_of, verdicts
+from bench.stage.random_checkpoint import LlamaShape, forget_pages, write_quantized
+from shard.pieces.open import open_checkpoint
 
 SMALL = LlamaShape(hidden=256, intermediate=512, layers=2, heads=2, kv_heads=1, vocab=512, tied=True)
 
@@ -23,7 +20,7 @@ def test_weights_have_the_variance_of_a_model(
     tmp_path: Path, bits: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Scales may well be in another file than their weights.
-    monkeypatch.setattr(random_quantized, "_FILE_BYTES", 1000)
+    monkeypatch.setattr(random_checkpoint, "_FILE_BYTES", 1000)
     folder = write_quantized(SMALL, tmp_path / "model", bits=bits, group=group)
     assert len(list(folder.glob("*.safetensors"))) > 10
     forget_pages(folder)

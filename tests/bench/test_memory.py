@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import measure
+from bench.stage.memory import measure
 
 
 # MLX takes a fixed 100 MB or so more while it loads: its checkpoint is larger, so that a second copy would still show.

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.lab import Lab, parse_spec, why_not
-from bench.piece_transfer import Bench, load_round, shared_round
-from bench.piece_transfer_hosts import Model
+from bench.ring.transfer import RandomModel, TransferBench, load_round, shared_round
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -18,7 +17,7 @@ def test_three_hosts_get_their_stages_once_and_two_get_half_from_each_other(tmp_
     (tmp_path / "model").mkdir()
     with ExitStack() as stack:
         lab = stack.enter_context(Lab(parse_spec({"hosts": hosts}), store=tmp_path))
-        bench = Bench(stack, lab, Model(tmp_path / "model", [6 * 2**20] * 3), tmp_path / "stores")
+        bench = TransferBench(stack, lab, RandomModel(tmp_path / "model", [6 * 2**20] * 3), tmp_path / "stores")
         found = load_round(bench, 25e6) | shared_round(bench)
     assert found["sent ratio"] == 1.0
     assert found["second run bytes"] == 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from bench.prediction import plan_choices
-from bench.prediction_report import Visit, summary
-from planner.asked import parse_layers
+from bench.planner.prediction import PlanTrial, plan_choices, summary
+from planner.options import parse_layers
 
 
-def visit(plan: str, number: int, cut: int, promised: tuple[float, float], measured: tuple[float, float]) -> Visit:
-    return Visit(
+def visit(plan: str, number: int, cut: int, promised: tuple[float, float], measured: tuple[float, float]) -> PlanTrial:
+    return PlanTrial(
         plan=plan,
         round=number,
         started=0.0,
@@ -30,7 +29,7 @@ def test_errors_and_recommendations() -> None:
         visit("latency", 1, 6, (13.0, 20.0), (10.0, 16.0)),
         visit("even", 0, 4, (8.0, 30.0), (10.0, 30.0)),
         visit("throughput", 0, 4, (8.0, 30.0), (10.0, 24.0)),
-        Visit(plan="by hand", round=0, started=0.0, failed="does not fit"),
+        PlanTrial(plan="by hand", round=0, started=0.0, failed="does not fit"),
     ]
     found = summary(visits)
     assert [plan["asked"] for plan in found["plans"]] == [["latency"], ["even", "throughput"]]
@@ -58,7 +57,7 @@ def test_a_recommendation_that_is_not_the_best_is_told_so() -> None:
 
 
 def test_nothing_worked() -> None:
-    assert summary([Visit(plan="x", round=0, started=0.0, failed="no")])["medians"] == {"plans": 0}
+    assert summary([PlanTrial(plan="x", round=0, started=0.0, failed="no")])["medians"] == {"plans": 0}
 
 
 @pytest.mark.parametrize("num_layers", [16, 30])

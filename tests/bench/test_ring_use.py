@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.ring_use import bandwidth_bound_tokens_per_s, stage_uses
+from potluck.measure.summary import bandwidth_bound_tokens_per_s, stage_use_between
 from tests.planner.pool import model
 
 PROFILE = model(
@@ -32,7 +32,7 @@ def stage(first: int, last: int, decode_s: float = 0.0, prefill_s: float = 0.0) 
 def test_one_chat_computes_waits_or_is_on_the_wire() -> None:
     before = [stage(0, 2, 1.0, 1.0), stage(2, 4, 1.0, 1.0)]
     after = [stage(0, 2, 5.0, 2.0), stage(2, 4, 3.0, 2.0)]
-    first, second = stage_uses(before, after, 10.0, concurrency=1)
+    first, second = stage_use_between(before, after, 10.0, concurrency=1)
     assert (first.compute, second.compute) == (0.5, 0.3)
     assert first.wire == second.wire == pytest.approx(0.2)
     for use in (first, second):
@@ -41,7 +41,7 @@ def test_one_chat_computes_waits_or_is_on_the_wire() -> None:
 
 
 def test_many_chats_overlap_so_that_the_wire_can_not_be_told_from_idling() -> None:
-    (use,) = stage_uses([stage(0, 4)], [stage(0, 4, 9.0)], 10.0, concurrency=4)
+    (use,) = stage_use_between([stage(0, 4)], [stage(0, 4, 9.0)], 10.0, concurrency=4)
     assert (use.compute, use.wire) == (0.9, None)
     assert use.idle == pytest.approx(0.1)
 

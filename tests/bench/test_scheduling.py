@@ -8,24 +8,23 @@ from pathlib import Path
 import pytest
 
 from bench.lab import load_spec
-from bench.peer_llama import free_ports, llama_rpc, server_arguments
-from bench.scheduling import by_hand
-from bench.scheduling_prompts import Prompts
-from bench.scheduling_report import (
+from bench.ring.scheduling import by_hand
+from bench.ring.sections import Prompts
+from bench.targets import (
     LAB_TARGETS,
-    TARGETS,
+    SCHEDULING_TARGETS,
     bound_tokens_per_s,
     busiest,
     filled_ring,
     gaps_between,
-    medians,
+    judge_targets,
+    medians_present,
     percentile_s,
 )
-from bench.stage_report import judged
 from tests.engine.fakes import VOCAB, ByteTokenizer
-from transport.control_messages import DecodeBucket, Stats
+from transport.messages.control import DecodeBucket, Stats
 
-LABS = Path(__file__).parents[2] / "bench" / "labs"
+LABS = Path(__file__).parents[2] / "bench" / "lab" / "specs"
 
 
 def test_one_group_visits_everything_and_many_wait_for_the_slowest_stage() -> None:
@@ -62,13 +61,13 @@ def test_gaps_belong_to_the_span_in_which_they_end() -> None:
 
 def test_a_section_that_failed_in_one_round_counts_in_the_others() -> None:
     found = [{"1 streams": 10.0, "2 streams": 18.0}, {"1 streams": 10.0}, {"1 streams": 20.0, "2 streams": 40.0}]
-    assert medians(found) == {"1 streams": 10.0, "2 streams": 29.0}
-    (told,) = [row for row in judged(found, TARGETS) if row["what"] == "2 streams over one"]
+    assert medians_present(found) == {"1 streams": 10.0, "2 streams": 29.0}
+    (told,) = [row for row in judge_targets(found, SCHEDULING_TARGETS) if row["what"] == "2 streams over one"]
     assert told["median"] == 1.9 and told["met"]
 
 
 def test_every_target_has_a_name_of_its_own() -> None:
-    for targets in (TARGETS, LAB_TARGETS):
+    for targets in (SCHEDULING_TARGETS, LAB_TARGETS):
         assert len({target.name for target in targets}) == len(targets)
 
 
@@ -81,22 +80,6 @@ def test_prompts_have_their_length_and_share_no_beginning() -> None:
     assert len(ids) == 500 and not set(ids) & ByteTokenizer.eos_ids and max(ids) < VOCAB
     assert ids != prompts.ids(500)
     assert Prompts(ByteTokenizer(), VOCAB).texts(20, 200) == texts
-
-
-def test_llama_has_its_layers_on_both_servers() -> None:
-    arguments = server_arguments(Path("model.gguf"), [1001, 1002], 1003, 4, 2048)
-    said = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert said["--rpc"] == "127.0.0.1:1001,127.0.0.1:1002" and said["--tensor-split"] == "1,1"
-    assert said["-c"] == "8192" and said["-t"] == "1"
-    assert len(set(free_ports(3))) == 3
-
-
-def test_binaries_that_were_asked_for_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="llama-server"):
-        llama_rpc(tmp_path)
-    for name in ("llama-server", "ggml-rpc-server"):
-        (tmp_path / name).touch()
-    assert llama_rpc(tmp_path) == tmp_path
 
 
 def test_layers_by_hand_are_of_workers_in_order() -> None:

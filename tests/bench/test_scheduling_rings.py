@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.scheduling_driven import driven_ring
-from bench.scheduling_engine import engine_ring
-from bench.scheduling_long import turns
-from bench.scheduling_pool import pool_of_processes
-from bench.scheduling_prompts import Prompts
-from bench.scheduling_streams import run_steadily, run_streams
-from potluck.config import Settings
+from bench.ring.driven_ring import driven_ring
+from bench.ring.engine_ring import engine_ring, pool_of_processes
+from bench.ring.sections import Prompts, run_steadily, run_streams, turns
 from potluck.engine.tokenizer import Tokenizer
 from potluck.store import Store
+from potluck.system.settings import Settings
 
 
 @pytest.fixture
@@ -35,16 +32,16 @@ def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Pa
             assert rate > 0 and len(steps) == 2
             with pytest.raises(RuntimeError, match="2 of 2 chats ended"):
                 run_steadily(ring, prompts, 2, seconds=2.0, most_tokens=4)
-            asked = [ring.door.start(ring.request(1500, text=text)) for text in prompts.texts(2, 64)]
-            ring.door.wait(lambda: all(one.chunks_s for one in asked))
-            ring.door.cancel(asked[0])
-            ring.door.wait(lambda: asked[0].is_over, 30.0)
+            asked = [ring.client.start(ring.request(1500, text=text)) for text in prompts.texts(2, 64)]
+            ring.client.wait(lambda: all(one.chunks_s for one in asked))
+            ring.client.cancel(asked[0])
+            ring.client.wait(lambda: asked[0].is_over, 30.0)
             assert asked[0].finished is None and not asked[1].is_over
-            ring.door.cancel(asked[1])
-            ring.door.wait(lambda: asked[1].is_over, 30.0)
+            ring.client.cancel(asked[1])
+            ring.client.wait(lambda: asked[1].is_over, 30.0)
             assert turns(ring, prompts, 200)["second turn prompt tokens"] > 200
             with pytest.raises(RuntimeError, match="4096"):
-                ring.ask([ring.request(1, ids=prompts.ids(5000))])
+                ring.run_requests([ring.request(1, ids=prompts.ids(5000))])
         with driven_ring(pool, model, plan, max_step_tokens=600) as driven:
             ids = prompts.ids(600)
             assert driven.prefill(ids, 600) > 0 and driven.prefill(ids, 256) > 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import serve
+from potluck.measure import __main__
 from tests.bench.scripted_server import Reply, ScriptedServer, words
 
 SHORT = ("--clients", "2", "--requests", "4", "--warm-up", "0", "--prompt", "20", "--output", "3", "--timeout", "5")
@@ -28,7 +28,7 @@ def counted(body: dict[str, Any]) -> Reply:
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert serve.main(["--serve", *SHORT, *arguments, "--json"]) == 0
+    assert __main__.main(["--serve", *SHORT, *arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -69,7 +69,7 @@ def test_several_endpoints_take_turns(capsys: pytest.CaptureFixture[str], tmp_pa
     slow = ScriptedServer(lambda body: Reply(**{**_fields(counted(body)), "wait_s": 0.05}))
     with ScriptedServer(counted) as fast, slow:
         files = ("--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md"))
-        code = serve.main(["--serve", *SHORT, "--rounds", "2", "--url", fast.url, "--url", slow.url, *files])
+        code = __main__.main(["--serve", *SHORT, "--rounds", "2", "--url", fast.url, "--url", slow.url, *files])
         shown = capsys.readouterr()
         # Both were asked the same, in every round something new.
         texts = [[body["messages"][0]["content"] for body in server.bodies] for server in (fast, slow)]
@@ -93,10 +93,10 @@ def test_a_key_comes_from_the_environment(capsys: pytest.CaptureFixture[str], mo
         assert result(capsys, "--url", server.url)["rows"][0]["done"] == 4
         assert set(server.keys) == {"Bearer sk-1"}
         server.refuse_key = True
-        assert serve.main(["--serve", *SHORT, "--url", server.url]) == 1
+        assert __main__.main(["--serve", *SHORT, "--url", server.url]) == 1
         assert "refuses the key in OPENAI_API_KEY" in capsys.readouterr().err
         monkeypatch.delenv("OPENAI_API_KEY")
-        assert serve.main(["--serve", *SHORT, "--url", server.url]) == 1
+        assert __main__.main(["--serve", *SHORT, "--url", server.url]) == 1
         assert "wants an API key" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_what_can_not_be_done_is_said_in_a_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
 ) -> None:
     with ScriptedServer(counted) as server:
-        assert serve.main(["--serve", *SHORT, "--url", server.url, *arguments]) == 1
+        assert __main__.main(["--serve", *SHORT, "--url", server.url, *arguments]) == 1
     error, hint = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: ") and says in error
     assert hint.startswith("hint: ")
@@ -136,17 +136,17 @@ def test_what_can_not_be_done_is_said_in_a_line(
 )
 def test_an_endpoint_that_can_not_answer(capsys: pytest.CaptureFixture[str], reply: Reply, says: str) -> None:
     with ScriptedServer(lambda body: reply) as server:
-        assert serve.main(["--serve", *SHORT, "--timeout", "1", "--url", server.url]) == 1
+        assert __main__.main(["--serve", *SHORT, "--timeout", "1", "--url", server.url]) == 1
     assert says in capsys.readouterr().err
 
 
 def test_nobody_there_and_something_else_there(capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedServer(counted) as server:
         gone = server.url
-        assert serve.main(["--serve", "--url", f"{gone}/nothing"]) == 1
+        assert __main__.main(["--serve", "--url", f"{gone}/nothing"]) == 1
         assert "says 404" in capsys.readouterr().err
     for url, says in ((gone, "no connection"), ("ftp://x", "not an endpoint's address"), ("http://:1", "not an")):
-        assert serve.main(["--serve", "--url", url]) == 1
+        assert __main__.main(["--serve", "--url", url]) == 1
         assert says in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_ctrl_c_shows_what_was_measured(capsys: pytest.CaptureFixture[str]) -> N
         return counted(body) if len(server.bodies) < 8 else Reply(texts=["a"], hangs_after=0)
 
     with ScriptedServer(script) as server:
-        code = serve.main(
+        code = __main__.main(
             ["--serve", *SHORT, "--clients", "1", "--requests", "50", "--rounds", "3", "--url", server.url]
         )
     shown = capsys.readouterr()
@@ -170,7 +170,7 @@ def test_ctrl_c_shows_what_was_measured(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_spell_in_which_all_fails(capsys: pytest.CaptureFixture[str]) -> None:
     replies = iter([words(2), words(1, 13), words(1, 141)])  # the trial, and two for lengths
     with ScriptedServer(lambda body: next(replies, Reply(status=400, message="too long"))) as server:
-        assert serve.main(["--serve", *SHORT, "--url", server.url]) == 1
+        assert __main__.main(["--serve", *SHORT, "--url", server.url]) == 1
     shown = capsys.readouterr()
     assert "4 failed" in shown.out
     assert "every request fails: 400: too long" in shown.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.stage_report import Target, agreement, is_met, judged, medians, over_best, ratio
+from bench.targets import Target, agreement, is_met, judge_targets, medians, over_best, ratio
 
 TARGET = Target(name="speed", limit=2.0, sense="at least", value=ratio("ours", "theirs"))
 
@@ -10,10 +10,10 @@ TARGET = Target(name="speed", limit=2.0, sense="at least", value=ratio("ours", "
 def test_the_median_of_ratios_within_rounds_decides() -> None:
     # The machine slows down tenfold: a ratio over all rounds would say 0.3.
     rounds = [{"ours": 30.0, "theirs": 10.0}, {"ours": 3.0, "theirs": 1.0}, {"ours": 1.0, "theirs": 1.0}]
-    assert judged(rounds, [TARGET]) == [
+    assert judge_targets(rounds, [TARGET]) == [
         {"what": "speed", "median": 3.0, "min_max": [1.0, 3.0], "at least": 2.0, "met": True}
     ]
-    assert not judged([{"ours": 1.9, "theirs": 1.0}], [TARGET])[0]["met"]
+    assert not judge_targets([{"ours": 1.9, "theirs": 1.0}], [TARGET])[0]["met"]
 
 
 def test_at_most_is_the_other_way_round() -> None:
@@ -22,11 +22,13 @@ def test_at_most_is_the_other_way_round() -> None:
 
 def test_what_has_no_limit_is_only_told() -> None:
     told = Target(name="speed", limit=None, sense="at least", value=ratio("ours", "theirs"))
-    assert judged([{"ours": 1.0, "theirs": 2.0}], [told]) == [{"what": "speed", "median": 0.5, "min_max": [0.5, 0.5]}]
+    assert judge_targets([{"ours": 1.0, "theirs": 2.0}], [told]) == [
+        {"what": "speed", "median": 0.5, "min_max": [0.5, 0.5]}
+    ]
 
 
 def test_without_a_contestant_its_targets_are_left_out() -> None:
-    assert judged([{"ours": 1.0}], [TARGET]) == []
+    assert judge_targets([{"ours": 1.0}], [TARGET]) == []
     assert over_best("first 512", min)({"potluck first 512": 1.0}) is None
 
 

@@ -7,8 +7,8 @@ import sys
 
 import msgspec
 
-from devices.discovery import Advertiser, FoundPool, find_pools
-from devices.interfaces import lan_address, lan_addresses, lan_interfaces
+from devices.discovery.mdns import AdvertisedPool, Advertiser, browse_pools
+from devices.hardware.interfaces import lan_address, lan_addresses, lan_interfaces
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
             sys.stdin.read()
             advertiser.close()
         case ["find", seconds, *fingerprints]:
-            found: list[FoundPool] = find_pools(float(seconds), *fingerprints)
+            found: list[AdvertisedPool] = browse_pools(float(seconds), *fingerprints)
             print(json.dumps([msgspec.to_builtins(pool) for pool in found]))
         case ["addresses"]:
             names = [interface.name for interface in lan_interfaces()]

@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from devices import cache
-from devices.cache import probe_devices
-from devices.device import DeviceRequest
-from devices.discover import device_requests
-from devices.measure import Measured
-from devices.nvidia import Gpu
-from transport import cpu_use
+from devices.hardware import probes
+from devices.hardware.device import DeviceRequest
+from devices.hardware.measure import BandwidthMeasurement
+from devices.hardware.memory import Gpu
+from devices.hardware.probes import probe_devices
+from devices.hardware.selection import device_requests
+from transport.process import cpu_use
 
 GIB = 2**30
 
 
 @dataclass
 class FakeProber:
-    results: list[Measured | str]
+    results: list[BandwidthMeasurement | str]
     calls: list[list[str]] = field(default_factory=list)
 
-    def __call__(self, requests: Sequence[DeviceRequest]) -> list[Measured | str]:
+    def __call__(self, requests: Sequence[DeviceRequest]) -> list[BandwidthMeasurement | str]:
         self.calls.append([request.name for request in requests])
         return self.results
 
 
-def _measured(bandwidth: float = 1e9, **changes: object) -> Measured:
+def _measured(bandwidth: float = 1e9, **changes: object) -> BandwidthMeasurement:
     facts: dict[str, object] = {
         "bandwidth_bytes_per_s": bandwidth,
         "compute_dtype": "bfloat16",
@@ -38,13 +38,13 @@ def _measured(bandwidth: float = 1e9, **changes: object) -> Measured:
         "limit_bytes": None,
         "gpu": "",
     }
-    return Measured(**{**facts, **changes})  # type: ignore[arg-type]
+    return BandwidthMeasurement(**{**facts, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def _host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "host_free_bytes", lambda: 8 * GIB)
-    monkeypatch.setattr(cache, "gpus", lambda: [Gpu(uuid="GPU-1", free_bytes=3 * GIB)])
+    monkeypatch.setattr(probes, "host_free_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(probes, "list_gpus", lambda: [Gpu(uuid="GPU-1", free_bytes=3 * GIB)])
 
 
 def test_second_time_from_the_cache_with_fresh_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_second_time_from_the_cache_with_fresh_memory(tmp_path: Path, monkeypatc
     requests, path = device_requests(["cpu", "mlx"]), tmp_path / "deep" / "probes.json"
     said: list[str] = []
     first = probe_devices(requests, path, prober=prober, on_measuring=lambda: said.append("measuring"))
-    monkeypatch.setattr(cache, "host_free_bytes", lambda: 5 * GIB)
+    monkeypatch.setattr(probes, "host_free_bytes", lambda: 5 * GIB)
     second = probe_devices(requests, path, prober=prober, on_measuring=lambda: said.append("measuring"))
     assert len(prober.calls) == len(said) == 1
     assert [d.bandwidth_bytes_per_s for d in second.devices] == [2e9, 3e9]
@@ -76,7 +76,7 @@ def test_another_set_of_devices_is_measured_anew(tmp_path: Path) -> None:
 def test_other_library_versions_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prober = FakeProber([_measured()])
     probe_devices(device_requests(["cpu"]), tmp_path / "c", prober=prober)
-    monkeypatch.setattr(cache, "_version", lambda package: "99")
+    monkeypatch.setattr(probes, "_version", lambda package: "99")
     probe_devices(device_requests(["cpu"]), tmp_path / "c", prober=prober)
     assert len(prober.calls) == 2
 

@@ -5,38 +5,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zmq.utils import z85
 
-from devices.credentials import (
+from devices.pairing.credentials import (
     CODE_LIFETIME_S,
     INVITE_LIFETIME_S,
     MAX_GUESSES,
-    Attempt,
-    Kind,
-    Offered,
-    Refusal,
+    CredentialKind,
+    PairingAttempt,
+    PairingCodes,
+    PairingRefusal,
     is_invite,
     parse_code,
     parse_invite,
 )
-from transport.curve import new_key_pair
 from transport.errors import ConfigError
+from transport.security.curve import new_key_pair
 
 KEY = new_key_pair().public
 POOL = "0123456789abcdef" * 2
 
 
-def attempt(offered: Offered, kind: Kind = "code", now: float = 0.0) -> Attempt:
+def attempt(offered: PairingCodes, kind: CredentialKind = "code", now: float = 0.0) -> PairingAttempt:
     begun = offered.begin(kind, now=now)
-    assert isinstance(begun, Attempt)
+    assert isinstance(begun, PairingAttempt)
     return begun
 
 
-def reason(refused: Attempt | Refusal | None) -> str:
-    assert isinstance(refused, Refusal)
+def reason(refused: PairingAttempt | PairingRefusal | None) -> str:
+    assert isinstance(refused, PairingRefusal)
     return refused.reason
 
 
-def offered_both() -> Offered:
-    offered = Offered()
+def offered_both() -> PairingCodes:
+    offered = PairingCodes()
     offered.new_code(now=0.0)
     offered.new_invite("192.168.1.20", 11501, key=KEY, pool=POOL, now=0.0)
     return offered
@@ -55,7 +55,7 @@ def test_what_can_be_no_code_is_refused_before_it_costs_a_guess(typed: str) -> N
 
 
 def test_codes_are_random_and_have_more_than_thirty_bits() -> None:
-    offered = Offered()
+    offered = PairingCodes()
     codes = [offered.new_code(now=0.0).text for _ in range(300)]
     assert len(set(codes)) == 300
     seen = {char for code in codes for char in code} - {"-"}
@@ -64,7 +64,7 @@ def test_codes_are_random_and_have_more_than_thirty_bits() -> None:
 
 
 def test_an_invite_survives_being_printed_and_pasted() -> None:
-    invite = Offered().new_invite("192.168.1.20", 11501, key=KEY, pool=POOL, now=0.0)
+    invite = PairingCodes().new_invite("192.168.1.20", 11501, key=KEY, pool=POOL, now=0.0)
     assert invite.url.startswith("potluck://192.168.1.20:11501?key=")
     assert parse_invite(f"  {invite.url}\n") == invite
     assert is_invite(invite.url)
@@ -74,12 +74,12 @@ def test_an_invite_survives_being_printed_and_pasted() -> None:
 
 @given(st.binary(min_size=32, max_size=32).map(lambda number: z85.encode(number).decode()))
 def test_every_key_survives_it(key: str) -> None:
-    invite = Offered().new_invite("10.0.0.1", 1, key=key, pool=POOL, now=0.0)
+    invite = PairingCodes().new_invite("10.0.0.1", 1, key=key, pool=POOL, now=0.0)
     assert parse_invite(invite.url).key == key
 
 
 def test_half_an_invite_is_none_and_its_token_is_not_repeated() -> None:
-    url = Offered().new_invite("10.0.0.1", 11501, key=KEY, pool=POOL, now=0.0).url
+    url = PairingCodes().new_invite("10.0.0.1", 11501, key=KEY, pool=POOL, now=0.0).url
     for length in range(len(url)):
         with pytest.raises(ConfigError, match="not an invite"):
             parse_invite(url[:length])
@@ -97,36 +97,36 @@ def test_whatever_is_pasted_is_an_invite_or_an_error_with_a_hint(text: str) -> N
 
 
 def test_nothing_is_on_offer_before_it_is_made() -> None:
-    assert reason(Offered().begin("code", now=0.0)) == "none"
-    assert reason(Offered().begin("invite", now=0.0)) == "none"
+    assert reason(PairingCodes().begin("code", now=0.0)) == "none"
+    assert reason(PairingCodes().begin("invite", now=0.0)) == "none"
 
 
 @pytest.mark.parametrize("kind", ["code", "invite"])
-def test_a_secret_is_good_for_one_pairing(kind: Kind) -> None:
+def test_a_secret_is_good_for_one_pairing(kind: CredentialKind) -> None:
     offered = offered_both()
-    assert offered.settle(attempt(offered, kind), is_right=True, now=1.0) is None
+    assert offered.verify(attempt(offered, kind), is_right=True, now=1.0) is None
     assert reason(offered.begin(kind, now=2.0)) == "used"
 
 
 @pytest.mark.parametrize("kind", ["code", "invite"])
-def test_of_two_at_once_one_gets_in(kind: Kind) -> None:
+def test_of_two_at_once_one_gets_in(kind: CredentialKind) -> None:
     offered = offered_both()
     one, other = attempt(offered, kind), attempt(offered, kind)
-    assert offered.settle(other, is_right=True, now=1.0) is None
-    assert reason(offered.settle(one, is_right=True, now=1.0)) == "used"
+    assert offered.verify(other, is_right=True, now=1.0) is None
+    assert reason(offered.verify(one, is_right=True, now=1.0)) == "used"
 
 
 @pytest.mark.parametrize(("kind", "lifetime_s"), [("code", CODE_LIFETIME_S), ("invite", INVITE_LIFETIME_S)])
-def test_a_secret_ends_with_its_time_also_during_an_exchange(kind: Kind, lifetime_s: float) -> None:
+def test_a_secret_ends_with_its_time_also_during_an_exchange(kind: CredentialKind, lifetime_s: float) -> None:
     offered = offered_both()
     begun = attempt(offered, kind, now=lifetime_s - 1.0)
     assert reason(offered.begin(kind, now=lifetime_s)) == "expired"
-    assert reason(offered.settle(begun, is_right=True, now=lifetime_s)) == "expired"
+    assert reason(offered.verify(begun, is_right=True, now=lifetime_s)) == "expired"
 
 
 def test_three_wrong_guesses_lock_a_code_until_there_is_a_new_one() -> None:
     offered = offered_both()
-    refusals = [offered.settle(attempt(offered), is_right=False, now=1.0) for _ in range(MAX_GUESSES)]
+    refusals = [offered.verify(attempt(offered), is_right=False, now=1.0) for _ in range(MAX_GUESSES)]
     assert [(r.reason, r.guesses_left) for r in refusals if r is not None] == [
         ("wrong", 2),
         ("wrong", 1),
@@ -134,7 +134,7 @@ def test_three_wrong_guesses_lock_a_code_until_there_is_a_new_one() -> None:
     ]
     assert reason(offered.begin("code", now=2.0)) == "locked"
     offered.new_code(now=3.0)
-    assert offered.settle(attempt(offered, now=4.0), is_right=True, now=4.0) is None
+    assert offered.verify(attempt(offered, now=4.0), is_right=True, now=4.0) is None
 
 
 def test_guesses_that_are_broken_off_count() -> None:
@@ -147,20 +147,20 @@ def test_guesses_that_are_broken_off_count() -> None:
 def test_the_third_guess_may_be_the_right_one() -> None:
     offered = offered_both()
     for _ in range(MAX_GUESSES - 1):
-        offered.settle(attempt(offered), is_right=False, now=1.0)
-    assert offered.settle(attempt(offered), is_right=True, now=1.0) is None
+        offered.verify(attempt(offered), is_right=False, now=1.0)
+    assert offered.verify(attempt(offered), is_right=True, now=1.0) is None
 
 
 def test_an_invite_can_not_be_locked_by_strangers() -> None:
     offered = offered_both()
     for _ in range(100):
-        assert reason(offered.settle(attempt(offered, "invite"), is_right=False, now=1.0)) == "wrong"
-    assert offered.settle(attempt(offered, "invite"), is_right=True, now=1.0) is None
+        assert reason(offered.verify(attempt(offered, "invite"), is_right=False, now=1.0)) == "wrong"
+    assert offered.verify(attempt(offered, "invite"), is_right=True, now=1.0) is None
 
 
 def test_a_new_secret_makes_the_one_before_void_also_during_an_exchange() -> None:
     offered = offered_both()
     begun = attempt(offered)
     offered.new_code(now=1.0)
-    assert reason(offered.settle(begun, is_right=True, now=1.0)) == "expired"
-    assert offered.settle(attempt(offered, now=1.0), is_right=True, now=1.0) is None
+    assert reason(offered.verify(begun, is_right=True, now=1.0)) == "expired"
+    assert offered.verify(attempt(offered, now=1.0), is_right=True, now=1.0) is None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from devices import discover
-from devices.discover import default_devices, device_requests, parse_device
-from devices.nvidia import Gpu, parse_gpus
+from devices.hardware import selection
+from devices.hardware.memory import Gpu, parse_gpus
+from devices.hardware.selection import default_devices, device_requests, parse_device
 from transport.errors import ConfigError
 
 
@@ -35,9 +35,9 @@ def test_what_is_no_device_is_refused_by_name(text: str) -> None:
 
 
 def cores(monkeypatch: pytest.MonkeyPatch, *, physical: int | None, cpus: int) -> None:
-    monkeypatch.setattr(discover.psutil, "cpu_count", lambda logical: 64 if logical else physical)
-    monkeypatch.setattr(discover, "num_cpus", lambda: cpus)
-    monkeypatch.setattr(discover, "_is_apple_silicon", lambda: False)
+    monkeypatch.setattr(selection.psutil, "cpu_count", lambda logical: 64 if logical else physical)
+    monkeypatch.setattr(selection, "num_cpus", lambda: cpus)
+    monkeypatch.setattr(selection, "_is_apple_silicon", lambda: False)
 
 
 def test_names_are_unique_and_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def test_a_gpu_is_named_once() -> None:
 )
 def test_defaults(num_gpus: int, apple: bool, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlx.core")
-    monkeypatch.setattr(discover, "num_visible_gpus", lambda: num_gpus)
-    monkeypatch.setattr(discover, "_is_apple_silicon", lambda: apple)
+    monkeypatch.setattr(selection, "num_visible_gpus", lambda: num_gpus)
+    monkeypatch.setattr(selection, "_is_apple_silicon", lambda: apple)
     assert default_devices() == wanted
 
 

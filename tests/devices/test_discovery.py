@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from zeroconf import ServiceInfo
 
 from bench.lab import Lab, parse_spec, why_not
-from devices import discovery
-from devices.discovery import SERVICE, Advertiser, FoundPool, find_pools, found_pool, service_info
-from devices.identity import fingerprint
+from devices.discovery import mdns
+from devices.discovery.mdns import SERVICE, AdvertisedPool, Advertiser, browse_pools, parse_service, service_info
+from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
 
 POOL, OTHER_POOL = "ab" * 16, "cd" * 16
@@ -107,7 +107,7 @@ def test_the_record_says_the_pools_fingerprint_and_nothing_of_the_host() -> None
     assert info.name == f"{fingerprint(POOL)}.{SERVICE}"
     assert info.server == f"potluck-{fingerprint(POOL)}.local."
     assert info.properties == {b"v": b"1", b"pool": fingerprint(POOL).encode()}
-    assert found_pool(info) == FoundPool(addresses=("192.168.1.20",), port=11501, fingerprint=fingerprint(POOL))
+    assert parse_service(info) == AdvertisedPool(addresses=("192.168.1.20",), port=11501, fingerprint=fingerprint(POOL))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_the_record_says_the_pools_fingerprint_and_nothing_of_the_host() -> None
 )
 def test_what_is_no_record_of_ours_is_passed_over(port: int, properties: dict[str, Any], addresses: list[str]) -> None:
     info = ServiceInfo(SERVICE, f"x.{SERVICE}", port=port, properties=properties, parsed_addresses=addresses)
-    assert found_pool(info) is None
+    assert parse_service(info) is None
 
 
 @given(st.binary(max_size=255), st.integers(0, 2**16 - 1), st.lists(st.ip_addresses(v=4).map(str), max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_whatever_a_record_holds_it_is_a_pool_or_nothing(text: bytes, port: int, addresses: list[str]) -> None:
-    found = found_pool(ServiceInfo(SERVICE, f"x.{SERVICE}", port=port, properties=text, parsed_addresses=addresses))
+    found = parse_service(ServiceInfo(SERVICE, f"x.{SERVICE}", port=port, properties=text, parsed_addresses=addresses))
     assert found is None or (0 < found.port < 65536 and 0 < len(found.addresses) <= 8)
 
 
@@ -141,7 +141,7 @@ def test_without_a_network_nobody_is_told_and_nobody_is_asked() -> None:
     assert advertiser.problem == "this host has no network with IPv4"
     advertiser.close()
     with pytest.raises(ConfigError, match="no IPv4 network") as raised:
-        find_pools(1.0, addresses=lambda: ())
+        browse_pools(1.0, addresses=lambda: ())
     assert "--head" in raised.value.hint
 
 
@@ -162,19 +162,19 @@ class FromNobody(ServiceInfo):
 
 
 def test_names_that_somebody_made_up_use_up_no_more_than_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "ServiceInfo", FromNobody)
-    names = discovery._Names()
+    monkeypatch.setattr(mdns, "ServiceInfo", FromNobody)
+    names = mdns._ServiceNames()
     for number in range(40):
         names.add_service(None, SERVICE, f"made-up-{number}.{SERVICE}")  # type: ignore[arg-type]
     names.add_service(None, SERVICE, f"{fingerprint(POOL)}.{SERVICE}")  # type: ignore[arg-type]
     started = time.monotonic()
-    found = discovery._collect(None, names, started + 2.0, None)  # type: ignore[arg-type]
+    found = mdns._collect(None, names, started + 2.0, None)  # type: ignore[arg-type]
     assert time.monotonic() - started < 6.0
     assert [pool.fingerprint for pool in found] == [fingerprint(POOL)]
 
 
 def test_names_that_somebody_made_up_do_not_take_the_place_of_the_one_that_is_looked_for() -> None:
-    names = discovery._Names(fingerprint(POOL))
+    names = mdns._ServiceNames(fingerprint(POOL))
     for number in range(1000):
         names.add_service(None, SERVICE, f"made-up-{number}.{SERVICE}")  # type: ignore[arg-type]
     names.add_service(None, SERVICE, f"{fingerprint(POOL)}-2.{SERVICE}")  # type: ignore[arg-type]

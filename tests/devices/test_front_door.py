@@ -16,16 +16,14 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from devices.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, parse_invite
-from devices.front_door import MAX_CONNECTIONS, MAX_PER_ADDRESS, Candidate, DoorFacts, FrontDoor
-from devices.identity import fingerprint
-from devices.known_pools import KnownPool
-from devices.lines import HungUp, Lines
-from devices.members import clean_name
-from devices.pair_client import ask_door, check_version, pair
-from devices.pairing import Begin, Confirm, HeadMessage, HeadSide, JoinerSide, Knock, Outcome
-from devices.roster import RosterFile
-from transport.curve import KeyPair, new_key_pair
+from devices.pairing.client import check_version, fetch_pool_info, pair
+from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, parse_invite
+from devices.pairing.identity import fingerprint
+from devices.pairing.json_lines import ConnectionClosed, JsonLineSocket
+from devices.pairing.known_pools import KnownPool
+from devices.pairing.pake import HeadMessage, HeadPake, JoinerPake, PairingHello, PairingOutcome, PakeConfirm, PakeStart
+from devices.pairing.roster import RosterFile, clean_name
+from devices.pairing.server import MAX_CONNECTIONS, MAX_PER_ADDRESS, Candidate, PairingServer, PoolInfo
 from transport.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -35,7 +33,8 @@ from transport.errors import (
     PotluckError,
     VersionMismatch,
 )
-from transport.messages import PROTOCOL_VERSION
+from transport.messages.ring import PROTOCOL_VERSION
+from transport.security.curve import KeyPair, new_key_pair
 
 HEAD, JOINER = new_key_pair(), new_key_pair()
 
@@ -46,7 +45,7 @@ class House:
     def __init__(self, path: Path, **options: Any) -> None:
         self.now = 1000.0
         self.roster = RosterFile(path, name="den")
-        self.facts = DoorFacts(
+        self.facts = PoolInfo(
             pool=self.roster.read().pool,
             name="den",
             key=HEAD.public,
@@ -57,15 +56,15 @@ class House:
         self.heard: list[str] = []
         self.asked: list[Candidate] = []
         self.answer: Callable[[Candidate], bool] = lambda candidate: True
-        self.door = FrontDoor(
+        self.door = PairingServer(
             "127.0.0.1",
             0,
-            facts=lambda: self.facts,
+            pool_info=lambda: self.facts,
             roster=self.roster,
             keys=HEAD,
             approve=self._approve,
-            say=self.heard.append,
-            ticks=lambda: self.now,
+            notify=self.heard.append,
+            monotonic=lambda: self.now,
             **options,
         )
 
@@ -131,15 +130,15 @@ def is_hung_up(sock: socket.socket, timeout_s: float = 60.0) -> bool:
 
 
 def test_anyone_may_ask_who_is_there(house: House) -> None:
-    assert ask_door("127.0.0.1", house.door.port) == house.facts
+    assert fetch_pool_info("127.0.0.1", house.door.port) == house.facts
 
 
 def test_what_a_head_calls_itself_can_not_command_the_terminal(house: House) -> None:
     name = "den \x1b[2J[bold]\u202e" + "x" * 100
     house.facts = replace(house.facts, name=name, potluck="1.0\x1b[31m")
-    waited: list[DoorFacts] = []
+    waited: list[PoolInfo] = []
     pool = house.pair(str(house.door.new_code()), on_waiting=waited.append)
-    for facts in (ask_door("127.0.0.1", house.door.port), *waited):
+    for facts in (fetch_pool_info("127.0.0.1", house.door.port), *waited):
         assert facts.name == pool.name == clean_name(name[:64])
         assert facts.potluck.isprintable()
 
@@ -147,7 +146,7 @@ def test_what_a_head_calls_itself_can_not_command_the_terminal(house: House) -> 
 @pytest.mark.parametrize("by", ["code", "invite"])
 def test_a_host_pairs_and_both_remember(house: House, by: str) -> None:
     credential = str(house.door.new_code()).lower() if by == "code" else parse_invite(house.door.new_invite().url)
-    waited: list[DoorFacts] = []
+    waited: list[PoolInfo] = []
     pool = house.pair(credential, on_waiting=waited.append)
     assert pool == KnownPool(
         pool=house.facts.pool, key=HEAD.public, name="den", my_name="mac", doors=(f"127.0.0.1:{house.door.port}",)
@@ -205,11 +204,11 @@ def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
     code = str(house.door.new_code())
     for _ in range(3):
         with contextlib.closing(connection(house)) as sock:
-            lines = Lines(sock)
-            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
-            facts = lines.receive(DoorFacts, 60.0)
-            side = JoinerSide(code, facts, kind="code", key=JOINER.public, name="x", platform="y")
-            lines.send(side.begin, 60.0)
+            lines = JsonLineSocket(sock)
+            lines.send(PairingHello(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+            facts = lines.receive(PoolInfo, 60.0)
+            side = JoinerPake(code, facts, kind="code", key=JOINER.public, name="x", platform="y")
+            lines.send(side.start, 60.0)
             side.confirm(lines.receive(HeadMessage, 60.0))  # type: ignore[arg-type]
     with pytest.raises(PairingFailed, match="locked"):
         house.pair(code)
@@ -219,10 +218,10 @@ def test_a_guess_that_is_broken_off_counts_and_is_told(house: House) -> None:
 def test_a_guess_that_is_broken_off_too_late_is_no_matter(house: House) -> None:
     code = str(house.door.new_code())
     with contextlib.closing(connection(house)) as sock:
-        lines = Lines(sock)
-        lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
-        facts = lines.receive(DoorFacts, 60.0)
-        lines.send(JoinerSide(code, facts, kind="code", key=JOINER.public, name="x", platform="y").begin, 60.0)
+        lines = JsonLineSocket(sock)
+        lines.send(PairingHello(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+        facts = lines.receive(PoolInfo, 60.0)
+        lines.send(JoinerPake(code, facts, kind="code", key=JOINER.public, name="x", platform="y").start, 60.0)
         lines.receive(HeadMessage, 60.0)  # type: ignore[arg-type]
         house.now += CODE_LIFETIME_S + 1.0
     until(lambda: guests() == 0)
@@ -233,12 +232,12 @@ def test_points_that_are_none_do_not_use_up_guesses(house: House) -> None:
     code = str(house.door.new_code())
     for point in (bytes(32), bytes(31) + b"\x01", b"\x01" + bytes(31), b"\xff" * 32):
         with contextlib.closing(connection(house)) as sock:
-            lines = Lines(sock)
-            lines.send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
-            side = JoinerSide(
-                code, lines.receive(DoorFacts, 60.0), kind="code", key=JOINER.public, name="x", platform="y"
+            lines = JsonLineSocket(sock)
+            lines.send(PairingHello(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+            side = JoinerPake(
+                code, lines.receive(PoolInfo, 60.0), kind="code", key=JOINER.public, name="x", platform="y"
             )
-            lines.send(replace(side.begin, spake=b"A" + point), 60.0)
+            lines.send(replace(side.start, spake=b"A" + point), 60.0)
             assert is_hung_up(sock)
     assert not house.heard
     assert house.pair(code).my_name == "mac"
@@ -323,7 +322,7 @@ def test_hosts_of_different_versions_say_which_one_to_update(house: House) -> No
         assert f"protocol {PROTOCOL_VERSION}" in raised.value.message
         assert "9.9" in raised.value.message
         with pytest.raises(VersionMismatch):
-            check_version(ask_door("127.0.0.1", house.door.port))
+            check_version(fetch_pool_info("127.0.0.1", house.door.port))
     house.facts = replace(house.facts, protocol=PROTOCOL_VERSION)
     assert house.pair(code).my_name == "mac"
 
@@ -331,12 +330,12 @@ def test_hosts_of_different_versions_say_which_one_to_update(house: House) -> No
 def test_a_joiner_of_another_version_is_told_so(house: House) -> None:
     code = str(house.door.new_code())
     with contextlib.closing(connection(house)) as sock:
-        lines = Lines(sock)
-        lines.send(Knock(protocol=PROTOCOL_VERSION + 1, potluck="10"), 60.0)
-        side = JoinerSide(
-            code, lines.receive(DoorFacts, 60.0), kind="code", key=JOINER.public, name="mac", platform="Linux"
+        lines = JsonLineSocket(sock)
+        lines.send(PairingHello(protocol=PROTOCOL_VERSION + 1, potluck="10"), 60.0)
+        side = JoinerPake(
+            code, lines.receive(PoolInfo, 60.0), kind="code", key=JOINER.public, name="mac", platform="Linux"
         )
-        lines.send(side.begin, 60.0)
+        lines.send(side.start, 60.0)
         assert msgspec.json.decode(lines.receive_line(60.0))["reason"] == "version"
 
 
@@ -366,7 +365,7 @@ def answering(line: bytes) -> tuple[int, threading.Thread]:
 def test_what_answers_and_is_no_head_is_told_apart(line: bytes, error: type[PotluckError]) -> None:
     port, thread = answering(line)
     with pytest.raises(error) as raised:
-        ask_door("127.0.0.1", port, 60.0)
+        fetch_pool_info("127.0.0.1", port, 60.0)
     thread.join(60.0)
     assert raised.value.hint
 
@@ -375,7 +374,7 @@ def test_where_nobody_answers_the_hint_says_what_to_look_at() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(NotRunning, match=f"nobody answers at 127.0.0.1:{port}") as raised:
-        ask_door("127.0.0.1", port, 60.0)
+        fetch_pool_info("127.0.0.1", port, 60.0)
     assert "potluck doctor" in raised.value.hint
 
 
@@ -392,11 +391,11 @@ class Between:
 
     def _serve(self) -> None:
         with self._listener, self._listener.accept()[0] as joiner_sock, connection(self._house) as head_sock:
-            joiner, head = Lines(joiner_sock), Lines(head_sock)
-            with contextlib.suppress(HungUp):
-                head.send(joiner.receive(Knock, 60.0), 60.0)
-                joiner.send(replace(head.receive(DoorFacts, 60.0), key=self.key), 60.0)
-                head.send(replace(joiner.receive(Begin, 60.0), key=self.key), 60.0)
+            joiner, head = JsonLineSocket(joiner_sock), JsonLineSocket(head_sock)
+            with contextlib.suppress(ConnectionClosed):
+                head.send(joiner.receive(PairingHello, 60.0), 60.0)
+                joiner.send(replace(head.receive(PoolInfo, 60.0), key=self.key), 60.0)
+                head.send(replace(joiner.receive(PakeStart, 60.0), key=self.key), 60.0)
                 for _ in range(4):
                     joiner_sock.sendall(head.receive_line(60.0) + b"\n")
                     head_sock.sendall(joiner.receive_line(60.0) + b"\n")
@@ -421,18 +420,18 @@ def test_a_head_that_does_not_know_the_code_is_not_believed(house: House) -> Non
 
     def serve() -> None:
         with listener, listener.accept()[0] as sock:
-            lines = Lines(sock)
-            lines.receive(Knock, 60.0)
+            lines = JsonLineSocket(sock)
+            lines.receive(PairingHello, 60.0)
             lines.send(house.facts, 60.0)
-            side = HeadSide("0000-0000", house.facts, lines.receive(Begin, 60.0))
-            lines.send(side.answer, 60.0)
-            lines.receive(Confirm, 60.0)
+            side = HeadPake("0000-0000", house.facts, lines.receive(PakeStart, 60.0))
+            lines.send(side.reply, 60.0)
+            lines.receive(PakeConfirm, 60.0)
             lines.send(side.confirmed(), 60.0)
-            lines.send(side.result(Outcome(decision="allowed", name="mac")), 60.0)
+            lines.send(side.result(PairingOutcome(decision="allowed", name="mac")), 60.0)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    waited: list[DoorFacts] = []
+    waited: list[PoolInfo] = []
     with pytest.raises(PairingFailed, match="does not know the secret"):
         house.pair(str(house.door.new_code()), port=listener.getsockname()[1], on_waiting=waited.append)
     thread.join(60.0)
@@ -470,12 +469,12 @@ def test_garbage_is_hung_up_on(house: House, data: bytes) -> None:
 
 
 def test_trouble_of_its_own_is_told_and_does_not_close_the_door(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devices.front_door._WARN_EVERY_S", 600.0)
+    monkeypatch.setattr("devices.pairing.server._WARN_EVERY_S", 600.0)
     facts = house.facts
     del house.facts
     for _ in range(3):
         with contextlib.closing(connection(house)) as sock:
-            Lines(sock).send(Knock(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
+            JsonLineSocket(sock).send(PairingHello(protocol=PROTOCOL_VERSION, potluck="1"), 60.0)
             assert is_hung_up(sock)
     assert len(house.heard) == 1  # strangers can't fill the screen
     house.facts = facts
@@ -489,7 +488,7 @@ def test_a_line_that_drips_in_has_no_more_time_than_another(impatient: House) ->
             sock.sendall(b"x")
             time.sleep(0.02)
         pytest.fail("it listened for forty times as long")
-    assert ask_door("127.0.0.1", impatient.door.port) == impatient.facts
+    assert fetch_pool_info("127.0.0.1", impatient.door.port) == impatient.facts
 
 
 def test_one_address_does_not_take_all_of_the_door(patient: House) -> None:
@@ -528,7 +527,7 @@ def test_who_holds_the_whole_door_from_few_addresses_keeps_nobody_out(patient: H
         joining = pool.submit(patient.pair, code)
         assert asked.wait(60.0)
         held += [connection(patient, f"127.0.0.{3 + number % 4}") for number in range(20)]
-        assert ask_door("127.0.0.1", patient.door.port) == patient.facts
+        assert fetch_pool_info("127.0.0.1", patient.door.port) == patient.facts
         held += [connection(patient, f"127.0.0.{7 + number}") for number in range(30)]
         answered.set()
         assert joining.result(60.0).my_name == "mac"
@@ -584,21 +583,21 @@ def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
 def test_a_port_that_was_asked_for_and_is_taken_is_an_error_and_the_usual_one_is_not(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def door(port: int | None) -> FrontDoor:
-        return FrontDoor(
+    def door(port: int | None) -> PairingServer:
+        return PairingServer(
             "127.0.0.1",
             port,
-            facts=lambda: house.facts,
+            pool_info=lambda: house.facts,
             roster=house.roster,
             keys=HEAD,
             approve=lambda candidate: False,
-            say=house.heard.append,
+            notify=house.heard.append,
         )
 
     with pytest.raises(PortInUse, match=str(house.door.port)) as raised:
         door(house.door.port)
     assert "--lan-port" in raised.value.hint
-    monkeypatch.setattr("devices.front_door.DOOR_PORT", house.door.port)
+    monkeypatch.setattr("devices.pairing.server.PAIRING_PORT", house.door.port)
     another = door(None)
     assert another.port not in (0, house.door.port)
     another.close()
@@ -606,14 +605,14 @@ def test_a_port_that_was_asked_for_and_is_taken_is_an_error_and_the_usual_one_is
 
 def test_an_address_that_is_not_this_hosts_is_an_error(house: House) -> None:
     with pytest.raises(ConfigError, match="can't listen at"):
-        FrontDoor(
+        PairingServer(
             "203.0.113.7",
             0,
-            facts=lambda: house.facts,
+            pool_info=lambda: house.facts,
             roster=house.roster,
             keys=HEAD,
             approve=lambda candidate: False,
-            say=house.heard.append,
+            notify=house.heard.append,
         )
 
 

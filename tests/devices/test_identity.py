@@ -9,10 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from devices.identity import fingerprint, load_keys
-from transport.curve import KeyPair, new_key_pair
+from devices.pairing.identity import fingerprint, load_keys
 from transport.errors import ConfigError
-from transport.key_file import KEY_FILE, write_keys
+from transport.security.curve import KEY_FILE, KeyPair, new_key_pair, write_keys
 
 
 def test_keys_are_made_once_for_this_user_alone(tmp_path: Path) -> None:
@@ -29,7 +28,7 @@ def test_processes_that_start_together_have_the_same_keys(tmp_path: Path, monkey
         time.sleep(0.05)
         write_keys(path, keys)
 
-    monkeypatch.setattr("devices.identity.write_keys", write_slowly)
+    monkeypatch.setattr("devices.pairing.identity.write_keys", write_slowly)
     with ThreadPoolExecutor(8) as pool:
         assert len({keys.public for keys in pool.map(load_keys, [tmp_path / "identity"] * 8)}) == 1
 

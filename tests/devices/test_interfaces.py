@@ -4,7 +4,13 @@ import ipaddress
 
 import pytest
 
-from devices.interfaces import is_internal, lan_address, lan_interfaces, preferred, wifi_in_hardware_ports
+from devices.hardware.interfaces import (
+    is_internal_interface,
+    lan_address,
+    lan_interfaces,
+    preferred_address,
+    wifi_in_hardware_ports,
+)
 
 PORTS = """
 Hardware Port: Ethernet Adapter (en4)
@@ -61,7 +67,7 @@ Ethernet Address: 00:00:00:00:00:03
     ],
 )
 def test_networks_within_the_host_and_tunnels_are_none_of_the_lan(name: str) -> None:
-    assert is_internal(name.replace("#", " "))
+    assert is_internal_interface(name.replace("#", " "))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_networks_within_the_host_and_tunnels_are_none_of_the_lan(name: str) -> 
     ],
 )
 def test_cables_and_wifi_are(name: str) -> None:
-    assert not is_internal(name.replace("#", " "))
+    assert not is_internal_interface(name.replace("#", " "))
 
 
 def test_the_interfaces_of_this_host_are_addresses_that_others_can_use() -> None:
@@ -100,11 +106,11 @@ def test_the_address_towards_a_host_is_the_one_of_the_route_to_it() -> None:
 
 def test_a_tunnel_that_has_the_default_route_is_not_what_others_are_told() -> None:
     lan = ("192.168.1.20", "192.168.2.20")
-    assert preferred("10.8.0.2", lan) == "192.168.1.20"
-    assert preferred("192.168.2.20", lan) == "192.168.2.20"
-    assert preferred(None, lan) == "192.168.1.20"
-    assert preferred("10.8.0.2", ()) == "10.8.0.2"
-    assert preferred(None, ()) is None
+    assert preferred_address("10.8.0.2", lan) == "192.168.1.20"
+    assert preferred_address("192.168.2.20", lan) == "192.168.2.20"
+    assert preferred_address(None, lan) == "192.168.1.20"
+    assert preferred_address("10.8.0.2", ()) == "10.8.0.2"
+    assert preferred_address(None, ()) is None
 
 
 def test_macos_says_which_device_is_wifi() -> None:

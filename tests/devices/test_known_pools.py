@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from devices.identity import fingerprint
-from devices.known_pools import KnownPool, forget_known_pool, load_known_pools, save_known_pool
-from transport.curve import new_key_pair
+from devices.pairing.identity import fingerprint
+from devices.pairing.known_pools import KnownPool, forget_known_pool, load_known_pools, save_known_pool
 from transport.errors import ConfigError
+from transport.security.curve import new_key_pair
 
 HOME = KnownPool(pool="a" * 32, key=new_key_pair().public, name="den", my_name="mac", doors=("192.168.1.20:11501",))
 WORK = KnownPool(pool="b" * 32, key=new_key_pair().public, name="desk", my_name="mac", doors=("10.0.0.2:11501",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from devices.memory import cgroup_free_bytes, host_free_bytes
+from devices.hardware.memory import cgroup_free_bytes, host_free_bytes
 
 
 def _group(folder: Path, files: dict[str, str]) -> None:

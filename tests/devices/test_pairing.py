@@ -12,37 +12,39 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from devices.lines import decoded
-from devices.pairing import (
-    Answer,
-    Begin,
-    Confirm,
-    Confirmed,
-    DoorFacts,
+from devices.pairing.json_lines import decode_line
+from devices.pairing.pake import (
     HeadMessage,
-    HeadSide,
+    HeadPake,
     JoinerMessage,
-    JoinerSide,
-    Knock,
-    Outcome,
+    JoinerPake,
+    PairingHello,
+    PairingOutcome,
+    PakeConfirm,
+    PakeConfirmed,
+    PakeReply,
+    PakeStart,
+    PoolInfo,
 )
-from transport.curve import new_key_pair
 from transport.errors import BadMessage
+from transport.security.curve import new_key_pair
 
 HEAD, JOINER, MALLORY = (new_key_pair().public for _ in range(3))
-FACTS = DoorFacts(pool="ab" * 16, name="den", key=HEAD, protocol=5, potluck="0.1.0", control_port=11502)
+FACTS = PoolInfo(pool="ab" * 16, name="den", key=HEAD, protocol=5, potluck="0.1.0", control_port=11502)
 CODE = "7K3M-9XQ2"
 
 
-def joiner(secret: str = CODE, facts: DoorFacts = FACTS) -> JoinerSide:
-    return JoinerSide(secret, facts, kind="code", key=JOINER, name="mac", platform="macOS arm64")
+def joiner(secret: str = CODE, facts: PoolInfo = FACTS) -> JoinerPake:
+    return JoinerPake(secret, facts, kind="code", key=JOINER, name="mac", platform="macOS arm64")
 
 
-def agree(joining: JoinerSide, facts: DoorFacts = FACTS, *, begin: Begin | None = None) -> tuple[HeadSide, bool, bool]:
+def agree(
+    joining: JoinerPake, facts: PoolInfo = FACTS, *, begin: PakeStart | None = None
+) -> tuple[HeadPake, bool, bool]:
     """The head's side, and whether head and joiner find the other's proof right."""
-    head = HeadSide(CODE, facts, begin or joining.begin)
-    confirm = joining.confirm(head.answer)
-    return head, head.is_right(confirm), joining.is_right(head.confirmed())
+    head = HeadPake(CODE, facts, begin or joining.start)
+    confirm = joining.confirm(head.reply)
+    return head, head.verify(confirm), joining.verify(head.confirmed())
 
 
 def test_who_knows_the_secret_is_let_in_and_knows_that_it_was_the_head() -> None:
@@ -50,7 +52,7 @@ def test_who_knows_the_secret_is_let_in_and_knows_that_it_was_the_head() -> None
     head, head_is_sure, joiner_is_sure = agree(joining)
     assert head_is_sure
     assert joiner_is_sure
-    outcome = Outcome(decision="allowed", name="mac-2")
+    outcome = PairingOutcome(decision="allowed", name="mac-2")
     assert joining.outcome(head.result(outcome)) == outcome
 
 
@@ -68,36 +70,36 @@ def test_another_secret_convinces_nobody() -> None:
         replace(FACTS, protocol=4),
     ],
 )
-def test_someone_between_who_changes_what_the_head_says_is_noticed_by_both(seen: DoorFacts) -> None:
+def test_someone_between_who_changes_what_the_head_says_is_noticed_by_both(seen: PoolInfo) -> None:
     assert agree(joiner(facts=seen))[1:] == (False, False)
 
 
 @pytest.mark.parametrize("change", [{"key": MALLORY}, {"name": "pc"}, {"platform": "Linux"}, {"kind": "invite"}])
 def test_someone_between_who_changes_what_the_joiner_says_is_noticed_by_both(change: dict[str, str]) -> None:
     joining = joiner()
-    assert agree(joining, begin=replace(joining.begin, **change))[1:] == (False, False)
+    assert agree(joining, begin=replace(joining.start, **change))[1:] == (False, False)
 
 
 def test_someone_between_can_not_change_the_result() -> None:
     joining = joiner()
     head, *_ = agree(joining)
-    result = head.result(Outcome(decision="refused"))
-    forged = msgspec.json.encode(Outcome(decision="allowed", name="mac"))
+    result = head.result(PairingOutcome(decision="refused"))
+    forged = msgspec.json.encode(PairingOutcome(decision="allowed", name="mac"))
     with pytest.raises(BadMessage, match="does not come from the head"):
         joining.outcome(replace(result, body=forged))
 
 
 def test_proofs_of_one_exchange_are_worth_nothing_in_another() -> None:
     old = joiner()
-    old_head = HeadSide(CODE, FACTS, old.begin)
-    old_confirm = old.confirm(old_head.answer)
-    assert not HeadSide(CODE, FACTS, old.begin).is_right(old_confirm)
-    assert not HeadSide(CODE, FACTS, joiner().begin).is_right(old_confirm)
+    old_head = HeadPake(CODE, FACTS, old.start)
+    old_confirm = old.confirm(old_head.reply)
+    assert not HeadPake(CODE, FACTS, old.start).verify(old_confirm)
+    assert not HeadPake(CODE, FACTS, joiner().start).verify(old_confirm)
 
 
 def test_the_heads_own_proof_sent_back_proves_nothing() -> None:
-    head = HeadSide(CODE, FACTS, joiner().begin)
-    assert not head.is_right(Confirm(proof=head.confirmed().proof))
+    head = HeadPake(CODE, FACTS, joiner().start)
+    assert not head.verify(PakeConfirm(proof=head.confirmed().proof))
 
 
 @given(st.binary(min_size=33, max_size=33))
@@ -112,15 +114,15 @@ def test_the_heads_own_proof_sent_back_proves_nothing() -> None:
 def test_a_point_that_is_none_is_refused(spake: bytes) -> None:
     joining = joiner()
     with contextlib.suppress(BadMessage):
-        assert not HeadSide(CODE, FACTS, replace(joining.begin, spake=spake)).is_right(Confirm(proof=bytes(32)))
+        assert not HeadPake(CODE, FACTS, replace(joining.start, spake=spake)).verify(PakeConfirm(proof=bytes(32)))
     with contextlib.suppress(BadMessage):
-        joining.confirm(Answer(spake=spake))
-    assert not joining.is_right(HeadSide(CODE, FACTS, joining.begin).confirmed())
+        joining.confirm(PakeReply(spake=spake))
+    assert not joining.verify(HeadPake(CODE, FACTS, joining.start).confirmed())
 
 
 def test_a_proof_by_no_session_key_convinces_nobody() -> None:
     empty = hmac.new(b"", b"head\0", hashlib.sha256).digest()
-    assert not joiner().is_right(Confirmed(proof=empty))
+    assert not joiner().verify(PakeConfirmed(proof=empty))
 
 
 LINES = st.one_of(
@@ -151,9 +153,9 @@ LINES = st.one_of(
 @example(b'{"type":"hello","protocol":1,"potluck":"\\ud800"}')
 @settings(max_examples=150, deadline=None)
 def test_whatever_comes_in_is_a_message_or_is_refused(line: bytes) -> None:
-    for kind in (Knock, Begin, Confirm, JoinerMessage, HeadMessage, Outcome):
+    for kind in (PairingHello, PakeStart, PakeConfirm, JoinerMessage, HeadMessage, PairingOutcome):
         try:
-            message = decoded(line, kind)  # type: ignore[arg-type]
+            message = decode_line(line, kind)  # type: ignore[arg-type]
         except BadMessage:
             continue
         assert isinstance(message, msgspec.Struct)

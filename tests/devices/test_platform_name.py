@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from devices.platform_name import MAX_LENGTH, name_of, platform_name
+from devices.pairing.identity import MAX_PLATFORM_CHARACTERS, format_platform, platform_name
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,10 @@ from devices.platform_name import MAX_LENGTH, name_of, platform_name
     ],
 )
 def test_systems_have_the_names_that_users_know(said: tuple[str, str, str], name: str) -> None:
-    assert name_of(*said) == name
+    assert format_platform(*said) == name
 
 
 def test_a_name_is_short_and_printable_whatever_the_system_says() -> None:
-    name = name_of("Li\nnux\x1b[31m", "é" * 10 + "m" * 100, "")
-    assert name.isprintable() and name.isascii() and len(name) <= MAX_LENGTH
-    assert 0 < len(platform_name()) <= MAX_LENGTH
+    name = format_platform("Li\nnux\x1b[31m", "é" * 10 + "m" * 100, "")
+    assert name.isprintable() and name.isascii() and len(name) <= MAX_PLATFORM_CHARACTERS
+    assert 0 < len(platform_name()) <= MAX_PLATFORM_CHARACTERS

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import segno
 
-from devices.qr import qr_lines
+from devices.pairing.qr import qr_lines
 
 DARK = {"█": (False, False), "▀": (False, True), "▄": (True, False), " ": (True, True)}
 

@@ -11,11 +11,10 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.identity import fingerprint
-from devices.members import MAX_NAME_CHARACTERS, clean_name, clean_words
-from devices.roster import RosterFile
-from transport.curve import new_key_pair
+from devices.pairing.identity import fingerprint
+from devices.pairing.roster import MAX_NAME_CHARACTERS, RosterFile, clean_name, clean_text
 from transport.errors import ConfigError
+from transport.security.curve import new_key_pair
 
 KEY, OTHER = new_key_pair().public, new_key_pair().public
 
@@ -79,7 +78,7 @@ def test_what_another_process_changes_is_known_a_tenth_of_a_second_later_and_not
     file: RosterFile,
 ) -> None:
     now = [0.0]
-    head = RosterFile(file.path, ticks=lambda: now[0])
+    head = RosterFile(file.path, monotonic=lambda: now[0])
     head.read()
     file.add(KEY, "mac", "macOS")
     now[0] = 0.09
@@ -128,7 +127,7 @@ def test_a_newer_version_is_refused_and_nothing_is_lost(file: RosterFile) -> Non
 def test_nobody_is_admitted_while_the_file_is_broken(file: RosterFile, content: bytes) -> None:
     file.add(KEY, "mac", "macOS")
     good = file.path.read_bytes()
-    head = RosterFile(file.path, ticks=iter(range(100)).__next__)
+    head = RosterFile(file.path, monotonic=iter(range(100)).__next__)
     assert head.admits(KEY)
     file.path.write_bytes(content)
     assert not head.admits(KEY)
@@ -174,7 +173,7 @@ def test_many_writers_lose_nobody_while_others_read(file: RosterFile) -> None:
     failures: list[BaseException] = []
 
     def read() -> None:
-        reader = RosterFile(file.path, ticks=iter(range(10**9)).__next__)
+        reader = RosterFile(file.path, monotonic=iter(range(10**9)).__next__)
         while not done.is_set():
             try:
                 reader.read()
@@ -201,7 +200,7 @@ def test_whatever_a_host_calls_itself_becomes_a_name_of_one_line(text: str) -> N
     assert name == clean_name(name)
     assert name.isprintable()
     assert not set(name) & set(" /\\[]\"'")
-    assert clean_words(text).isprintable()
+    assert clean_text(text).isprintable()
 
 
 def test_the_file_is_readable_by_people_and_versioned(file: RosterFile) -> None:

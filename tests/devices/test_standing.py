@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from devices.known_pools import KnownPool
-from devices.lines import Lines
-from devices.pair_client import ask_standing
-from devices.pairing import DoorFacts, Knock
-from devices.roster import RosterFile
-from devices.standing import Ask, Standing, answered, new_ask, word_of
+from devices.pairing.client import fetch_membership
+from devices.pairing.json_lines import JsonLineSocket
+from devices.pairing.known_pools import KnownPool
+from devices.pairing.membership import StatusReply, StatusRequest, new_status_request, prove_status, verify_status
+from devices.pairing.pake import PairingHello, PoolInfo
+from devices.pairing.roster import RosterFile
 from tests.devices.test_front_door import HEAD, JOINER, House, connection, is_hung_up
-from transport.curve import new_key_pair
 from transport.errors import BadMessage, NotRunning
+from transport.security.curve import new_key_pair
 
 OTHER = new_key_pair()
 
@@ -36,7 +36,7 @@ def pool_of(house: House) -> KnownPool:
 
 
 def asked(house: House, port: int | None = None) -> str:
-    facts, word = ask_standing("127.0.0.1", port or house.door.port, pool_of(house), keys=JOINER)
+    facts, word = fetch_membership("127.0.0.1", port or house.door.port, pool_of(house), keys=JOINER)
     assert facts == house.facts
     return word
 
@@ -55,13 +55,13 @@ def test_a_host_of_another_version_is_told_too(house: House) -> None:
     assert asked(house) == "member"
 
 
-def standing(house: House, ask: Ask) -> Standing:
-    lines = Lines(connection(house))
+def standing(house: House, ask: StatusRequest) -> StatusReply:
+    lines = JsonLineSocket(connection(house))
     try:
-        lines.send(Knock(protocol=1, potluck="1"), 5.0)
-        lines.receive(DoorFacts, 5.0)
+        lines.send(PairingHello(protocol=1, potluck="1"), 5.0)
+        lines.receive(PoolInfo, 5.0)
         lines.send(ask, 5.0)
-        return lines.receive(Standing, 5.0)
+        return lines.receive(StatusReply, 5.0)
     finally:
         lines.close()
 
@@ -69,15 +69,15 @@ def standing(house: House, ask: Ask) -> Standing:
 def test_nobody_learns_whether_another_ones_key_counts(house: House) -> None:
     """Also not by asking the same twice, before and after something has changed."""
     house.roster.add(JOINER.public, "mac", "macOS")
-    ask = new_ask(JOINER)
+    ask = new_status_request(JOINER)
     answers = [standing(house, ask) for _ in range(2)]
     assert answers[0].nonce != answers[1].nonce
     assert answers[0].proof != answers[1].proof
     told = msgspec.json.encode(house.facts)
-    assert [word_of(answer, ask, told, HEAD.public, JOINER) for answer in answers] == ["member"] * 2
+    assert [verify_status(answer, ask, told, HEAD.public, JOINER) for answer in answers] == ["member"] * 2
     for answer in answers:
         with pytest.raises(BadMessage):
-            word_of(answer, ask, told, HEAD.public, OTHER)
+            verify_status(answer, ask, told, HEAD.public, OTHER)
 
 
 def test_nobody_answers_in_the_heads_place(tmp_path: Path) -> None:
@@ -85,19 +85,19 @@ def test_nobody_answers_in_the_heads_place(tmp_path: Path) -> None:
     roster = RosterFile(tmp_path / "roster.json", name="den")
     roster.add(JOINER.public, "mac", "macOS")
     pool = roster.read().pool
-    facts = DoorFacts(pool=pool, name="den", key=HEAD.public, protocol=1, potluck="1", control_port=5)
+    facts = PoolInfo(pool=pool, name="den", key=HEAD.public, protocol=1, potluck="1", control_port=5)
     told = msgspec.json.encode(facts)
-    ask, earlier = new_ask(JOINER), new_ask(JOINER)
-    answer = answered(ask, told, roster.read(), HEAD)
-    assert word_of(answer, ask, told, HEAD.public, JOINER) == "member"
-    forged = answered(ask, told, roster.read(), OTHER)
-    replayed = answered(earlier, told, roster.read(), HEAD)
+    ask, earlier = new_status_request(JOINER), new_status_request(JOINER)
+    answer = prove_status(ask, told, roster.read(), HEAD)
+    assert verify_status(answer, ask, told, HEAD.public, JOINER) == "member"
+    forged = prove_status(ask, told, roster.read(), OTHER)
+    replayed = prove_status(earlier, told, roster.read(), HEAD)
     for wrong in (forged, replayed, replace(answer, nonce=replayed.nonce)):
         with pytest.raises(BadMessage):
-            word_of(wrong, ask, told, HEAD.public, JOINER)
+            verify_status(wrong, ask, told, HEAD.public, JOINER)
     for other in (replace(facts, control_port=6), replace(facts, name="dan"), replace(facts, pool="ab" * 16)):
         with pytest.raises(BadMessage):
-            word_of(answer, ask, msgspec.json.encode(other), HEAD.public, JOINER)
+            verify_status(answer, ask, msgspec.json.encode(other), HEAD.public, JOINER)
 
 
 def test_a_head_that_tells_more_than_this_host_knows_is_still_proven(house: House) -> None:
@@ -115,7 +115,7 @@ def test_a_head_that_tells_more_than_this_host_knows_is_still_proven(house: Hous
     house.roster.add(JOINER.public, "mac", "macOS")
     known = house.facts
     house.facts = LaterFacts(**msgspec.structs.asdict(known))  # type: ignore[assignment]
-    facts, word = ask_standing("127.0.0.1", house.door.port, pool_of(house), keys=JOINER)
+    facts, word = fetch_membership("127.0.0.1", house.door.port, pool_of(house), keys=JOINER)
     assert (facts, word) == (known, "member")
 
 
@@ -123,12 +123,12 @@ def test_a_head_that_tells_more_than_this_host_knows_is_still_proven(house: Hous
 def test_keys_that_are_none_are_hung_up_on(house: House, key: str) -> None:
     """The second is no number of 32 bytes; the first is a point that would give everybody the same secret."""
     sock = connection(house)
-    lines = Lines(sock)
-    lines.send(Knock(protocol=1, potluck="1"), 5.0)
-    lines.receive(DoorFacts, 5.0)
-    lines.send(Ask(key=key, nonce=bytes(32)), 5.0)
+    lines = JsonLineSocket(sock)
+    lines.send(PairingHello(protocol=1, potluck="1"), 5.0)
+    lines.receive(PoolInfo, 5.0)
+    lines.send(StatusRequest(key=key, nonce=bytes(32)), 5.0)
     if key.startswith("rq"):  # Any other point: an answer that nobody understands.
-        lines.receive(Standing, 5.0)
+        lines.receive(StatusReply, 5.0)
     assert is_hung_up(sock)
     lines.close()
     assert not house.heard
@@ -140,7 +140,7 @@ def door_that_says(*messages: msgspec.Struct) -> int:
 
     def answer() -> None:
         with listener, listener.accept()[0] as sock:
-            lines = Lines(sock)
+            lines = JsonLineSocket(sock)
             for message in messages:
                 lines.receive_line(5.0)
                 lines.send(message, 5.0)
@@ -150,7 +150,7 @@ def door_that_says(*messages: msgspec.Struct) -> int:
 
 
 def test_who_only_claims_to_be_the_head_is_not_believed(house: House) -> None:
-    lies = Standing(nonce=bytes(32), proof=bytes(32))
+    lies = StatusReply(nonce=bytes(32), proof=bytes(32))
     for port in (door_that_says(house.facts, lies), door_that_says(house.facts)):
         with pytest.raises(NotRunning, match="does not prove that it is den"):
             asked(house, port)

@@ -27,7 +27,7 @@ def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).mkdir()
         monkeypatch.setenv(variable, str(folder / name))
     monkeypatch.setenv("POTLUCK_CONFIG", str(folder / "config.toml"))
-    monkeypatch.setattr("potluck.doctor.examine.active_firewalls", lambda: ("ufw",))
+    monkeypatch.setattr("potluck.cli.doctor.command.active_firewalls", lambda: ("ufw",))
     return folder / "home"
 
 

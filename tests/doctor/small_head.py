@@ -12,16 +12,16 @@ from pathlib import Path
 
 import zmq
 
-from devices.front_door import FrontDoor
-from devices.identity import load_keys
-from devices.known_pools import KnownPool, save_known_pool
-from devices.pairing import DoorFacts
-from devices.roster import RosterFile
-from potluck.lan import ThisHost
-from potluck.model_share import PieceGiver
-from potluck.pool import Pool
-from transport.endpoints import port_of, tcp_endpoint
-from transport.messages import PROTOCOL_VERSION
+from devices.pairing.identity import load_keys
+from devices.pairing.known_pools import KnownPool, save_known_pool
+from devices.pairing.pake import PoolInfo
+from devices.pairing.roster import RosterFile
+from devices.pairing.server import PairingServer
+from potluck.head.pool import Pool
+from potluck.host.local_host import ThisHost
+from potluck.host.piece_server import HostPieceServer
+from transport.links.endpoints import port_of, tcp_endpoint
+from transport.messages.ring import PROTOCOL_VERSION
 
 NAME = "alpha"
 
@@ -41,7 +41,7 @@ class SmallHead:
         self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stack.callback(context.destroy, 0)
-        giver = self.giver = PieceGiver(here, tcp_endpoint(address, pieces), self.roster.admits)
+        giver = self.piece_server = HostPieceServer(here, tcp_endpoint(address, pieces), self.roster.admits)
         self._stack.callback(giver.close)
         self.pool = Pool(
             context,
@@ -56,17 +56,17 @@ class SmallHead:
         )
         self._stack.callback(self.pool.close)
         self.control_port = port_of(self.pool.control or "")
-        front_door = FrontDoor(
+        front_door = PairingServer(
             address,
             door,
-            facts=self._facts,
+            pool_info=self._facts,
             roster=self.roster,
             keys=keys,
             approve=lambda candidate: False,
-            say=lambda line: None,
+            notify=lambda line: None,
         )
         self._stack.callback(front_door.close)
-        self.door = f"{address}:{front_door.port}"
+        self.pairing_address = f"{address}:{front_door.port}"
 
     def pair(self, home: Path, name: str = "beta") -> None:
         """The host whose data lie there is a member from now on, and knows it."""
@@ -75,13 +75,13 @@ class SmallHead:
 
     def known(self, name: str = "beta") -> KnownPool:
         pool = self.roster.read().pool
-        return KnownPool(pool=pool, key=self.key, name=NAME, my_name=name, doors=(self.door,))
+        return KnownPool(pool=pool, key=self.key, name=NAME, my_name=name, doors=(self.pairing_address,))
 
     def close(self) -> None:
         self._stack.close()
 
-    def _facts(self) -> DoorFacts:
-        return DoorFacts(
+    def _facts(self) -> PoolInfo:
+        return PoolInfo(
             pool=self.roster.read().pool,
             name=NAME,
             key=self.key,

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from bench.lab import Lab, parse_spec, why_not
-from devices.discovery import FoundPool
-from potluck.commands.doctor import check_table, summary
-from potluck.doctor.alone import pools_check
-from potluck.doctor.check import Check
+from devices.discovery.mdns import AdvertisedPool
+from potluck.cli.doctor.check import Check
+from potluck.cli.doctor.command import check_table, summary
+from potluck.cli.doctor.member_checks import pools_check
 
-DOCTOR = [sys.executable, "-P", "-m", "potluck.cli", "doctor"]
+DOCTOR = [sys.executable, "-P", "-m", "potluck", "doctor"]
 # From the ports that a system connects from, to those that programs listen at: what comes in anew, not what answers.
 COMES_IN = ("ipproto", "tcp", "sport", "32768-60999", "dport")
 
@@ -42,7 +42,7 @@ def test_a_host_with_nothing_is_well_and_told_how_to_begin(home: Path, folder: P
 
 
 def test_pools_nearby_are_shown_with_the_way_in() -> None:
-    near = FoundPool(addresses=("192.168.1.20",), port=11501, fingerprint="3f2a-91bc-77d0-12e4")
+    near = AdvertisedPool(addresses=("192.168.1.20",), port=11501, fingerprint="3f2a-91bc-77d0-12e4")
     check = pools_check([near])
     assert "3f2a-91bc-77d0-12e4 at 192.168.1.20:11501" in check.what
     assert "potluck join --head 192.168.1.20:11501" in check.hint

@@ -10,27 +10,32 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from devices.identity import load_keys
-from devices.known_pools import KnownPool, save_known_pool
-from devices.roster import RosterFile
-from potluck.config import Settings
-from potluck.doctor.check import Check
-from potluck.doctor.examine import examine
-from potluck.doctor.guest_side import StayFacts, control_check, stay_checks
-from potluck.doctor.reach import Outcome, Reach
-from potluck.doctor.search import Tried, search_check
-from potluck.head_search import find_again
+from devices.pairing.identity import load_keys
+from devices.pairing.known_pools import KnownPool, save_known_pool
+from devices.pairing.roster import RosterFile
+from potluck.cli.doctor.check import Check
+from potluck.cli.doctor.command import run_checks
+from potluck.cli.doctor.member_checks import (
+    HeadAttempt,
+    MembershipProbe,
+    control_check,
+    head_found_check,
+    membership_checks,
+)
+from potluck.cli.doctor.probe import ConnectOutcome, ConnectResult
+from potluck.host.find_head import locate_head
+from potluck.system.settings import Settings
 from tests.doctor.small_head import SmallHead
-from transport.curve import new_key_pair
 from transport.errors import ConfigError, DeadlineExceeded, NotRunning
-from transport.pool_messages import Welcome
+from transport.messages.pool import NodeAccepted
+from transport.security.curve import new_key_pair
 
 SETTINGS = Settings(lan_host="127.0.0.1", discovery=False)
 POOL = KnownPool(pool="ab" * 16, key="k" * 40, name="alpha", my_name="beta", doors=("192.168.1.20:11501",))
 
 
 def checks_now(settings: Settings = SETTINGS) -> dict[str, Check]:
-    return {check.name: check for check in examine(settings)}
+    return {check.name: check for check in run_checks(settings)}
 
 
 def test_a_host_and_its_head_that_reach_each_other_are_well(home: Path, head: SmallHead) -> None:
@@ -54,7 +59,7 @@ def test_a_host_and_its_head_that_reach_each_other_are_well(home: Path, head: Sm
     assert "as beta" in about_pool["alpha: membership"].what
     # Whoever looks changes nothing, and offers nothing.
     assert (home / "pools.json").read_bytes() == before
-    assert [host.arrive.pieces for host in head.pool.hosts.all()] == [""]
+    assert [host.hello.pieces for host in head.pool.hosts.connected()] == [""]
 
 
 def test_a_head_that_is_down_is_told_from_one_that_lets_nobody_in(home: Path, head: SmallHead) -> None:
@@ -68,7 +73,7 @@ def test_a_head_that_is_down_is_told_from_one_that_lets_nobody_in(home: Path, he
     head.close()
     down = checks_now()
     assert down["head alpha"].state == "problem"
-    assert f"{head.door}: the connection is refused" in down["head alpha"].what
+    assert f"{head.pairing_address}: the connection is refused" in down["head alpha"].what
     assert "discovery is switched off" in down["head alpha"].what
     assert "is potluck running on alpha" in down["head alpha"].hint
 
@@ -117,29 +122,31 @@ def test_a_broken_list_of_pools_is_a_problem_and_all_else_is_still_said(home: Pa
         ("failed", "can't be connected", "alpha up"),
     ],
 )
-def test_each_way_of_not_reaching_the_head_has_its_own_advice(outcome: Outcome, words: str, hint: str) -> None:
-    tried = Tried(door=POOL.doors[0], reach=Reach(address="192.168.1.20", port=11501, outcome=outcome))
-    check = search_check(POOL, [tried], [])
+def test_each_way_of_not_reaching_the_head_has_its_own_advice(outcome: ConnectOutcome, words: str, hint: str) -> None:
+    tried = HeadAttempt(
+        address=POOL.doors[0], connection=ConnectResult(address="192.168.1.20", port=11501, outcome=outcome)
+    )
+    check = head_found_check(POOL, [tried], [])
     assert check.state == "problem"
     assert words in check.what
     assert "discovery finds it nowhere" in check.what
     assert hint in check.hint
     assert "--head" in check.hint
-    assert control_check(POOL, Reach(address="192.168.1.20", port=11502, outcome=outcome)).state == "problem"
+    assert control_check(POOL, ConnectResult(address="192.168.1.20", port=11502, outcome=outcome)).state == "problem"
 
 
 def test_a_place_that_makes_no_sense_and_discovery_that_can_not_ask_are_said() -> None:
-    tried = Tried(door="nowhere:1", problem=ConfigError("no host nowhere is known"))
-    check = search_check(POOL, [tried], ConfigError("this host has no network to look for heads on"))
+    tried = HeadAttempt(address="nowhere:1", problem=ConfigError("no host nowhere is known"))
+    check = head_found_check(POOL, [tried], ConfigError("this host has no network to look for heads on"))
     assert "nowhere:1: no host nowhere is known; this host has no network" in check.what
 
 
-STAY = StayFacts(
-    welcome=Welcome(name="beta", pool=POOL.pool, members=()),
+STAY = MembershipProbe(
+    accepted=NodeAccepted(name="beta", pool=POOL.pool, members=()),
     clock_off_s=0.0,
     port=40000,
-    back="open",
-    back_words="",
+    return_outcome="open",
+    return_error="",
     speed=100e6,
     is_wifi=False,
 )
@@ -159,7 +166,7 @@ STAY = StayFacts(
     ],
 )
 def test_what_a_stay_shows(changes: dict[str, object], name: str, state: str, words: str) -> None:
-    checks = stay_checks(POOL, replace(STAY, **changes), "open ufw")  # type: ignore[arg-type]
+    checks = membership_checks(POOL, replace(STAY, **changes), "open ufw")  # type: ignore[arg-type]
     check = next(check for check in checks if check.name == f"alpha: {name}")
     assert check.state == state
     assert words in f"{check.what} {check.hint}"
@@ -173,8 +180,8 @@ def test_without_a_network_a_head_is_not_to_be_found_either(
     def no_network(timeout_s: float, pool_fingerprint: str | None) -> None:
         raise ConfigError("this host has no network to look for heads on")
 
-    monkeypatch.setattr("devices.discovery.find_pools", no_network)
+    monkeypatch.setattr("devices.discovery.mdns.browse_pools", no_network)
     head.close()
     with pytest.raises(NotRunning, match="is not found") as raised:
-        find_again(head.known(), Settings())
+        locate_head(head.known(), Settings())
     assert "potluck doctor" in raised.value.hint

@@ -12,19 +12,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from devices.identity import fingerprint, load_keys
-from potluck.config import Settings
-from potluck.doctor.check import Check
-from potluck.doctor.examine import examine
-from potluck.doctor.head_side import HostLink, PoolFacts, head_checks, pool_checks
-from potluck.doctor.reach import Outcome, Reach
-from potluck.head_file import HeadFacts, HeadFile
-from potluck.lan import ThisHost
-from potluck.model_share import PieceGiver
-from potluck.status import HostReport, StatusReport
+from devices.pairing.identity import fingerprint, load_keys
+from potluck.cli.doctor.check import Check
+from potluck.cli.doctor.command import run_checks
+from potluck.cli.doctor.head_checks import HeadNetwork, HostLink, head_checks, pool_checks
+from potluck.cli.doctor.probe import ConnectOutcome, ConnectResult
+from potluck.head.status import HostReport, StatusReport
+from potluck.host.local_head import HeadFile, LocalHead
+from potluck.host.local_host import ThisHost
+from potluck.host.piece_server import HostPieceServer
+from potluck.system.settings import Settings
 from tests.doctor.small_head import SmallHead
-from transport.curve import new_key_pair
 from transport.errors import NotAllowed
+from transport.security.curve import new_key_pair
 
 BETA = HostReport(
     name="beta",
@@ -39,14 +39,14 @@ BETA = HostReport(
 )
 
 
-def at(outcome: Outcome) -> Reach:
-    return Reach(address="192.168.1.30", port=40000, outcome=outcome)
+def at(outcome: ConnectOutcome) -> ConnectResult:
+    return ConnectResult(address="192.168.1.30", port=40000, outcome=outcome)
 
 
-LINK = HostLink(report=BETA, is_wifi=False, reach=at("open"), speed=110e6)
+LINK = HostLink(report=BETA, is_wifi=False, connection=at("open"), speed=110e6)
 
 
-def by_name(facts: PoolFacts) -> dict[str, Check]:
+def by_name(facts: HeadNetwork) -> dict[str, Check]:
     return {check.name: check for check in pool_checks(facts, own_version="0.1.0", firewall="open ufw")}
 
 
@@ -64,27 +64,27 @@ def by_name(facts: PoolFacts) -> dict[str, Check]:
     ],
 )
 def test_each_host_that_is_connected_is_judged(link: HostLink, name: str, state: str, words: str) -> None:
-    check = by_name(PoolFacts(ports=(), links=(link,), away=()))[f"beta: {name}"]
+    check = by_name(HeadNetwork(ports=(), links=(link,), away=()))[f"beta: {name}"]
     assert check.state == state
     assert words in f"{check.what} {check.hint}"
 
 
 def test_hosts_that_are_away_are_listed_and_if_all_are_the_firewall_may_be_why() -> None:
-    some = by_name(PoolFacts(ports=(), links=(LINK,), away=("gamma",)))["away"]
+    some = by_name(HeadNetwork(ports=(), links=(LINK,), away=("gamma",)))["away"]
     assert (some.state, some.what) == ("ok", "gamma")
     assert "ufw" not in some.hint
-    assert "open ufw" in by_name(PoolFacts(ports=(), links=(), away=("gamma",)))["away"].hint
-    assert "potluck invite" in by_name(PoolFacts(ports=(), links=(), away=()))["devices"].hint
+    assert "open ufw" in by_name(HeadNetwork(ports=(), links=(), away=("gamma",)))["away"].hint
+    assert "potluck invite" in by_name(HeadNetwork(ports=(), links=(), away=()))["devices"].hint
 
 
 def test_a_port_of_the_head_that_is_not_open_is_a_problem() -> None:
-    facts = PoolFacts(ports=(("door", at("open")), ("control", at("timed out"))), links=(), away=())
+    facts = HeadNetwork(ports=(("door", at("open")), ("control", at("timed out"))), links=(), away=())
     assert by_name(facts)["door port"].state == "ok"
     assert by_name(facts)["control port"].state == "problem"
 
 
 def test_a_head_that_keeps_others_out_is_well() -> None:
-    facts = HeadFacts(pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://c", host="alpha")
+    facts = LocalHead(pid=1, url="http://127.0.0.1:1", model="tiny", control="ipc://c", host="alpha")
     checks = list(head_checks(facts, firewall=""))
     assert [check.state for check in checks] == ["ok"]
     assert "--no-lan" in checks[0].hint
@@ -142,25 +142,25 @@ def test_a_head_measures_the_links_to_its_hosts_and_sees_who_is_away(
     for keys, name in ((beta, "beta"), (gamma, "gamma"), (visitor, "visitor")):
         head.roster.add(keys.public, name, "Linux x86-64")
     here = ThisHost(name="beta", address="127.0.0.1", keys=beta)
-    giver = PieceGiver(here, "tcp://127.0.0.1:*", lambda key: key == head.key)
+    giver = HostPieceServer(here, "tcp://127.0.0.1:*", lambda key: key == head.key)
     own = load_keys(home / "identity")
     assert own.public == head.key
     change = msgspec.structs.replace
     url = f"http://127.0.0.1:{status.server_address[1]}"
     connected = change(BETA, fingerprint=fingerprint(beta.public), pieces=giver.endpoint, address="127.0.0.1")
     asks = change(BETA, name="visitor", fingerprint=fingerprint(visitor.public), pieces="")
-    status.report = report_with(url, head.door, connected, asks)  # type: ignore[attr-defined]
-    facts = HeadFacts(pid=os.getpid(), url=url, model="tiny", control="ipc://c", host="alpha", lan=head.door)
+    status.report = report_with(url, head.pairing_address, connected, asks)  # type: ignore[attr-defined]
+    facts = LocalHead(pid=os.getpid(), url=url, model="tiny", control="ipc://c", host="alpha", lan=head.pairing_address)
     try:
         with HeadFile() as file:
             file.publish(facts)
-            found = {check.name: check for check in examine(Settings(discovery=False))}
+            found = {check.name: check for check in run_checks(Settings(discovery=False))}
             giver.close()
-            gone = {check.name: check for check in examine(Settings(discovery=False))}
+            gone = {check.name: check for check in run_checks(Settings(discovery=False))}
     finally:
         giver.close()
         head.close()
-    assert found["head"].what == f"serves tiny, open to other hosts at {head.door}"
+    assert found["head"].what == f"serves tiny, open to other hosts at {head.pairing_address}"
     assert found["door port"].state == found["control port"].state == "ok"
     assert "MB/s" in found["beta: link"].what
     assert found["away"].what == "gamma, visitor"

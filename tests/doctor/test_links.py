@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from devices.identity import load_keys
-from potluck.doctor.links import clock_check, measure_link, speed_check, version_check
-from potluck.lan import ThisHost
-from potluck.model_share import PieceGiver
-from transport.curve import new_key_pair
+from devices.pairing.identity import load_keys
+from potluck.cli.doctor.check import clock_check, measure_link, speed_check, version_check
+from potluck.host.local_host import ThisHost
+from potluck.host.piece_server import HostPieceServer
 from transport.errors import NotAllowed
-from transport.pool_messages import PiecePeer
+from transport.messages.pool import PiecePeer
+from transport.security.curve import new_key_pair
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_link_is_measured_by_members_only(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path))
     keys, member = load_keys(tmp_path / "identity"), new_key_pair()
     here = ThisHost(name="beta", address="127.0.0.1", keys=keys)
-    giver = PieceGiver(here, "tcp://127.0.0.1:*", lambda key: key == member.public)
+    giver = HostPieceServer(here, "tcp://127.0.0.1:*", lambda key: key == member.public)
     try:
         peer = PiecePeer("beta", giver.endpoint, keys.public)
         assert measure_link(peer, member, 5.0) > 0

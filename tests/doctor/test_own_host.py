@@ -9,24 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from devices.interfaces import LanInterface
-from potluck.doctor.check import Check, worst
-from potluck.doctor.firewall import how_to_open, linux_firewalls, macos_firewalls, windows_firewalls
-from potluck.doctor.own_host import (
+from devices.hardware.interfaces import LanInterface
+from potluck.cli.doctor.check import Check, worst_state
+from potluck.cli.doctor.this_host import (
     PORTS,
-    HostFacts,
-    LeftOut,
+    ExcludedInterface,
+    LocalHostFacts,
+    exclusion_reason,
     gather_host,
     host_checks,
-    lan_of,
+    lan_network,
+    linux_firewalls,
     listening_ports,
+    macos_firewalls,
     multicast_check,
-    why_left_out,
+    opening_hint,
+    windows_firewalls,
 )
 
 CABLE = LanInterface(name="eth0", address="192.168.1.20", prefix=24, is_wifi=False)
 WIFI = LanInterface(name="wlan0", address="192.168.1.21", prefix=24, is_wifi=True)
-GOOD = HostFacts(
+GOOD = LocalHostFacts(
     potluck="0.1.0",
     protocol=5,
     python="3.11.7",
@@ -37,20 +40,20 @@ GOOD = HostFacts(
     is_home_writable=True,
     disk_free_bytes=100 * 2**30,
     interfaces=(CABLE,),
-    left_out=(),
+    excluded=(),
     clock_s=1.8e9,
     head_ports=(),
     busy_ports=(),
 )
 
 
-def check_of(facts: HostFacts, name: str, *, is_lan_wanted: bool = True) -> Check:
+def check_of(facts: LocalHostFacts, name: str, *, is_lan_wanted: bool = True) -> Check:
     return next(check for check in host_checks(facts, is_lan_wanted=is_lan_wanted) if check.name == name)
 
 
 def test_a_host_that_is_well_has_no_hints() -> None:
     checks = host_checks(GOOD)
-    assert worst(checks) == "ok"
+    assert worst_state(checks) == "ok"
     assert [check.hint for check in checks] == [""] * len(checks)
 
 
@@ -66,7 +69,7 @@ def test_a_host_that_is_well_has_no_hints() -> None:
         ({"interfaces": (WIFI,)}, "network", "warning", "a cable is faster"),
         ({"interfaces": (CABLE, WIFI)}, "network", "ok", "wlan0 192.168.1.21/24 (Wi-Fi)"),
         (
-            {"left_out": (LeftOut(name="wg0", address="10.0.0.2", kind="a VPN"),)},
+            {"left_out": (ExcludedInterface(name="wg0", address="10.0.0.2", kind="a VPN"),)},
             "not used",
             "ok",
             "wg0 10.0.0.2 (a VPN)",
@@ -101,7 +104,7 @@ def test_who_keeps_others_out_needs_no_network() -> None:
     ],
 )
 def test_interfaces_are_left_out_for_a_reason(name: str, address: str, why: str | None) -> None:
-    assert why_left_out(name, address) == why
+    assert exclusion_reason(name, address) == why
 
 
 def test_ports_are_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_ports_are_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         assert port in listening_ports(os.getpid())
-        monkeypatch.setattr("potluck.doctor.own_host.PORTS", (port,))
+        monkeypatch.setattr("potluck.cli.doctor.this_host.PORTS", (port,))
         assert gather_host(()).busy_ports == (port,)
         assert gather_host({port}).busy_ports == ()
         assert gather_host({port}).head_ports == (port,)
@@ -136,11 +139,11 @@ def test_firewalls_are_told_by_what_the_system_says() -> None:
 
 @pytest.mark.parametrize("name", ["ufw", "firewalld", "nftables", "macOS firewall", "Windows firewall"])
 def test_each_firewall_can_be_opened(name: str) -> None:
-    words = how_to_open((name,), lan_of([CABLE]))
+    words = opening_hint((name,), lan_network([CABLE]))
     assert name in words
     assert "192.168.1.0/24" in words or "Python" in words
 
 
 def test_without_a_known_firewall_there_is_still_a_hint() -> None:
-    assert "192.168.1.0/24" in how_to_open((), lan_of([CABLE]))
-    assert how_to_open((), lan_of([])) == "let TCP from your network through this host's firewall"
+    assert "192.168.1.0/24" in opening_hint((), lan_network([CABLE]))
+    assert opening_hint((), lan_network([])) == "let TCP from your network through this host's firewall"

@@ -11,22 +11,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from potluck.doctor.check import Check
-from potluck.doctor.examine import Part
-from potluck.doctor.later import Later
-from potluck.doctor.reach import Outcome, connect, next_step, outcome_in_words, outcome_of
+from potluck.cli.doctor.check import Check
+from potluck.cli.doctor.command import CheckGroup
+from potluck.cli.doctor.probe import ConnectOutcome, DeadlineTask, next_step, outcome_of, parse_outcome, try_connect
 from transport.errors import ConfigError, DeadlineExceeded
 
 
 def test_a_port_is_open_or_refuses() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert connect("127.0.0.1", port).outcome == "open"
-        assert connect("127.0.0.1", port).meaning == ""
-    refused = connect("127.0.0.1", port)
+        assert try_connect("127.0.0.1", port).outcome == "open"
+        assert try_connect("127.0.0.1", port).meaning == ""
+    refused = try_connect("127.0.0.1", port)
     assert refused.outcome == "refused"
     assert "nobody listens" in refused.meaning
-    assert refused.place == f"127.0.0.1:{port}"
+    assert refused.host_port == f"127.0.0.1:{port}"
 
 
 def test_a_port_that_does_not_answer_times_out() -> None:
@@ -38,7 +37,7 @@ def test_a_port_that_does_not_answer_times_out() -> None:
                 waiting.append(socket.socket())
                 waiting[-1].setblocking(False)
                 waiting[-1].connect_ex(address)
-            assert connect(*address, 0.3).outcome == "timed out"
+            assert try_connect(*address, 0.3).outcome == "timed out"
         finally:
             for each in waiting:
                 each.close()
@@ -54,16 +53,16 @@ def test_a_port_that_does_not_answer_times_out() -> None:
         (errno.EACCES, "failed"),
     ],
 )
-def test_each_error_has_a_meaning_also_in_another_hosts_words(number: int, outcome: Outcome) -> None:
+def test_each_error_has_a_meaning_also_in_another_hosts_words(number: int, outcome: ConnectOutcome) -> None:
     error = OSError(number, os.strerror(number))
     assert outcome_of(error) == outcome
-    assert outcome_in_words(error.strerror) == outcome
+    assert parse_outcome(error.strerror) == outcome
     assert next_step(outcome, whose="alpha", firewall="open the firewall")
 
 
 def test_no_words_are_no_problem_and_those_of_python_are_known() -> None:
-    assert outcome_in_words("") == "open"
-    assert outcome_in_words("timed out") == outcome_in_words("no answer in time") == "timed out"
+    assert parse_outcome("") == "open"
+    assert parse_outcome("timed out") == parse_outcome("no answer in time") == "timed out"
 
 
 def test_nobody_waits_for_what_hangs_and_what_was_found_out_before_is_kept() -> None:
@@ -74,13 +73,13 @@ def test_nobody_waits_for_what_hangs_and_what_was_found_out_before_is_kept() -> 
         never.wait(30.0)
         yield Check(name="second", state="ok", what="never seen")
 
-    part = Part("the disk", checks())
+    part = CheckGroup("the disk", checks())
     found = part.checks(time.monotonic() + 0.2)
     assert [check.name for check in found] == ["first", "the disk"]
     assert found[1].state == "problem"
     assert "no answer in time" in found[1].what
     with pytest.raises(DeadlineExceeded):
-        Later("x", never.wait).wait(0.01)
+        DeadlineTask("x", never.wait).wait(0.01)
     never.set()
 
 
@@ -94,7 +93,7 @@ def test_errors_of_a_part_are_checks_with_a_hint() -> None:
         yield
 
     deadline = time.monotonic() + 5.0
-    assert Part("pool", wrong()).checks(deadline) == [
+    assert CheckGroup("pool", wrong()).checks(deadline) == [
         Check(name="pool", state="problem", what="the file is broken", hint="mend it")
     ]
-    assert Part("this host", no_disk()).checks(deadline)[0].what == "Input/output error"
+    assert CheckGroup("this host", no_disk()).checks(deadline)[0].what == "Input/output error"

@@ -6,14 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from devices.cache import probe_devices
-from devices.device import DeviceRequest
-from devices.discover import device_requests
-from devices.measure import Measured
-from shard.machine import cores_allowed
+from devices.hardware.device import DeviceRequest
+from devices.hardware.measure import BandwidthMeasurement
+from devices.hardware.probes import probe_devices
+from devices.hardware.selection import device_requests
+from shard.worker.machine import cores_allowed
 
-_TORCH = Measured(bandwidth_bytes_per_s=2e10, compute_dtype="bfloat16", uses_host_memory=True, limit_bytes=None, gpu="")
-_MLX = Measured(bandwidth_bytes_per_s=1e10, compute_dtype="float32", uses_host_memory=True, limit_bytes=None, gpu="")
+_TORCH = BandwidthMeasurement(
+    bandwidth_bytes_per_s=2e10, compute_dtype="bfloat16", uses_host_memory=True, limit_bytes=None, gpu=""
+)
+_MLX = BandwidthMeasurement(
+    bandwidth_bytes_per_s=1e10, compute_dtype="float32", uses_host_memory=True, limit_bytes=None, gpu=""
+)
 _SETS = (
     ("torch:cpu",),
     ("torch:cpu", "torch:cpu"),
@@ -26,7 +30,7 @@ _SETS = (
 def know_devices(cache: Path) -> None:
     """With one thread each, in the sets that tests ask for."""
 
-    def measured(requests: Sequence[DeviceRequest]) -> list[Measured | str]:
+    def measured(requests: Sequence[DeviceRequest]) -> list[BandwidthMeasurement | str]:
         return [_MLX if request.backend == "mlx" else _TORCH for request in requests]
 
     for names in _SETS:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-from devices.identity import load_keys
-from devices.known_pools import KnownPool, save_known_pool
-from devices.roster import RosterFile
+from devices.pairing.identity import load_keys
+from devices.pairing.known_pools import KnownPool, save_known_pool
+from devices.pairing.roster import RosterFile
 from tests.e2e.lan_hosts import join, up
 from tests.e2e.potluck_process import Home, Running
-from transport.endpoints import free_port
+from transport.links.endpoints import free_port
 
 HEAD, BETA = "127.0.0.1", "127.0.0.2"
 

@@ -20,7 +20,7 @@ from unittest import mock
 
 import psutil
 
-from potluck.cli import main
+from potluck.cli.app import main
 
 # What takes seconds on a quiet machine may take minutes on a busy one: these are to end a hang, not to measure.
 READY_S = 240.0
@@ -28,7 +28,7 @@ GONE_S = 30.0
 ASK_S = 120.0
 _SAID = "stderr-"
 DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
-COMMAND = [sys.executable, "-P", "-m", "potluck.cli"]
+COMMAND = [sys.executable, "-P", "-m", "potluck"]
 
 
 class Done(NamedTuple):

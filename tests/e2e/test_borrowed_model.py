@@ -13,17 +13,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from devices.identity import load_keys
-from potluck.borrowed_record import BorrowedRecord, write_borrowed
-from potluck.paths import shared_dir
-from shard.needed_pieces import engine_pieces, nameless_pieces, stage_pieces
-from shard.open import open_checkpoint
-from shard.shared_model import OfferedModel, offer_model, read_list
+from devices.pairing.identity import load_keys
+from potluck.host.piece_cache import RemoteModelRecord, write_remote_record
+from potluck.system.paths import shared_dir
+from shard.pieces.metadata import SharedFolders, read_list, share_model
+from shard.pieces.open import open_checkpoint
+from shard.pieces.piece_list import engine_pieces, metadata_pieces, stage_pieces
 from tests.e2e.lan_hosts import LOADED_S, ONE_DEVICE, answer, new_home, stages
 from tests.e2e.paired_hosts import Pair
 from tests.e2e.potluck_process import ASK_S, Home, Running, wait_until
 from tests.shard.pieces.given import contents
-from transport.pieces.piece import Piece
+from transport.messages.pieces import Piece
 from transport.pieces.store import PieceStore
 
 QUESTION = ("Name three fruits.", "--max-tokens", "12", "--temperature", "0")
@@ -55,7 +55,7 @@ def fetched(head: Running) -> dict[str, dict[str, int]]:
     return {stage["host"]: stage["fetched"] for stage in report["stages"]}
 
 
-def keep(made: OfferedModel, folder: Path, root: Path, wanted: Iterable[Piece]) -> None:
+def keep(made: SharedFolders, folder: Path, root: Path, wanted: Iterable[Piece]) -> None:
     """Those pieces of the model, in the store."""
     found, store = contents(folder, made.pieces), PieceStore(root)
     for piece in wanted:
@@ -83,7 +83,7 @@ def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
     spec = open_checkpoint(skeleton, pieces=PieceStore(pair.alpha.data / "pieces")).spec
     last = json.loads(head.lines[0])["stages"][0]["last"]
     own = {piece.digest: piece.num_bytes for piece in stage_pieces(pieces, spec, 0, last).values()}
-    opening = {**nameless_pieces(pieces), **engine_pieces(pieces)}
+    opening = {**metadata_pieces(pieces), **engine_pieces(pieces)}
     opened = {piece.digest: piece.num_bytes for piece in opening.values()}
     assert came["beta"] == {}
     assert set(came["alpha"]) == {"beta"}
@@ -108,9 +108,9 @@ def test_a_head_goes_on_with_what_it_has_and_waits_only_for_what_lacks(
 ) -> None:
     """As after a start with beta, which has layers 20 to 29."""
     monkeypatch.setenv("POTLUCK_HOME", str(pair.alpha.data))
-    made = offer_model(smollm2_path, "smollm2", shared_dir())
+    made = share_model(smollm2_path, "smollm2", shared_dir())
     key = load_keys(pair.beta.data / "identity").public
-    write_borrowed(BorrowedRecord(name="smollm2", digest=made.digest, lender="beta", key=key))
+    write_remote_record(RemoteModelRecord(name="smollm2", digest=made.digest, lender="beta", key=key))
     spec = open_checkpoint(smollm2_path).spec
     keep(made, smollm2_path, pair.alpha.data / "pieces", stage_pieces(made.pieces, spec, 0, 20).values())
     shutil.rmtree(shared_dir() / "offers")

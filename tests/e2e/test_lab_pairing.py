@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from bench.lab import why_not
-from bench.lan_pairing import Experiment, lab_of_three, shared_once
+from bench.lab.lan_pairing import PairingExperiment, lab_of_three, start_twice
 from potluck.store import Store
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture
-def experiment(data_home: Path) -> Iterator[Experiment]:
+def experiment(data_home: Path) -> Iterator[PairingExperiment]:
     with lab_of_three(200e6, data_home) as lab:
-        yield Experiment(lab, Store(data_home).show("smollm2"))
+        yield PairingExperiment(lab, Store(data_home).show("smollm2"))
 
 
-def test_each_host_is_sent_its_own_layers_once(experiment: Experiment) -> None:
-    first, second = shared_once(experiment)
+def test_each_host_is_sent_its_own_layers_once(experiment: PairingExperiment) -> None:
+    first, second = start_twice(experiment)
     assert len(first.text) > 10
     for host, own_bytes in first.own.items():
         assert own_bytes > 10e6

@@ -46,7 +46,7 @@ def test_nothing_is_left_when_it_crashes_while_measuring(home: Home, data_home: 
     fresh = Home(data=tmp_path, runtime=home.runtime)  # nothing is measured yet
     (home.runtime / "run-of-an-old-crash").mkdir()
     running = Running(fresh, *up_arguments(devices=TWO_DEVICES))
-    wait_until(lambda: bool(processes(home, "devices.probe")), READY_S, running.said)
+    wait_until(lambda: bool(processes(home, "devices.hardware.probe")), READY_S, running.said)
     running.stop(signal.SIGKILL)
     wait_until(lambda: not home.processes(), GONE_S, home.leftovers)
     wait_until(lambda: not [path for path in home.runtime.rglob("*") if path.is_socket()], GONE_S)

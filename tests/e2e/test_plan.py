@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from planner.estimate import estimated_pool
-from potluck.saved_pool import save_pool
+from planner.measurements import estimated_pool
+from potluck.cli.plan_inputs import save_pool
 from tests.e2e.potluck_process import Done, run_here
 from tests.planner.pool import device, model
 

@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from bench.random_checkpoint import LlamaShape, write_checkpoint
+from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
 from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments
-from transport.messages import DTYPE_BYTES
+from transport.messages.ring import DTYPE_BYTES
 
 SHAPE = LlamaShape(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=49152, tied=True, context=512)
 LAYER_PARAMS = sum(math.prod(shape) for name, shape in SHAPE.tensors().items() if ".layers.0." in name)

@@ -7,9 +7,9 @@ import time
 
 import zmq
 
-from potluck.engine.api_server import EngineApi
-from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
+from potluck.engine.server import EngineServer
+from potluck.engine.settings import EngineLimits
 from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing
 
 
@@ -20,7 +20,7 @@ def slowly_forever(prompt: tuple[int, ...], position: int) -> int:
 
 def main(endpoint: str) -> None:
     ring = FakeRing(slowly_forever)
-    api = EngineApi(zmq.Context(), endpoint)
+    api = EngineServer(zmq.Context(), endpoint)
     engine = Engine(
         model="scripted",
         sender=ring.sender,

@@ -8,15 +8,15 @@ from typing import Any
 
 from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest
-from transport.memory_link import MemoryReceiver, MemorySender, memory_link
-from transport.messages import (
+from transport.links.memory_link import MemoryReceiver, MemorySender, memory_link
+from transport.messages.ring import (
     Entry,
+    EntryResult,
     Failed,
     Fence,
     Fork,
     Open,
     Release,
-    Result,
     Sampled,
     SampledToken,
     SequenceId,
@@ -104,7 +104,7 @@ class FakeStages:
         self._expect(sum(self.lengths.values()) <= self._capacity, "more KV than there is")
         return Sampled(FENCE, tokens.step, tuple(results))
 
-    def _run(self, entry: Entry) -> list[Result]:
+    def _run(self, entry: Entry) -> list[EntryResult]:
         last = entry.start + len(entry.token_ids)
         held = self.ids[entry.sequence] + entry.token_ids
         self.ids[entry.sequence] = held
@@ -116,7 +116,7 @@ class FakeStages:
         if not entry.num_logits:
             return []
         self._expect(last >= len(prompt), "a middle chunk wants a token")
-        return [Result(entry.sequence, last, (SampledToken(self._sampler(prompt, last), -0.5, ((65, -0.5),)),))]
+        return [EntryResult(entry.sequence, last, (SampledToken(self._sampler(prompt, last), -0.5, ((65, -0.5),)),))]
 
     def _forget(self, sequence: SequenceId) -> None:
         for held in (self.prompts, self.ids, self.lengths):

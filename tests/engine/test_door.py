@@ -17,15 +17,15 @@ import msgspec
 import pytest
 import zmq
 
-from potluck.engine.api_server import EngineApi
 from potluck.engine.client import EngineClient
-from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
+from potluck.engine.server import EngineServer
+from potluck.engine.settings import EngineLimits
 from tests.engine.engine_process import slowly_forever
 from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, script
 from transport.errors import BadRequest, Busy, RingDown
-from transport.messages import Sampling
-from transport.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
+from transport.messages.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
+from transport.messages.ring import Sampling
 
 # Nothing is kept, so that KV is left only by mistake.
 _LIMITS = EngineLimits(
@@ -48,7 +48,7 @@ class Door:
         self.endpoint = f"ipc://{folder}/engine"
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.ring = FakeRing(_answer)
-        self.api = EngineApi(self.context, self.endpoint)
+        self.api = EngineServer(self.context, self.endpoint)
         self.engine = Engine(
             model="scripted",
             sender=self.ring.sender,
@@ -183,7 +183,7 @@ def test_a_cancel_is_not_lost_while_the_prompt_is_tokenized(door: Door) -> None:
 def test_more_prompts_than_can_wait_for_the_tokenizer_are_refused(
     door: Door, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
 ) -> None:
-    monkeypatch.setattr(f"potluck.engine.api_server.{bound}", most)
+    monkeypatch.setattr(f"potluck.engine.server.{bound}", most)
     client, entered, go = door.client(), threading.Event(), threading.Event()
     submit = door.engine.submit
 
@@ -208,7 +208,7 @@ def test_more_prompts_than_can_wait_for_the_tokenizer_are_refused(
 
 def test_long_requests_hold_up_no_short_ones(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the model's template needs seconds for what is long, and somebody sends much of it."""
-    monkeypatch.setattr("potluck.engine.api_server._MAX_PREPARING_BYTES", 500_000)
+    monkeypatch.setattr("potluck.engine.server._MAX_PREPARING_BYTES", 500_000)
     client, entered, go = door.client(), threading.Event(), threading.Event()
     submit = door.engine.submit
 
@@ -250,7 +250,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(door: Door) -> None:
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.engine.api_server._MAX_BACKLOG", 50)
+    monkeypatch.setattr("potluck.engine.server._MAX_BACKLOG", 50)
     door.ring.stages._sampler = _answer_fast
     lazy = door.context.socket(zmq.DEALER)
     lazy.setsockopt(zmq.RCVHWM, 1)

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from potluck.engine.limits import EngineLimits, StepDeadlines
 from potluck.engine.loop import Engine
+from potluck.engine.settings import EngineLimits, StepDeadlines
 from tests.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, Sampler, script
 from transport.errors import RingDown
-from transport.messages import Sampling, Tokens
-from transport.requests import (
+from transport.messages.requests import (
     Aborted,
     Accepted,
     ChoiceFinished,
@@ -28,6 +27,7 @@ from transport.requests import (
     RequestFailed,
     Submit,
 )
+from transport.messages.ring import Sampling, Tokens
 
 LIMITS = EngineLimits(context_tokens=100, kv_capacity_tokens=200, vocab_size=VOCAB, num_stages=2, prefix_cache=False)
 _GREEDY = Sampling(temperature=0.0)

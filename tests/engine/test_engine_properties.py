@@ -12,13 +12,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
+from potluck.engine.settings import EngineLimits
 from tests.engine.fakes import EOS, FENCE, VOCAB, ByteTokenizer, FakeStages
 from transport.errors import RingDown
-from transport.link import Received
-from transport.messages import DataMessage, Failed, Sampled, Sampling, Tokens
-from transport.requests import (
+from transport.links.link import Received
+from transport.messages.requests import (
     Aborted,
     ChoiceFinished,
     Delta,
@@ -29,6 +28,7 @@ from transport.requests import (
     RequestFailed,
     Submit,
 )
+from transport.messages.ring import DataMessage, Failed, Sampled, Sampling, Tokens
 
 _LIMITS = EngineLimits(
     context_tokens=40,
@@ -121,7 +121,7 @@ class _Script:
                 return Received(message=self._last)
             case "step" if not self.actions and not self._is_cleared:
                 self._is_cleared = True
-                self.engine.clear_prefixes()
+                self.engine.clear_prefix_cache()
             case "step" if not self.actions:
                 self.engine.stop()
         return None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.engine.limits import StepDeadlines
-from potluck.engine.ring import Ring
 from potluck.engine.scheduler import StepPlan
+from potluck.engine.settings import StepDeadlines
+from potluck.engine.step_channel import StepChannel
 from tests.engine.fakes import FENCE
 from transport.errors import DeadlineExceeded
-from transport.link import Received
-from transport.memory_link import memory_link
-from transport.messages import Entry, SequenceId
+from transport.links.link import Received
+from transport.links.memory_link import memory_link
+from transport.messages.ring import Entry, SequenceId
 
 PLAN = StepPlan(ops=(), entries=(Entry(SequenceId(1), 0, (1,), 1),))
 
@@ -33,16 +33,16 @@ class Silent:
     def close(self) -> None: ...
 
 
-def waiting_ring() -> tuple[Ring, Silent]:
+def waiting_ring() -> tuple[StepChannel, Silent]:
     silent = Silent()
     sender, _ = memory_link()
     deadlines = StepDeadlines(first_s=10.0)
-    ring = Ring(sender, silent, FENCE, deadlines, lambda: silent.now_s)
+    ring = StepChannel(sender, silent, FENCE, deadlines, lambda: silent.now_s)
     ring.send(PLAN)
     return ring, silent
 
 
-def wait_for_the_deadline(ring: Ring) -> None:
+def wait_for_the_deadline(ring: StepChannel) -> None:
     with pytest.raises(DeadlineExceeded, match="step 0"):
         while True:
             ring.receive(60.0)

@@ -3,14 +3,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from planner.stage_times import StageTimes
-from potluck.engine.limits import EngineLimits
-from potluck.engine.pace import RingPace
-from potluck.engine.prompt_share import LATE_SLOWDOWN, SLOWDOWN, PromptCredit
-from potluck.engine.scheduler import RingState, StepPlan, num_admissible, schedule
-from potluck.engine.sequences import Phase, Reuse
-from potluck.engine.sequences import Sequence as TokenSequence
-from transport.messages import Fork, Op, Open, Release, Sampling, SequenceId
+from planner.plan import StageTimes
+from potluck.engine.prefill_budget import LATE_SLOWDOWN, SLOWDOWN, PrefillBudget
+from potluck.engine.request import Phase, PrefixReuse
+from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.scheduler import SchedulerState, StepPlan, num_admissible, schedule
+from potluck.engine.settings import EngineLimits
+from potluck.engine.step_times import StepTimeModel
+from transport.messages.ring import Fork, Op, Open, Release, Sampling, SequenceId
 
 _LIMITS = EngineLimits(context_tokens=5000, kv_capacity_tokens=9000, vocab_size=10**6)
 
@@ -24,7 +24,7 @@ def _pace(
     lost_s: float = 0.001,
     token_s: float = 0.001,
     attention: float = 0.0,
-) -> RingPace:
+) -> StepTimeModel:
     """Stages that are alike. Decode: step_s + row_s a sequence; a chunk: lost_s + token_s · (1 + attention · before) a
     token."""
     times = StageTimes(
@@ -35,63 +35,63 @@ def _pace(
             for before in (0, 4096)
         ),
     )
-    return RingPace(num_stages, [times] * num_stages, hops_s)
+    return StepTimeModel(num_stages, [times] * num_stages, hops_s)
 
 
 def _sequence(number: int, prompt_tokens: int = 5, *, phase: Phase = Phase.PREFILL) -> TokenSequence:
     prompt = tuple(range(1000 * number, 1000 * number + prompt_tokens))
     sequence = TokenSequence(SequenceId(number), prompt, Sampling(), max_tokens=10)
-    sequence.due_s = 1e9
+    sequence.deadline_s = 1e9
     if phase is not Phase.WAITING:
-        sequence.to(Phase.PREFILL)
+        sequence.move_to(Phase.PREFILL)
     if phase is Phase.DECODE:
-        sequence.sent(sequence.prefill_entry(prompt_tokens), 0)
+        sequence.step_sent(sequence.prefill_entry(prompt_tokens), 0)
         _comes_back(sequence)
     return sequence
 
 
 def _comes_back(*sequences: TokenSequence) -> None:
     for sequence in sequences:
-        sequence.returned()
+        sequence.step_returned()
         sequence.commit(1)
 
 
 class _Ring:
     """Calls the scheduler as the engine does, and knows what is in flight."""
 
-    def __init__(self, pace: RingPace, *sequences: TokenSequence, limits: EngineLimits = _LIMITS) -> None:
+    def __init__(self, pace: StepTimeModel, *sequences: TokenSequence, limits: EngineLimits = _LIMITS) -> None:
         self.pace = pace
         self.limits = limits
         self.sequences = list(sequences)
-        self.credit = PromptCredit()
+        self.credit = PrefillBudget()
         self.now_s = 0.0
         self.steps: list[StepPlan] = []
         self._number = 100
 
     def next(self, ops: Sequence[Op] = ()) -> StepPlan | None:
-        prompts = [each for each in self.sequences if each.phase is Phase.PREFILL and each.num_left]
+        prompts = [each for each in self.sequences if each.phase is Phase.PREFILL and each.num_uncomputed]
         decoding = [each for each in self.sequences if each.phase is Phase.DECODE]
         if not decoding:
-            self.credit.rest()
-        state = RingState(
+            self.credit.reset()
+        state = SchedulerState(
             decoding=decoding,
             prompts=prompts,
             ops=ops,
             steps_in_flight=len(self.steps),
             prompt_steps_in_flight=sum(step.has_prompt for step in self.steps),
-            credit=self.credit,
+            prefill_budget=self.credit,
             now_s=self.now_s,
         )
         plan = schedule(state, self.pace, self.limits)
         if plan is not None:
             self._number += 1
             for entry in plan.entries:
-                self.of(entry.sequence).sent(entry, self._number)
+                self.of(entry.sequence).step_sent(entry, self._number)
             self.steps.append(plan)
-            if plan.earned_s:
-                self.credit.earn(plan.earned_s, is_wanted=bool(prompts))
+            if plan.refill_s:
+                self.credit.refill(plan.refill_s, is_wanted=bool(prompts))
             if plan.share is not None:
-                self.credit.spend(plan.share)
+                self.credit.consume(plan.share)
         return plan
 
     def send_all(self) -> list[StepPlan]:
@@ -104,7 +104,7 @@ class _Ring:
         plan = self.steps.pop(0)
         for entry in plan.entries:
             sequence = self.of(entry.sequence)
-            sequence.returned()
+            sequence.step_returned()
             if entry.num_logits:
                 sequence.commit(1)
         return plan
@@ -143,15 +143,15 @@ def test_larger_steps_are_not_waited_for_where_they_bring_nothing() -> None:
 
 def test_groups_follow_the_times_that_stages_report() -> None:
     pace = _pace(2)
-    assert pace.grouping(8, 64).groups == 2
+    assert pace.micro_batches(8, 64).count == 2
     for _ in range(40):
-        pace.note([(1, 9)] * 4, (0.010, 0.010), 0.080)  # the hops are long: 60 ms
-    assert pace.grouping(8, 64).groups == 8
+        pace.record([(1, 9)] * 4, (0.010, 0.010), 0.080)  # the hops are long: 60 ms
+    assert pace.micro_batches(8, 64).count == 8
     for _ in range(200):
-        pace.note([(1, 9)], (0.010, 0.080), 0.150)  # and the second stage is eight times slower than it was
-        pace.note([(1, 9)] * 2, (0.010, 0.080), None)
-        pace.note([(1, 9)] * 4, (0.010, 0.080), None)
-    assert pace.grouping(8, 64).groups == 1
+        pace.record([(1, 9)], (0.010, 0.080), 0.150)  # and the second stage is eight times slower than it was
+        pace.record([(1, 9)] * 2, (0.010, 0.080), None)
+        pace.record([(1, 9)] * 4, (0.010, 0.080), None)
+    assert pace.micro_batches(8, 64).count == 1
 
 
 def test_a_full_ring_takes_nothing() -> None:
@@ -169,7 +169,7 @@ def test_parts_of_a_group_wait_for_each_other() -> None:
     ring = _Ring(_pace(2), *active)
     for step, part in enumerate((active[:2], active[2:3], active[3:]), start=1):
         for sequence in part:
-            sequence.sent(sequence.decode_entry(), step)
+            sequence.step_sent(sequence.decode_entry(), step)
     _comes_back(active[2])
     assert ring.next() is None
     _comes_back(active[3])
@@ -223,7 +223,7 @@ def test_one_stage_takes_large_chunks_but_none_that_lasts_too_long() -> None:
     assert _ring_first(_pace(1, token_s=0.1), 5000).num_tokens == 32  # a slow device still gets on
 
 
-def _ring_first(pace: RingPace, prompt_tokens: int) -> StepPlan:
+def _ring_first(pace: StepTimeModel, prompt_tokens: int) -> StepPlan:
     plan = _Ring(pace, _sequence(1, prompt_tokens)).next()
     assert plan is not None
     return plan
@@ -248,7 +248,7 @@ def test_prompts_that_begin_alike_wait_for_each_other_and_one_that_failed_goes_a
 
 def test_one_that_takes_over_kv_opens_with_it_and_computes_the_rest() -> None:
     sequence = _sequence(7, 100)
-    sequence.reuse = Reuse(SequenceId(3), 90, moves=True)
+    sequence.reuse = PrefixReuse(SequenceId(3), 90, moves=True)
     plan = _Ring(_pace(2), sequence).next()
     assert plan is not None
     assert plan.ops == (
@@ -259,7 +259,7 @@ def test_one_that_takes_over_kv_opens_with_it_and_computes_the_rest() -> None:
     assert (sequence.num_cached, sequence.num_sent) == (90, 100)
 
 
-def _time_of_others(pace: RingPace, *, prompt_tokens: int, gaps: int, is_late: bool = False) -> list[float]:
+def _time_of_others(pace: StepTimeModel, *, prompt_tokens: int, gaps: int, is_late: bool = False) -> list[float]:
     """Gaps of a chat, two of them in a ring of two stages, while a long prompt is worked on: a ring played through."""
     chats = _decoding(2)
     for chat in chats:
@@ -294,7 +294,7 @@ def _time_of_others(pace: RingPace, *, prompt_tokens: int, gaps: int, is_late: b
 def test_others_slow_down_by_half_at_most_where_small_chunks_are_efficient() -> None:
     """20 ms a token of a chat: chunks between its steps, none of which takes more than 10 ms."""
     pace = _pace(2, token_s=0.0005, lost_s=0.0005)
-    unloaded_s = pace.grouping(2, 64).period_s
+    unloaded_s = pace.micro_batches(2, 64).period_s
     gaps = _time_of_others(pace, prompt_tokens=4000, gaps=200)
     assert max(gaps) <= SLOWDOWN * unloaded_s * 1.01
     assert sum(gaps) / len(gaps) > 1.3 * unloaded_s  # and the prompt gets on
@@ -303,7 +303,7 @@ def test_others_slow_down_by_half_at_most_where_small_chunks_are_efficient() -> 
 def test_others_pause_rarely_where_small_chunks_are_not() -> None:
     """A chunk of one token takes 20 ms, as one of 40 does: they come in slices, a pause once in many tokens."""
     pace = _pace(2, step_s=0.003, token_s=0.0005, lost_s=0.02)
-    unloaded_s = pace.grouping(2, 64).period_s
+    unloaded_s = pace.micro_batches(2, 64).period_s
     gaps = _time_of_others(pace, prompt_tokens=4000, gaps=400)
     assert sorted(gaps)[int(0.95 * len(gaps))] <= SLOWDOWN * unloaded_s
     assert max(gaps) < 0.3
@@ -313,7 +313,7 @@ def test_others_pause_rarely_where_small_chunks_are_not() -> None:
 def test_a_prompt_that_is_late_may_slow_others_more() -> None:
     pace = _pace(2, token_s=0.0005, lost_s=0.0005)
     gaps = _time_of_others(pace, prompt_tokens=4000, gaps=200, is_late=True)
-    unloaded_s = pace.grouping(2, 64).period_s
+    unloaded_s = pace.micro_batches(2, 64).period_s
     # The first chunk finds the second stage busy with nothing that it could hide behind.
     assert SLOWDOWN * unloaded_s * 1.1 < max(gaps[1:]) <= LATE_SLOWDOWN * unloaded_s * 1.01
 
@@ -322,7 +322,7 @@ def test_a_short_prompt_does_not_wait_for_its_share() -> None:
     prompt = _sequence(9, 60)
     sent = _Ring(_pace(2), *_decoding(2), prompt).send_all()
     assert [plan.has_prompt for plan in sent[:3]] == [False, False, True]
-    assert prompt.num_left == 0
+    assert prompt.num_uncomputed == 0
 
 
 def test_with_one_stage_a_chunk_joins_the_decodes() -> None:

@@ -20,18 +20,18 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from potluck.engine.book import _FIRST_RESTARTED_ID
-from potluck.engine.limits import EngineLimits
 from potluck.engine.loop import Engine
+from potluck.engine.request_manager import _FIRST_RESTARTED_ID
+from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Prompt
-from shard.local_stage import LocalStage
 from shard.stage import HiddenOutput, ShardBackend, StageInput, TokenOutput
+from shard.worker.local_stage import LocalStage
 from tests.shard.ring import Runner, load_stages
 from tests.shard.tiny import NUM_LAYERS, VOCAB_SIZE, memory_checkpoint, tiny_model
 from transport.errors import PotluckError
-from transport.link import Received
-from transport.messages import DataMessage, Failed, Fence, Sampled, Sampling, Tokens
-from transport.requests import Aborted, Delta, EngineEvent, EngineReady, Finished, RequestFailed, Submit
+from transport.links.link import Received
+from transport.messages.requests import Aborted, Delta, EngineEvent, EngineReady, Finished, RequestFailed, Submit
+from transport.messages.ring import DataMessage, Failed, Fence, Sampled, Sampling, Tokens
 
 _FENCE = Fence("ring", 1, "plan")
 _NEAR_TIE = 1e-3
@@ -143,7 +143,7 @@ class _Run:
                 return Received(message=self._step(self._pending.popleft()))
             case "step" if not self._actions and self._is_ready and not self._is_cleared:
                 self._is_cleared = True
-                self._engine.clear_prefixes()
+                self._engine.clear_prefix_cache()
             case "step" if not self._actions:
                 self._engine.stop()
         return None
@@ -254,7 +254,7 @@ def _num_compared(got: _Answer, alone: _Answer) -> int:
 
 @pytest.mark.parametrize(
     ("family", "runners"),
-    [("llama", ("lean", "mlx")), ("llama", ("library", "lean")), ("gemma3_text", ("mlx", "lean"))],
+    [("llama", ("fused", "mlx")), ("llama", ("library", "fused")), ("gemma3_text", ("mlx", "fused"))],
 )
 @settings(max_examples=40, deadline=None)
 @given(st.builds(list.__add__, _BURSTS, st.lists(_ACTIONS, max_size=40)), st.integers(0, 1000))

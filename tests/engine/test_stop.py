@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck.engine.stop import StopFilter
+from potluck.engine.detokenizer import StopFilter
 
 _TEXT = st.text(alphabet="abc", max_size=30)
 _STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4)

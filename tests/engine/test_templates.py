@@ -17,8 +17,8 @@ import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from potluck.engine.template_sandbox import ChatTemplate, TooLarge
-from potluck.engine.templates import TemplateRenderer
+from potluck.engine.chat_template import TemplateRenderer
+from potluck.engine.template_process import ChatTemplate, TooLarge
 from transport.errors import BadCheckpoint, BadRequest, Busy, PotluckError
 
 _CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": 'Hi "you" <b>'}]
@@ -166,7 +166,7 @@ def test_a_bomb_in_its_constants_does_no_harm(template: str) -> None:
 
 
 def test_what_a_chat_may_take_grows_with_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.engine.templates._SHORT_WITHIN_S", 0.2)
+    monkeypatch.setattr("potluck.engine.chat_template._SHORT_WITHIN_S", 0.2)
     renderer = TemplateRenderer("{% if messages %}" + _BOMBS["a loop"] + "{% endif %}", within_s=60.0)
     for length, within in ((10, "0.2"), (2**19, "0.5")):
         with pytest.raises(BadRequest, match=f"computed for more than {within} s"):
@@ -242,7 +242,7 @@ def test_a_slow_chat_does_not_hold_up_another() -> None:
 
 
 def test_many_slow_chats_hold_up_no_quick_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.engine.templates._SHORT_WITHIN_S", 600.0)
+    monkeypatch.setattr("potluck.engine.chat_template._SHORT_WITHIN_S", 600.0)
     template = "{% if messages[0].content == 'slow' %}" + _BOMBS["a loop"] + "{% endif %}{{ messages[0].content }}"
     renderer = TemplateRenderer(template, within_s=600.0)
     refusals: list[PotluckError] = []
@@ -284,7 +284,7 @@ def test_several_threads_take_turns(renderer: TemplateRenderer) -> None:
 
 def test_its_process_is_gone_with_its_parent_even_in_the_middle_of_a_bomb() -> None:
     code = (
-        "from potluck.engine.templates import TemplateRenderer\n"
+        "from potluck.engine.chat_template import TemplateRenderer\n"
         "loop = '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}'\n"
         "renderer = TemplateRenderer(loop, within_s=4.0)\n"
         "print('ready', renderer.literals, flush=True)\n"

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from potluck.engine import tokenizer as tokenizer_module
 from potluck.engine.detokenizer import Detokenizer
-from potluck.engine.tokenizer import LongPrompt, Tokenizer
+from potluck.engine.tokenizer import PromptTooLong, Tokenizer
 from transport.errors import BadCheckpoint, BadRequest
 
 _MARKS = ["<|end|>", "<|turn|>"]
@@ -158,7 +158,7 @@ def test_a_text_that_is_many_times_too_long_is_not_tokenized_to_its_end(tmp_path
     tokenizer = Tokenizer(_save(tmp_path / "model", _byte_level(), template=template))
     for unit in ("the quick ", "a", " ", "😀", "<|end|>"):
         chat = [{"role": "user", "content": unit * (2**20 // len(unit))}]
-        with pytest.raises(LongPrompt) as caught:
+        with pytest.raises(PromptTooLong) as caught:
             tokenizer.encode_chat(chat, most_tokens=1000)
         # Of hundreds of thousands.
         assert 2000 < caught.value.num_tokens < 2000 + 4 * 2**15

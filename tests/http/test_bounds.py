@@ -14,11 +14,11 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from potluck.http.app import create_app
-from potluck.http.bounded import Bounded
+from potluck.api.limits import ConcurrencyLimit
+from potluck.api.server import create_app
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, Server, eventually
-from transport.requests import Accepted, EngineEvent, Submit
+from transport.messages.requests import Accepted, EngineEvent, Submit
 
 
 def _body(content: str, **fields: object) -> dict[str, object]:
@@ -27,7 +27,7 @@ def _body(content: str, **fields: object) -> dict[str, object]:
 
 def test_answers_beyond_the_bound_are_asked_to_come_again() -> None:
     engine = ScriptedEngine()
-    app = Bounded(create_app(engine, model=MODEL), limit=2)
+    app = ConcurrencyLimit(create_app(engine, model=MODEL), limit=2)
 
     async def main() -> None:
         transport = httpx.ASGITransport(app)
@@ -53,7 +53,7 @@ def test_answers_beyond_the_bound_are_asked_to_come_again() -> None:
 
 
 def test_bodies_that_are_still_coming_take_no_place() -> None:
-    server = Server(Bounded(create_app(ScriptedEngine(), model=MODEL), limit=1))
+    server = Server(ConcurrencyLimit(create_app(ScriptedEngine(), model=MODEL), limit=1))
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     try:
         with contextlib.ExitStack() as stack:
@@ -79,7 +79,7 @@ def test_an_answer_that_fails_leaves_its_place() -> None:
         sent.append(message)
 
     async def main() -> None:
-        app = Bounded(broken, limit=1)
+        app = ConcurrencyLimit(broken, limit=1)
         scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
         for _ in range(2):
             with pytest.raises(RuntimeError):
@@ -116,8 +116,8 @@ def test_a_bug_shows_nothing_of_a_prompt(caplog: pytest.LogCaptureFixture, strea
 def test_a_client_that_stops_reading_slows_nobody_and_is_dropped(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.1)
-    monkeypatch.setattr("potluck.http.event_stream._SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("potluck.api.streaming._KEEPALIVE_S", 0.1)
+    monkeypatch.setattr("potluck.api.streaming._SEND_TIMEOUT_S", 0.5)
     with _lazy_client(server, "forever"):
         eventually(lambda: server.engine.num_running == 1)
         for number in range(5):
@@ -129,8 +129,8 @@ def test_a_client_that_stops_reading_slows_nobody_and_is_dropped(
 
 
 def test_a_client_that_reads_slowly_gets_it_all(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.1)
-    monkeypatch.setattr("potluck.http.event_stream._SEND_TIMEOUT_S", 20.0)
+    monkeypatch.setattr("potluck.api.streaming._KEEPALIVE_S", 0.1)
+    monkeypatch.setattr("potluck.api.streaming._SEND_TIMEOUT_S", 20.0)
     words = " ".join(["w" * 500] * 3000)
     received = bytearray()
     with _lazy_client(server, words) as connection:

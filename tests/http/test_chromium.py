@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from potluck.http.app import create_app
+from potluck.api.server import create_app
 from tests.http.chromium import Browser, Page, chromium, needs_chromium
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, Server

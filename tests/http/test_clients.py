@@ -120,7 +120,7 @@ def test_errors_arrive_as_the_clients_own(server: Server) -> None:
 
 
 def test_a_silent_stream_is_kept_alive(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.http.event_stream._KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("potluck.api.streaming._KEEPALIVE_S", 0.05)
     server.engine.delay_s = 30.0
     with _raw_post(server, "forever", stream=True) as connection:
         received = b""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from potluck.http import connections
-from potluck.http.connections import Connection
+from potluck.api import limits
+from potluck.api.limits import LimitedConnection
 from tests.http.raw import parse
 from tests.http.server import MODEL, Server, eventually
 
@@ -44,7 +44,7 @@ def _is_closed(one: socket.socket) -> bool:
 
 @pytest.mark.parametrize("begin", [b"", b"G", _HALF])
 def test_half_open_connections_stop_nobody(server: Server, monkeypatch: pytest.MonkeyPatch, begin: bytes) -> None:
-    monkeypatch.setattr(Connection, "max_connections", 50)
+    monkeypatch.setattr(LimitedConnection, "max_connections", 50)
     with _open(server, 200, begin) as opened:
         for _ in range(5):
             assert _is_served(server)
@@ -53,7 +53,7 @@ def test_half_open_connections_stop_nobody(server: Server, monkeypatch: pytest.M
 
 
 def test_a_head_that_trickles_in_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_WITHIN_S", 0.5)
+    monkeypatch.setattr(limits, "HEADERS_TIMEOUT_S", 0.5)
     with _open(server, 1, _HALF) as (slow,):
         slow.settimeout(0.05)
         deadline = time.monotonic() + 60.0
@@ -70,7 +70,7 @@ def test_a_head_that_trickles_in_is_given_up(server: Server, monkeypatch: pytest
 
 
 def test_a_body_for_nobody_does_not_hold_a_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_WITHIN_S", 0.5)
+    monkeypatch.setattr(limits, "HEADERS_TIMEOUT_S", 0.5)
     head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with _open(server, 1, head + b"Content-Length: 1000000\r\n\r\n") as (one,):
         assert b"404" in one.recv(4096)
@@ -89,7 +89,7 @@ def test_a_body_for_nobody_does_not_hold_a_connection(server: Server, monkeypatc
 
 
 def test_answers_under_way_are_not_cut_for_others(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connection, "max_connections", 3)
+    monkeypatch.setattr(LimitedConnection, "max_connections", 3)
     server.engine.delay_s = 0.01
     body = b'{"model": "tiny", "messages": [{"role": "user", "content": "forever"}], "stream": true}'
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -108,18 +108,18 @@ def test_answers_under_way_are_not_cut_for_others(server: Server, monkeypatch: p
 
 
 def test_those_whose_bodies_do_not_come_make_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connection, "max_connections", 3)
+    monkeypatch.setattr(LimitedConnection, "max_connections", 3)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with _open(server, 3, head + b"Content-Length: 1000\r\n\r\n{") as opened:
         assert _is_served(server)
         assert _is_closed(opened[0])
-    monkeypatch.setattr(connections, "BODY_WITHIN_S", 0.2)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.2)
     with _open(server, 1, head + b"Content-Length: 1000\r\n\r\n{") as (slow,):
         assert _is_closed(slow)
 
 
 def test_a_connection_is_kept_between_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_WITHIN_S", 0.5)
+    monkeypatch.setattr(limits, "HEADERS_TIMEOUT_S", 0.5)
     server.engine.delay_s = 0.2
     with httpx.Client(base_url=server.base_url, trust_env=False, timeout=60.0) as client:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "a b c"}]}

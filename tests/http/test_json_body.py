@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from potluck.http.chat_request import ChatRequest, decode_chat_request
-from potluck.http.errors import ApiError
-from potluck.http.json_body import MAX_BODY_BYTES, MAX_CONTAINERS, MAX_DEPTH, Bodies, decode_object
+from potluck.api.errors import ApiError
+from potluck.api.json_body import MAX_BODY_BYTES, MAX_CONTAINERS, MAX_DEPTH, BodyReader, decode_object
+from potluck.api.openai.chat_request import ChatRequest, decode_chat_request
 
 _GOOD = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 _NAMES = st.sampled_from([*ChatRequest.__struct_fields__, "tools", "user", "x", ""])
@@ -145,7 +145,7 @@ def test_no_body_takes_many_times_its_size(unit: bytes) -> None:
 
 
 def test_long_bodies_that_come_in_wait_for_room_and_small_ones_do_not() -> None:
-    bodies = Bodies(limit_bytes=200_000)
+    bodies = BodyReader(limit_bytes=200_000)
 
     async def main() -> None:
         go = asyncio.Event()

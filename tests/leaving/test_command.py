@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from devices.known_pools import KnownPool, save_known_pool
-from potluck.cli import main
-from potluck.head_file import HeadFacts, HeadFile
-from potluck.service.systemd import Systemd
+from devices.pairing.known_pools import KnownPool, save_known_pool
+from potluck.cli.app import main
+from potluck.cli.service.systemd import Systemd
+from potluck.host.local_head import HeadFile, LocalHead
 from potluck.store import Store
 from tests.service.scripted import Scripted
 from tests.shard.tiny_gguf import write_gguf
@@ -46,7 +46,7 @@ class User:
         # Never the developer's own.
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
         for command in ("service", "uninstall"):
-            monkeypatch.setattr(f"potluck.commands.{command}.keeper", lambda: Systemd(Scripted()))
+            monkeypatch.setattr(f"potluck.cli.{command}.command.service_manager", lambda: Systemd(Scripted()))
         monkeypatch.chdir(folder)
 
     def run(self, *arguments: str) -> Ended:
@@ -108,7 +108,7 @@ def test_it_says_what_there_is_asks_and_removes_it(user: User) -> None:
 
 
 def test_it_refuses_while_a_head_runs(user: User) -> None:
-    facts = HeadFacts(pid=os.getpid(), url="http://127.0.0.1:1", model="tiny", control="c", host="here")
+    facts = LocalHead(pid=os.getpid(), url="http://127.0.0.1:1", model="tiny", control="c", host="here")
     with HeadFile() as file:
         file.publish(facts)
         refused = user.run("uninstall", "--yes")
@@ -139,7 +139,7 @@ def test_versions(user: User) -> None:
 
 def test_what_a_terminal_can_not_say_is_no_crash() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "potluck.cli", "show", "日本"],
+        [sys.executable, "-P", "-m", "potluck", "show", "日本"],
         env=os.environ | {"PYTHONIOENCODING": "latin-1", "POTLUCK_HOME": "/nowhere"},
         capture_output=True,
         encoding="latin-1",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from devices.device import Backend, Device
-from planner.demand import CPU_RESERVE_BYTES
-from planner.profile import ModelProfile, PartBytes
-from transport.messages import DTYPE_BYTES, WeightsForm
+from devices.hardware.device import Backend, Device
+from planner.memory import CPU_RESERVE_BYTES, ModelProfile, WeightSizes
+from transport.messages.ring import DTYPE_BYTES, WeightsForm
 
 MIB = 2**20
 GIB = 2**30
@@ -47,7 +46,7 @@ def quantizable(num_layers: int = 8) -> ModelProfile:
     return model(num_layers, sizes=sizes)
 
 
-def dense_sizes(layers: tuple[int, ...], embed: int, norm: int, head: int) -> tuple[PartBytes, ...]:
+def dense_sizes(layers: tuple[int, ...], embed: int, norm: int, head: int) -> tuple[WeightSizes, ...]:
     """From counts of parameters, for every form, backend and dtype."""
     return tuple(
         part_bytes(weights, backend, dtype, width, (layers, embed, norm, head))
@@ -59,11 +58,11 @@ def dense_sizes(layers: tuple[int, ...], embed: int, norm: int, head: int) -> tu
 
 def part_bytes(
     weights: WeightsForm, backend: Backend, dtype: Any, width: float, counts: tuple[tuple[int, ...], int, int, int]
-) -> PartBytes:
+) -> WeightSizes:
     """Parts of so many parameters of `width` bytes each: layers, embedding, norm, head."""
     layers, *ends = counts
     embed, norm, head = (int(count * width) for count in ends)
-    return PartBytes(
+    return WeightSizes(
         weights=weights,
         backend=backend,
         dtype=dtype,

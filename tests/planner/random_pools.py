@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from devices.device import Device
-from planner.demand import CPU_RESERVE_BYTES
-from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
-from planner.profile import ModelProfile
-from planner.workload import Workload
+from devices.hardware.device import Device
+from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.memory import CPU_RESERVE_BYTES, ModelProfile
+from planner.options import Workload
 from tests.planner.pool import MIB, model
 
 

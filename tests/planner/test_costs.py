@@ -6,12 +6,10 @@ import random
 
 import pytest
 
-from planner.cost import CostModel
-from planner.evaluate import Placed, predict, trip_s, ttft_s
-from planner.interpolate import seconds_at
-from planner.measured import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
-from planner.stage_times import stage_times
-from planner.workload import Workload
+from planner.cost import CostModel, PlacedStage, predict, seconds_at, trip_s, ttft_s
+from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.options import Workload
+from planner.plan import stage_times
 from tests.planner.pool import device, model
 from tests.planner.random_pools import random_pool, random_profile
 
@@ -38,7 +36,7 @@ def ring(*devices: DeviceTimes, **work: int) -> CostModel:
     return CostModel(model(), PoolTimes(head="here", devices=devices, links=tuple(links)), Workload(**work))
 
 
-HALVES = (Placed(0, 0, 4), Placed(1, 4, 8))
+HALVES = (PlacedStage(0, 0, 4), PlacedStage(1, 4, 8))
 
 
 def test_a_token_is_stages_and_hops() -> None:
@@ -55,7 +53,7 @@ def test_equal_chunks_are_pipelined() -> None:
     hidden_s = 256 * 64 * 2 / 1e6
     # Two stages, so two chunks under way: the second stage is the one that never waits.
     assert ttft_s(costs, HALVES) == pytest.approx(first + 4 * second + 0.002 + 3 * 0.003 + hidden_s, rel=0.1)
-    assert ttft_s(costs, (Placed(0, 0, 8),)) == pytest.approx(4 * (8 * 0.1 + 0.0015 + 0.006) + 0.002)
+    assert ttft_s(costs, (PlacedStage(0, 0, 8),)) == pytest.approx(4 * (8 * 0.1 + 0.0015 + 0.006) + 0.002)
 
 
 def test_groups_fill_the_ring() -> None:
@@ -72,7 +70,7 @@ def test_devices_of_a_bus_slow_each_other_only_when_both_work() -> None:
     both = ring(times("a", 0.01, 2.0, **ram), times("b", 0.02, 2.0, **ram), concurrency=2)
     assert predict(both, HALVES).token_s == pytest.approx(predict(alone, HALVES).token_s)
     assert predict(both, HALVES).tokens_per_s_many == pytest.approx(2 / (2 * 2 * (4 * 0.02 + 0.0025)))
-    assert predict(both, (Placed(0, 0, 8),)).tokens_per_s_many == pytest.approx(2 / (0.08 + 0.0035 + 0.006))
+    assert predict(both, (PlacedStage(0, 0, 8),)).tokens_per_s_many == pytest.approx(2 / (0.08 + 0.0035 + 0.006))
 
 
 def test_between_and_beyond_points() -> None:
@@ -107,7 +105,7 @@ def test_stage_times_are_those_of_busy_stages() -> None:
     assert len(first.prefill) == 7 * 4
     # A chunk in the middle of a prompt wants no logits.
     assert {round(seconds, 9) for _, _, seconds in last.prefill} == {round(2 * (4 * 0.2 + 0.0005), 9)}
-    (alone,) = stage_times(costs, (Placed(0, 0, 8),))
+    (alone,) = stage_times(costs, (PlacedStage(0, 0, 8),))
     assert dict(alone.decode)[1] == pytest.approx(8 * 0.01 + 0.001 + 0.002 + 0.0005)
 
 
@@ -116,7 +114,7 @@ def test_stage_times_follow_what_was_measured() -> None:
     profile = random_profile(rng, 6)
     pool = random_pool(rng, profile, 2)
     costs = CostModel(profile, pool, Workload(context_tokens=2048))
-    (found,) = stage_times(costs, (Placed(0, 0, profile.num_layers),))
+    (found,) = stage_times(costs, (PlacedStage(0, 0, profile.num_layers),))
     assert dict(found.decode)[8] == costs.decode(0, 8).span_s(0, profile.num_layers)
     chunk = costs.chunk(0, 64, 1024, is_last=False).span_s(0, profile.num_layers)
     assert (64, 1024, chunk) in found.prefill

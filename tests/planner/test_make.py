@@ -7,19 +7,15 @@ from typing import get_args
 
 import pytest
 
-from planner.advice import advised
-from planner.asked import STRATEGIES, Strategy, parse_layers
-from planner.cost import CostModel
-from planner.estimate import estimated_link, estimated_pool
-from planner.evaluate import Objective
-from planner.limits import whole_pool
-from planner.make import make_plan
-from planner.measured import PoolTimes
-from planner.narrow import bound_s, narrowed
-from planner.profile import ModelProfile
-from planner.relaxed import TOO_MANY_STATES
-from planner.symmetry import classes_of
-from planner.workload import Workload
+from planner.cost import CostModel, Objective
+from planner.explain import with_advice
+from planner.heuristic import find_best_ring, latency_bound_s
+from planner.measurements import PoolTimes, estimated_link, estimated_pool
+from planner.memory import ModelProfile
+from planner.options import STRATEGIES, Strategy, Workload, parse_layers
+from planner.problem import device_classes, whole_pool
+from planner.relaxation import MAX_EXACT_STATES
+from planner.solve import make_plan
 from tests.planner.pool import device, model
 from transport.errors import ConfigError, DoesNotFit
 
@@ -136,7 +132,7 @@ def pool_of_four(times: PoolTimes) -> PoolTimes:
 
 def test_advice_names_memory_that_binds_the_best_single_device_and_one_more() -> None:
     devices = pool(device("a", gb_per_s=50, usable_mib=500), device("b", gb_per_s=10, host="there"))
-    found = advised(model(), devices, ONE, make_plan(model(), devices, ONE, "latency"))
+    found = with_advice(model(), devices, ONE, make_plan(model(), devices, ONE, "latency"))
     assert found.advice is not None and found.advice.best_single is not None and found.advice.one_more is not None
     assert "the memory of a" in found.advice.binding
     assert found.advice.best_single.what == "b"
@@ -149,7 +145,7 @@ def test_two_rings_where_hops_are_dear() -> None:
     slow = tuple(replace(link, hop_s=0.2) for link in devices.links if link.source != link.target)
     links = (*slow, *(estimated_link(host, host) for host in ("here", "there")))
     devices = replace(devices, links=links)
-    found = advised(model(), devices, work, make_plan(model(), devices, work, "throughput"))
+    found = with_advice(model(), devices, work, make_plan(model(), devices, work, "throughput"))
     assert found.advice is not None and found.advice.replicas is not None
     assert " beside " in found.advice.replicas.what
 
@@ -160,13 +156,13 @@ def test_more_than_twelve_unequal_devices_come_near_the_bound(objective: Objecti
     devices = [device(f"d{number}", gb_per_s=5 + 3 * number, usable_mib=350 + 10 * number) for number in range(15)]
     costs = CostModel(profile, pool(*devices, profile=profile), Workload(concurrency=2))
     limits = whole_pool(costs)
-    assert 2 ** len(classes_of(costs, limits)) > TOO_MANY_STATES
-    found = narrowed(costs, objective)
+    assert 2 ** len(device_classes(costs, limits)) > MAX_EXACT_STATES
+    found = find_best_ring(costs, objective)
     assert found is not None and not found.is_exact
     if objective == "latency":
-        assert bound_s(costs) <= found.objective_s < 1.5 * bound_s(costs)
+        assert latency_bound_s(costs) <= found.objective_s < 1.5 * latency_bound_s(costs)
         # The fastest hold all: then the twelve fastest are all that matters.
-        best = narrowed(costs, objective, devices=tuple(range(3, 15)))
+        best = find_best_ring(costs, objective, devices=tuple(range(3, 15)))
         assert best is not None and found.objective_s == pytest.approx(best.objective_s)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from planner.estimate import estimated_pool
+from planner.measurements import estimated_pool
 from planner.pool_file import pool_from_json, pool_to_json
 from tests.planner.pool import device, model
 from transport.errors import ConfigError

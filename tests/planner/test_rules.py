@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.device import Device
-from planner.demand import CPU_RESERVE_BYTES
-from planner.estimate import SAME_HOST, STEP_S, estimated_pool
+from devices.hardware.device import Device
 from planner.explain import stage_rows
-from planner.make import make_plan
+from planner.measurements import SAME_HOST, STEP_S, estimated_pool
+from planner.memory import CPU_RESERVE_BYTES, WINDOW_SLACK_TOKENS, ModelProfile, WeightSizes
+from planner.options import Workload
 from planner.plan import Plan
-from planner.profile import WINDOW_SLACK_TOKENS, ModelProfile, PartBytes
-from planner.workload import Workload
+from planner.solve import make_plan
 from tests.planner.pool import GIB, MIB, device, model, part_bytes, quantizable
 from transport.errors import ConfigError, DoesNotFit
 
@@ -82,7 +81,7 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
     quantized = draw(st.lists(st.booleans(), min_size=num_layers, max_size=num_layers))
     embed, head = draw(each), draw(each)
     sizes = tuple(
-        PartBytes(
+        WeightSizes(
             weights="stored",
             backend="torch",
             dtype=dtype,

@@ -7,10 +7,9 @@ import random
 
 import pytest
 
-from planner.branch import solve
-from planner.cost import CostModel
-from planner.evaluate import Assignment, Objective, Placed, objective_s
-from planner.limits import whole_pool
+from planner.cost import Assignment, CostModel, Objective, PlacedStage, objective_s
+from planner.exact import solve_exactly
+from planner.problem import whole_pool
 from tests.planner.random_pools import random_pool, random_profile, random_workload
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "auto")
@@ -23,7 +22,7 @@ def every_assignment(costs: CostModel) -> list[Assignment]:
         for cuts in itertools.combinations(costs.profile.legal_cuts, count - 1):
             spans = list(itertools.pairwise([0, *cuts, costs.profile.num_layers]))
             for order in itertools.permutations(devices, count):
-                found.append(tuple(Placed(d, *span) for d, span in zip(order, spans, strict=True)))
+                found.append(tuple(PlacedStage(d, *span) for d, span in zip(order, spans, strict=True)))
     return found
 
 
@@ -49,7 +48,7 @@ def test_as_good_as_the_best_of_all_with_five_devices(objective: Objective, seed
 
 def check(costs: CostModel, objective: Objective) -> None:
     best_s = min((objective_s(costs, each, objective) for each in every_assignment(costs)), default=float("inf"))
-    solution = solve(costs, objective, whole_pool(costs))
+    solution = solve_exactly(costs, objective, whole_pool(costs))
     if solution is None:
         assert best_s == float("inf")
         return

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from potluck.answers import TerminalAnswers
+from potluck.head.approvals import TerminalPrompts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no terminals that can be waited for")
 
 
 def test_lines_that_were_typed_after_the_question() -> None:
     user, ours = os.openpty()
-    answers = TerminalAnswers(ours)
+    answers = TerminalPrompts(ours)
     os.write(user, b"yes\n")
     while answers.line(5.0) is None:
         pass
@@ -28,7 +28,7 @@ def test_lines_that_were_typed_after_the_question() -> None:
 def test_a_terminal_that_is_gone_has_nothing_more_to_say() -> None:
     user, ours = os.openpty()
     os.close(user)
-    answers = TerminalAnswers(ours)
+    answers = TerminalPrompts(ours)
     answers.discard()
     assert answers.line(5.0) == ""
     os.close(ours)

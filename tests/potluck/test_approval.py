@@ -8,12 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from devices.identity import fingerprint
-from devices.pairing import Candidate
-from potluck.answers import Answers, TerminalAnswers, own_terminal
-from potluck.approval import Approvals
-from transport.curve import new_key_pair
+from devices.pairing.identity import fingerprint
+from devices.pairing.pake import Candidate
+from potluck.head.approvals import Approvals, StdinPrompts, TerminalPrompts, terminal_prompts
 from transport.errors import BadRequest, DeadlineExceeded
+from transport.security.curve import new_key_pair
 
 
 def candidate(name: str = "kitchen-pc") -> Candidate:
@@ -42,13 +41,13 @@ class Typed:
 
 
 class Head:
-    def __init__(self, terminal: Answers | None = None, **options: object) -> None:
+    def __init__(self, terminal: StdinPrompts | None = None, **options: object) -> None:
         self.said: list[str] = []
         self.approvals = Approvals(self.said.append, terminal=lambda: terminal, **options)  # type: ignore[arg-type]
         self.pool = ThreadPoolExecutor(4)
 
     def ask(self, who: Candidate) -> Future[bool]:
-        waiting = self.pool.submit(self.approvals.ask, who)
+        waiting = self.pool.submit(self.approvals.wait_for_decision, who)
         until(lambda: waiting.done() or who in self.approvals.pending)
         return waiting
 
@@ -62,7 +61,7 @@ def until(is_so: Callable[[], object]) -> None:
 
 def test_yes_to_all_lets_in_whoever_knows_the_code() -> None:
     head = Head(allow_all=True)
-    assert head.approvals.ask(candidate())
+    assert head.approvals.wait_for_decision(candidate())
     assert "kitchen-pc" in head.said[0]
 
 
@@ -73,7 +72,7 @@ def test_another_command_answers_and_the_head_says_which_one(allow: bool) -> Non
     until(lambda: head.said)
     assert fingerprint(who.key) in head.said[0]
     assert "potluck approve kitchen-pc" in head.said[0]
-    assert head.approvals.answer("kitchen-pc", allow) == who
+    assert head.approvals.decide("kitchen-pc", allow) == who
     assert waiting.result(60.0) is allow
     assert head.approvals.pending == ()
 
@@ -115,14 +114,14 @@ def test_a_terminal_that_ends_leaves_the_other_way() -> None:
     until(lambda: head.said)
     terminal.type("")
     until(lambda: any("potluck approve" in line for line in head.said))
-    head.approvals.answer("kitchen-pc", True)
+    head.approvals.decide("kitchen-pc", True)
     assert waiting.result(60.0) is True
 
 
 def test_nobody_waits_for_ever() -> None:
     head = Head(wait_s=0.2)
     with pytest.raises(DeadlineExceeded):
-        head.approvals.ask(candidate())
+        head.approvals.wait_for_decision(candidate())
     assert head.approvals.pending == ()
 
 
@@ -132,39 +131,39 @@ def test_who_goes_away_is_not_let_in() -> None:
     who.gone.set()
     assert waiting.result(60.0) is False
     with pytest.raises(BadRequest, match="waits"):
-        head.approvals.answer("kitchen-pc", True)
+        head.approvals.decide("kitchen-pc", True)
 
 
 def test_two_of_one_name_are_told_apart_by_their_fingerprints() -> None:
     head, one, other = Head(), candidate("mac"), candidate("mac")
     waiting = [head.ask(one), head.ask(other)]
     with pytest.raises(BadRequest, match="2 devices") as raised:
-        head.approvals.answer("mac", True)
+        head.approvals.decide("mac", True)
     assert fingerprint(other.key) in raised.value.hint
-    assert head.approvals.answer(fingerprint(other.key)[:9], True) == other
+    assert head.approvals.decide(fingerprint(other.key)[:9], True) == other
     assert waiting[1].result(60.0) is True
     assert not waiting[0].done()
-    head.approvals.answer("mac", False)
+    head.approvals.decide("mac", False)
     assert waiting[0].result(60.0) is False
 
 
 def test_an_answer_about_nobody_says_who_waits() -> None:
     head = Head()
     with pytest.raises(BadRequest) as raised:
-        head.approvals.answer("mac", True)
+        head.approvals.decide("mac", True)
     assert "potluck join" in raised.value.hint
     waiting = head.ask(candidate("pc"))
     with pytest.raises(BadRequest) as raised:
-        head.approvals.answer("mac", True)
+        head.approvals.decide("mac", True)
     assert "pc" in raised.value.hint
-    head.approvals.answer("pc", False)
+    head.approvals.decide("pc", False)
     assert not waiting.result(60.0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")
 def test_lines_typed_in_a_terminal_are_read_within_the_time_given() -> None:
     keyboard, screen = os.openpty()
-    answers = TerminalAnswers(screen)
+    answers = TerminalPrompts(screen)
     os.write(keyboard, b"typed before\n")
     time.sleep(0.05)
     answers.discard()
@@ -179,4 +178,4 @@ def test_lines_typed_in_a_terminal_are_read_within_the_time_given() -> None:
 
 
 def test_without_a_terminal_nobody_is_asked_there() -> None:
-    assert own_terminal() is None  # pytest has none
+    assert terminal_prompts() is None  # pytest has none

@@ -14,24 +14,32 @@ from typing import Any
 
 import pytest
 
-from potluck import borrowed_model
-from potluck.borrowed_model import BorrowedModel
-from potluck.borrowed_record import read_borrowed
-from potluck.paths import shared_dir
-from potluck.ring import RingStage
-from potluck.wanted_model import WantedModel
-from shard.piece_list_wire import list_digest
-from shard.shared_model import OfferedModel, offer_model
+from potluck.head.models import remote
+from potluck.head.models.remote import RemoteModel
+from potluck.head.models.search import ModelRequest
+from potluck.head.ring import RingStage
+from potluck.host.piece_cache import read_remote_record
+from potluck.system.paths import shared_dir
+from shard.pieces.metadata import SharedFolders, share_model
+from shard.pieces.piece_list import list_digest
 from tests.doctor.small_head import SmallHead
-from tests.potluck.guests import Answer, Guest
+from tests.potluck.guests import Answer, FakeHost
 from tests.shard.tiny import save_tiny
 from tests.transport.test_control import wait_until
-from transport.control_messages import ControlMessage
-from transport.curve import new_key_pair
 from transport.errors import DeadlineExceeded, ModelNotFound
-from transport.pieces import whole
+from transport.messages.control import ControlMessage
+from transport.messages.pool import (
+    HostFault,
+    HostModel,
+    HostModels,
+    ListHostModels,
+    ModelOffered,
+    OfferModel,
+    OfferProgress,
+)
+from transport.pieces import client
 from transport.pieces.piece_source import Located
-from transport.pool_messages import AskModels, AskOffer, HostFault, HostModel, HostModels, Offered, Preparing
+from transport.security.curve import new_key_pair
 
 HEAD, BETA, GAMMA = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 MISSING = ModelNotFound("there is no model 'tiny'; none is here yet", hint="potluck pull smollm2")
@@ -47,36 +55,36 @@ class Pool:
         stack.callback(self.head.close)
         run_dir = home / "run"
         run_dir.mkdir()
-        wanted = WantedModel(text="tiny", name="tiny", source="", missing=MISSING)
-        self.model = BorrowedModel(
-            wanted, self.head.here, self.head.giver, self.head.pool, run_dir, say=self.said.append
+        wanted = ModelRequest(text="tiny", name="tiny", source="", missing=MISSING)
+        self.model = RemoteModel(
+            wanted, self.head.here, self.head.piece_server, self.head.pool, run_dir, say=self.said.append
         )
 
 
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
-    monkeypatch.setattr(borrowed_model, "ELSEWHERE_WITHIN_S", 2.0)
-    monkeypatch.setattr(borrowed_model, "_SILENT_AFTER_S", 3.0)
-    monkeypatch.setattr(borrowed_model, "_STANDS_STILL_S", 2.0)
-    monkeypatch.setitem(whole.fetch_bytes.__kwdefaults__, "patience_s", 3.0)
+    monkeypatch.setattr(remote, "FALLBACK_AFTER_S", 2.0)
+    monkeypatch.setattr(remote, "_SILENT_AFTER_S", 3.0)
+    monkeypatch.setattr(remote, "_STALLED_AFTER_S", 2.0)
+    monkeypatch.setitem(client.fetch_small.__kwdefaults__, "patience_s", 3.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
         yield Pool(tmp_path / "head", stack)
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> OfferedModel:
+def tiny(tmp_path: Path) -> SharedFolders:
     folder = save_tiny("llama", 0, tmp_path / "model")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    return offer_model(folder, "tiny", tmp_path / "lent")
+    return share_model(folder, "tiny", tmp_path / "lent")
 
 
-def has(model: OfferedModel) -> Answer:
+def has(model: SharedFolders) -> Answer:
     def answer(question: Any) -> list[ControlMessage]:
-        if isinstance(question, AskModels):
+        if isinstance(question, ListHostModels):
             return [HostModels(question.token, (HostModel("other", "", 5), HostModel("tiny", "", 1000)))]
-        return [Preparing(question.token, 1, 2), Offered(question.token, model.digest, 1000)]
+        return [OfferProgress(question.token, 1, 2), ModelOffered(question.token, model.digest, 1000)]
 
     return answer
 
@@ -91,16 +99,16 @@ def written(home: Path) -> set[str]:
     return {path.name for path in home.iterdir()}
 
 
-def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: OfferedModel, tmp_path: Path) -> None:
-    beta = Guest(pool.head, pool.stack, "beta", BETA, lacks)
-    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
-    gamma.giver.offer(tiny)
+def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: SharedFolders, tmp_path: Path) -> None:
+    beta = FakeHost(pool.head, pool.stack, "beta", BETA, lacks)
+    gamma = FakeHost(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
+    gamma.piece_server.share_model(tiny)
     assert pool.model.find()
-    model = pool.model.ready(pool.said.append, for_others=False)
+    model = pool.model.prepare(pool.said.append, for_others=False)
     assert (model.name, model.spec.num_layers, model.path) == ("tiny", 4, shared_dir() / tiny.digest)
     assert (model.path / "tokenizer.json").read_text() == '{"version": "1.0"}'
     worker: Any = None
-    shared = pool.model.for_worker(worker)
+    shared = pool.model.share_for_worker(worker)
     assert shared is not None and shared.digest == tiny.digest
     assert [peer.name for peer in shared.peers] == ["beta", "alpha", "gamma"]
     assert not any("\x1b" in line for line in pool.said)
@@ -112,18 +120,18 @@ def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: OfferedModel, tmp
     assert kept and not kept & tensors
     assert written(tmp_path / "head") == {"identity", "run", "roster.json", "roster.lock", "pieces", "shared"}
 
-    record = read_borrowed("tiny")
+    record = read_remote_record("tiny")
     assert record is not None and (record.digest, record.lender, record.key) == (
         tiny.digest,
         "gamma",
         gamma.keys.public,
     )
-    assert beta.asked and not any(isinstance(question, AskOffer) for question in beta.asked)
+    assert beta.requests and not any(isinstance(question, OfferModel) for question in beta.requests)
 
 
-def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: OfferedModel) -> None:
-    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
-    gamma.giver.offer(tiny)
+def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: SharedFolders) -> None:
+    gamma = FakeHost(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
+    gamma.piece_server.share_model(tiny)
     assert pool.model.find()
 
     def stage(index: int, first: int, last: int, key: str) -> RingStage:
@@ -132,7 +140,7 @@ def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: Offere
 
     other = new_key_pair().public
     stages = [stage(0, 0, 2, ""), stage(1, 2, 3, gamma.keys.public), stage(2, 3, 4, other)]
-    shared = pool.model.for_stages(stages)
+    shared = pool.model.share_for_stages(stages)
     assert set(shared) == {0, 1, 2}
     assert all(each.digest == tiny.digest for each in shared.values())
     assert shared[1].hints == ()  # It has the file.
@@ -142,29 +150,29 @@ def test_stages_on_every_host_get_it_each_what_it_lacks(pool: Pool, tiny: Offere
 
 
 def test_what_is_known_does_while_the_host_is_away_and_what_it_has_now_counts(
-    pool: Pool, tiny: OfferedModel, tmp_path: Path
+    pool: Pool, tiny: SharedFolders, tmp_path: Path
 ) -> None:
-    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
-    gamma.giver.offer(tiny)
+    gamma = FakeHost(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
+    gamma.piece_server.share_model(tiny)
     assert pool.model.find()
     gamma.close()
-    wait_until(lambda: not pool.head.pool.hosts.all())
+    wait_until(lambda: not pool.head.pool.hosts.connected())
     assert pool.model.find()
     assert any("Going on with what is here of tiny, which came from gamma" in line for line in pool.said)
-    assert not pool.model.has_lender
-    assert pool.model.ready(pool.said.append, for_others=False).path.name == tiny.digest
+    assert not pool.model.has_peer
+    assert pool.model.prepare(pool.said.append, for_others=False).path.name == tiny.digest
 
     pool.head.roster.revoke("gamma")
-    changed = offer_model(save_tiny("llama", 1, tmp_path / "changed"), "tiny", tmp_path / "lent")
-    again = Guest(pool.head, pool.stack, "delta", GAMMA, has(changed))
-    again.giver.offer(changed)
-    assert pool.model.ready(pool.said.append, for_others=False).path.name == changed.digest
-    assert pool.model.has_lender
+    changed = share_model(save_tiny("llama", 1, tmp_path / "changed"), "tiny", tmp_path / "lent")
+    again = FakeHost(pool.head, pool.stack, "delta", GAMMA, has(changed))
+    again.piece_server.share_model(changed)
+    assert pool.model.prepare(pool.said.append, for_others=False).path.name == changed.digest
+    assert pool.model.has_peer
 
 
 def test_nobody_has_it(pool: Pool) -> None:
-    Guest(pool.head, pool.stack, "beta", BETA, lacks)
-    Guest(
+    FakeHost(pool.head, pool.stack, "beta", BETA, lacks)
+    FakeHost(
         pool.head,
         pool.stack,
         "gamma",
@@ -178,7 +186,7 @@ def test_nobody_has_it(pool: Pool) -> None:
 
 
 def test_who_is_away_is_named_until_the_time_is_over(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(borrowed_model, "WAIT_S", 1.0)
+    monkeypatch.setattr(remote, "MAX_WAIT_S", 1.0)
     pool.head.roster.add(new_key_pair().public, "attic", "macOS")
     with pytest.raises(DeadlineExceeded, match="attic"):
         pool.model.find()
@@ -195,11 +203,11 @@ class Given:
     def locate(self, digest: str) -> Located | None:
         return Located(self._path, 0, self._path.stat().st_size) if digest == self._digest else None
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         return b"\xff"
 
 
-def hostile_list(model: OfferedModel) -> bytes:
+def hostile_list(model: SharedFolders) -> bytes:
     data = json.loads(model.list_file.read_bytes())
     data["files"][0]["name"] = "../../escaped.json"
     return json.dumps(data).encode()
@@ -219,14 +227,14 @@ def hostile_list(model: OfferedModel) -> bytes:
         "it stands still",
     ],
 )
-def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tmp_path: Path, lie: str) -> None:
+def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: SharedFolders, tmp_path: Path, lie: str) -> None:
     digest = {"no digest": "../../../etc", "no such list": "ab" * 32}.get(lie, tiny.digest)
     if lie == "hostile list":
         digest = list_digest(hostile_list(tiny))
     (tmp_path / "list").write_bytes(hostile_list(tiny))
 
     def answer(question: Any) -> list[ControlMessage]:
-        if isinstance(question, AskModels):
+        if isinstance(question, ListHostModels):
             return has(tiny)(question)
         match lie:
             case "silence":
@@ -241,19 +249,19 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
                 return [HostModels(question.token, ())]
             case "fault":
                 return [HostFault(question.token, "no_space", "the disk is full")]
-        return [Offered(question.token, digest, 1 << 62)]
+        return [ModelOffered(question.token, digest, 1 << 62)]
 
     def stand_still(token: int) -> None:
         for _ in range(400):
-            beta.control.send(Preparing(token, 5, 9))
+            beta.control.send(OfferProgress(token, 5, 9))
             time.sleep(0.05)
 
-    beta = Guest(pool.head, pool.stack, "beta", BETA, answer)
-    beta.giver._server.sources = (Given(digest, tmp_path / "list"),)
-    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
-    gamma.giver.offer(tiny)
+    beta = FakeHost(pool.head, pool.stack, "beta", BETA, answer)
+    beta.piece_server._server.sources = (Given(digest, tmp_path / "list"),)
+    gamma = FakeHost(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
+    gamma.piece_server.share_model(tiny)
     assert pool.model.find()
-    assert pool.model.ready(lambda line: None, for_others=False).path.name == tiny.digest
+    assert pool.model.prepare(lambda line: None, for_others=False).path.name == tiny.digest
     assert not list(tmp_path.rglob("escaped.json"))
     assert {path.name for path in (tmp_path / "head").iterdir()} <= {
         "identity", "run", "roster.json", "roster.lock", "pieces", "shared"
@@ -262,20 +270,20 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: OfferedModel, tm
         assert any("beta could not give tiny" in line for line in pool.said), pool.said
 
 
-def test_only_who_was_asked_answers(pool: Pool, tiny: OfferedModel) -> None:
+def test_only_who_was_asked_answers(pool: Pool, tiny: SharedFolders) -> None:
     """Tokens are easy to guess: another host's answer is not taken for it."""
-    gamma = Guest(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
-    gamma.giver.offer(tiny)
+    gamma = FakeHost(pool.head, pool.stack, "gamma", GAMMA, has(tiny))
+    gamma.piece_server.share_model(tiny)
     lie = hashlib.sha256(b"lie").hexdigest()
-    beta = Guest(pool.head, pool.stack, "beta", BETA, lacks)
+    beta = FakeHost(pool.head, pool.stack, "beta", BETA, lacks)
 
     def slow(question: Any) -> list[ControlMessage]:
-        if isinstance(question, AskOffer):
+        if isinstance(question, OfferModel):
             for token in range(20):
-                beta.control.send(Offered(token, lie, 5))
+                beta.control.send(ModelOffered(token, lie, 5))
             wait_until(lambda: beta.control._outbox == type(beta.control._outbox)())
         return has(tiny)(question)
 
     gamma.answer = slow
     assert pool.model.find()
-    assert pool.model.ready(lambda line: None, for_others=False).path.name == tiny.digest
+    assert pool.model.prepare(lambda line: None, for_others=False).path.name == tiny.digest

@@ -15,16 +15,16 @@ from msgspec.structs import replace
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from devices.identity import fingerprint
-from devices.known_pools import KnownPool, load_known_pools, save_known_pool
-from devices.roster import RosterFile
-from potluck import api_key
-from potluck.cli import app_for
-from potluck.devices_view import DeviceRow, device_table
-from potluck.head_file import HeadFacts, HeadFile
-from potluck.paths import known_pools_file, roster_file
-from transport.curve import new_key_pair
+from devices.pairing.identity import fingerprint
+from devices.pairing.known_pools import KnownPool, load_known_pools, save_known_pool
+from devices.pairing.roster import RosterFile
+from potluck.api import api_key
+from potluck.cli.app import app_for
+from potluck.cli.devices import DeviceRow, device_table
+from potluck.host.local_head import HeadFile, LocalHead
+from potluck.system.paths import known_pools_file, roster_file
 from transport.errors import BadRequest, ConfigError, NotRunning, PotluckError
+from transport.security.curve import new_key_pair
 
 MAC, PC = new_key_pair().public, new_key_pair().public
 
@@ -90,7 +90,7 @@ class Answering:
         self._file = HeadFile()
         self._file.__enter__()
         url = f"http://127.0.0.1:{self._server.server_port}"
-        self._file.publish(HeadFacts(pid=1, url=url, model="tiny", control="ipc://x", host="den"))
+        self._file.publish(LocalHead(pid=1, url=url, model="tiny", control="ipc://x", host="den"))
 
     def close(self) -> None:
         self._file.__exit__(None, None, None)
@@ -204,7 +204,7 @@ def test_revoking_says_what_it_does_and_asks(roster: RosterFile, monkeypatch: py
     error = error_of("revoke", "mac")
     assert "--yes" in error.hint
     assert roster.admits(MAC)
-    monkeypatch.setattr("potluck.commands.devices._is_terminal", lambda: True)
+    monkeypatch.setattr("potluck.cli.devices._is_terminal", lambda: True)
     asked = run("revoke", "mac", input="n\n")
     assert asked.exit_code == 1
     assert "downloaded" in asked.output

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from potluck import session
-from potluck.config import Settings
-from potluck.head_display import head_progress
-from potluck.progress import HeadProgress
+from potluck.cli import session
+from potluck.cli.progress_bars import head_progress
+from potluck.head.progress import HeadProgress
 from potluck.store.progress import PullProgress
+from potluck.system.settings import Settings
 
 
 def worker(name: str, *, read_bytes: int = 0, is_loaded: bool = False) -> Any:
@@ -39,15 +39,15 @@ def new_text(console: Console) -> str:
 
 def test_bars_come_and_go_also_when_the_ring_is_loaded_anew(console: Console) -> None:
     with head_progress(console) as progress:
-        progress.doing("attic", "the link to [red]study")
-        progress.doing("study/cpu", "decode of 1")
+        progress.measuring("attic", "the link to [red]study")
+        progress.measuring("study/cpu", "decode of 1")
         progress.say("Loading tiny")
         assert "measuring study/cpu: decode of 1" in new_text(console)
-        progress.tick([worker("study/cpu", read_bytes=30 * 2**20)])
-        progress.tick([worker("study/cpu", is_loaded=True)])
+        progress.loading([worker("study/cpu", read_bytes=30 * 2**20)])
+        progress.loading([worker("study/cpu", is_loaded=True)])
         assert "study/cpu receives" in new_text(console)
     for _ in range(2):  # Long after it was up.
-        progress.tick([worker("kitchen/cpu", read_bytes=30 * 2**20), worker("cpu", is_loaded=True)])
+        progress.loading([worker("kitchen/cpu", read_bytes=30 * 2**20), worker("cpu", is_loaded=True)])
         progress.say("[bold red]The ring is down[/bold red]")
         shown = new_text(console)
         assert "kitchen/cpu receives" in shown
@@ -65,8 +65,8 @@ def test_a_pull_shows_how_far_it_is_and_says_what_it_says(console: Console) -> N
 def test_a_pipe_gets_lines_alone() -> None:
     out = io.StringIO()
     with head_progress(Console(file=out, width=80)) as progress:
-        progress.doing("cpu", "decode of 1")
-        progress.tick([worker("cpu")])
+        progress.measuring("cpu", "decode of 1")
+        progress.loading([worker("cpu")])
         progress.say("Warming up")
     assert out.getvalue() == "Warming up\n"
 
@@ -82,10 +82,10 @@ def test_a_terminal_has_its_cursor_back_after_an_interrupt_while_the_ring_is_loa
             return self
 
         def __exit__(self, *_: object) -> None:
-            self.progress.doing("cpu", "decode of 8")  # Until its threads have heard of it.
+            self.progress.measuring("cpu", "decode of 8")  # Until its threads have heard of it.
 
     monkeypatch.setattr(session, "Head", Head)
-    monkeypatch.setattr(session, "wanted_of", lambda settings, console: None)
+    monkeypatch.setattr(session, "requested_model", lambda settings, console: None)
     monkeypatch.setattr(session, "_log_to_file", lambda: None)
     with session.running_head_of(Settings(), console) as head:
         head.progress.doing("cpu", "decode of 1")  # type: ignore[attr-defined]

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from potluck import head_routes
-from potluck.api_key import SECRET_HEADER
-from potluck.http.app import create_app
-from potluck.pool_offers import FileHolder, FileHolders, ModelElsewhere, ModelsElsewhere
+from potluck.api.api_key import SECRET_HEADER
+from potluck.api.server import create_app
+from potluck.head import routes
+from potluck.head.models.search import FileHolder, FileHolders, RemoteModelEntry, RemoteModelList
 from tests.http.scripted import ScriptedEngine
 from tests.http.server import MODEL, Server
 from transport.errors import BadRequest
@@ -36,19 +36,19 @@ class _Head:
         self.done.append("invite")
         return "potluck://192.0.2.1:11501?made-up", "ABCD-EFGH"
 
-    def answer(self, name: str, allow: bool) -> str:
+    def decide_candidate(self, name: str, allow: bool) -> str:
         if name != "mac":
             raise BadRequest(f"no device called {name} waits to be let in")
         self.done.append((name, allow))
         return name
 
-    def files(self, sha256: str) -> FileHolders:
+    def find_file(self, sha256: str) -> FileHolders:
         self.done.append(sha256)
         return FileHolders(holders=[FileHolder(name="mac", endpoint="tcp://192.0.2.2:5", key="k", num_bytes=7)])
 
-    def models(self) -> ModelsElsewhere:
+    def list_models(self) -> RemoteModelList:
         self.done.append("models")
-        return ModelsElsewhere(models=[ModelElsewhere(host="mac", name="m", source="", bytes=7)])
+        return RemoteModelList(models=[RemoteModelEntry(host="mac", name="m", source="", bytes=7)])
 
 
 class _AnyKey:
@@ -64,7 +64,7 @@ def head() -> _Head:
 @pytest.fixture(params=["without a key", "with a key"])
 def server(request: pytest.FixtureRequest, head: _Head) -> Iterator[Server]:
     app = create_app(ScriptedEngine(), model=MODEL)
-    app.router.routes.extend(head_routes.head_routes(head, SECRET))
+    app.router.routes.extend(routes.head_routes(head, SECRET))
     opened = Server(app, key=_AnyKey() if request.param == "with a key" else None)
     yield opened
     opened.close()
@@ -130,7 +130,7 @@ def test_an_answer_that_says_nothing_is_told(server: Server, head: _Head, body: 
 def test_a_body_that_does_not_come_ends(
     server: Server, head: _Head, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(head_routes, "_BODY_WITHIN_S", 0.2)
+    monkeypatch.setattr(routes, "_BODY_TIMEOUT_S", 0.2)
     begin = (
         f"POST /potluck/approve HTTP/1.1\r\nHost: localhost\r\n{SECRET_HEADER}: {SECRET}\r\n"
         'Content-Type: application/json\r\nContent-Length: 40\r\n\r\n{"name"'

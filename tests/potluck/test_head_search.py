@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from devices.discovery import FoundPool
-from devices.identity import load_keys
-from devices.known_pools import KnownPool, load_known_pools, save_known_pool
-from potluck import head_search
-from potluck.config import Settings
-from potluck.head_search import find_again, pool_to_join
-from potluck.paths import identity_dir, known_pools_file
+from devices.discovery.mdns import AdvertisedPool
+from devices.pairing.identity import load_keys
+from devices.pairing.known_pools import KnownPool, load_known_pools, save_known_pool
+from potluck.host import find_head
+from potluck.host.find_head import locate_head, pool_to_join
+from potluck.system.paths import identity_dir, known_pools_file
+from potluck.system.settings import Settings
 from tests.devices.test_front_door import HEAD, House
 from transport.errors import ConfigError, NotAllowed, NotRunning, VersionMismatch
 
@@ -56,7 +56,7 @@ def test_who_claims_to_be_the_head_does_not_hide_it(house: House, pool: KnownPoo
     """A host that once met a liar, while the head was away, would else ask it first for ever."""
     impostor = Impostor(house, tmp_path / "impostor.json")
     try:
-        found = find_again(replace(pool, doors=(impostor.door, *pool.doors)), SETTINGS)
+        found = locate_head(replace(pool, doors=(impostor.door, *pool.doors)), SETTINGS)
     finally:
         impostor.close()
     assert found.head.control == f"tcp://127.0.0.1:{house.facts.control_port}"
@@ -67,7 +67,7 @@ def test_a_liar_alone_is_waited_out(house: House, pool: KnownPool, tmp_path: Pat
     impostor = Impostor(house, tmp_path / "impostor.json")
     try:
         with pytest.raises(NotRunning, match="is not found") as raised:
-            find_again(replace(pool, doors=(impostor.door,)), SETTINGS)
+            locate_head(replace(pool, doors=(impostor.door,)), SETTINGS)
     finally:
         impostor.close()
     assert "does not prove that it is den" in raised.value.hint
@@ -76,7 +76,7 @@ def test_a_liar_alone_is_waited_out(house: House, pool: KnownPool, tmp_path: Pat
 def test_a_host_that_was_revoked_is_told_so(house: House, pool: KnownPool) -> None:
     house.roster.revoke("mac")
     with pytest.raises(NotAllowed, match="den has revoked this host") as raised:
-        find_again(pool, SETTINGS)
+        locate_head(pool, SETTINGS)
     assert "potluck join CODE" in raised.value.hint
 
 
@@ -84,18 +84,18 @@ def test_a_head_that_has_lost_its_roster_says_that_it_does_not_know_this_host(ho
     house.roster.path.unlink()
     time.sleep(0.15)  # It looks at its roster so often.
     with pytest.raises(NotAllowed, match="does not know this host any more"):
-        find_again(pool, SETTINGS)
+        locate_head(pool, SETTINGS)
 
 
 def test_another_version_of_the_head_is_an_end(house: House, pool: KnownPool) -> None:
     house.facts = replace(house.facts, protocol=house.facts.protocol + 1)
     with pytest.raises(VersionMismatch, match="den"):
-        find_again(pool, SETTINGS)
+        locate_head(pool, SETTINGS)
 
 
 def test_what_the_head_is_called_now_is_remembered(house: House, pool: KnownPool) -> None:
     house.facts = replace(house.facts, name="study")
-    assert find_again(pool, SETTINGS).pool.name == "study"
+    assert locate_head(pool, SETTINGS).pool.name == "study"
     assert [known.name for known in load_known_pools(known_pools_file())] == ["study"]
 
 
@@ -109,9 +109,9 @@ def silent() -> Iterator[int]:
 def test_many_pools_that_somebody_made_up_do_not_keep_a_user_waiting(
     house: House, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_up = [FoundPool(addresses=("127.0.0.1",), port=silent, fingerprint=f"{n:04x}-0-0-0") for n in range(64)]
-    real = FoundPool(addresses=("127.0.0.1",), port=house.door.port, fingerprint="0")
-    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [real, *made_up])
+    made_up = [AdvertisedPool(addresses=("127.0.0.1",), port=silent, fingerprint=f"{n:04x}-0-0-0") for n in range(64)]
+    real = AdvertisedPool(addresses=("127.0.0.1",), port=house.door.port, fingerprint="0")
+    monkeypatch.setattr(find_head, "_browse", lambda fingerprint: [real, *made_up])
     started = time.monotonic()
     with pytest.raises(ConfigError, match="65 pools were found") as raised:
         pool_to_join(None, "7K3M-9XQ2", Settings(), say=lambda line: None)
@@ -123,8 +123,8 @@ def test_a_head_in_two_networks_is_joined_in_the_one_that_this_host_is_in(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nobody is at the first one: a loopback address where nothing listens.
-    found = FoundPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint="0")
-    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [found])
+    found = AdvertisedPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint="0")
+    monkeypatch.setattr(find_head, "_browse", lambda fingerprint: [found])
     code = str(house.door.new_code())
     pool = pool_to_join(None, code, Settings(), say=lambda line: None)
     assert pool.doors == (f"127.0.0.1:{house.door.port}",)
@@ -134,15 +134,15 @@ def test_places_that_somebody_made_up_do_not_keep_the_head_from_being_found(
     house: House, pool: KnownPool, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes as long as one that does not answer."""
-    made_up = [FoundPool(addresses=("127.0.0.1",), port=silent, fingerprint=pool.fingerprint) for _ in range(15)]
-    real = FoundPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint=pool.fingerprint)
-    monkeypatch.setattr(head_search, "_seen", lambda fingerprint: [*made_up, real])
+    made_up = [AdvertisedPool(addresses=("127.0.0.1",), port=silent, fingerprint=pool.fingerprint) for _ in range(15)]
+    real = AdvertisedPool(addresses=("127.0.0.9", "127.0.0.1"), port=house.door.port, fingerprint=pool.fingerprint)
+    monkeypatch.setattr(find_head, "_browse", lambda fingerprint: [*made_up, real])
     started = time.monotonic()
-    found = find_again(replace(pool, doors=("127.0.0.9:1",)), Settings())
+    found = locate_head(replace(pool, doors=("127.0.0.9:1",)), Settings())
     assert time.monotonic() - started < 30.0
     assert found.pool.doors[0] == pool.doors[0]
 
 
 def test_a_name_that_nobody_knows_now_does_not_keep_the_head_from_being_found(house: House, pool: KnownPool) -> None:
-    found = find_again(replace(pool, doors=("no-such-host.invalid:11501", *pool.doors)), SETTINGS)
+    found = locate_head(replace(pool, doors=("no-such-host.invalid:11501", *pool.doors)), SETTINGS)
     assert found.address == "127.0.0.1"

@@ -8,11 +8,11 @@ from typing import IO
 
 from rich.console import Console
 
-from devices.credentials import Offered, parse_code, parse_invite
-from potluck.invitation import show_first_invitation, show_invitation
-from transport.curve import new_key_pair
+from devices.pairing.credentials import PairingCodes, parse_code, parse_invite
+from potluck.cli.invitation import show_first_invitation, show_invitation
+from transport.security.curve import new_key_pair
 
-OFFERED = Offered()
+OFFERED = PairingCodes()
 INVITE = OFFERED.new_invite("192.168.178.20", 11501, key=new_key_pair().public, pool="ab" * 16, now=0.0)
 CODE = OFFERED.new_code(now=0.0)
 

@@ -7,33 +7,32 @@ from typing import Any
 
 import pytest
 
-from potluck.device_probes import _step_s
-from potluck.link_probes import WorkerEnd
-from potluck.pool import PoolWorker
+from potluck.head.pool import PoolWorker
+from potluck.head.profiling.probes import WorkerProbeEnd, _step_s
 from tests.transport.test_control import REGISTER
 from tests.transport.test_link_probe import SHAPE
-from transport.control import Peer
+from transport.control import ControlPeer
 from transport.errors import BadMessage, StageFailed
-from transport.measure_messages import LinkListening, SteadyTime
+from transport.messages.measure import LinkListening, UnderLoadTime
 
 
 class Answering:
     """A pool whose worker gives that answer to every question."""
 
     def __init__(self, answer: Any) -> None:
-        self.questions = self
+        self.rpc = self
         self._answer = answer
 
-    def ask(self, questions: Any, **_: Any) -> list[Any]:
-        return [self._answer for _ in questions]
+    def call_all(self, requests: Any, **_: Any) -> list[Any]:
+        return [self._answer for _ in requests]
 
     def key_of(self, worker: PoolWorker) -> str:
         return ""
 
 
-def end_at(endpoint: str) -> WorkerEnd:
-    worker = PoolWorker(peer=Peer(identity=b"", introduction=REGISTER), is_remote=True)
-    return WorkerEnd(Answering(LinkListening(1, endpoint)), worker)  # type: ignore[arg-type]
+def end_at(endpoint: str) -> WorkerProbeEnd:
+    worker = PoolWorker(peer=ControlPeer(identity=b"", introduction=REGISTER), is_remote=True)
+    return WorkerProbeEnd(Answering(LinkListening(1, endpoint)), worker)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("endpoint", ["", "nowhere", "ipc:///tmp/control", "ws://192.168.1.7:80", "tcp://*:5"])
@@ -49,5 +48,5 @@ def test_a_place_of_a_host_is_one() -> None:
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0])
 def test_a_time_that_is_none_is_a_failure(seconds: float) -> None:
-    assert isinstance(_step_s(SteadyTime(1, seconds)), StageFailed)
-    assert _step_s(SteadyTime(1, 0.5)) == 0.5
+    assert isinstance(_step_s(UnderLoadTime(1, seconds)), StageFailed)
+    assert _step_s(UnderLoadTime(1, 0.5)) == 0.5

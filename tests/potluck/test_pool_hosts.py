@@ -11,18 +11,18 @@ import msgspec
 import pytest
 import zmq
 
-from devices.identity import load_keys
-from devices.interfaces import leads_to_lan
-from devices.roster import RosterFile
-from potluck import pool, pool_hosts
-from potluck.guest import _stopped
+from devices.hardware.interfaces import leads_to_lan
+from devices.pairing.identity import load_keys
+from devices.pairing.roster import RosterFile
+from potluck.head import hosts, pool
+from potluck.host.member import _stop_error
 from tests.doctor.small_head import SmallHead
 from tests.transport.test_control import ARRIVE, REGISTER, wait_until
 from transport.control import ControlClient
-from transport.control_messages import Stop
-from transport.curve import Curve, new_key_pair
 from transport.errors import NotAllowed, RingDown
-from transport.pool_messages import Members, Welcome
+from transport.messages.control import Stop
+from transport.messages.pool import MembersChanged, NodeAccepted
+from transport.security.curve import Curve, new_key_pair
 
 
 def test_hosts_learn_within_a_second_who_is_no_member_any_more(tmp_path: Path) -> None:
@@ -44,17 +44,17 @@ def test_hosts_learn_within_a_second_who_is_no_member_any_more(tmp_path: Path) -
             ARRIVE,
             on_message=heard.append,
             on_lost=lambda: heard.append("lost"),
-            prepare=curve.towards(head.key),
+            prepare=curve.client_auth(head.key),
         )
         stack.callback(client.close)
-        wait_until(lambda: any(isinstance(message, Welcome) for message in heard))
+        wait_until(lambda: any(isinstance(message, NodeAccepted) for message in heard))
         before = len(heard)
         RosterFile(head.roster.path).revoke("laptop")
         revoked = time.monotonic()
         wait_until(lambda: len(heard) > before)
         took_s = time.monotonic() - revoked
     told = heard[-1]
-    assert isinstance(told, Members)
+    assert isinstance(told, MembersChanged)
     assert guest.public in told.members and stolen.public not in told.members
     assert took_s < 1.0
 
@@ -74,8 +74,8 @@ def test_a_device_does_not_look_around_by_the_heads_eyes(
     address: str, comes_from: str, may: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind the head's VPN is 10.8.0.0/16; at home are 192.168.1.0/24 and 192.168.2.0/24."""
-    monkeypatch.setattr(pool_hosts, "leads_to_lan", lambda address: address.startswith("192.168."))
-    assert pool_hosts._may_be_its_own(address, comes_from) is may
+    monkeypatch.setattr(hosts, "leads_to_lan", lambda address: address.startswith("192.168."))
+    assert hosts._may_belong_to_peer(address, comes_from) is may
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_device_does_not_look_around_by_the_heads_eyes(
     ids=lambda lie: "-".join(lie),
 )
 def test_a_device_whose_numbers_are_none_is_no_part_of_any_plan(lie: dict[str, Any]) -> None:
-    assert pool._makes_sense(REGISTER)
-    assert not pool._makes_sense(msgspec.structs.replace(REGISTER, **lie))
+    assert pool._is_plausible(REGISTER)
+    assert not pool._is_plausible(msgspec.structs.replace(REGISTER, **lie))
 
 
 def test_loopback_is_no_lan() -> None:
@@ -120,16 +120,16 @@ def test_a_list_that_can_not_be_read_keeps_hosts_out_and_is_not_called_a_revocat
             ARRIVE,
             on_message=heard.append,
             on_lost=lambda: None,
-            prepare=Curve(context, guest).towards(head.key),
+            prepare=Curve(context, guest).client_auth(head.key),
         )
         stack.callback(client.close)
-        wait_until(lambda: any(isinstance(message, Welcome) for message in heard))
+        wait_until(lambda: any(isinstance(message, NodeAccepted) for message in heard))
         if is_revoked:
             RosterFile(head.roster.path).revoke("beta")
         else:
             head.roster.path.write_text("{")
         wait_until(lambda: any(isinstance(message, Stop) for message in heard))
-        wait_until(lambda: head.pool.hosts.all() == [])
+        wait_until(lambda: head.pool.hosts.connected() == [])
     [stop] = [message for message in heard if isinstance(message, Stop)]
-    assert isinstance(_stopped(stop.reason), NotAllowed if is_revoked else RingDown)
+    assert isinstance(_stop_error(stop.reason), NotAllowed if is_revoked else RingDown)
     assert ("revoked" in stop.reason) is is_revoked

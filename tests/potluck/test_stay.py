@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.stay import _reason
+from potluck.host.member import _reason_in_log_line
 from transport.errors import HostRevoked, RingDown, error_from_code
 
 
@@ -18,7 +18,7 @@ from transport.errors import HostRevoked, RingDown, error_from_code
     ],
 )
 def test_only_what_tells_why_is_a_reason(line: str, reason: str) -> None:
-    assert _reason(line) == reason
+    assert _reason_in_log_line(line) == reason
 
 
 def test_a_revoked_host_is_no_fault_of_who_asks() -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from devices.device import Device
-from potluck.device_probes import Doing
+from devices.hardware.device import Device
+from potluck.head.profiling.probes import OnMeasuring
 from potluck.store import StoredModel
 from potluck.store.manifest import StoredFile
-from shard.profile.report import GridReport, LayerReport, ProfileReport
-from shard.spec import ModelSpec
+from shard.formats.spec import ModelSpec
+from shard.worker.profile.report import GridReport, LayerReport, ProfileReport
 from transport.errors import PotluckError
-from transport.messages import WeightsForm
+from transport.messages.ring import WeightsForm
 
 
 def grid(seconds: float) -> GridReport:
@@ -25,9 +25,9 @@ def report(seconds: float = 0.001, num_layers: int = 4) -> ProfileReport:
         kinds=(0,) * num_layers,
         layers=(LayerReport(decode=grid(seconds), prefill=grid(10 * seconds)),),
         embed=grid(0.0),
-        head=grid(3 * seconds),
+        lm_head=grid(3 * seconds),
         step_s=seconds / 10,
-        steady_s=2 * seconds,
+        under_load_s=2 * seconds,
     )
 
 
@@ -68,7 +68,7 @@ class MadeUpProbes:
         return "a machine"
 
     def profile(
-        self, devices: Sequence[Device], path: Path, weights: WeightsForm, doing: Doing
+        self, devices: Sequence[Device], path: Path, weights: WeightsForm, doing: OnMeasuring
     ) -> list[ProfileReport | PotluckError]:
         self.asked.append([device.name for device in devices])
         self.asked_weights.append(weights)
@@ -78,7 +78,7 @@ class MadeUpProbes:
         }
         return found
 
-    def steady(self, devices: Sequence[Device], seconds: float) -> list[float | PotluckError]:
+    def measure_under_load(self, devices: Sequence[Device], seconds: float) -> list[float | PotluckError]:
         assert {device.name for device in devices} <= self.loaded
         if len(devices) > 1:
             self.measured_together.append([device.name for device in devices])

@@ -8,23 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.measured import DeviceTimes, Grid, LayerTimes
-from potluck.calibration import (
+from planner.measurements import DeviceTimes, Grid, LayerTimes
+from potluck.head.profiling.calibration import (
     PERSISTS_S,
     PERSISTS_STEPS,
     Deviation,
-    Learned,
+    LearnedFactor,
     Observed,
-    corrected,
     factor_at,
     learn,
-    observed,
-    watched,
+    observe,
+    scale_times,
+    update_deviation,
 )
-from shard.serve import StageClock
+from shard.worker.serve import StageCounters
 from tests.planner.pool import device
-from transport.control_messages import DecodeBucket, Stats
-from transport.messages import Entry, SequenceId
+from transport.messages.control import DecodeBucket, Stats
+from transport.messages.ring import Entry, SequenceId
 
 DAY_S = 86400.0
 
@@ -37,7 +37,7 @@ def entries(count: int, start: int) -> tuple[Entry, ...]:
     return tuple(Entry(SequenceId(i), start, (1,), 1) for i in range(count))
 
 
-def stats(clock: StageClock) -> Stats:
+def stats(clock: StageCounters) -> Stats:
     return Stats(token=1, rss_bytes=0, decode_buckets=clock.buckets())
 
 
@@ -52,35 +52,35 @@ def test_a_stage_that_is_slower_by_a_factor_is_seen_so(rounds: list[tuple[int, i
     def predict(rows: float, context: float) -> float:
         return 1e-3 + rows * (1e-4 + 1e-7 * context)
 
-    clock = StageClock()
+    clock = StageCounters()
     for _ in range(before):
         clock.add(entries(3, 5), 123.0)
     first = stats(clock)
     for rows, context in rounds:
         clock.add(entries(rows, context), slow * predict(rows, context))
         clock.add((Entry(SequenceId(1), 0, (1, 2, 3), 0),), 99.0)  # A prompt is not decode.
-    seen = observed(first, stats(clock), predict)
+    seen = observe(first, stats(clock), predict)
     assert seen is not None and seen.num_steps == len(rounds)
     # Rows and contexts of a bucket are averaged apart: their product is not exact.
     assert seen.ratio == pytest.approx(slow, rel=0.15)
 
 
 def test_too_few_steps_or_a_new_load_say_nothing() -> None:
-    clock = StageClock()
+    clock = StageCounters()
     clock.add(entries(1, 10), 0.1)
-    assert observed(None, stats(clock), lambda rows, context: 0.1) is None
+    assert observe(None, stats(clock), lambda rows, context: 0.1) is None
     for _ in range(20):
         clock.add(entries(1, 10), 0.1)
-    assert observed(stats(clock), stats(StageClock()), lambda rows, context: 0.1) is None
-    assert observed(None, stats(clock), lambda rows, context: 0.1) is not None
-    assert observed(stats(clock), stats(clock), lambda rows, context: 0.1) is None
-    fewer = StageClock()
+    assert observe(stats(clock), stats(StageCounters()), lambda rows, context: 0.1) is None
+    assert observe(None, stats(clock), lambda rows, context: 0.1) is not None
+    assert observe(stats(clock), stats(clock), lambda rows, context: 0.1) is None
+    fewer = StageCounters()
     fewer.add(entries(1, 10), 0.1)
-    assert observed(stats(clock), stats(fewer), lambda rows, context: 0.1) is None
+    assert observe(stats(clock), stats(fewer), lambda rows, context: 0.1) is None
 
 
 def test_buckets_are_powers_of_two() -> None:
-    clock = StageClock()
+    clock = StageCounters()
     for count in (1, 2, 3, 4, 5, 8, 9):
         clock.add(entries(count, 100), 0.5)
     assert [(one.largest_rows, one.steps, one.rows) for one in clock.buckets()] == [
@@ -96,7 +96,7 @@ def test_buckets_are_powers_of_two() -> None:
 def follow(ratios: list[float], every_s: float = 10.0, num_steps: int = 20) -> Deviation:
     deviation = Deviation()
     for index, ratio in enumerate(ratios):
-        deviation = watched(deviation, steps_at(ratio, num_steps), index * every_s)
+        deviation = update_deviation(deviation, steps_at(ratio, num_steps), index * every_s)
     return deviation
 
 
@@ -126,7 +126,7 @@ def test_too_slow_and_then_too_fast_begins_anew() -> None:
 
 def test_no_news_changes_nothing() -> None:
     deviation = follow([2.0] * 3)
-    assert watched(deviation, None, 1e9) == deviation
+    assert update_deviation(deviation, None, 1e9) == deviation
 
 
 @given(truth=st.floats(0.2, 5))
@@ -139,7 +139,7 @@ def test_learning_arrives_at_the_truth(truth: float) -> None:
 
 @given(factor=st.floats(0.1, 10), days=st.floats(0, 100))
 def test_what_was_learned_fades(factor: float, days: float) -> None:
-    learned = Learned(factor=factor, at_s=1000.0)
+    learned = LearnedFactor(factor=factor, at_s=1000.0)
     left = factor_at(learned, 1000.0 + days * DAY_S)
     assert min(1.0, factor) * 0.999 <= left <= max(1.0, factor) * 1.001
     assert factor_at(learned, 1000.0 + 30 * DAY_S) == pytest.approx(1.0, abs=1e-3)
@@ -148,7 +148,7 @@ def test_what_was_learned_fades(factor: float, days: float) -> None:
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
 def test_nonsense_from_a_file_is_not_learned_from(factor: float) -> None:
-    assert factor_at(Learned(factor=factor, at_s=0.0), 1.0) == 1.0
+    assert factor_at(LearnedFactor(factor=factor, at_s=0.0), 1.0) == 1.0
 
 
 def test_a_correction_scales_all_times() -> None:
@@ -164,10 +164,10 @@ def test_a_correction_scales_all_times() -> None:
         step_s=0.5,
         busy=1.5,
     )
-    slower = corrected(times, 2.0)
+    slower = scale_times(times, 2.0)
     assert slower.layers[0].decode.seconds == ((2.0,), (4.0,))
     assert slower.layers[0].prefill.seconds == ((6.0,), (12.0,))
     assert (slower.embed.seconds[0][0], slower.head.seconds[0][0], slower.step_s) == (0.2, 10.0, 1.0)
     assert (slower.busy, slower.device, slower.kinds) == (times.busy, times.device, times.kinds)
-    same: Any = corrected(times, 1.0)
+    same: Any = scale_times(times, 1.0)
     assert same is times

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from devices.device import Device
-from planner.estimate import estimated_pool
-from planner.profile import ModelProfile
-from potluck.config import Settings
-from potluck.plan_watch import PlanWatch
-from potluck.planning import plan_for, profile_of
+from devices.hardware.device import Device
+from planner.measurements import estimated_pool
+from planner.memory import ModelProfile
+from potluck.head.plan_watch import PlanWatch
+from potluck.head.planning import plan_for, profile_of
 from potluck.store import Store
+from potluck.system.settings import Settings
 from tests.conftest import models_home
-from transport.control_messages import DecodeBucket, Stats
+from transport.messages.control import DecodeBucket, Stats
 
 
 def device(name: str, bandwidth: float) -> Device:
@@ -47,20 +47,20 @@ def watch_of(slow: Sequence[float], smollm2_path: object) -> tuple[PlanWatch, Mo
             stats(look, 100 * (look + 1), 100 * (look + 1) * stage.decode_s * factor)
             for stage, factor in zip(plan.stages, slow, strict=True)
         ]
-        watch.look(found, 1000.0 + 5.0 * look)
+        watch.update(found, 1000.0 + 5.0 * look)
     return watch, profile_of(model)
 
 
 def test_a_plan_that_holds_is_left_alone(smollm2_path: object) -> None:
     watch, _ = watch_of([1.0, 1.1], smollm2_path)
     assert watch.better is None
-    assert not watch.off(2000.0)
+    assert not watch.deviating(2000.0)
 
 
 def test_a_device_that_slows_down_for_good_gets_less_to_do(smollm2_path: object) -> None:
     watch, _ = watch_of([1.0, 3.0], smollm2_path)
     slow = watch.plan.stages[1]
-    assert watch.off(2000.0).keys() == {slow.device}
+    assert watch.deviating(2000.0).keys() == {slow.device}
     assert watch.better is not None
     then = {stage.device: stage.num_layers for stage in watch.better.plan.stages}
     assert then[slow.device] < slow.num_layers
@@ -75,9 +75,9 @@ def test_layers_set_by_hand_are_the_users_to_change(smollm2_path: object) -> Non
     plan = plan_for(model, times, settings)
     watch = PlanWatch(model, replace(times), plan, settings)
     for look in range(60):
-        watch.look(
+        watch.update(
             [stats(look, 100 * (look + 1), 300 * (look + 1) * stage.decode_s) for stage in plan.stages],
             1000.0 + 5.0 * look,
         )
-    assert watch.off(2000.0)
+    assert watch.deviating(2000.0)
     assert watch.better is None

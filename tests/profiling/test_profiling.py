@@ -13,24 +13,23 @@ import pytest
 import zmq
 from msgspec import structs
 
-from devices.device import Device
-from devices.identity import load_keys
-from planner.measured import PoolTimes
-from potluck.calibration import Learned
-from potluck.lan import ThisHost
-from potluck.link_probes import pairs
-from potluck.node import Node
-from potluck.pool import Pool
-from potluck.profile_cache import ProfileCache
-from potluck.profile_devices import device_key
-from potluck.profiling import _Measuring, local_times_for, pool_times_for
-from shard.open import open_checkpoint
+from devices.hardware.device import Device
+from devices.pairing.identity import load_keys
+from planner.measurements import PoolTimes
+from potluck.head.pool import Pool
+from potluck.head.profiling.cache import ProfileCache
+from potluck.head.profiling.calibration import LearnedFactor
+from potluck.head.profiling.measure import _PoolMeasurement, device_key, local_times_for, pool_times_for
+from potluck.head.profiling.probes import host_pairs
+from potluck.host.local_host import ThisHost
+from potluck.host.node import Node
+from shard.pieces.open import open_checkpoint
 from tests.planner.pool import device
 from tests.shard.tiny import save_tiny
 from transport.errors import ConfigError, NeighbourGone, StageFailed
-from transport.key_file import read_keys, write_keys
-from transport.measure_messages import LinkProbed
-from transport.messages import WeightsForm
+from transport.messages.measure import LinkProbed
+from transport.messages.ring import WeightsForm
+from transport.security.curve import read_keys, write_keys
 
 from .made_up import MadeUpProbes, model, report
 
@@ -63,19 +62,19 @@ class MadeUpEnd:
 
 def measuring(
     tmp_path: Path, probes: MadeUpProbes, *, fresh: bool = False, weights: WeightsForm = "stored"
-) -> _Measuring:
-    return _Measuring(
+) -> _PoolMeasurement:
+    return _PoolMeasurement(
         model=model(tmp_path),
         cache=ProfileCache(tmp_path / "profiles"),
         probes=probes,
         say=lambda words: None,
-        doing=lambda device, what: None,
+        measuring=lambda device, what: None,
         fresh=fresh,
         weights=weights,
     )
 
 
-def run(one: _Measuring, devices: list[Device], *ends: Any) -> tuple[PoolTimes, dict[str, str]]:
+def run(one: _PoolMeasurement, devices: list[Device], *ends: Any) -> tuple[PoolTimes, dict[str, str]]:
     times, left_out = one.run(devices, MadeUpEnd("here"), ends, in_turn=False)
     return times, {gone.name: gone.reason for gone in left_out}
 
@@ -185,7 +184,7 @@ def test_what_was_learned_counts(tmp_path: Path) -> None:
     probes = MadeUpProbes({"cpu": [report()]})
     run(measuring(tmp_path, probes), [CPU])
     key = device_key(model(tmp_path), CPU, "a machine", "stored")
-    ProfileCache(tmp_path / "profiles").keep_learned(key, Learned(factor=2.0, at_s=time.time()))
+    ProfileCache(tmp_path / "profiles").save_learned(key, LearnedFactor(factor=2.0, at_s=time.time()))
     said: list[str] = []
     times, _ = run(replace(measuring(tmp_path, probes), say=said.append), [CPU])
     assert times.devices[0].head.seconds[0][0] == pytest.approx(0.006, rel=1e-3)
@@ -217,7 +216,7 @@ def test_a_host_that_can_not_be_reached_is_left_out(tmp_path: Path) -> None:
 
 def test_pairs_of_a_pool() -> None:
     ends = [MadeUpEnd("here"), MadeUpEnd("far"), MadeUpEnd("far"), MadeUpEnd("off")]
-    found = [(pair.leader.host, pair.follower.host, pair.where) for pair in pairs(MadeUpEnd("here"), ends)]
+    found = [(pair.leader.host, pair.follower.host, pair.where) for pair in host_pairs(MadeUpEnd("here"), ends)]
     assert found == [
         ("here", "here", "local"),
         ("far", "far", "local"),
@@ -245,7 +244,7 @@ def test_this_hosts_devices_without_a_pool(tiny: Any) -> None:
     broken = device("gpu", kind="cuda:63", memory_pool="here/gpu")
     doing: list[str] = []
     times, left_out = local_times_for(
-        tiny, [cpu("cpu"), broken], say=print, doing=lambda name, what: doing.append(f"{name}: {what}")
+        tiny, [cpu("cpu"), broken], say=print, measuring=lambda name, what: doing.append(f"{name}: {what}")
     )
     assert [one.device.name for one in times.devices] == ["cpu"]
     assert [gone.name for gone in left_out] == ["gpu"] and "cuda:63" in left_out[0].reason
@@ -298,7 +297,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pool, Path]
             control=control,
             logs=run_dir,
             run_dir=run_dir,
-            on_exit=one.report_exit,
+            on_exit=one.on_worker_exit,
             address=address,
             keys_file=keys_file,
             head_key=head_key,

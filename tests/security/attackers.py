@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from transport.curve import Curve, KeyPair
+from transport.security.curve import Curve, KeyPair
 
 CHOSEN = b"a name of its own"
 _MORE, _LONG, _COMMAND = 1, 2, 4
@@ -34,7 +34,7 @@ def dealer(endpoint: str, keys: KeyPair | None, server_key: str = "", **options:
     for option, value in options.items():
         sock.set(getattr(zmq, option), value)
     if keys is not None:
-        Curve(context, keys).towards(server_key)(sock)
+        Curve(context, keys).client_auth(server_key)(sock)
     sock.connect(endpoint)
     try:
         yield sock

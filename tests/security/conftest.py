@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.loopback_hosts import LoopbackHosts, loopback_hosts
+from bench.ring.hostile import LoopbackHosts, loopback_hosts
 from tests.security.capture import Capture, why_not
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from tests.security.targets import Target
-from transport.curve import Curve, KeyPair
+from transport.security.curve import Curve, KeyPair
 
 CUT_OFF = 7
 _WITHIN_MS = 60_000
@@ -26,7 +26,7 @@ def main() -> int:
     endpoint, server_key, public, secret, frame_bytes, num_frames = sys.argv[1:]
     context: Any = zmq.Context()
     sock = context.socket(zmq.DEALER)
-    Curve(context, KeyPair(public=public, secret=secret)).towards(server_key)(sock)
+    Curve(context, KeyPair(public=public, secret=secret)).client_auth(server_key)(sock)
     monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     sock.connect(endpoint)
     # libzmq sends what is whole: this one has an end, if nobody gets so far.

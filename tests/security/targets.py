@@ -17,16 +17,16 @@ import psutil
 import zmq
 
 from transport.codec import EdgeLimits, encode
-from transport.control import ControlClient, ControlServer, Peer
-from transport.control_messages import ControlMessage, Register
-from transport.curve import Curve, KeyPair, new_key_pair
-from transport.measure_messages import Doing
-from transport.messages import PROTOCOL_VERSION, Fence, Hello, Tokens
-from transport.pieces.messages import Ask
-from transport.pieces.messages import encode as encode_request
+from transport.control import ControlClient, ControlPeer, ControlServer
+from transport.links.zmq_link import ZmqReceiver, ZmqSender
+from transport.messages.control import ControlMessage, Register
+from transport.messages.measure import ProfileProgress
+from transport.messages.pieces import PieceRequest
+from transport.messages.pieces import encode as encode_request
+from transport.messages.ring import PROTOCOL_VERSION, Fence, Hello, Tokens
 from transport.pieces.piece_source import Located
 from transport.pieces.server import PieceServer
-from transport.zmq_link import ZmqReceiver, ZmqSender
+from transport.security.curve import Curve, KeyPair, new_key_pair
 
 WITHIN_S = 60.0
 HOSTILE = 666
@@ -99,7 +99,7 @@ class Socket:
         self.honest_context: Any = zmq.Context()
         self.curve = Curve(self.context, self.keys)
         self.guard = self.curve.guard(setting.admits or self.members.__contains__)
-        self.prepare = Curve(self.honest_context, self.honest_keys).towards(self.keys.public)
+        self.prepare = Curve(self.honest_context, self.honest_keys).client_auth(self.keys.public)
 
     def end(self) -> None:
         self.curve.close()
@@ -168,9 +168,9 @@ class Control(Socket):
     def __init__(self, setting: Setting | None = None) -> None:
         setting = setting or Setting()
         super().__init__(setting)
-        self.says = [[encode(REGISTER)], [encode(Doing(HOSTILE, "hostile"))]]
+        self.says = [[encode(REGISTER)], [encode(ProfileProgress(HOSTILE, "hostile"))]]
         self.heard: list[tuple[str, ControlMessage]] = []
-        self.peers: dict[str, Peer] = {}
+        self.peers: dict[str, ControlPeer] = {}
         self._next = 1000
         self.server = ControlServer(
             self.context, [("tcp://127.0.0.1:*", self.guard)], on_message=self._hear, on_lost=lambda peer: None
@@ -193,7 +193,7 @@ class Control(Socket):
         return len(self.heard)
 
     def say(self) -> Heard:
-        told = (self.honest_keys.public, Doing(self._next, "honest"))
+        told = (self.honest_keys.public, ProfileProgress(self._next, "honest"))
         self._next += 1
         self._client.send(told[1])
         return lambda: told in self.heard
@@ -203,7 +203,7 @@ class Control(Socket):
         self.server.close()
         self.end()
 
-    def _hear(self, peer: Peer, message: ControlMessage) -> None:
+    def _hear(self, peer: ControlPeer, message: ControlMessage) -> None:
         self.heard.append((peer.key, message))
         self.peers[peer.key] = peer
 
@@ -216,7 +216,7 @@ class Pieces(Socket):
     def __init__(self, setting: Setting | None = None) -> None:
         setting = setting or Setting()
         super().__init__(setting)
-        self.says = [[encode_request(Ask(HOSTILE, "6" * 64, 0, 1))]] * 2
+        self.says = [[encode_request(PieceRequest(HOSTILE, "6" * 64, 0, 1))]] * 2
         self.asked: list[str] = []
         self.server = PieceServer(self.context, "tcp://127.0.0.1:*", self.guard, [self])
         self.endpoint = self.server.endpoint
@@ -230,7 +230,7 @@ class Pieces(Socket):
         self.asked.append(digest)
         return Located(Path(__file__), 0, 10) if digest == "0" * 64 else None
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         self.asked.append(model)
         return b""
 
@@ -243,7 +243,7 @@ class Pieces(Socket):
     def say(self) -> Heard:
         before = len(self.asked)
         with contextlib.suppress(zmq.Again):
-            self._client.send(encode_request(Ask(1, "0" * 64, 0, 10)), zmq.DONTWAIT)
+            self._client.send(encode_request(PieceRequest(1, "0" * 64, 0, 10)), zmq.DONTWAIT)
         while self._client.poll(0):
             assert self._client.recv_multipart()[1] == Path(__file__).read_bytes()[:10]
         return lambda: "0" * 64 in self.asked[before:]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from devices.roster import RosterFile
+from devices.pairing.roster import RosterFile
 from tests.security.attackers import (
     CHOSEN,
     RecordingRelay,
@@ -30,9 +30,9 @@ from tests.security.attackers import (
 )
 from tests.security.endless import CUT_OFF, start_endless
 from tests.security.targets import KINDS, Control, DataEdge, Pieces, Setting, Target, is_served, resident_bytes
-from transport.curve import KeyPair, new_key_pair
-from transport.pieces.messages import Ask
-from transport.pieces.messages import encode as encode_request
+from transport.messages.pieces import PieceRequest
+from transport.messages.pieces import encode as encode_request
+from transport.security.curve import KeyPair, new_key_pair
 
 MIB = 2**20
 HUGE = (2**31, 2**63 - 1, 2**64 - 1)
@@ -144,7 +144,7 @@ def test_who_takes_the_name_of_a_member_of_a_piece_server_gets_nothing_of_it() -
     target = Pieces()
     try:
         victim, thief = _member(target), _member(target)
-        asks = encode_request(Ask(1, "0" * 64, 0, 10))
+        asks = encode_request(PieceRequest(1, "0" * 64, 0, 10))
         with dealer(target.endpoint, victim, target.keys.public, ROUTING_ID=CHOSEN) as owner:
             owner.send(asks)
             assert owner.poll(60_000) and len(owner.recv_multipart()) == 2

@@ -12,12 +12,11 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-from bench.hostile import listening
-from bench.loopback_hosts import LoopbackHosts
+from bench.ring.hostile import LoopbackHosts, listening
 from tests.security.capture import Capture, Windows
 from tests.security.targets import wait_until
 from transport.codec import encode
-from transport.messages import Entry, Fence, SequenceId, Tokens
+from transport.messages.ring import Entry, Fence, SequenceId, Tokens
 
 PROMPT = "The purple walrus hid eleven brass keys beneath the lighthouse of Quillhaven. Where are the keys?"
 # A window of 32 bytes for so many of the weights: a packet in the clear would have several.

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.hostile import MOST_GROWTH_BYTES, attack
-from bench.loopback_hosts import LoopbackHosts
+from bench.ring.hostile import MOST_GROWTH_BYTES, LoopbackHosts, attack
 from tests.security.capture import why_not
 
 

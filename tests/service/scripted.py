@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from potluck.service.job import Job
-from potluck.service.state import Ran
+from potluck.cli.service.manager import CommandResult, ServiceJob
 
 NASTY = (
     'two words "quoted"',
@@ -16,25 +15,25 @@ NASTY = (
     "é ')x",
 )
 
-JOB = Job(
-    command=("/opt/a venv/bin/python", "-P", "-m", "potluck.cli", "up", *NASTY),
+JOB = ServiceJob(
+    command=("/opt/a venv/bin/python", "-P", "-m", "potluck", "up", *NASTY),
     environment={"POTLUCK_HOME": '/data/my models %h $HOME "x" \\'},
-    keeps_trying=False,
-    what="serves a model",
+    retries_forever=False,
+    description="serves a model",
 )
 
 
 class Scripted:
     """`answers`: by the words of a command that they begin with; everything else goes well and says nothing."""
 
-    def __init__(self, answers: dict[str, Ran] | None = None) -> None:
+    def __init__(self, answers: dict[str, CommandResult] | None = None) -> None:
         self.asked: list[str] = []
         self._answers = answers or {}
 
-    def __call__(self, command: Sequence[str]) -> Ran:
+    def __call__(self, command: Sequence[str]) -> CommandResult:
         words = " ".join(command)
         self.asked.append(words)
         for start, answer in self._answers.items():
             if words.startswith(start):
                 return answer
-        return Ran(code=0, output="")
+        return CommandResult(exit_code=0, output="")

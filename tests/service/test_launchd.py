@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from potluck.service.launchd import LABEL, Launchd
-from potluck.service.state import Ran
+from potluck.cli.service.launchd import LABEL, Launchd
+from potluck.cli.service.manager import CommandResult
 from tests.service.scripted import JOB, Scripted
 
 
@@ -29,17 +29,20 @@ def test_every_word_reads_as_it_was_meant(home: Path) -> None:
 
 
 def test_installed_over_the_one_before_and_removed(home: Path) -> None:
-    busy = [Ran(code=5, output="Bootstrap failed: 5: Input/output error"), Ran(code=0, output="")]
+    busy = [
+        CommandResult(exit_code=5, output="Bootstrap failed: 5: Input/output error"),
+        CommandResult(exit_code=0, output=""),
+    ]
 
     class Slow(Scripted):
-        def __call__(self, command: object) -> Ran:
+        def __call__(self, command: object) -> CommandResult:
             ran = super().__call__(command)  # type: ignore[arg-type]
             return busy.pop(0) if "bootstrap" in self.asked[-1] and busy else ran
 
-    run, slept = Slow({"launchctl print": Ran(code=0, output="gui/1/x = {\n\tstate = running\n}")}), []
+    run, slept = Slow({"launchctl print": CommandResult(exit_code=0, output="gui/1/x = {\n\tstate = running\n}")}), []
     launchd = Launchd(run, slept.append)
     done = launchd.install(JOB, start=True)
-    assert done.to_do == () and slept == [1.0]
+    assert done.next_commands == () and slept == [1.0]
     assert launchd.file == home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
     assert (home / "store" / "logs").is_dir()
     assert launchd.state().is_running is True
@@ -48,7 +51,9 @@ def test_installed_over_the_one_before_and_removed(home: Path) -> None:
 
 
 def test_without_a_session_it_says_what_to_do_by_hand() -> None:
-    launchd = Launchd(Scripted({"launchctl": Ran(code=125, output="Domain does not support specified action")}))
+    launchd = Launchd(
+        Scripted({"launchctl": CommandResult(exit_code=125, output="Domain does not support specified action")})
+    )
     done = launchd.install(JOB, start=True)
-    assert "Domain does not support" in done.said[0] and "bootstrap" in done.to_do[0]
+    assert "Domain does not support" in done.messages[0] and "bootstrap" in done.next_commands[0]
     assert launchd.state().is_running is False

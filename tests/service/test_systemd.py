@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from potluck.service.state import Ran
-from potluck.service.systemd import UNIT, Systemd, unit_of
+from potluck.cli.service.manager import CommandResult
+from potluck.cli.service.systemd import UNIT, Systemd, unit_text
 from tests.service.scripted import JOB, Scripted
 from transport.errors import ConfigError
 
@@ -40,9 +40,9 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("keeps_trying", [False, True])
 def test_systemd_has_nothing_to_say_against_the_unit(keeps_trying: bool, folder: Path) -> None:
     job = replace(JOB, command=("/bin/sh", *JOB.command[1:]), keeps_trying=keeps_trying)
-    (folder / UNIT).write_text(unit_of(job))
+    (folder / UNIT).write_text(unit_text(job))
     assert _verified(folder) == ""
-    (folder / UNIT).write_text(unit_of(job).replace("KillMode", "KillMood"))
+    (folder / UNIT).write_text(unit_text(job).replace("KillMode", "KillMood"))
     assert "KillMood" in _verified(folder)
 
 
@@ -55,7 +55,7 @@ def _verified(folder: Path) -> str:
 @pytest.mark.skipif(not _MANAGER.exists(), reason="there is no systemd here")
 def test_systemd_reads_every_word_as_it_was_meant(folder: Path) -> None:
     """By its own test run, which starts nothing."""
-    (folder / UNIT).write_text(unit_of(JOB))
+    (folder / UNIT).write_text(unit_text(JOB))
     as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.getuid() == 0 else []
     done = subprocess.run(
         [*as_user, str(_MANAGER), "--user", "--test", "--unit", UNIT],
@@ -70,43 +70,43 @@ def test_systemd_reads_every_word_as_it_was_meant(folder: Path) -> None:
     lines = [line.strip() for line in done.stdout.splitlines()]
     environment = [line for line in lines if line.startswith("Environment: POTLUCK")]
     assert environment == [f"Environment: POTLUCK_HOME={JOB.environment['POTLUCK_HOME']}"]
-    command = next(line for line in lines if line.startswith("Command Line: ") and "potluck.cli" in line)
+    command = next(line for line in lines if line.startswith("Command Line: ") and "potluck" in line)
     words = shlex.split(command.removeprefix("Command Line: ").replace("\\$", "$"))
     assert [word.replace("$$", "$") for word in words] == list(JOB.command)  # $$ is undone when it is started.
 
 
 def test_it_stops_trying_what_fails_but_waits_for_a_head_for_ever() -> None:
-    assert "StartLimitBurst=5" in unit_of(JOB)
-    assert "StartLimitIntervalSec=0" in unit_of(replace(JOB, keeps_trying=True))
-    assert "Restart=on-failure" in unit_of(JOB)
+    assert "StartLimitBurst=5" in unit_text(JOB)
+    assert "StartLimitIntervalSec=0" in unit_text(replace(JOB, keeps_trying=True))
+    assert "Restart=on-failure" in unit_text(JOB)
 
 
 def test_a_program_whose_path_systemd_would_change_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\$"):
-        unit_of(replace(JOB, command=("/opt/$HOME/python",)))
+        unit_text(replace(JOB, command=("/opt/$HOME/python",)))
 
 
 def test_installed_started_and_removed(config: Path) -> None:
-    run = Scripted({"systemctl --user is-active": Ran(code=0, output="active")})
+    run = Scripted({"systemctl --user is-active": CommandResult(exit_code=0, output="active")})
     systemd = Systemd(run)
     assert systemd.state().file is None
     done = systemd.install(JOB, start=True)
     assert systemd.file == config / "systemd" / "user" / UNIT
-    assert systemd.file.read_text(encoding="utf-8") == unit_of(JOB)
+    assert systemd.file.read_text(encoding="utf-8") == unit_text(JOB)
     assert run.asked[-1] == f"systemctl --user restart {UNIT}"
-    assert any("enable-linger" in command for command in done.to_do)
+    assert any("enable-linger" in command for command in done.next_commands)
     assert systemd.state().is_running is True
     systemd.uninstall()
     assert not systemd.file.exists() and f"systemctl --user disable --now {UNIT}" in run.asked
-    assert systemd.uninstall().said == ("No service is installed.",)
+    assert systemd.uninstall().messages == ("No service is installed.",)
 
 
 def test_without_a_session_it_says_what_to_do_by_hand() -> None:
-    nobody = Ran(code=1, output="Failed to connect to bus: No medium found")
+    nobody = CommandResult(exit_code=1, output="Failed to connect to bus: No medium found")
     systemd = Systemd(Scripted({"systemctl": nobody}))
     done = systemd.install(JOB, start=True)
-    assert "No medium found" in done.said[0]
-    assert done.to_do[0] == "systemctl --user daemon-reload" and UNIT in done.to_do[2]
+    assert "No medium found" in done.messages[0]
+    assert done.next_commands[0] == "systemctl --user daemon-reload" and UNIT in done.next_commands[2]
     assert systemd.file.exists()
     assert systemd.state().is_running is None
     systemd.uninstall()
@@ -114,10 +114,10 @@ def test_without_a_session_it_says_what_to_do_by_hand() -> None:
 
 
 def test_without_systemd_it_says_what_to_run_instead() -> None:
-    systemd = Systemd(Scripted({"systemctl": Ran(code=None, output="No such file or directory")}))
+    systemd = Systemd(Scripted({"systemctl": CommandResult(exit_code=None, output="No such file or directory")}))
     with pytest.raises(ConfigError, match="no systemd") as refused:
         systemd.install(JOB, start=True)
-    assert "potluck.cli up" in refused.value.hint and not systemd.file.exists()
+    assert "potluck up" in refused.value.hint and not systemd.file.exists()
 
 
 def test_a_link_in_its_place_is_replaced_not_followed(config: Path) -> None:

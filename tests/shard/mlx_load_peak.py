@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from shard.affine import AffineRows
-from shard.checkpoint import TensorInfo
-from shard.mlx_backend.build import build
+from shard.formats.affine import AffineRows
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.spec import ModelSpec
+from shard.mlx_backend.build import build_mlx_shard
 from shard.mlx_backend.library import model_module
-from shard.spec import ModelSpec
-from shard.stage import ShardSpec
-from transport.messages import DType
+from shard.stage import StageSpec
+from transport.messages.ring import DType
 
 LAYERS, HIDDEN, INNER, VOCAB = 4, 1024, 6144, 32_000
 LARGEST_BYTES = 4 * INNER * HIDDEN
@@ -92,7 +92,7 @@ class MadeUp:
 
 
 def main() -> None:
-    spec = ShardSpec(
+    spec = StageSpec(
         first=1,
         last=3,
         num_layers=LAYERS,
@@ -105,7 +105,7 @@ def main() -> None:
     )
     model_module("llama")
     before_bytes = peak_bytes()
-    shard = build(MadeUp(), spec)
+    shard = build_mlx_shard(MadeUp(), spec)
     found = {
         "weights_bytes": shard.weights_bytes,
         "grown_bytes": peak_bytes() - before_bytes,

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from shard.affine import AffineForm, AffineRows
-from shard.checkpoint import TensorInfo
-from shard.mlx_backend.build import build
+from shard.formats.affine import AffineForm, AffineRows
+from shard.formats.checkpoint import TensorInfo
+from shard.mlx_backend.build import build_mlx_shard
 from shard.mlx_backend.library import model_module
-from shard.stage import ShardSpec
+from shard.stage import StageSpec
 from tests.shard.mlx_load_peak import HIDDEN, LAYER_PARAMS, LAYERS, MadeUp, peak_bytes
 
 GROUP = 32
@@ -42,7 +42,7 @@ class MadeUpQuantized(MadeUp):
 
 
 def main() -> None:
-    spec = ShardSpec(
+    spec = StageSpec(
         first=1,
         last=1 + NUM_LAYERS,
         num_layers=LAYERS + 1,
@@ -55,7 +55,7 @@ def main() -> None:
     )
     model_module("llama")
     before_bytes = peak_bytes()
-    shard = build(MadeUpQuantized(), spec)
+    shard = build_mlx_shard(MadeUpQuantized(), spec)
     print(json.dumps({"weights_bytes": shard.weights_bytes, "grown_bytes": peak_bytes() - before_bytes}))
 
 

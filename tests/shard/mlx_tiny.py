@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from shard.mlx_backend.build import build
+from shard.mlx_backend.build import build_mlx_shard
 from shard.mlx_backend.shard import MlxShard
-from shard.stage import Batch, ShardSpec
+from shard.stage import Batch, StageSpec
 from tests.shard import tiny
-from transport.messages import DType, Entry, SequenceId
+from transport.messages.ring import DType, Entry, SequenceId
 
 
-def shard_spec(first: int, last: int, *, dtype: DType = "float32", wire: DType = "float32") -> ShardSpec:
-    return ShardSpec(
+def shard_spec(first: int, last: int, *, dtype: DType = "float32", wire: DType = "float32") -> StageSpec:
+    return StageSpec(
         first=first,
         last=last,
         num_layers=tiny.NUM_LAYERS,
@@ -48,7 +48,7 @@ class Ring:
         wire: DType = "float32",
     ) -> None:
         self.shards: list[MlxShard] = [
-            build(checkpoint, shard_spec(first, last, dtype=dtype, wire=wire))
+            build_mlx_shard(checkpoint, shard_spec(first, last, dtype=dtype, wire=wire))
             for first, last in itertools.pairwise([0, *cuts, tiny.NUM_LAYERS])
         ]
 

@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shard.load import load_shard
-from shard.stage import Batch, ShardBackend, ShardSpec
-from shard.torch_backend.build import build as build_torch
+from shard.stage import Batch, ShardBackend, StageSpec
+from shard.torch_backend.build import build_torch_shard as build_torch
+from shard.worker.load import load_shard
 from tests.shard.tiny import NUM_LAYERS, VOCAB_SIZE, MemoryCheckpoint
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
-Runner = Literal["library", "lean", "mlx"]
+Runner = Literal["library", "fused", "mlx"]
 """What runs a stage: one of torch's two paths, or MLX."""
 Prompts = dict[SequenceId, list[int]]
 
 
-def tiny_spec(first: int, last: int, **changes: Any) -> ShardSpec:
+def tiny_spec(first: int, last: int, **changes: Any) -> StageSpec:
     """A stage of a tiny model, all in fp32. `Any`: whatever fields a test changes."""
     fields: dict[str, Any] = {
         "first": first,
@@ -33,7 +33,7 @@ def tiny_spec(first: int, last: int, **changes: Any) -> ShardSpec:
         "context_tokens": 256,
         "kv_capacity_tokens": 4096,
     }
-    return ShardSpec(**{**fields, **changes})
+    return StageSpec(**{**fields, **changes})
 
 
 def load_stages(
@@ -47,7 +47,7 @@ def load_stages(
     ]
 
 
-def load_stage(checkpoint: MemoryCheckpoint, spec: ShardSpec, runner: Runner) -> ShardBackend:
+def load_stage(checkpoint: MemoryCheckpoint, spec: StageSpec, runner: Runner) -> ShardBackend:
     if runner == "mlx":
         return load_shard(checkpoint, replace(spec, device="mlx:cpu"), backend="mlx")
     return build_torch(checkpoint, spec, lambda read_bytes, total_bytes: None, path=runner)

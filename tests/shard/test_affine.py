@@ -13,10 +13,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard.gguf_affine import affine_form, affine_rows
-from shard.gguf_checkpoint import GgufCheckpoint
-from shard.gguf_header import read_header
-from shard.open import open_checkpoint
+from shard.formats.gguf.checkpoint import GgufCheckpoint
+from shard.formats.gguf.header import read_header
+from shard.formats.gguf.quants import affine_form, affine_rows
+from shard.pieces.open import open_checkpoint
 from tests.shard.test_gguf import ingested
 from tests.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, PotluckError
@@ -123,7 +123,7 @@ def test_rows_of_many_blocks(
     monkeypatch: pytest.MonkeyPatch, llama: tuple[GgufCheckpoint, dict[str, np.ndarray]]
 ) -> None:
     checkpoint, expected = llama
-    monkeypatch.setattr("shard.gguf_checkpoint._BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr("shard.formats.gguf.checkpoint._BLOCK_ELEMENTS", 700)
     for name, values in expected.items():
         out = np.empty(values.shape, np.float32)
         checkpoint.read_into(name, out, "float32")

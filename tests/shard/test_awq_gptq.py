@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from shard.quantize import Dense
-from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.weights_form import DenseView
 from tests.shard import tiny
 from tests.shard.ring import Runner, load_stage, run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG
 from transport.errors import BadCheckpoint, UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 INPUTS, OUTPUTS = 256, 40
 MODULE = "model.layers.0.mlp.up_proj"
@@ -301,7 +301,7 @@ def test_scales_that_are_no_numbers_are_refused_when_read(tmp_path: Path, value:
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-@pytest.mark.parametrize("runner", ["library", "lean", "mlx"])
+@pytest.mark.parametrize("runner", ["library", "fused", "mlx"])
 def test_a_whole_model_runs_as_its_dequantized_numbers_do(tmp_path: Path, method: str, runner: Runner) -> None:
     model = tiny.tiny_model("llama", 0)
     arrays: dict[str, np.ndarray] = {}
@@ -320,7 +320,7 @@ def test_a_whole_model_runs_as_its_dequantized_numbers_do(tmp_path: Path, method
     save_file(arrays, tmp_path / "model.safetensors")
     checkpoint = SafetensorsCheckpoint(tmp_path)
     # Torch's kernels for packed weights round more than this test allows: there the numbers are read dense.
-    held = checkpoint if runner == "mlx" else Dense(checkpoint)
+    held = checkpoint if runner == "mlx" else DenseView(checkpoint)
     ids = list(range(3, 20))
     stages = [load_stage(held, tiny_spec(*cut), runner) for cut in ((0, 2), (2, 4))]  # type: ignore[arg-type]
     logits = run_step(stages, [Entry(SequenceId(1), 0, tuple(ids), len(ids))])

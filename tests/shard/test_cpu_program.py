@@ -11,31 +11,31 @@ import pytest
 import torch
 
 from shard.stage import Batch
-from shard.torch_backend.lean.cpu_program import MOST_ROWS, CpuPrograms
-from shard.torch_backend.lean.shard import LeanShard
-from shard.torch_backend.lean.step import PIECE_TOKENS
+from shard.torch_backend.fused.cpu_program import MAX_DECODE_ROWS, CpuPrograms
+from shard.torch_backend.fused.shard import FusedShard
+from shard.torch_backend.fused.step import SLICE_TOKENS
 from tests.shard.ring import load_stage, random_prompts, run_step, tiny_spec
 from tests.shard.tiny import NUM_LAYERS, MemoryCheckpoint, quantized_checkpoint, tiny_model
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 NATIVE = ("llama", "llama_tied", "mistral", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text")
 """Families without biases in their projections, or multipliers. Gemma has norms after its blocks too."""
 BY_LAYERS = ("qwen2", "granite", "olmo2", "mixtral")
 
 
-def stage(checkpoint: MemoryCheckpoint, dtype: str = "float32", **changes: int) -> LeanShard:
+def stage(checkpoint: MemoryCheckpoint, dtype: str = "float32", **changes: int) -> FusedShard:
     fields: dict[str, Any] = {"compute_dtype": dtype, "wire_dtype": dtype, "next_dtype": dtype, **changes}
-    made = load_stage(checkpoint, tiny_spec(0, NUM_LAYERS, **fields), "lean")
-    assert isinstance(made, LeanShard)
+    made = load_stage(checkpoint, tiny_spec(0, NUM_LAYERS, **fields), "fused")
+    assert isinstance(made, FusedShard)
     return made
 
 
-def without_programs(shard: LeanShard) -> LeanShard:
+def without_programs(shard: FusedShard) -> FusedShard:
     shard._programs = None
     return shard
 
 
-def decode(shard: LeanShard, prompts: dict[SequenceId, list[int]], num_tokens: int) -> list[np.ndarray]:
+def decode(shard: FusedShard, prompts: dict[SequenceId, list[int]], num_tokens: int) -> list[np.ndarray]:
     """Prompts all at once, then a token of each a step, for all that are left of them."""
     begin = [Entry(s, 0, tuple(ids[:-num_tokens]), 1) for s, ids in prompts.items()]
     found = [run_step([shard], begin)]
@@ -56,7 +56,7 @@ def test_a_program_is_its_layers(family: str, dtype: str, tmp_path: Path) -> Non
     for step, (one, other) in enumerate(zip(got, wanted, strict=True)):
         assert np.array_equal(one, other), step
     threads = torch.get_num_threads()
-    assert list(shard._programs._made) == [("ChunkProgram", PIECE_TOKENS, threads), ("DecodeProgram", 3, threads)]
+    assert list(shard._programs._made) == [("ChunkProgram", SLICE_TOKENS, threads), ("DecodeProgram", 3, threads)]
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -91,7 +91,7 @@ def test_a_prompt_does_not_depend_on_how_it_is_cut(family: str, dtype: str, tmp_
     or than what a sliding window keeps free."""
     checkpoint = quantized_checkpoint(tiny_model(family, 2), tmp_path)
     checkpoint.config["max_position_embeddings"] = 1024
-    length = 2 * PIECE_TOKENS + 60
+    length = 2 * SLICE_TOKENS + 60
     ids = random_prompts(6, [length])[SequenceId(1)]
     found = []
     for bounds in ((0, length), (0, 2, 9, 137, 139, length), (*range(0, length - 40, 40), length)):
@@ -107,7 +107,7 @@ def test_a_prompt_does_not_depend_on_how_it_is_cut(family: str, dtype: str, tmp_
 
 def test_a_step_s_hidden_states_stay_when_the_next_is_run(tmp_path: Path) -> None:
     checkpoint = quantized_checkpoint(tiny_model("llama", 2), tmp_path)
-    first = load_stage(checkpoint, tiny_spec(0, 2), "lean")
+    first = load_stage(checkpoint, tiny_spec(0, 2), "fused")
     steps = [(Entry(SequenceId(1), at, (token,), 1),) for at, token in enumerate((5, 6, 7))]
     found = [first.forward(Batch(entries=entries, hidden=None)) for entries in steps]
     kept = [hidden.copy() for hidden in found]
@@ -123,14 +123,14 @@ def test_what_is_not_all_native_goes_by_layers(family: str, tmp_path: Path) -> N
 
 def test_sequences_come_and_go_and_threads_change(tmp_path: Path) -> None:
     checkpoint = quantized_checkpoint(tiny_model("llama", 2), tmp_path)
-    prompts = random_prompts(5, [30] * (MOST_ROWS + 1))
+    prompts = random_prompts(5, [30] * (MAX_DECODE_ROWS + 1))
     shard, plain = stage(checkpoint), without_programs(stage(checkpoint))
     for one in (shard, plain):
         run_step([one], [Entry(s, 0, tuple(i[:9]), 1) for s, i in prompts.items()])
     before = torch.get_num_threads()
     at = dict.fromkeys(prompts, 9)
     try:
-        for step, count in enumerate((1, 4, 4, MOST_ROWS, MOST_ROWS + 1, 2, 4)):
+        for step, count in enumerate((1, 4, 4, MAX_DECODE_ROWS, MAX_DECODE_ROWS + 1, 2, 4)):
             torch.set_num_threads(1 + step % 2)
             entries = [Entry(s, at[s], (prompts[s][at[s]],), 1) for s in list(prompts)[step % 3 :][:count]]
             for entry in entries:

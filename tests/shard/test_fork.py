@@ -12,7 +12,7 @@ from shard.stage import ShardBackend
 from tests.shard.ring import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_model
 from transport.errors import StageFailed
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 ONE, TWO, THREE = SequenceId(1), SequenceId(2), SequenceId(3)
 LONG = 400
@@ -46,7 +46,7 @@ def feed(shard: ShardBackend, sequence: SequenceId, ids: list[int], *ends: int, 
     return rows
 
 
-every_path = pytest.mark.parametrize("runner", ["library", "lean", "mlx"])
+every_path = pytest.mark.parametrize("runner", ["library", "fused", "mlx"])
 
 
 @every_path
@@ -133,7 +133,7 @@ def test_out_of_memory_while_forking_copies_nothing(
     def out_of_memory(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("can't allocate memory")
 
-    place = "shard.mlx_backend.kv.KVSlot.fork" if runner == "mlx" else "shard.torch_backend.kv.LayerKV.copy_to"
+    place = "shard.mlx_backend.kv.MlxLayerKV.fork" if runner == "mlx" else "shard.torch_backend.kv.LayerKV.copy_to"
     monkeypatch.setattr(place, out_of_memory)
     with pytest.raises(StageFailed, match="memory"):
         shard.fork(ONE, TWO, 20)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from shard.gguf_ingest import ingest_gguf
+from shard.formats.gguf.ingest import ingest_gguf
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ORACLE = json.loads((FIXTURES / "tokenizer_smollm2.json").read_text(encoding="utf-8"))

@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shard.torch_backend.build import build
-from shard.torch_backend.kv import SLACK
-from shard.torch_backend.lean.shard import LeanShard
+from shard.torch_backend.build import build_torch_shard
+from shard.torch_backend.fused.shard import FusedShard
+from shard.torch_backend.kv import ROLLBACK_TOKENS
 from tests.shard.ring import load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, quantized_checkpoint, tiny_model
 from transport.errors import UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 ONE, TWO = SequenceId(1), SequenceId(2)
 HEAD_DIM = 16
 FAMILIES = ("llama", "mistral", "gemma2", "qwen3", "qwen2")
 
 
-def stage(checkpoint: MemoryCheckpoint, **changes: Any) -> LeanShard:
-    made = load_stage(checkpoint, tiny_spec(0, 4, **{"kv": "8-bit", "context_tokens": 512, **changes}), "lean")
-    assert isinstance(made, LeanShard)
+def stage(checkpoint: MemoryCheckpoint, **changes: Any) -> FusedShard:
+    made = load_stage(checkpoint, tiny_spec(0, 4, **{"kv": "8-bit", "context_tokens": 512, **changes}), "fused")
+    assert isinstance(made, FusedShard)
     return made
 
 
-def feed(shard: LeanShard, ids: list[int], bounds: tuple[int, ...], sequence: SequenceId = ONE) -> np.ndarray:
+def feed(shard: FusedShard, ids: list[int], bounds: tuple[int, ...], sequence: SequenceId = ONE) -> np.ndarray:
     return np.concatenate(
         [run_step([shard], [Entry(sequence, a, tuple(ids[a:b]), b - a)]) for a, b in pairwise(bounds)]
     )
@@ -67,7 +67,7 @@ def test_it_takes_a_byte_a_number_and_a_scale_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_prompt_does_not_depend_on_how_it_is_cut(family: str, dtype: str, tmp_path: Path) -> None:
     checkpoint = quantized_checkpoint(tiny_model(family, 1), tmp_path)
-    length = 2 * SLACK + 30
+    length = 2 * ROLLBACK_TOKENS + 30
     ids = random_prompts(6, [length])[ONE]
     fields = {"compute_dtype": dtype, "wire_dtype": dtype, "next_dtype": dtype}
     found = [
@@ -94,7 +94,7 @@ def test_a_copy_and_a_way_back_go_on_as_the_whole(family: str, tmp_path: Path) -
 def test_it_is_refused_where_nothing_computes_with_it(tmp_path: Path) -> None:
     def refused(checkpoint: MemoryCheckpoint, match: str, **changes: Any) -> None:
         with pytest.raises(UnsupportedModel, match=match) as raised:
-            build(checkpoint, tiny_spec(0, 4, kv="8-bit", **changes), lambda read, total: None)
+            build_torch_shard(checkpoint, tiny_spec(0, 4, kv="8-bit", **changes), lambda read, total: None)
         assert raised.value.hint == "leave --kv-cache out"
         assert checkpoint.reads == {}
 

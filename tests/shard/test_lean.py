@@ -1,4 +1,4 @@
-"""What the lean path promises beyond parity (test_parity.py): isolation, KV that goes back, loading, refusals."""
+"""What the fused path promises beyond parity (test_parity.py): isolation, KV that goes back, loading, refusals."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from shard.affine import AffineRows
-from shard.load import load_shard
+from shard.formats.affine import AffineRows
+from shard.formats.families import why_not_fused
 from shard.stage import Batch
-from shard.torch_backend.build import build
-from shard.torch_backend.kv import SLACK
-from shard.torch_backend.lean import source
-from shard.torch_backend.lean.shard import LeanShard
-from shard.torch_backend.lean.support import lean_reason
+from shard.torch_backend.build import build_torch_shard
+from shard.torch_backend.fused import build
+from shard.torch_backend.fused.shard import FusedShard
+from shard.torch_backend.kv import ROLLBACK_TOKENS
+from shard.worker.load import load_shard
 from tests.shard.ring import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import (
     FAMILIES,
@@ -35,10 +35,10 @@ from tests.shard.tiny import (
     tiny_model,
 )
 from transport.errors import BadCheckpoint, DoesNotFit, StageFailed, UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 ONE, TWO = SequenceId(1), SequenceId(2)
-LEAN_FAMILIES = [family for family in FAMILIES if lean_reason(tiny_config(family).to_dict()) is None]
+LEAN_FAMILIES = [family for family in FAMILIES if why_not_fused(tiny_config(family).to_dict()) is None]
 BF16 = {"compute_dtype": "bfloat16", "wire_dtype": "bfloat16", "next_dtype": "bfloat16"}
 
 Tiny = Callable[[str], MemoryCheckpoint]
@@ -56,9 +56,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make
 
 
-def whole(checkpoint: MemoryCheckpoint, **changes: Any) -> LeanShard:
-    shard = load_stage(checkpoint, tiny_spec(0, 4, **changes), "lean")
-    assert isinstance(shard, LeanShard)
+def whole(checkpoint: MemoryCheckpoint, **changes: Any) -> FusedShard:
+    shard = load_stage(checkpoint, tiny_spec(0, 4, **changes), "fused")
+    assert isinstance(shard, FusedShard)
     return shard
 
 
@@ -67,11 +67,11 @@ def changed(checkpoint: MemoryCheckpoint, config: dict[str, Any], **arrays: np.n
     return MemoryCheckpoint(spec=checkpoint.spec, config={**checkpoint.config, **config}, arrays=kept)
 
 
-def feed(shard: LeanShard, ids: list[int], start: int, end: int, sequence: SequenceId = ONE) -> np.ndarray:
+def feed(shard: FusedShard, ids: list[int], start: int, end: int, sequence: SequenceId = ONE) -> np.ndarray:
     return run_step([shard], [Entry(sequence, start, tuple(ids[start:end]), end - start)])
 
 
-def in_small_steps(shard: LeanShard, ids: list[int]) -> np.ndarray:
+def in_small_steps(shard: FusedShard, ids: list[int]) -> np.ndarray:
     """Logits of all ids: two chunks, then one at a time."""
     bounds = (0, 7, 12, *range(13, len(ids) + 1))
     return np.concatenate([feed(shard, ids, start, end) for start, end in pairwise(bounds)])
@@ -79,9 +79,9 @@ def in_small_steps(shard: LeanShard, ids: list[int]) -> np.ndarray:
 
 def test_the_mainstream_families_take_the_lean_path(tiny: Tiny) -> None:
     assert set(FAMILIES) - set(LEAN_FAMILIES) == {"gpt_oss"}
-    assert build(tiny("llama"), tiny_spec(0, 4), lambda read, total: None).path == "lean"
-    assert build(tiny("gpt_oss"), tiny_spec(0, 4), lambda read, total: None).path == "library"
-    assert isinstance(load_shard(tiny("qwen3"), tiny_spec(0, 2), backend="torch"), LeanShard)
+    assert build_torch_shard(tiny("llama"), tiny_spec(0, 4), lambda read, total: None).path == "fused"
+    assert build_torch_shard(tiny("gpt_oss"), tiny_spec(0, 4), lambda read, total: None).path == "library"
+    assert isinstance(load_shard(tiny("qwen3"), tiny_spec(0, 2), backend="torch"), FusedShard)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_mainstream_families_take_the_lean_path(tiny: Tiny) -> None:
 def test_what_it_does_not_know_is_left_to_the_library(
     tiny: Tiny, family: str, config: dict[str, Any], match: str
 ) -> None:
-    reason = lean_reason({**tiny(family).config, **config})
+    reason = why_not_fused({**tiny(family).config, **config})
     assert reason is not None and match in reason
     with pytest.raises(UnsupportedModel, match=match):
         whole(changed(tiny(family), config))
@@ -129,7 +129,7 @@ print(LlamaForCausalLM.__name__)
 """
     command = [sys.executable, "-c", script, str(save_tiny("llama", 1, tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.stdout.split() == ["lean", "True", "False", "False", "LlamaForCausalLM"], done.stderr
+    assert done.stdout.split() == ["fused", "True", "False", "False", "LlamaForCausalLM"], done.stderr
 
 
 def test_experts_stacked_in_one_tensor_are_left_to_the_library(tiny: Tiny) -> None:
@@ -201,17 +201,17 @@ def test_truncated_positions_leave_no_trace(tiny: Tiny, family: str) -> None:
     assert relative_error(feed(shard, ids, 40, 60), reference[40:]) < 1e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 7, SLACK + 30])
+@pytest.mark.parametrize("chunk", [1, 7, ROLLBACK_TOKENS + 30])
 def test_a_sliding_window_keeps_little_and_goes_back_by_its_slack(tiny: Tiny, chunk: int) -> None:
-    length = 3 * SLACK
+    length = 3 * ROLLBACK_TOKENS
     ids = random_prompts(6, [length])[ONE]
     shard = whole(changed(tiny("mistral"), {"max_position_embeddings": 1024}), context_tokens=1024)
     reference = reference_logits(tiny_model("mistral", 1), ids)
     rows = [feed(shard, ids, start, min(length, start + chunk)) for start in range(0, length, chunk)]
     assert relative_error(np.concatenate(rows), reference) < 1e-5
-    assert shard.kv_bytes() <= (WINDOW + 2 * SLACK) * (4 * 2 * 2 * 16 * 4)
-    assert shard.truncate(ONE, length - SLACK) == length - SLACK
-    assert relative_error(feed(shard, ids, length - SLACK, length), reference[-SLACK:]) < 1e-5
+    assert shard.kv_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * (4 * 2 * 2 * 16 * 4)
+    assert shard.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
+    assert relative_error(feed(shard, ids, length - ROLLBACK_TOKENS, length), reference[-ROLLBACK_TOKENS:]) < 1e-5
     assert shard.truncate(ONE, 20) == 0
     assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
 
@@ -246,7 +246,7 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
 def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = random_prompts(4, [2 * SLACK + 100])[ONE]
+    ids = random_prompts(4, [2 * ROLLBACK_TOKENS + 100])[ONE]
     shard = whole(tiny("mistral"))
     feed(shard, ids, 0, 40)
 
@@ -289,8 +289,8 @@ def test_a_sequence_does_not_depend_on_who_is_in_the_batch(family: str, tmp_path
 
 def test_rows_go_back_in_the_order_of_the_entries(tiny: Tiny) -> None:
     prompts = random_prompts(2, [12, 12, 12])
-    alone = [load_stage(tiny("llama"), tiny_spec(a, b), "lean") for a, b in ((0, 2), (2, 4))]
-    together = [load_stage(tiny("llama"), tiny_spec(a, b), "lean") for a, b in ((0, 2), (2, 4))]
+    alone = [load_stage(tiny("llama"), tiny_spec(a, b), "fused") for a, b in ((0, 2), (2, 4))]
+    together = [load_stage(tiny("llama"), tiny_spec(a, b), "fused") for a, b in ((0, 2), (2, 4))]
     for starts, num_logits in (((0, 0, 0), 1), ((5, 1, 4), 2)):
         sizes = (5, 1, 4) if starts == (0, 0, 0) else (3, 1, 2)
         entries = [
@@ -309,7 +309,7 @@ def test_rows_go_back_in_the_order_of_the_entries(tiny: Tiny) -> None:
 
 
 def test_an_empty_batch_gives_no_rows(tiny: Tiny) -> None:
-    first, last = (load_stage(tiny("llama"), tiny_spec(a, b, **BF16), "lean") for a, b in ((0, 2), (2, 4)))
+    first, last = (load_stage(tiny("llama"), tiny_spec(a, b, **BF16), "fused") for a, b in ((0, 2), (2, 4)))
     assert first.forward(Batch(entries=(), hidden=None)).shape == (0, 64)
     assert last.forward(Batch(entries=(), hidden=None)).shape == (0, 128)
 
@@ -320,7 +320,7 @@ def test_bfloat16_is_as_close_to_fp32_as_the_library_s(family: str, tmp_path: Pa
     such a row and all that look at it are far off. Which path that hits in one model is chance."""
     ids = random_prompts(4, [20])[ONE]
     entry = Entry(ONE, 0, tuple(ids), len(ids))
-    errors: dict[Runner, list[np.ndarray]] = {"library": [], "lean": []}
+    errors: dict[Runner, list[np.ndarray]] = {"library": [], "fused": []}
     for seed in range(1, 5):
         model = tiny_model(family, seed)
         checkpoint = memory_checkpoint(model, tmp_path)
@@ -332,7 +332,7 @@ def test_bfloat16_is_as_close_to_fp32_as_the_library_s(family: str, tmp_path: Pa
             hidden.flags.writeable = False  # as it comes off a socket
             logits = stages[1].forward(Batch(entries=(entry,), hidden=hidden))
             found.append(np.linalg.norm(logits - reference, axis=1) / np.linalg.norm(reference, axis=1))
-    assert np.median(errors["lean"]) < 1.1 * np.median(errors["library"])
+    assert np.median(errors["fused"]) < 1.1 * np.median(errors["library"])
 
 
 def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None:
@@ -340,11 +340,11 @@ def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None
         checkpoint = tiny(family)
         checkpoint.reads.clear()
         calls: list[tuple[int, int]] = []
-        shard = build(
+        shard = build_torch_shard(
             checkpoint,
             tiny_spec(first, last),
             lambda done, total, calls=calls: calls.append((done, total)),  # type: ignore[misc]
-            path="lean",
+            path="fused",
         )
         wanted = {
             name
@@ -367,7 +367,7 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_is_read(tiny: Ti
     with pytest.raises(BadCheckpoint, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         whole(missing)
     assert missing.reads == {}
-    load_stage(missing, tiny_spec(0, 2), "lean")  # another stage's tensor is not missed
+    load_stage(missing, tiny_spec(0, 2), "fused")  # another stage's tensor is not missed
     with pytest.raises(BadCheckpoint, match=r"up_proj\.weight has shape \[3, 64\].*\[96, 64\]"):
         whole(changed(tiny("llama"), {}, **{up: np.zeros((3, 64), np.float32)}))
     with pytest.raises(BadCheckpoint, match=r"layers\.3\..*experts\.2"):
@@ -380,7 +380,7 @@ def test_a_missing_or_misshapen_tensor_is_named_before_anything_is_read(tiny: Ti
 
 @pytest.mark.parametrize(
     ("loader", "tensor"),
-    [("load_table", "model.embed_tokens.weight"), ("load_linear", "model.layers.0.self_attn.q_proj.weight")],
+    [("load_embedding_table", "model.embed_tokens.weight"), ("load_linear", "model.layers.0.self_attn.q_proj.weight")],
 )
 def test_no_memory_while_loading_is_said_with_the_tensor(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, loader: str, tensor: str
@@ -388,7 +388,7 @@ def test_no_memory_while_loading_is_said_with_the_tensor(
     def no_memory(*arguments: Any, **named: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(source, loader, no_memory)
+    monkeypatch.setattr(build, loader, no_memory)
     with pytest.raises(DoesNotFit, match=re.escape(f"no memory left for {tensor}")):
         whole(tiny("llama"))
 

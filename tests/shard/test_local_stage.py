@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shard.load import load_shard
-from shard.local_stage import LocalStage
 from shard.stage import HiddenOutput, StageInput, TokenOutput
+from shard.worker.load import load_shard
+from shard.worker.local_stage import LocalStage
 from tests.shard.ring import tiny_spec
 from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, reference_logits, tiny_model
 from transport.errors import BadMessage, DoesNotFit, PotluckError, StageFailed
-from transport.messages import Entry, Op, Open, Release, Result, Sampling, SequenceId, Truncate
+from transport.messages.ring import Entry, EntryResult, Op, Open, Release, Sampling, SequenceId, Truncate
 
 ONE, TWO = SequenceId(1), SequenceId(2)
 GREEDY = Sampling(temperature=0)
@@ -34,7 +34,7 @@ def step(ops: tuple[Op, ...] = (), *entries: Entry, hidden: np.ndarray | None = 
     return StageInput(ops=ops, entries=entries, hidden=hidden)
 
 
-def results(stage: LocalStage, work: StageInput) -> tuple[Result, ...]:
+def results(stage: LocalStage, work: StageInput) -> tuple[EntryResult, ...]:
     output = stage.forward(work)
     assert isinstance(output, TokenOutput)
     return output.results

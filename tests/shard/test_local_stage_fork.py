@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from shard.load import load_shard
-from shard.local_stage import LocalStage
 from shard.stage import StageInput, TokenOutput
+from shard.worker.load import load_shard
+from shard.worker.local_stage import LocalStage
 from tests.shard.ring import tiny_spec
 from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_model
 from transport.errors import BadMessage, DoesNotFit, PotluckError, StageFailed
-from transport.messages import Entry, Fork, Op, Open, Release, Result, Sampling, SequenceId, Truncate
+from transport.messages.ring import Entry, EntryResult, Fork, Op, Open, Release, Sampling, SequenceId, Truncate
 
 ONE, TWO, THREE = SequenceId(1), SequenceId(2), SequenceId(3)
 GREEDY = Sampling(temperature=0)
@@ -45,7 +45,7 @@ def windowed(checkpoints: dict[str, MemoryCheckpoint]) -> LocalStage:
     return stage
 
 
-def results(stage: LocalStage, ops: tuple[Op, ...], *entries: Entry) -> tuple[Result, ...]:
+def results(stage: LocalStage, ops: tuple[Op, ...], *entries: Entry) -> tuple[EntryResult, ...]:
     output = stage.forward(StageInput(ops=ops, entries=entries, hidden=None))
     assert isinstance(output, TokenOutput)
     return output.results

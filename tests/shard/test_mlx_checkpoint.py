@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from shard.quantize import Dense
-from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.weights_form import DenseView
 from tests.shard import tiny
 from tests.shard.ring import load_stage, run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG
 from transport.errors import BadCheckpoint, PotluckError, UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 mx = pytest.importorskip("mlx.core")
 
@@ -161,7 +161,7 @@ def test_what_mlx_lm_writes_is_the_model_that_it_runs(tmp_path: Path, family: st
     ids = list(range(3, 20))
     with mx.stream(mx.cpu):
         theirs = np.array(model(mx.array([ids]))[0])
-    for runner, held in (("library", Dense(checkpoint)), ("mlx", checkpoint)):
+    for runner, held in (("library", DenseView(checkpoint)), ("mlx", checkpoint)):
         stages = [load_stage(held, tiny_spec(*cut), runner) for cut in ((0, 3), (3, 4))]  # type: ignore[arg-type]
         ours = run_step(stages, [Entry(SequenceId(1), 0, tuple(ids), len(ids))])
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()), err_msg=runner)

@@ -11,7 +11,7 @@ import mlx.core as mx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard.mlx_backend.kv import BLOCK_TOKENS, ROLLBACK_TOKENS, KVSlot, chunk_mask, decode_mask, first_visible
+from shard.mlx_backend.kv import BLOCK_TOKENS, ROLLBACK_TOKENS, MlxLayerKV, chunk_mask, decode_mask, first_visible
 
 
 def _rows(start: int, count: int) -> mx.array:
@@ -21,7 +21,7 @@ def _rows(start: int, count: int) -> mx.array:
 @settings(deadline=None, max_examples=60)
 @given(window=st.sampled_from([None, 1, 4, 100]), chunks=st.lists(st.integers(1, 300), min_size=1, max_size=8))
 def test_fetch_gives_what_the_first_new_position_sees(window: int | None, chunks: list[int]) -> None:
-    slot, start = KVSlot(window, context_tokens=4096), 0
+    slot, start = MlxLayerKV(window, context_tokens=4096), 0
     for count in chunks:
         keys, values = slot.update_and_fetch(_rows(start, count), -_rows(start, count))
         wanted = np.arange(first_visible(start, window), start + count)
@@ -35,7 +35,7 @@ def test_fetch_gives_what_the_first_new_position_sees(window: int | None, chunks
 
 def test_a_full_layer_is_seldom_copied_and_little_of_it_is_unused() -> None:
     """Every growth copies all: together they must stay a few times what is held in the end."""
-    slot, copied, capacity = KVSlot(None, context_tokens=9000), 0, 0
+    slot, copied, capacity = MlxLayerKV(None, context_tokens=9000), 0, 0
     for position in range(0, 9000, 10):
         slot.update_and_fetch(_rows(position, 10), _rows(position, 10))
         if slot.nbytes != capacity:
@@ -47,7 +47,7 @@ def test_a_full_layer_is_seldom_copied_and_little_of_it_is_unused() -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_fork_has_memory_of_its_own(window: int | None) -> None:
-    slot = KVSlot(window, context_tokens=4096)
+    slot = MlxLayerKV(window, context_tokens=4096)
     for start in range(0, 1000, 200):
         slot.update_and_fetch(_rows(start, 200), -_rows(start, 200))
     mx.eval(slot.arrays)
@@ -65,7 +65,7 @@ def test_a_fork_has_memory_of_its_own(window: int | None) -> None:
 
 def test_a_short_fork_does_not_keep_the_memory_of_a_long_source() -> None:
     rows = mx.zeros((1, 4, 4000, 64))
-    slot = KVSlot(None, context_tokens=8192)
+    slot = MlxLayerKV(None, context_tokens=8192)
     slot.update_and_fetch(rows, rows)
     mx.eval(slot.arrays)
     copy = slot.fork(20)

@@ -14,13 +14,13 @@ pytest.importorskip("mlx.core")
 import mlx.core as mx
 import transformers
 
-from shard.mlx_backend.build import build
-from shard.mlx_backend.kv import KVSlot, kv_group
+from shard.mlx_backend.build import build_mlx_shard
+from shard.mlx_backend.kv import MlxLayerKV, kv_group_size
 from shard.mlx_backend.shard import MlxShard
 from tests.shard.ring import random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_config, tiny_model
 from transport.errors import UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 ONE, TWO, THREE = SequenceId(1), SequenceId(2), SequenceId(3)
 HEAD_DIM = 32
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MemoryCheckpoint:
 
 
 def shard_of(checkpoint: MemoryCheckpoint, kv: str) -> MlxShard:
-    return build(checkpoint, tiny_spec(0, 4, device="mlx:cpu", kv=kv, context_tokens=1024))
+    return build_mlx_shard(checkpoint, tiny_spec(0, 4, device="mlx:cpu", kv=kv, context_tokens=1024))
 
 
 def feed(shard: MlxShard, sequence: SequenceId, ids: list[int], *ends: int, start: int = 0) -> np.ndarray:
@@ -79,7 +79,7 @@ def test_forks_and_batches_are_as_in_full_kv(checkpoint: MemoryCheckpoint) -> No
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_a_slot_returns_what_it_was_given_but_for_rounding(window: int | None) -> None:
-    slot, rng, start = KVSlot(window, 4096, group=64), np.random.default_rng(1), 0
+    slot, rng, start = MlxLayerKV(window, 4096, group=64), np.random.default_rng(1), 0
     rows = rng.standard_normal((1, 2, 1000, 128)).astype(np.float32)
     for count in (3, 1, 300, 290, 6, 400):
         chunk = mx.array(rows[:, :, start : start + count])
@@ -93,8 +93,8 @@ def test_a_slot_returns_what_it_was_given_but_for_rounding(window: int | None) -
 
 @pytest.mark.parametrize(("head_dim", "group"), [(256, 128), (128, 128), (64, 64), (192, 64), (96, 32), (32, 32)])
 def test_groups_divide_heads(head_dim: int, group: int) -> None:
-    assert kv_group("8-bit", head_dim) == group
-    assert kv_group("full", head_dim) is None
+    assert kv_group_size("8-bit", head_dim) == group
+    assert kv_group_size("full", head_dim) is None
 
 
 @pytest.mark.parametrize("head_dim", [None, 16, 80])

@@ -20,14 +20,11 @@ import transformers
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from shard.affine import BITS, GROUPS, AffineForm, AffineRows
-from shard.affine_quantize import quantize_rows
-from shard.mlx_backend.build import build
-from shard.mlx_backend.cpu_linear import CHUNK_TOKENS, CpuLinear
-from shard.mlx_backend.packing import pack, packed_words
-from shard.mlx_backend.parameters import AffineParameter
+from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm, AffineRows, quantize_rows
+from shard.mlx_backend.build import build_mlx_shard
+from shard.mlx_backend.modules import CHUNK_TOKENS, CpuLinear
 from shard.mlx_backend.shard import MlxShard
-from shard.mlx_backend.weights import Progress
+from shard.mlx_backend.weights import AffineParameter, Progress, pack, packed_words
 from shard.stage import Batch
 from tests.shard import tiny
 from tests.shard.mlx_load_peak import LARGEST_BYTES
@@ -35,7 +32,7 @@ from tests.shard.mlx_quantized_peak import PACKED_BYTES
 from tests.shard.mlx_tiny import Ring, error, shard_spec
 from tests.shard.ring import logits_by_position, random_prompts, random_steps
 from transport.errors import UnsupportedModel
-from transport.messages import DType, Entry, SequenceId
+from transport.messages.ring import DType, Entry, SequenceId
 
 FAMILIES = (*tiny.CORE_FAMILIES, "smollm3", "olmo2", "phi3")
 TOLERANCE = 1e-4
@@ -57,7 +54,7 @@ def dequantized_model(family: str, folder: Path, bits: int, group: int) -> tuple
 
 def arrays_of(shard: MlxShard) -> list[mx.array]:
     modules = shard._modules
-    held = [*modules.layers, *(end for end in (modules.embed, modules.norm, modules.head) if end is not None)]
+    held = [*modules.layers, *(end for end in (modules.embed, modules.norm, modules.lm_head) if end is not None)]
     return [array for module in held for array in dict(tree_flatten(module.parameters())).values()]
 
 
@@ -85,14 +82,14 @@ def test_every_tensor_keeps_its_own_form(tmp_path: Path) -> None:
     """Bits and groups mixed within a layer, an embedding and a head apart, dense ones among them."""
     _, checkpoint = dequantized_model("llama", tmp_path, 4, 32)
     for i, name in enumerate(sorted(checkpoint.affine)):
-        form = AffineForm(bits=BITS[i % len(BITS)], group=GROUPS[i % 2])
+        form = AffineForm(bits=AFFINE_BITS[i % len(AFFINE_BITS)], group=AFFINE_GROUPS[i % 2])
         if checkpoint.arrays[name].shape[-1] % form.group or i % 5 == 4:
             del checkpoint.affine[name]
             continue
         rows = quantize_rows(checkpoint.arrays[name], form.bits, form.group)
         checkpoint.affine[name] = (form, rows)
         checkpoint.arrays[name] = rows.dequantized()
-    assert {form.bits for form, _ in checkpoint.affine.values()} == set(BITS)
+    assert {form.bits for form, _ in checkpoint.affine.values()} == set(AFFINE_BITS)
     dense = replace(checkpoint, affine={})
     ids = list(range(3, 40))
     assert error(Ring(checkpoint, (2,)).step((1, 0, ids)), Ring(dense).step((1, 0, ids))) <= TOLERANCE
@@ -108,8 +105,8 @@ def test_half_precision_stays_close(family: str, dtype: DType, tolerance: float,
     assert error(ring.step((1, 0, ids)), tiny.reference_logits(model, ids)) <= tolerance
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", AFFINE_GROUPS)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_what_is_packed_is_what_mlx_reads(bits: int, group: int) -> None:
     """Bit for bit: our packing, read by MLX, gives the rows' numbers; and mx.quantize packs alike."""
     rng = np.random.default_rng(bits)
@@ -155,7 +152,7 @@ def test_weights_bytes_are_what_the_arrays_hold(family: str, dtype: DType, tmp_p
     width = 4 if dtype == "float32" else 2
     for first, last in ((0, 2), (1, 3), (2, 4), (0, 4)):
         seen: list[tuple[int, int]] = []
-        shard = build(checkpoint, shard_spec(first, last, dtype=dtype), progress_into(seen))
+        shard = build_mlx_shard(checkpoint, shard_spec(first, last, dtype=dtype), progress_into(seen))
         arrays = arrays_of(shard)
         assert shard.weights_bytes == sum(array.nbytes for array in arrays)
         ends = ("model.embed_tokens.",) if first == 0 else ()
@@ -192,8 +189,8 @@ def test_a_form_without_kernels_is_refused_by_name(form: AffineForm, tmp_path: P
     name = "model.layers.1.mlp.up_proj.weight"
     checkpoint.affine[name] = (form, quantize_rows(checkpoint.arrays[name], form.bits, form.group))
     with pytest.raises(UnsupportedModel, match=f"mlx:cpu.*{name}.*{form.bits} bits in groups of {form.group}.*128"):
-        build(checkpoint, shard_spec(0, 4))
-    build(checkpoint, shard_spec(2, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
+    build_mlx_shard(checkpoint, shard_spec(2, 4))
 
 
 def test_experts_quantized_differently_are_refused_by_name(tmp_path: Path) -> None:
@@ -201,16 +198,16 @@ def test_experts_quantized_differently_are_refused_by_name(tmp_path: Path) -> No
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     checkpoint.affine[name] = (AffineForm(bits=8, group=32), quantize_rows(checkpoint.arrays[name], 8, 32))
     with pytest.raises(UnsupportedModel, match=name):
-        build(checkpoint, shard_spec(0, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
     del checkpoint.affine[name]
     with pytest.raises(UnsupportedModel, match="dense"):
-        build(checkpoint, shard_spec(0, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
 
 
 @pytest.mark.parametrize("last", [2, 4])
 def test_a_step_is_evaluated_once(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny.quantized_checkpoint(tiny.tiny_model("qwen3_moe", 0), tmp_path)
-    shard = build(checkpoint, shard_spec(0, last))
+    shard = build_mlx_shard(checkpoint, shard_spec(0, last))
     calls: list[int] = []
     evaluate = mx.eval
 

@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-from shard.mlx_backend.build import build
+from shard.mlx_backend.build import build_mlx_shard
 from shard.mlx_backend.kv import ROLLBACK_TOKENS
 from shard.stage import Batch
 from tests.shard import tiny
 from tests.shard.mlx_tiny import Ring, checkpoint_of, error, shard_spec
 from transport.errors import BadCheckpoint, BadMessage, UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 IDS = [int(i) for i in np.random.default_rng(7).integers(0, tiny.VOCAB_SIZE, size=120)]
 TOLERANCE = 1e-4
@@ -113,7 +113,7 @@ def test_entries_that_want_no_logits_still_fill_the_cache(tmp_path: Path) -> Non
 def test_reads_its_own_tensors_once_and_no_others(family: str, tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of(family, tmp_path)
     seen: list[tuple[int, int]] = []
-    shard = build(checkpoint, shard_spec(1, 3), lambda done, total: seen.append((done, total)))
+    shard = build_mlx_shard(checkpoint, shard_spec(1, 3), lambda done, total: seen.append((done, total)))
     own = {name for name in checkpoint.tensors if name.startswith(("model.layers.1.", "model.layers.2."))}
     assert checkpoint.reads == dict.fromkeys(own, 1)
     assert seen[-1][0] == seen[-1][1] == sum(checkpoint.tensors[name].file_bytes for name in own)
@@ -125,15 +125,15 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     name = next(name for name in checkpoint.arrays if ".experts.2." in name)
     del checkpoint.arrays[name]
     with pytest.raises(BadCheckpoint, match=name):
-        build(checkpoint, shard_spec(0, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
 
 
 def test_a_misshapen_tensor_is_named(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of("llama", tmp_path)
     checkpoint.arrays["model.norm.weight"] = np.ones(63, np.float32)
-    build(checkpoint, shard_spec(0, 2))
+    build_mlx_shard(checkpoint, shard_spec(0, 2))
     with pytest.raises(BadCheckpoint, match=r"model\.norm\.weight"):
-        build(checkpoint, shard_spec(2, 4))
+        build_mlx_shard(checkpoint, shard_spec(2, 4))
 
 
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of("qwen3", tmp_path)
     checkpoint.arrays["model.layers.1.self_attn.q_proj.bias"] = np.ones(64, np.float32)
     with pytest.raises(UnsupportedModel, match=r"q_proj\.bias"):
-        build(checkpoint, shard_spec(0, 2))
+        build_mlx_shard(checkpoint, shard_spec(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_what_can_not_run_is_refused_by_name(change: dict[str, object], message:
     _, checkpoint = checkpoint_of("llama", tmp_path)
     checkpoint.config.update(change)
     with pytest.raises(UnsupportedModel, match=message):
-        build(checkpoint, shard_spec(0, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
 
 
 def test_a_config_with_a_hole_is_refused_by_name(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of("llama", tmp_path)
     del checkpoint.config["intermediate_size"]
     with pytest.raises(BadCheckpoint, match="intermediate_size"):
-        build(checkpoint, shard_spec(0, 4))
+        build_mlx_shard(checkpoint, shard_spec(0, 4))
 
 
 def test_ids_beyond_the_vocabulary_never_reach_the_embedding(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_ids_beyond_the_vocabulary_never_reach_the_embedding(tmp_path: Path) -> 
 
 def test_hidden_states_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of("llama", tmp_path)
-    shard = build(checkpoint, shard_spec(1, 2))
+    shard = build_mlx_shard(checkpoint, shard_spec(1, 2))
     entry = Entry(sequence=SequenceId(1), start=0, token_ids=(1, 2), num_logits=0)
     with pytest.raises(BadMessage, match="63"):
         shard.forward(Batch(entries=(entry,), hidden=np.zeros((2, 63), np.float32)))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
-from shard.checkpoint import TensorInfo
-from shard.model_facts import spec_from
-from shard.spec import ModelSpec
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.config import spec_from
+from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint, UnsupportedModel
 
 LAYERS = 8

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from shard.torch_backend.lean.support import lean_reason
+from shard.formats.families import why_not_fused
 from tests.shard.ring import (
     Prompts,
     Runner,
@@ -33,7 +33,7 @@ from tests.shard.tiny import (
     tiny_config,
     tiny_model,
 )
-from transport.messages import SequenceId
+from transport.messages.ring import SequenceId
 
 TOLERANCE = 1e-4
 NEAR_TIE = 1e-5
@@ -42,9 +42,9 @@ SEEDS = 3
 LENGTHS = (37, 21, 9)
 
 SPLITS = [cuts for count in range(NUM_LAYERS) for cuts in combinations(range(1, NUM_LAYERS), count)]
-MIXES: list[tuple[Runner, ...]] = [("library",), ("lean",), ("lean", "library")]
+MIXES: list[tuple[Runner, ...]] = [("library",), ("fused",), ("fused", "library")]
 if importlib.util.find_spec("mlx") and importlib.util.find_spec("mlx_lm"):
-    MIXES += [("mlx",), ("lean", "mlx"), ("mlx", "library")]
+    MIXES += [("mlx",), ("fused", "mlx"), ("mlx", "library")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def cases(family: str) -> tuple[tuple[Case, ...], int]:
 def families_for(mix: tuple[Runner, ...]) -> list[str]:
     """Each torch path with every family that it runs; a mix of runners with those that all of them run."""
     families = CORE_FAMILIES if "mlx" in mix else tuple(FAMILIES)
-    return [family for family in families if "lean" not in mix or lean_reason(tiny_config(family).to_dict()) is None]
+    return [family for family in families if "fused" not in mix or why_not_fused(tiny_config(family).to_dict()) is None]
 
 
 @pytest.mark.parametrize(

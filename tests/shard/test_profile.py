@@ -13,19 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard.affine import AffineForm
-from shard.affine_quantize import quantize_rows
-from shard.load import Backend
-from shard.open import open_checkpoint
-from shard.profile.clock import Clock, typical
-from shard.profile.kinds import Span, choose, layer_kinds
-from shard.profile.layers import LayerProbe, Loaded
-from shard.profile.profile import Profiler
-from shard.profile.report import GridReport
-from shard.profile.settings import ProfileSettings
-from shard.profile.stage import TimedStage
-from shard.spec import ModelSpec
-from transport.messages import SequenceId
+from shard.formats.affine import AffineForm, quantize_rows
+from shard.formats.spec import ModelSpec
+from shard.pieces.open import open_checkpoint
+from shard.worker.load import Backend
+from shard.worker.profile.layers import LayerProbe, ProfiledStages
+from shard.worker.profile.profiler import Profiler
+from shard.worker.profile.report import GridReport, ProfileSettings
+from shard.worker.profile.timed_stage import (
+    LayerSpan,
+    SampleTimer,
+    TimedStage,
+    choose_spans,
+    interquartile_mean,
+    layer_kinds,
+)
+from transport.messages.ring import SequenceId
 
 from .tiny import memory_checkpoint, tiny_model
 
@@ -86,7 +89,7 @@ def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: 
     kinds = [sorted(set(kinds)).index(kind) for kind in kinds]
     cuts = data.draw(st.sets(st.integers(1, num_layers - 1))) if num_layers > 1 else set()
     model = spec(num_layers, data.draw(st.sampled_from([10**4, 3_500_000, 10**9])), tuple(sorted(cuts)))
-    chosen = choose(model, kinds, layer_bytes(model))
+    chosen = choose_spans(model, kinds, layer_bytes(model))
     ends = {0, num_layers, *cuts}
     longest = max(b - a for a, b in zip(sorted(ends), sorted(ends)[1:], strict=False))
     assert {chosen.run.first, chosen.run.last} <= ends
@@ -99,18 +102,18 @@ def test_what_is_loaded_is_few_layers_at_legal_cuts_that_cover_every_kind(data: 
 
 def test_large_layers_are_few_and_small_ones_leave_the_caches() -> None:
     large, small_spec = spec(80, 850_000_000), spec(30, 3_500_000)
-    assert choose(large, [0] * 80, layer_bytes(large)).run.num_layers == 2
-    small = choose(small_spec, [0] * 30, layer_bytes(small_spec)).run
+    assert choose_spans(large, [0] * 80, layer_bytes(large)).run.num_layers == 2
+    small = choose_spans(small_spec, [0] * 30, layer_bytes(small_spec)).run
     assert small.num_layers * 7_000_000 > 64 << 20
     assert small.first > 0 and small.last < 30
     room_bytes = 4 * 2 * 3_500_000
-    assert choose(small_spec, [0] * 30, layer_bytes(small_spec), room_bytes).run.num_layers == 3
+    assert choose_spans(small_spec, [0] * 30, layer_bytes(small_spec), room_bytes).run.num_layers == 3
     middle = spec(30, 17_000_000)
-    assert choose(middle, [0] * 30, layer_bytes(middle)).run.num_layers == 2
+    assert choose_spans(middle, [0] * 30, layer_bytes(middle)).run.num_layers == 2
     in_4_bits = [size * 5 // 16 for size in layer_bytes(middle)]
-    assert choose(middle, [0] * 30, in_4_bits).run.num_layers == 7
+    assert choose_spans(middle, [0] * 30, in_4_bits).run.num_layers == 7
     tiny = [2_200_000] * 30  # SmolLM2 in 4 bits
-    assert choose(small_spec, [0] * 30, tiny).run.num_layers > 28
+    assert choose_spans(small_spec, [0] * 30, tiny).run.num_layers > 28
 
 
 # The arithmetic, on a device whose times are known.
@@ -195,8 +198,8 @@ def test_known_times_are_found(
     def stage(layers: Sequence[int]) -> Any:
         return MadeUpStage(now, layers, truth, step_s, facts)
 
-    loaded = Loaded(run=stage(run), kinds=tuple(run), singles=tuple(stage([kind]) for kind in range(num_kinds)))
-    probe = LayerProbe(loaded=loaded, clock=Clock(6.0, now=now, sleep=now.sleep), tell=lambda what: None)
+    loaded = ProfiledStages(run=stage(run), kinds=tuple(run), singles=tuple(stage([kind]) for kind in range(num_kinds)))
+    probe = LayerProbe(loaded=loaded, timer=SampleTimer(6.0, now=now, sleep=now.sleep), on_progress=lambda what: None)
     reports = probe.measure()
     # Contexts grow a little while they are measured.
     drift = 100 * attend * 8
@@ -218,8 +221,10 @@ def test_a_slow_device_gets_fewer_points_and_still_ends() -> None:
     truth = {0: (0.3, 0.3, 1e-5)}  # 0.6 s a layer and token, as a phone might.
     facts = type("Spec", (), {"context_tokens": 8192})()
     stages = [MadeUpStage(now, [0] * count, truth, 0.0, facts) for count in (4, 1)]
-    loaded: Any = Loaded(run=stages[0], kinds=(0,) * 4, singles=(stages[1],))  # type: ignore[arg-type]
-    (report,) = LayerProbe(loaded=loaded, clock=Clock(5.0, now=now, sleep=now.sleep), tell=lambda what: None).measure()
+    loaded: Any = ProfiledStages(run=stages[0], kinds=(0,) * 4, singles=(stages[1],))  # type: ignore[arg-type]
+    (report,) = LayerProbe(
+        loaded=loaded, timer=SampleTimer(5.0, now=now, sleep=now.sleep), on_progress=lambda what: None
+    ).measure()
     assert report.decode.rows == (1,)
     assert report.prefill.rows == (16,)
     near(report.decode, 0, 0, 0.6)
@@ -227,14 +232,14 @@ def test_a_slow_device_gets_fewer_points_and_still_ends() -> None:
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=40))
 def test_a_typical_time_is_among_the_samples_and_deaf_to_a_few(samples: list[float]) -> None:
-    assert min(samples) - 1e-9 <= typical(samples) <= max(samples) + 1e-9
+    assert min(samples) - 1e-9 <= interquartile_mean(samples) <= max(samples) + 1e-9
     many = samples * 4
     few = [1e6] * (len(many) // 5)
-    assert typical(many + few) <= max(samples) + 1e-9
+    assert interquartile_mean(many + few) <= max(samples) + 1e-9
 
 
 def test_a_typical_time_of_two_modes_is_their_mean() -> None:
-    assert typical([1.0, 3.0] * 20) == pytest.approx(2.0)
+    assert interquartile_mean([1.0, 3.0] * 20) == pytest.approx(2.0)
 
 
 # Real layers.
@@ -250,21 +255,21 @@ def test_a_tiny_model_is_profiled(family: str, backend: Backend, tmp_path: Path)
     checkpoint = memory_checkpoint(tiny_model(family, 0), tmp_path)
     asked = ProfileSettings(backend=backend, device="mlx" if backend == "mlx" else "cpu", dtype="float32", budget_s=0.5)
     said: list[str] = []
-    profiler = Profiler(checkpoint, asked, tell=said.append)
+    profiler = Profiler(checkpoint, asked, on_progress=said.append)
     report = profiler.profile()
-    assert report.is_sound()
+    assert report.is_plausible()
     assert len(report.kinds) == checkpoint.spec.num_layers
     assert all(seconds > 0 for layer in report.layers for row in layer.decode.seconds for seconds in row)
     assert "the head" in said
-    assert 0 < profiler.steady(0.1) < 1.0
+    assert 0 < profiler.measure_under_load(0.1) < 1.0
 
 
 def test_a_device_without_room_for_the_head_is_profiled_without_it(tmp_path: Path) -> None:
     checkpoint = memory_checkpoint(tiny_model("llama", 0), tmp_path)
     asked = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=0.3, memory_bytes=1)
     said: list[str] = []
-    report = Profiler(checkpoint, asked, tell=said.append).profile()
-    assert report.is_sound()
+    report = Profiler(checkpoint, asked, on_progress=said.append).profile()
+    assert report.is_plausible()
     assert "the head" not in said
 
 
@@ -272,17 +277,17 @@ def test_predicted_and_real_stages_of_smollm2(smollm2_path: Path, capsys: pytest
     """Halves of the model against what its profile predicts, taken in turn. Loose: tests share the machine."""
     checkpoint = open_checkpoint(smollm2_path)
     asked = ProfileSettings(backend="torch", device="cpu", dtype="bfloat16", budget_s=2.5)
-    halves = (Span(first=0, last=15), Span(first=15, last=30))
+    halves = (LayerSpan(first=0, last=15), LayerSpan(first=15, last=30))
     stages = [TimedStage(checkpoint, span, backend="torch", device="cpu", dtype="bfloat16") for span in halves]
     ratios = []
     for _ in range(2):
-        report = Profiler(checkpoint, asked, tell=lambda what: None).profile()
+        report = Profiler(checkpoint, asked, on_progress=lambda what: None).profile()
         for stage in stages:
             predicted_s = report.step_s + stage.num_layers * report.layers[0].decode.seconds[0][0]
-            predicted_s += (report.embed if stage.spec.is_first else report.head).seconds[0][0]
+            predicted_s += (report.embed if stage.spec.is_first else report.lm_head).seconds[0][0]
             sequences = stage.open(1)
             stage.step(sequences, 24, num_logits=0)
-            real_s = Clock(2.0).sample([lambda stage=stage, held=sequences: stage.step(held)], share=0.4)[0]
+            real_s = SampleTimer(2.0).sample([lambda stage=stage, held=sequences: stage.step(held)], share=0.4)[0]
             stage.release(sequences)
             ratios.append(predicted_s / real_s)
     with capsys.disabled():

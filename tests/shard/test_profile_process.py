@@ -16,15 +16,13 @@ from typing import Any, get_args
 import psutil
 import pytest
 
-from shard.open import open_checkpoint
-from shard.profile.kinds import Span
-from shard.profile.process import ProfileProcess
-from shard.profile.profile import Profiler
-from shard.profile.report import ProfileReport, decode_report
-from shard.profile.settings import ProfileSettings
-from shard.profile.stage import TimedStage
+from shard.pieces.open import open_checkpoint
+from shard.worker.profile.process import ProfileProcess
+from shard.worker.profile.profiler import Profiler
+from shard.worker.profile.report import ProfileReport, ProfileSettings, decode_report
+from shard.worker.profile.timed_stage import LayerSpan, TimedStage
 from transport.errors import BadMessage, DeadlineExceeded, ModelNotFound, StageFailed
-from transport.messages import WeightsForm
+from transport.messages.ring import WeightsForm
 
 from .tiny import save_tiny
 
@@ -33,7 +31,7 @@ TINY = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=
 
 def command(model: Path, *more: str) -> list[str]:
     fixed = ["--backend", "torch", "--device", "cpu", "--dtype", "float32", "--budget", "0.3"]
-    return [sys.executable, "-P", "-m", "shard.profile", "--model", str(model), *fixed, *more]
+    return [sys.executable, "-P", "-m", "shard.worker.profile", "--model", str(model), *fixed, *more]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_the_command_line_prints_json(tiny_path: Path) -> None:
 
 
 def test_a_profile_holds_weights_in_the_form_asked_for(tiny_path: Path) -> None:
-    checkpoint, span = open_checkpoint(tiny_path), Span(first=1, last=2)
+    checkpoint, span = open_checkpoint(tiny_path), LayerSpan(first=1, last=2)
     held = {
         weights: TimedStage(
             checkpoint, span, backend="torch", device="cpu", dtype="float32", weights=weights
@@ -55,10 +53,10 @@ def test_a_profile_holds_weights_in_the_form_asked_for(tiny_path: Path) -> None:
         for weights in get_args(WeightsForm)
     }
     assert held["dense"] == held["stored"] > 3 * held["8-bit"] > 4.5 * held["4-bit"]
-    profiler = Profiler(checkpoint, replace(TINY, weights="4-bit", budget_s=0.2), tell=lambda what: None)
-    assert profiler.profile().is_sound()
+    profiler = Profiler(checkpoint, replace(TINY, weights="4-bit", budget_s=0.2), on_progress=lambda what: None)
+    assert profiler.profile().is_plausible()
     done = subprocess.run(command(tiny_path, "--weights", "8-bit"), capture_output=True, text=True, timeout=400)
-    assert decode_report(done.stdout.encode()).is_sound()
+    assert decode_report(done.stdout.encode()).is_plausible()
     done = subprocess.run(command(tiny_path, "--weights", "5-bit"), capture_output=True, text=True, timeout=400)
     assert done.returncode == 2 and "invalid choice" in done.stderr
 
@@ -69,7 +67,7 @@ def test_a_child_reports_says_what_it_does_and_measures_again(tiny_path: Path) -
     try:
         assert isinstance(child.report(doing.append), ProfileReport)
         assert doing[0] == "loading layers"
-        assert child.steady(0.1) > 0
+        assert child.measure_under_load(0.1) > 0
     finally:
         child.close()
     assert not profiles_running()
@@ -88,7 +86,7 @@ def test_a_profile_that_is_killed_is_an_error(tiny_path: Path) -> None:
     with pytest.raises(StageFailed, match="signal 9"):
         while True:
             child.report()
-            child.steady(60)
+            child.measure_under_load(60)
     child.close()
 
 
@@ -121,23 +119,23 @@ def test_impossible_numbers_are_refused() -> None:
         "kinds": [0],
         "layers": [{"decode": good, "prefill": good}],
         "embed": good,
-        "head": good,
+        "lm_head": good,
         "step_s": 0.0,
-        "steady_s": 0.1,
+        "under_load_s": 0.1,
     }
     decode_report(json.dumps(report).encode())
     for change in (
         {"kinds": [1]},
         {"kinds": []},
         {"step_s": -1.0},
-        {"steady_s": 0.0},
-        {"head": {**good, "seconds": [[-0.1]]}},
-        {"head": {**good, "rows": [2, 1], "seconds": [[1.0], [1.0]]}},
-        {"head": {**good, "seconds": [[0.1, 0.2]]}},
+        {"under_load_s": 0.0},
+        {"lm_head": {**good, "seconds": [[-0.1]]}},
+        {"lm_head": {**good, "rows": [2, 1], "seconds": [[1.0], [1.0]]}},
+        {"lm_head": {**good, "seconds": [[0.1, 0.2]]}},
     ):
         with pytest.raises(BadMessage):
             decode_report(json.dumps({**report, **change}).encode())
 
 
 def profiles_running() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "shard.profile" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "shard.worker.profile" in " ".join(child.cmdline())]

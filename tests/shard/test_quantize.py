@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard.affine import BITS, GROUPS, AffineForm
-from shard.affine_quantize import quantize_rows
-from shard.checkpoint import TensorInfo
-from shard.load import in_form, load_shard
-from shard.open import open_checkpoint
-from shard.quantize import Dense, QuantizedOnLoad, affine_form
-from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm, quantize_rows
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.weights_form import DenseView, QuantizeOnLoad, on_load_form
+from shard.pieces.open import open_checkpoint
+from shard.worker.load import in_weights_form, load_shard
 from tests.shard.test_mlx_checkpoint import UP, packed
 from tests.shard.test_mlx_checkpoint import write as write_mlx
 from tests.shard.test_safetensors import write_folder
@@ -37,8 +36,8 @@ def mlx_numbers(values: np.ndarray, bits: int, group: int) -> np.ndarray:
         return np.array(mx.dequantize(*quantized, group_size=group, bits=bits))
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+@pytest.mark.parametrize("group", AFFINE_GROUPS)
 @pytest.mark.parametrize("tail", ["normal", "heavy"])
 def test_the_error_is_at_most_mlxs(bits: int, group: int, tail: str) -> None:
     draw = np.random.default_rng(bits * group)
@@ -51,7 +50,7 @@ def test_the_error_is_at_most_mlxs(bits: int, group: int, tail: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    bits=st.sampled_from(BITS),
+    bits=st.sampled_from(AFFINE_BITS),
     scale=st.sampled_from([1e-30, 1e-8, 1e-3, 1.0, 1e4, 1e30]),
     offset=st.sampled_from([0.0, 1.0, -100.0]),
     seed=st.integers(0, 1000),
@@ -94,14 +93,14 @@ def test_constant_groups_are_exact() -> None:
     ],
 )
 def test_only_matrices_are_quantized(name: str, shape: tuple[int, ...], expected: int | None) -> None:
-    form = affine_form(TensorInfo(name=name, shape=shape, format="BF16", file_bytes=0), 4)
+    form = on_load_form(TensorInfo(name=name, shape=shape, format="BF16", file_bytes=0), 4)
     assert form == (None if expected is None else AffineForm(bits=4, group=expected, exact=False))
 
 
 def test_any_range_of_rows_is_that_part_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = memory_checkpoint(tiny_model("llama", 0), tmp_path)
-    checkpoint = QuantizedOnLoad(inner, 4)
-    monkeypatch.setattr("shard.quantize._BLOCK_ELEMENTS", 700)
+    checkpoint = QuantizeOnLoad(inner, 4)
+    monkeypatch.setattr("shard.formats.weights_form._BLOCK_ELEMENTS", 700)
     for name, info in checkpoint.tensors.items():
         if info.affine is None:
             assert info.shape == (64,)
@@ -127,13 +126,13 @@ def test_the_dense_whole_is_never_held(tmp_path: Path, monkeypatch: pytest.Monke
         original(name, first, out, dtype)
 
     monkeypatch.setattr(inner, "read_rows", read_rows)
-    QuantizedOnLoad(inner, 4).read_affine(name, 0, 20_000)
+    QuantizeOnLoad(inner, 4).read_affine(name, 0, 20_000)
     assert 0 < largest <= 4 << 20
 
 
 def test_what_is_quantized_already_stays_as_it_is(tmp_path: Path) -> None:
     inner = quantized_checkpoint(tiny_model("llama", 0), tmp_path, bits=5)
-    checkpoint = QuantizedOnLoad(inner, 8)
+    checkpoint = QuantizeOnLoad(inner, 8)
     assert checkpoint.tensors == inner.tensors
     for name, (_, rows) in inner.affine.items():
         np.testing.assert_array_equal(checkpoint.read_affine(name, 0, len(rows.q)).dequantized(), inner.arrays[name])
@@ -141,7 +140,9 @@ def test_what_is_quantized_already_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_dense_view_gives_the_dequantized_numbers(tmp_path: Path) -> None:
     parts, exact = packed(16, 4, 64)
-    checkpoint = Dense(SafetensorsCheckpoint(write_mlx(tmp_path, {UP.format(0): parts}, {"bits": 4, "group_size": 64})))
+    checkpoint = DenseView(
+        SafetensorsCheckpoint(write_mlx(tmp_path, {UP.format(0): parts}, {"bits": 4, "group_size": 64}))
+    )
     name = UP.format(0) + ".weight"
     assert all(info.affine is None for info in checkpoint.tensors.values())
     out = np.empty(exact.shape, np.float32)
@@ -156,7 +157,7 @@ def test_numbers_that_cant_be_quantized_are_refused(tmp_path: Path, value: float
     weight = torch.randn(16, 64)
     weight[5, 7], weight[5, 8] = value, -value
     folder = write_folder(tmp_path, {"model.layers.0.mlp.up_proj.weight": weight})
-    checkpoint = QuantizedOnLoad(open_checkpoint(folder), 4)
+    checkpoint = QuantizeOnLoad(open_checkpoint(folder), 4)
     checkpoint.read_affine("model.layers.0.mlp.up_proj.weight", 0, 5)
     with pytest.raises(BadCheckpoint, match="not a number") as raised:
         checkpoint.read_affine("model.layers.0.mlp.up_proj.weight", 0, 16)
@@ -166,12 +167,12 @@ def test_numbers_that_cant_be_quantized_are_refused(tmp_path: Path, value: float
 def test_a_stage_reads_its_weights_in_the_form_it_is_told(tmp_path: Path) -> None:
     inner = memory_checkpoint(tiny_model("llama", 0), tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert in_form(inner, "stored").tensors[name].affine is None
-    assert in_form(inner, "dense").tensors[name].affine is None
+    assert in_weights_form(inner, "stored").tensors[name].affine is None
+    assert in_weights_form(inner, "dense").tensors[name].affine is None
     for weights, bits in (("4-bit", 4), ("8-bit", 8)):
-        form = in_form(inner, weights).tensors[name].affine  # type: ignore[arg-type]
+        form = in_weights_form(inner, weights).tensors[name].affine  # type: ignore[arg-type]
         assert form == AffineForm(bits=bits, group=64, exact=False)
-    assert load_shard.__module__ == "shard.load"
+    assert load_shard.__module__ == "shard.worker.load"
 
 
 @pytest.mark.parametrize("freedom", [4, 1000])

@@ -17,11 +17,11 @@ import pytest
 import torch
 import transformers
 
-from shard.checkpoint import Checkpoint
-from shard.load import Backend, load_shard
-from shard.open import open_checkpoint
-from shard.stage import Batch, ShardBackend, ShardSpec
-from transport.messages import DType, Entry, SequenceId
+from shard.formats.checkpoint import Checkpoint
+from shard.pieces.open import open_checkpoint
+from shard.stage import Batch, ShardBackend, StageSpec
+from shard.worker.load import Backend, load_shard
+from transport.messages.ring import DType, Entry, SequenceId
 
 NUM_TOKENS = 64
 MIXED_TOKENS = 24
@@ -95,7 +95,7 @@ def shards(model: Model, cuts: Sequence[int], backends: Sequence[Backend], dtype
     return [
         load_shard(
             model.checkpoint,
-            ShardSpec(
+            StageSpec(
                 first=bounds[index],
                 last=bounds[index + 1],
                 num_layers=num_layers,
@@ -146,7 +146,7 @@ def gap_at_first_difference(name: str, got: Greedy, wanted: Greedy) -> float:
 
 def test_float32_gives_the_text_of_the_files_numbers(model: Model, reference: Greedy) -> None:
     (shard,) = shards(model, [], ["torch"], "float32")
-    assert getattr(shard, "path", None) == "lean"
+    assert getattr(shard, "path", None) == "fused"
     got = greedy([shard], model.prompt, NUM_TOKENS)
     assert gap_at_first_difference(f"{model.name}, float32", got, reference) < NEAR_TIE
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from shard.torch_backend import reserved
+from shard.torch_backend import memory
 from shard.torch_backend.kv import KVCache, LayerKV
-from shard.torch_backend.reserved import Reservations, can_reserve
+from shard.torch_backend.memory import AddressSpace, can_reserve
 from tests.shard.ring import tiny_spec
-from transport.messages import SequenceId
+from transport.messages.ring import SequenceId
 
 HEADS, WIDTH = 2, 16
 ROW_BYTES = WIDTH * 4
@@ -47,10 +47,10 @@ def committed(positions: int) -> int:
 
 @needs_reserving
 def test_growth_moves_nothing() -> None:
-    layer, like = LayerKV(None, Reservations(5000, 3)), torch.empty(HEADS, 1, WIDTH)
+    layer, like = LayerKV(None, AddressSpace(5000, 3)), torch.empty(HEADS, 1, WIDTH)
     assert len(grow(layer, 1, 2, 70, 71, 900, 1000, 4000)) == 1
     assert layer.num_bytes() == committed(4000)
-    keys, _, head_bytes, count = layer.seat(4000, like)
+    keys, _, head_bytes, count = layer.kv_slot(4000, like)
     seen, _ = layer.append_one(4000, torch.zeros(2, HEADS, WIDTH))
     assert (keys, count) == (seen.data_ptr(), 4001)
     assert head_bytes == seen.stride(1) * 4
@@ -59,7 +59,7 @@ def test_growth_moves_nothing() -> None:
 
 @needs_reserving
 def test_layers_of_a_sequence_do_not_overlap() -> None:
-    reservations = Reservations(100, 3)
+    reservations = AddressSpace(100, 3)
     layers = [LayerKV(None, reservations) for _ in range(3)]
     for end in (40, 100):
         for index, layer in enumerate(layers):
@@ -73,7 +73,7 @@ def test_layers_of_a_sequence_do_not_overlap() -> None:
 
 @needs_reserving
 def test_going_far_back_gives_memory_back_and_a_little_does_not() -> None:
-    layer = LayerKV(None, Reservations(5000, 1))
+    layer = LayerKV(None, AddressSpace(5000, 1))
     grow(layer, 4000)
     layer.truncate(3900)
     assert layer.num_bytes() == committed(4000)
@@ -86,7 +86,7 @@ def test_going_far_back_gives_memory_back_and_a_little_does_not() -> None:
 @needs_reserving
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_given_back_is_free_again() -> None:
-    layer = LayerKV(None, Reservations(100_000, 1))
+    layer = LayerKV(None, AddressSpace(100_000, 1))
     grow(layer, 100_000)
     before, held = resident_bytes(), layer.num_bytes()
     layer.truncate(100)
@@ -96,14 +96,14 @@ def test_what_is_given_back_is_free_again() -> None:
 
 @pytest.mark.parametrize("context", [100, 4000])
 def test_past_what_is_reserved_it_is_copied(context: int) -> None:
-    layer = LayerKV(None, Reservations(context, 1))
+    layer = LayerKV(None, AddressSpace(context, 1))
     grow(layer, 90, 500, 501, 5000, 9000)
     assert layer.num_bytes() <= 2 * HEADS * ROW_BYTES * (9000 * 1.25 + 64)
 
 
 def test_where_nothing_can_be_reserved_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reserved, "can_reserve", lambda: False)
-    layer = LayerKV(None, Reservations(5000, 1))
+    monkeypatch.setattr(memory, "can_reserve", lambda: False)
+    layer = LayerKV(None, AddressSpace(5000, 1))
     assert len(grow(layer, 1, 70, 900, 4000)) > 1
 
 
@@ -113,7 +113,7 @@ def test_where_addresses_run_out_it_is_copied(monkeypatch: pytest.MonkeyPatch) -
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(mmap, "mmap", no_memory)
-    grow(LayerKV(None, Reservations(5000, 1)), 1, 70, 900, 4000)
+    grow(LayerKV(None, AddressSpace(5000, 1)), 1, 70, 900, 4000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's modes of overcommit")
@@ -124,7 +124,7 @@ def test_strict_overcommit_reserves_nothing(
     if not can_reserve():
         pytest.skip("this system has no address space to give away")
     (tmp_path / "mode").write_text(f"{mode}\n")
-    monkeypatch.setattr(reserved, "_OVERCOMMIT", tmp_path / "mode")
+    monkeypatch.setattr(memory, "_OVERCOMMIT", tmp_path / "mode")
     assert can_reserve.__wrapped__() is reserves
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shard.open import open_checkpoint
-from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.pieces.open import open_checkpoint
 from transport.errors import BadCheckpoint, ModelNotFound, UnsupportedModel
-from transport.messages import DType
+from transport.messages.ring import DType
 
 CONFIG = {
     "model_type": "llama",

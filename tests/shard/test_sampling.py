@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shard.sampling import distribution, sample, uniform
+from shard.worker.sampling import distribution, sample, uniform
 from transport.errors import StageFailed
-from transport.messages import Sampling
+from transport.messages.ring import Sampling
 
 VOCAB = 24
 NO_HISTORY = np.array([], dtype=np.int64)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shard.local_stage import LocalStage
-from shard.serve import StageServer
-from shard.stage import Batch, ShardSpec
+from shard.stage import Batch, StageSpec
+from shard.worker.local_stage import LocalStage
+from shard.worker.serve import StageServer
 from tests.shard.ring import tiny_spec
 from tests.shard.tiny import NUM_LAYERS, VOCAB_SIZE
 from transport.codec import EdgeLimits, encode
-from transport.link import Received
-from transport.memory_link import MemoryReceiver, MemorySender, memory_link
-from transport.messages import (
+from transport.links.link import Received
+from transport.links.memory_link import MemoryReceiver, MemorySender, memory_link
+from transport.messages.ring import (
     DataMessage,
     Entry,
     Failed,
@@ -46,7 +46,7 @@ class CountingBackend:
 
     weights_bytes = 0
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: StageSpec) -> None:
         self.spec = spec
         self._lengths: dict[SequenceId, int] = {}
 
@@ -94,7 +94,7 @@ class OneStage:
         self._before, receiver = memory_link(LIMITS)
         sender, self._after = memory_link(LIMITS)
         self._server = StageServer(LocalStage(CountingBackend(spec)), spec, receiver, sender, fence=FENCE, index=index)
-        self.clock = self._server.clock
+        self.clock = self._server.counters
 
     def take(self, message: DataMessage, buffers: tuple[memoryview, ...] = ()) -> Received:
         """What the stage makes of it."""

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from shard.checkpoint import Checkpoint
-from shard.load import Backend, load_shard
-from shard.local_stage import LocalStage
-from shard.open import open_checkpoint
-from shard.stage import HiddenOutput, ShardSpec, Stage, StageInput, TokenOutput
-from transport.messages import DType, Entry, Open, SampledToken, Sampling, SequenceId
+from shard.formats.checkpoint import Checkpoint
+from shard.pieces.open import open_checkpoint
+from shard.stage import HiddenOutput, Stage, StageInput, StageSpec, TokenOutput
+from shard.worker.load import Backend, load_shard
+from shard.worker.local_stage import LocalStage
+from transport.messages.ring import DType, Entry, Open, SampledToken, Sampling, SequenceId
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 NUM_TOKENS = 64
@@ -53,7 +53,7 @@ def ring(
     bounds = [0, *cuts, checkpoint.spec.num_layers]
     stages: list[Stage] = []
     for index, backend in enumerate(backends):
-        spec = ShardSpec(
+        spec = StageSpec(
             first=bounds[index],
             last=bounds[index + 1],
             num_layers=checkpoint.spec.num_layers,

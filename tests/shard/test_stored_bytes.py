@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard.affine import BITS, GROUPS, AffineForm
-from shard.checkpoint import TensorInfo
-from shard.load import Backend, in_form, load_shard
-from shard.model_facts import spec_from
-from shard.spec import ModelSpec
-from shard.stage import ShardSpec
-from shard.stored_bytes import held_form, loaded_bytes, weight_block, weights_on
-from shard.weight_blocks import BITS_ANEW, WeightBlock, merged
-from transport.messages import DTYPE_BYTES, DType, WeightsForm
+from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.config import spec_from
+from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, ModelSpec, WeightBlock, merge_blocks
+from shard.formats.weights_form import loaded_bytes, loaded_form, supported_form, weight_block
+from shard.stage import StageSpec
+from shard.worker.load import Backend, in_weights_form, load_shard
+from transport.messages.ring import DTYPE_BYTES, DType, WeightsForm
 
 from .tiny import NUM_LAYERS, MemoryCheckpoint, memory_checkpoint, quantized_checkpoint, tiny_model
 
@@ -67,23 +66,23 @@ def test_bytes_by_hand(form: AffineForm | None, torch_bytes: int, mlx_bytes: int
     ],
 )
 def test_only_matrices_of_whole_groups_are_quantized_on_load(info: TensorInfo, group: int | None) -> None:
-    assert held_form(info, "stored") is None
-    for weights, bits in BITS_ANEW.items():
-        form = held_form(info, weights)
+    assert loaded_form(info, "stored") is None
+    for weights, bits in QUANTIZE_ON_LOAD_BITS.items():
+        form = loaded_form(info, weights)
         assert form == (None if group is None else AffineForm(bits=bits, group=group, exact=False))
 
 
 def test_what_is_quantized_in_the_file_stays_as_it_is() -> None:
     form = AffineForm(bits=5, group=32)
     for weights in FORMS[1:]:
-        assert held_form(tensor(Q_PROJ, 64, 64, affine=form), weights) == form
-    assert held_form(tensor(Q_PROJ, 64, 64, affine=form), "dense") is None
+        assert loaded_form(tensor(Q_PROJ, 64, 64, affine=form), weights) == form
+    assert loaded_form(tensor(Q_PROJ, 64, 64, affine=form), "dense") is None
 
 
 blocks = st.builds(
     WeightBlock,
     elements=st.integers(1, 1000).map(lambda n: 1024 * n),
-    affine=st.none() | st.builds(AffineForm, bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS)),
+    affine=st.none() | st.builds(AffineForm, bits=st.sampled_from(AFFINE_BITS), group=st.sampled_from(AFFINE_GROUPS)),
     anew_group=st.none() | st.sampled_from([32, 64]),
 )
 
@@ -98,8 +97,8 @@ def test_forms_never_grow_and_merging_changes_nothing(some: list[WeightBlock], b
 
     sizes = [taken(some, weights) for weights in FORMS]
     assert sizes == sorted(sizes, reverse=True)
-    assert [taken(merged(some), weights) for weights in FORMS] == sizes
-    assert len(merged(some)) == len({(block.affine, block.anew_group) for block in some})
+    assert [taken(merge_blocks(some), weights) for weights in FORMS] == sizes
+    assert len(merge_blocks(some)) == len({(block.affine, block.anew_group) for block in some})
 
 
 def spec_of(checkpoint: MemoryCheckpoint) -> ModelSpec:
@@ -115,7 +114,7 @@ def test_a_spec_knows_each_part_and_survives_json(tmp_path: Path) -> None:
         assert {block.affine for block in layer} == {None, AffineForm(bits=4, group=32)}
     assert spec.weights.head == spec.weights.embed
     whole, first, last = (spec.stage_weights_bytes(*span, "bfloat16") for span in ((0, 4), (0, 2), (2, 4)))
-    assert first + last - whole == spec.part_bytes("torch", "bfloat16", "stored").head
+    assert first + last - whole == spec.part_bytes("torch", "bfloat16", "stored").lm_head
 
 
 def test_a_spec_of_an_older_potluck_is_taken_for_dense(tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_stages_hold_what_is_planned_for_them(
         for first, last in ((0, NUM_LAYERS), (0, 2), (2, NUM_LAYERS)):
             shard = load_shard(
                 one,
-                ShardSpec(
+                StageSpec(
                     first=first,
                     last=last,
                     num_layers=NUM_LAYERS,
@@ -157,7 +156,7 @@ def test_stages_hold_what_is_planned_for_them(
                 ),
                 backend=backend,
             )
-            held = weights_on(backend, one.config, weights, stacked_experts=False)
+            held = supported_form(backend, one.config, weights, stacked_experts=False)
             planned = spec.stage_weights_bytes(first, last, "float32", backend=backend, weights=held)
             # torch's kernels pad the rows of a matrix to whole tiles.
             assert planned <= shard.weights_bytes <= planned * 1.15
@@ -166,8 +165,8 @@ def test_stages_hold_what_is_planned_for_them(
 def test_a_view_in_a_form_and_the_bytes_agree(tmp_path: Path) -> None:
     checkpoint = memory_checkpoint(tiny_model("llama", 0), tmp_path)
     for weights in get_args(WeightsForm):
-        for name, info in in_form(checkpoint, weights).tensors.items():
-            assert info.affine == held_form(checkpoint.tensors[name], weights)
+        for name, info in in_weights_form(checkpoint, weights).tensors.items():
+            assert info.affine == loaded_form(checkpoint.tensors[name], weights)
             assert loaded_bytes(info, "mlx", "bfloat16") == loaded_bytes(
                 checkpoint.tensors[name], "mlx", "bfloat16", weights
             )

@@ -13,14 +13,14 @@ import torch
 
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
-from shard.torch_backend.build import _Reader, build
-from shard.torch_backend.kv import SLACK, LayerKV, SequenceKV
-from shard.torch_backend.shard import TorchShard
-from shard.weights import TensorNames
+from shard.torch_backend.build import _ParameterReader, build_torch_shard
+from shard.torch_backend.kv import ROLLBACK_TOKENS, LayerKV, SequenceKV
+from shard.torch_backend.library.shard import LibraryShard
+from shard.torch_backend.tensors import TensorNames
 from tests.shard.ring import load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import WINDOW, MemoryCheckpoint, memory_checkpoint, reference_logits, tiny_config, tiny_model
 from transport.errors import BadCheckpoint, ConfigError, DoesNotFit, StageFailed, UnsupportedModel
-from transport.messages import Entry, SequenceId
+from transport.messages.ring import Entry, SequenceId
 
 ONE, TWO = SequenceId(1), SequenceId(2)
 
@@ -40,13 +40,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], MemoryChec
 Tiny = Callable[[str], MemoryCheckpoint]
 
 
-def whole(checkpoint: MemoryCheckpoint, **changes: Any) -> TorchShard:
+def whole(checkpoint: MemoryCheckpoint, **changes: Any) -> LibraryShard:
     shard = load_stage(checkpoint, tiny_spec(0, 4, **changes), "library")
-    assert isinstance(shard, TorchShard)
+    assert isinstance(shard, LibraryShard)
     return shard
 
 
-def feed(shard: TorchShard, ids: list[int], start: int, end: int, sequence: SequenceId = ONE) -> np.ndarray:
+def feed(shard: LibraryShard, ids: list[int], start: int, end: int, sequence: SequenceId = ONE) -> np.ndarray:
     return run_step([shard], [Entry(sequence, start, tuple(ids[start:end]), end - start)])
 
 
@@ -69,9 +69,9 @@ def test_truncating_further_than_held_changes_nothing(tiny: Tiny) -> None:
     assert shard.truncate(TWO, 3) == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 7, SLACK + 30])
+@pytest.mark.parametrize("chunk", [1, 7, ROLLBACK_TOKENS + 30])
 def test_a_sliding_window_keeps_little_and_goes_back_by_its_slack(tiny: Tiny, chunk: int) -> None:
-    length = 3 * SLACK
+    length = 3 * ROLLBACK_TOKENS
     ids = random_prompts(6, [length])[ONE]
     config = {**tiny("mistral").config, "max_position_embeddings": 1024}
     checkpoint = MemoryCheckpoint(spec=tiny("mistral").spec, config=config, arrays=tiny("mistral").arrays)
@@ -80,9 +80,9 @@ def test_a_sliding_window_keeps_little_and_goes_back_by_its_slack(tiny: Tiny, ch
     rows = [feed(shard, ids, start, min(length, start + chunk)) for start in range(0, length, chunk)]
     assert relative_error(np.concatenate(rows), reference) < 1e-5
     bytes_per_position = 4 * 2 * 2 * 16 * 4
-    assert shard.kv_bytes() <= (WINDOW + 2 * SLACK) * bytes_per_position
-    assert shard.truncate(ONE, length - SLACK) == length - SLACK
-    assert relative_error(feed(shard, ids, length - SLACK, length), reference[-SLACK:]) < 1e-5
+    assert shard.kv_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * bytes_per_position
+    assert shard.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
+    assert relative_error(feed(shard, ids, length - ROLLBACK_TOKENS, length), reference[-ROLLBACK_TOKENS:]) < 1e-5
     assert shard.truncate(ONE, 20) == 0
     assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
 
@@ -131,7 +131,7 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
 def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = random_prompts(4, [SLACK + 100])[ONE]
+    ids = random_prompts(4, [ROLLBACK_TOKENS + 100])[ONE]
     reference = reference_logits(tiny_model("mistral", 1), ids)
     shard = whole(tiny("mistral"))
     feed(shard, ids, 0, 40)
@@ -167,7 +167,7 @@ def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None
         checkpoint = tiny(family)
         checkpoint.reads.clear()
         calls: list[tuple[int, int]] = []
-        shard = build(
+        shard = build_torch_shard(
             checkpoint,
             tiny_spec(first, last),
             lambda done, total, calls=calls: calls.append((done, total)),  # type: ignore[misc]
@@ -191,7 +191,7 @@ def test_a_stage_reads_its_own_tensors_once_and_nothing_else(tiny: Tiny) -> None
 def test_other_devices_are_filled_by_way_of_one_host_buffer(tiny: Tiny) -> None:
     """The way to cuda and mps, taken with parameters that a CPU can look at."""
     checkpoint = tiny("mixtral")
-    reader = _Reader(checkpoint, tiny_spec(0, 4, compute_dtype="bfloat16"), torch.device("meta"))
+    reader = _ParameterReader(checkpoint, tiny_spec(0, 4, compute_dtype="bfloat16"), torch.device("meta"))
     names = TensorNames(checkpoint.tensors, first=0, tied_embeddings=False)
     for name in ("model.layers.2.mlp.experts.gate_up_proj", "model.norm.weight", "lm_head.weight"):
         wanted = tiny_model("mixtral", 1).get_parameter(name).to(torch.bfloat16)

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import transformers
 
-from shard.affine import AffineForm, AffineRows
-from shard.affine_quantize import quantize_rows
-from shard.checkpoint import TensorInfo
-from shard.quantize import is_matrix
-from shard.spec import ModelSpec
+from shard.formats.affine import AffineForm, AffineRows, quantize_rows
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.spec import ModelSpec
+from shard.formats.weights_form import is_quantizable
 from transport.errors import BadCheckpoint
-from transport.messages import DType
+from transport.messages.ring import DType
 
 NUM_LAYERS = 4
 VOCAB_SIZE = 128
@@ -228,7 +227,7 @@ def quantized_checkpoint(model: Any, folder: Path, bits: int = 4, group: int = 3
 
     checkpoint = memory_checkpoint(model, folder)
     for name, array in checkpoint.arrays.items():
-        if is_matrix(name, array.shape) and array.shape[-1] % group == 0:
+        if is_quantizable(name, array.shape) and array.shape[-1] % group == 0:
             rows = quantize_rows(array, bits, group)
             checkpoint.affine[name] = (AffineForm(bits=bits, group=group), rows)
             checkpoint.arrays[name] = rows.dequantized()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from potluck.store import Store
-from potluck.store.hub_files import Hub
+from potluck.store.hub.repository import Hub
 from tests.shard.test_safetensors import tensors, write_folder
 from tests.shard.tiny_gguf import write_gguf
 from tests.store.hub_checks import SEGMENT_BYTES
@@ -68,10 +68,10 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr("potluck.store.fetch.SEGMENT_BYTES", SEGMENT_BYTES)
-    monkeypatch.setattr("potluck.store.transfer.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("potluck.store.hub.fetcher.SEGMENT_BYTES", SEGMENT_BYTES)
+    monkeypatch.setattr("potluck.store.hub.transfer.WAITS_S", (0.01, 0.01))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with serve_hub(repository) as hub:
-        monkeypatch.setattr(Hub, "of_environment", lambda: Hub(endpoint=hub.url, cache=tmp_path / "cache"))
+        monkeypatch.setattr(Hub, "from_environment", lambda: Hub(endpoint=hub.url, cache=tmp_path / "cache"))
         yield hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from shard.open import open_checkpoint
+from shard.pieces.open import open_checkpoint
 from tests.store.hub_server import REPOSITORY
 
 SOURCE = f"hf:{REPOSITORY}"

@@ -39,12 +39,12 @@ def test_pull_list_show_remove(environment: dict[str, str], tmp_path: Path) -> N
     assert shown["kv_bytes_per_token_8_bit"] == 2 * 2 * 2 * (16 + 4)  # A scale for each head and side.
     assert shown["kv_bytes_default_context"] == 256 * shown["kv_bytes_per_token"]
 
-    assert (shown["torch_path"], shown["torch_path_reason"]) == ("lean", None)
+    assert (shown["torch_path"], shown["torch_path_reason"]) == ("fused", None)
     assert [(row["format"], row["kept"]) for row in shown["formats"]] == [("F32", "dense")]
     assert shown["formats_total"]["torch_bytes"] == shown["weights_bytes"] == shown["formats_total"]["file_bytes"] // 2
     assert shown["formats_total"]["mlx_bytes"] == shown["weights_bytes_mlx"]
     text = potluck(environment, "show", "tiny").stdout
-    assert "torch path" in text and "lean" in text
+    assert "torch path" in text and "fused" in text
     assert text.split("kept")[1].split()[0] == "F32"
     assert "--quantize 8" in text and "--quantize 4" in text
     assert shown["quantized_bytes"]["4"]["torch"] < shown["quantized_bytes"]["8"]["torch"] < shown["weights_bytes"]

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from potluck.store import Store
-from potluck.store.facts import facts_of
-from potluck.store.formats import format_rows, rows_of
-from shard.affine import AffineForm
-from shard.checkpoint import TensorInfo
-from shard.model_facts import spec_from
-from shard.spec import ModelSpec
-from shard.stored_bytes import weights_on
+from potluck.store.model_details import details_of, format_rows, rows_of
+from shard.formats.affine import AffineForm
+from shard.formats.checkpoint import TensorInfo
+from shard.formats.config import spec_from
+from shard.formats.spec import ModelSpec
+from shard.formats.weights_form import supported_form
 from tests.shard.tiny_gguf import write_gguf
 
 CONFIG = {
@@ -68,7 +67,7 @@ def test_totals_are_those_that_are_planned_with() -> None:
         rows = rows_of(checkpoint, "bfloat16")  # type: ignore[arg-type]
         assert sum(row.num_tensors for row in rows) == len(checkpoint.tensors)
         assert sum(row.file_bytes for row in rows) == 41474
-        held = weights_on("torch", checkpoint.config, "stored", stacked_experts=False)
+        held = supported_form("torch", checkpoint.config, "stored", stacked_experts=False)
         assert held == ("dense" if config.get("model_type") == "gpt_oss" else "stored")
         planned = checkpoint.spec.stage_weights_bytes(0, 1, "bfloat16", weights=held)
         assert sum(row.torch_bytes for row in rows) == planned
@@ -79,10 +78,10 @@ def test_totals_are_those_that_are_planned_with() -> None:
 def test_without_its_files_a_model_has_facts_but_no_formats(store: Store, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     model = store.pull(str(tmp_path / "tiny.gguf"))
-    assert facts_of(model).library_reason is None
+    assert details_of(model).library_reason is None
     (tmp_path / "tiny.gguf").unlink()
     assert format_rows(model, "bfloat16") is None
     gone = replace(model, path=tmp_path / "nowhere")
-    assert facts_of(gone).library_reason is None
+    assert details_of(gone).library_reason is None
     other = replace(gone, spec=replace(gone.spec, architecture="gpt_oss"))
-    assert "gpt_oss" in (facts_of(other).library_reason or "")
+    assert "gpt_oss" in (details_of(other).library_reason or "")

@@ -131,7 +131,7 @@ def test_the_command_says_what_comes_and_keeps_to_this_host_when_told(
     hub: FakeHub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     def pull(home: str, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-m", "potluck.cli", "pull", "hf:org/name", *options]
+        command = [sys.executable, "-P", "-m", "potluck", "pull", "hf:org/name", *options]
         own = {"POTLUCK_HOME": str(tmp_path / home), "POTLUCK_RUNTIME": str(tmp_path / "run")}
         return subprocess.run(
             command, env=os.environ | environment | own, capture_output=True, text=True, timeout=240, check=False

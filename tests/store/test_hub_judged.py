@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from potluck.store import Store
 from potluck.store.disk import MARGIN_BYTES
-from shard.open import open_checkpoint
+from shard.pieces.open import open_checkpoint
 from tests.shard import test_awq_gptq
 from tests.shard.test_safetensors import CONFIG, tensors, write_folder, write_parts
 from tests.shard.tiny_gguf import write_gguf

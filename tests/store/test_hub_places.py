@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from potluck.store import Store
-from potluck.store.hub_cache import CachedRepository
-from potluck.store.hub_files import Hub, HubFile
-from potluck.store.remote_model import FIRST_BYTES
+from potluck.store.hub.repository import CachedRepository, Hub, HubFile
+from potluck.store.hub.snapshot import FIRST_BYTES
 from potluck.store.sources import HubSource, parse_source
 from tests.store.hub_checks import SOURCE, WEIGHTS, assert_right
 from tests.store.hub_server import COMMIT, REPOSITORY, FakeHub
@@ -92,7 +91,7 @@ def test_a_cache_below_a_folder_called_snapshots_is_freed_too(
     hub: FakeHub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "snapshots" / "hub"
-    monkeypatch.setattr(Hub, "of_environment", lambda: Hub(endpoint=hub.url, cache=cache))
+    monkeypatch.setattr(Hub, "from_environment", lambda: Hub(endpoint=hub.url, cache=cache))
     store = Store(tmp_path / "home")
     assert_right(store.pull(SOURCE).path, repository)
     store.remove(REPOSITORY)

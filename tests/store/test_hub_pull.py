@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from potluck.store import PullProgress, Store
-from potluck.store.segments import here_bytes
+from potluck.store.hub.partial_file import present_bytes
 from tests.store.hub_checks import SEGMENT_BYTES, SOURCE, WEIGHTS, assert_right, incomplete, size_of
 from tests.store.hub_server import TOKEN, FakeHub, checksum_of
 from transport.errors import DownloadFailed, ModelNotFound, NoSpace, PotluckError, WrongBytes
 
 PULL = (
-    "import sys; from pathlib import Path; from potluck.store import Store; import potluck.store.fetch as fetch; "
+    "import sys; from pathlib import Path; from potluck.store import Store; import potluck.store.hub.fetcher as fetch; "
     + (
         f"fetch.SEGMENT_BYTES = {SEGMENT_BYTES}; "
         "print(Store(Path(sys.argv[1])).pull(sys.argv[2], lambda p: print(p.stage, p.done, flush=True)).path)"
@@ -87,13 +87,13 @@ def test_killed_at_any_time_it_goes_on(hub: FakeHub, repository: Path, store: St
     for at_least in (100_000, 700_000):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 240
-        while here_bytes(partial, size, SEGMENT_BYTES) < at_least:
+        while present_bytes(partial, size, SEGMENT_BYTES) < at_least:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
         process.kill()
         process.wait()
     hub.go.set()
-    kept = here_bytes(partial, size, SEGMENT_BYTES)
+    kept = present_bytes(partial, size, SEGMENT_BYTES)
     hub.requests.clear()
     assert_right(store.pull(SOURCE).path, repository)
     assert hub.file_bytes == size - kept

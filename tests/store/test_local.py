@@ -11,7 +11,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from potluck.store import Store
-from shard.open import open_checkpoint
+from shard.pieces.open import open_checkpoint
 from tests.shard.test_safetensors import tensors, write_folder
 from tests.shard.tiny_gguf import HIDDEN, write_gguf
 from transport.errors import BadCheckpoint, BadRequest, ModelNotFound, PotluckError

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from potluck import pool_files
-from potluck.host_answers import HostAnswers
-from potluck.pool_files import PoolFiles
-from potluck.pool_offers import FileHolder, file_holders, models_elsewhere
+from potluck.head.models import pool_files
+from potluck.head.models.pool_files import PoolFiles
+from potluck.head.models.search import FileHolder, find_file_holders, list_remote_models
+from potluck.host.piece_server import HostModelService
 from potluck.store import Store
-from potluck.store.hub_files import Hub
+from potluck.store.hub.repository import Hub
 from tests.doctor.small_head import SmallHead
-from tests.potluck.guests import Guest
+from tests.potluck.guests import FakeHost
 from tests.store.hub_checks import SOURCE, WEIGHTS, assert_right, size_of
 from tests.store.hub_server import FakeHub, checksum_of
 from transport.errors import DownloadFailed
@@ -39,20 +39,20 @@ def pulled(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sto
     """Of another host, which has pulled the model into a cache of its own."""
     with monkeypatch.context() as patched:
         cache = tmp_path / "guest-cache"
-        patched.setattr(Hub, "of_environment", lambda: Hub(endpoint=hub.url, cache=cache))
+        patched.setattr(Hub, "from_environment", lambda: Hub(endpoint=hub.url, cache=cache))
         store = Store(tmp_path / "guest")
         store.pull(SOURCE)
     hub.requests.clear()
     return store
 
 
-def guest(head: tuple[SmallHead, ExitStack], name: str, address: str, store: Store) -> Guest:
+def guest(head: tuple[SmallHead, ExitStack], name: str, address: str, store: Store) -> FakeHost:
     """One that answers as `potluck join` does."""
-    made = Guest(*head, name, address, lambda question: [])
-    answers = HostAnswers(store, made.giver, say=lambda line: None)
+    made = FakeHost(*head, name, address, lambda question: [])
+    answers = HostModelService(store, made.piece_server, say=lambda line: None)
 
     def answer(question: Any) -> list[Any]:
-        answers.hear(question, made.control.send)
+        answers.on_request(question, made.control.send)
         return []
 
     made.answer = answer
@@ -61,7 +61,7 @@ def guest(head: tuple[SmallHead, ExitStack], name: str, address: str, store: Sto
 
 def files_of(head: SmallHead) -> PoolFiles:
     assert head.here.keys is not None
-    return PoolFiles(lambda sha256: file_holders(head.pool.hosts, sha256).holders, head.here.keys)
+    return PoolFiles(lambda sha256: find_file_holders(head.pool.hosts, sha256).holders, head.here.keys)
 
 
 def test_what_the_pool_has_is_not_downloaded(
@@ -77,7 +77,7 @@ def test_what_the_pool_has_is_not_downloaded(
     assert set(given) == {"beta", "gamma"}
     assert sum(given.values()) == size_of(repository / WEIGHTS)
     assert hub.file_bytes <= size_of(repository / "config.json") + (1 << 16)
-    (told,) = [one for one in models_elsewhere(head[0].pool.hosts).models if one.host == "beta"]
+    (told,) = [one for one in list_remote_models(head[0].pool.hosts).models if one.host == "beta"]
     assert (told.name, told.source) == ("org/name", SOURCE)
 
 
@@ -89,16 +89,16 @@ def test_a_host_that_is_gone_or_lies_costs_nothing_but_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_files, "_BLOCK_WITHIN_S", 1.0)
+    monkeypatch.setattr(pool_files, "_BLOCK_TIMEOUT_S", 1.0)
     gone = guest(head, "beta", BETA, pulled)
     wrong = checksum_of(repository / WEIGHTS)
     liar = guest(head, "gamma", GAMMA, pulled)
     (tmp_path / "lie").write_bytes(bytes(size_of(repository / WEIGHTS)))
-    holders = file_holders(head[0].pool.hosts, wrong).holders
+    holders = find_file_holders(head[0].pool.hosts, wrong).holders
     assert [holder.name for holder in holders] == ["beta", "gamma"]
-    gone.giver.close = lambda: None  # type: ignore[method-assign]
-    gone.giver._server.close()
-    liar.giver.offer_file(wrong, tmp_path / "lie")
+    gone.piece_server.close = lambda: None  # type: ignore[method-assign]
+    gone.piece_server._server.close()
+    liar.piece_server.share_file(wrong, tmp_path / "lie")
     assert head[0].here.keys is not None
     with closing(PoolFiles(lambda sha256: list(holders) if sha256 == wrong else [], head[0].here.keys)) as files:
         model = Store(tmp_path / "own", peers=files).pull(SOURCE)
@@ -113,11 +113,11 @@ def test_only_what_a_store_downloaded_is_given_and_only_by_its_checksum(
     beta = guest(head, "beta", BETA, pulled)
     hosts = head[0].pool.hosts
     for asked in (checksum_of(tmp_path / "guest" / "secret"), "../../secret", "", "ab" * 32, "AB" * 32):
-        assert file_holders(hosts, asked).holders == []
+        assert find_file_holders(hosts, asked).holders == []
     wanted = checksum_of(repository / WEIGHTS)
     assert head[0].here.keys is not None
     # It gives nothing by its checksum before the head has asked for it.
-    untold = FileHolder(name="beta", endpoint=beta.giver.endpoint, key=beta.keys.public, num_bytes=8)
+    untold = FileHolder(name="beta", endpoint=beta.piece_server.endpoint, key=beta.keys.public, num_bytes=8)
     with closing(PoolFiles(lambda sha256: [untold], head[0].here.keys)) as files:
         assert files.holds(wanted)
         with pytest.raises(DownloadFailed, match="does not have the file"):

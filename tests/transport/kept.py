@@ -10,19 +10,19 @@ from typing import Any
 import zmq
 
 from transport.codec import EdgeLimits
-from transport.curve import new_key_pair
-from transport.edges import Edges
-from transport.zmq_link import ZmqReceiver, ZmqSender
+from transport.links.secure_endpoints import SecureEndpoints
+from transport.links.zmq_link import ZmqReceiver, ZmqSender
+from transport.security.curve import new_key_pair
 
 Context = zmq.Context[zmq.Socket[bytes]]
 KEYS = new_key_pair()
-_edges: dict[Context, Edges] = {}
+_edges: dict[Context, SecureEndpoints] = {}
 
 
 @contextmanager
 def kept_context() -> Iterator[Context]:
     context: Context = zmq.Context()
-    with closing(Edges(context, Path(), keys=KEYS, address=None)) as edges:
+    with closing(SecureEndpoints(context, Path(), keys=KEYS, address=None)) as edges:
         _edges[context] = edges
         try:
             yield context
@@ -31,7 +31,7 @@ def kept_context() -> Iterator[Context]:
     context.destroy(0)
 
 
-def edges_of(context: Context) -> Edges:
+def edges_of(context: Context) -> SecureEndpoints:
     return _edges[context]
 
 
@@ -42,7 +42,7 @@ def receiver_at(context: Context, endpoint: str, limits: EdgeLimits, **options: 
 def stranger_at(context: Context, endpoint: str) -> zmq.Socket[bytes]:
     """Connected to `endpoint`, with the right keys."""
     stranger = context.socket(zmq.DEALER)
-    prepare = _edges[context].towards(endpoint, "")
+    prepare = _edges[context].client_auth(endpoint, "")
     if prepare is not None:
         prepare(stranger)
     stranger.connect(endpoint)
@@ -50,4 +50,4 @@ def stranger_at(context: Context, endpoint: str) -> zmq.Socket[bytes]:
 
 
 def sender_to(context: Context, endpoint: str, limits: EdgeLimits, **options: Any) -> ZmqSender:
-    return ZmqSender(context, endpoint, limits, prepare=_edges[context].towards(endpoint, ""), **options)
+    return ZmqSender(context, endpoint, limits, prepare=_edges[context].client_auth(endpoint, ""), **options)

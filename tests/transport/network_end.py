@@ -9,11 +9,11 @@ from pathlib import Path
 import zmq
 
 from transport.codec import EdgeLimits
-from transport.curve import KeyPair
-from transport.edges import Edges
 from transport.errors import NeighbourGone
-from transport.messages import Entry, Fence, Hidden, SequenceId
-from transport.zmq_link import ZmqReceiver, ZmqSender
+from transport.links.secure_endpoints import SecureEndpoints
+from transport.links.zmq_link import ZmqReceiver, ZmqSender
+from transport.messages.ring import Entry, Fence, Hidden, SequenceId
+from transport.security.curve import KeyPair
 
 PORT = 7100
 # Both ends have the keys of one host: which they are does not matter here.
@@ -32,7 +32,7 @@ LIMITS = EdgeLimits(
 
 def receive(context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
     endpoint = f"tcp://{address}:{PORT}"
-    edges = Edges(context, Path(), keys=KEYS, address=None)
+    edges = SecureEndpoints(context, Path(), keys=KEYS, address=None)
     receiver = ZmqReceiver(context, endpoint, LIMITS, guard=edges.guard(endpoint, ""))
     print("listening", flush=True)
     try:
@@ -49,7 +49,7 @@ def receive(context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
 
 def send(context: zmq.Context[zmq.Socket[bytes]], address: str, num_steps: int) -> None:
     endpoint = f"tcp://{address}:{PORT}"
-    prepare = Edges(context, Path(), keys=KEYS, address=None).towards(endpoint, "")
+    prepare = SecureEndpoints(context, Path(), keys=KEYS, address=None).client_auth(endpoint, "")
     sender = ZmqSender(context, endpoint, LIMITS, name="stage 0", prepare=prepare)
     buffer = memoryview(bytes(NUM_TOKENS * HIDDEN_SIZE * 2))
     entries = (Entry(SequenceId(1), 0, (1,) * NUM_TOKENS, 1),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transport.awake import Awake
+from transport.process.polling import SuspendDetector
 
 
 class Clock:
@@ -14,12 +14,12 @@ class Clock:
 
 def test_only_what_nobody_meant_to_wait_is_sleep() -> None:
     clock = Clock()
-    awake = Awake(clock)
+    awake = SuspendDetector(clock)
     clock.now_s += 1.1
-    assert awake.slept_s(1.0) == 0.0  # a busy machine
+    assert awake.suspended_s(1.0) == 0.0  # a busy machine
     clock.now_s += 0.2
-    assert awake.slept_s(1.0) == 0.0  # woken before its time
+    assert awake.suspended_s(1.0) == 0.0  # woken before its time
     clock.now_s += 9.0
-    assert awake.slept_s(1.0) == 8.0
+    assert awake.suspended_s(1.0) == 8.0
     clock.now_s += 1.0
-    assert awake.slept_s(1.0) == 0.0  # told once
+    assert awake.suspended_s(1.0) == 0.0  # told once

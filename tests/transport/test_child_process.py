@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from transport.child_process import apart, python_command, python_environment
+from transport.process.child import detached_popen_kwargs, python_command, python_environment
 
 
 def test_a_child_of_this_system_leads_a_session_of_its_own() -> None:
@@ -18,7 +18,7 @@ def test_a_child_of_this_system_leads_a_session_of_its_own() -> None:
         capture_output=True,
         encoding="utf-8",
         check=True,
-        **apart(),
+        **detached_popen_kwargs(),
     )
     assert said.stdout.split() == ["True", "1"]
     assert python_command() == [sys.executable, "-P", "-m"]
@@ -28,7 +28,7 @@ def test_on_windows_a_child_has_a_group_and_no_window_and_is_no_launcher(monkeyp
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(sys, "executable", r"C:\venv\Scripts\python.exe")
     monkeypatch.setattr(sys, "_base_executable", r"C:\Python\python.exe", raising=False)
-    assert apart() == {"creationflags": 0x00000200 | 0x08000000}
+    assert detached_popen_kwargs() == {"creationflags": 0x00000200 | 0x08000000}
     assert python_command()[0] == r"C:\Python\python.exe"
     assert python_environment()["__PYVENV_LAUNCHER__"] == r"C:\venv\Scripts\python.exe"
     monkeypatch.setattr(sys, "executable", r"C:\Python\python.exe")

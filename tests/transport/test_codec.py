@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
-from transport.control_messages import DecodeBucket, Loaded, Loading, Register, Stats
 from transport.errors import BadMessage
-from transport.messages import (
+from transport.messages.control import DecodeBucket, Loaded, Loading, Register, Stats
+from transport.messages.ring import (
     Entry,
+    EntryResult,
     Failed,
     Fence,
     Fork,
@@ -22,7 +23,6 @@ from transport.messages import (
     Op,
     Open,
     Release,
-    Result,
     Sampled,
     SampledToken,
     Sampling,
@@ -63,8 +63,8 @@ def test_steps_round_trip(ops: tuple[Op, ...], entries: tuple[Entry, ...]) -> No
 def test_results_and_failures_round_trip() -> None:
     token = SampledToken(5, -0.5, ((5, -0.5), (6, -1.5)))
     for message in (
-        Sampled(FENCE, 7, (Result(ONE, 3, (token,)),)),
-        Sampled(FENCE, 7, (Result(ONE, 3, (token,)),), (0.0, 1e-3, 5.0)),
+        Sampled(FENCE, 7, (EntryResult(ONE, 3, (token,)),)),
+        Sampled(FENCE, 7, (EntryResult(ONE, 3, (token,)),), (0.0, 1e-3, 5.0)),
         Failed(FENCE, 7, (Release(ONE),), 2, "stage_failed", "no", "try"),
     ):
         assert decode_data([encode(message)], LIMITS).message == message
@@ -111,7 +111,7 @@ good = Hidden(FENCE, 1, (), (entry,), "float32", 2, 4)
         (Hidden(FENCE, 1, (), (entry,), "float32", 3, 4), [bytes(48)]),
         (Hidden(FENCE, 1, (), (entry,), "float32", 2, 5), [bytes(40)]),
         (Hidden(FENCE, 1, (), (entry,), "bfloat16", 2, 4), [bytes(16)]),
-        (Sampled(FENCE, 1, (Result(ONE, 0, (SampledToken(100),)),)), []),
+        (Sampled(FENCE, 1, (EntryResult(ONE, 0, (SampledToken(100),)),)), []),
         (Hidden(FENCE, 1, (), (entry,), "float32", 2, 4, (-1e-9,)), [bytes(32)]),
         (Hidden(FENCE, 1, (), (entry,), "float32", 2, 4, (float("nan"),)), [bytes(32)]),
         (Sampled(FENCE, 1, (), (0.5, float("nan"))), []),

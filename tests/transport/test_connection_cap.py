@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import zmq
 
-from transport.connection_cap import ConnectionCap
+from transport.security.connection_cap import ConnectionCap
 
 MOST, MOST_PER_ADDRESS = 6, 3
 
@@ -21,7 +21,7 @@ class Listener:
         self._stack = stack
         self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}".encode()
-        self.cap = ConnectionCap(most=MOST, most_per_address=MOST_PER_ADDRESS)
+        self.cap = ConnectionCap(max_connections=MOST, max_per_address=MOST_PER_ADDRESS)
 
     def come(self, address: str) -> tuple[socket.socket, int]:
         """The stranger's end, and the descriptor of the other one."""
@@ -31,7 +31,7 @@ class Listener:
         inside, _ = self._listener.accept()
         descriptor = inside.detach()
         self._stack.callback(socket.close, descriptor)
-        self.cap.note({"event": zmq.EVENT_ACCEPTED, "value": descriptor, "endpoint": self._endpoint})
+        self.cap.on_event({"event": zmq.EVENT_ACCEPTED, "value": descriptor, "endpoint": self._endpoint})
         return outside, descriptor
 
 
@@ -63,7 +63,7 @@ def test_who_holds_all_places_from_few_addresses_keeps_nobody_out(listener: List
     for number in range(20):
         listener.come(f"127.0.0.{2 + number % 2}")
     assert not is_shut(honest)
-    listener.cap.heard(descriptor)
+    listener.cap.mark_active(descriptor)
     for number in range(20):
         listener.come(f"127.0.0.{10 + number}")
     assert not is_shut(honest)
@@ -73,7 +73,7 @@ def test_who_was_heard_never_makes_room(listener: Listener) -> None:
     members = []
     for number in range(MOST):
         outside, descriptor = listener.come(f"127.0.0.{2 + number % 2}")
-        listener.cap.heard(descriptor)
+        listener.cap.mark_active(descriptor)
         members.append(outside)
     newcomer, _ = listener.come("127.0.0.9")
     assert is_shut(newcomer)

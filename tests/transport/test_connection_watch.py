@@ -12,8 +12,8 @@ import zmq
 
 from tests.transport.kept import Context, kept_context, receiver_at, sender_to
 from tests.transport.test_links import LIMITS, next_message, step
-from transport.endpoints import port_of
 from transport.errors import RingDown
+from transport.links.endpoints import port_of
 
 # libzmq's thread used to wait for ever for someone who listens after a thousand of them.
 NUM_STRANGERS = 1200

@@ -13,13 +13,13 @@ import pytest
 import zmq
 
 from transport import control
-from transport.control import ControlClient, ControlServer, Introduction, Peer
-from transport.control_messages import ControlMessage, Register, StatsRequest, Stop
-from transport.curve import Curve, Guard, KeyPair, new_key_pair
+from transport.control import ControlClient, ControlPeer, ControlServer, Introduction
 from transport.errors import ConfigError
-from transport.measure_messages import Doing
-from transport.messages import PROTOCOL_VERSION
-from transport.pool_messages import Arrive, Members
+from transport.messages.control import ControlMessage, Register, StatsRequest, Stop
+from transport.messages.measure import ProfileProgress
+from transport.messages.pool import MembersChanged, NodeHello
+from transport.messages.ring import PROTOCOL_VERSION
+from transport.security.curve import Curve, Guard, KeyPair, new_key_pair
 
 WITHIN_S = 60.0
 REGISTER = Register(
@@ -36,7 +36,7 @@ REGISTER = Register(
     bandwidth_bytes_per_s=1.0,
     compute_dtype="float32",
 )
-ARRIVE = Arrive(version=PROTOCOL_VERSION, potluck="1", platform="linux", address="127.0.0.1", pieces="")
+ARRIVE = NodeHello(version=PROTOCOL_VERSION, potluck="1", platform="linux", address="127.0.0.1", pieces="")
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -56,8 +56,8 @@ class Head:
         curve = Curve(self.context, self.keys)
         stack.callback(curve.close)
         self.members: set[str] = set()
-        self.heard: list[tuple[Peer, ControlMessage]] = []
-        self.lost: list[Peer] = []
+        self.heard: list[tuple[ControlPeer, ControlMessage]] = []
+        self.lost: list[ControlPeer] = []
         guard = curve.guard(self.members.__contains__)
         self.server = ControlServer(
             self.context,
@@ -71,7 +71,7 @@ class Head:
     def messages(self) -> list[ControlMessage]:
         return [message for _, message in self.heard]
 
-    def peer_that_said(self, message: ControlMessage) -> Peer:
+    def peer_that_said(self, message: ControlMessage) -> ControlPeer:
         wait_until(lambda: message in self.messages())
         return next(peer for peer, said in self.heard if said == message)
 
@@ -97,7 +97,7 @@ class Client:
             introduction,
             on_message=self.told.append,
             on_lost=lambda: self.lost.append(True),
-            prepare=None if keys is None else Curve(context, keys).towards(server_key or head.keys.public),
+            prepare=None if keys is None else Curve(context, keys).client_auth(server_key or head.keys.public),
         )
         stack.callback(self.control.close)
 
@@ -131,17 +131,17 @@ def test_each_is_told_what_is_meant_for_it(head: Head, stack: ExitStack) -> None
     at_home = Client(head, stack, REGISTER)
     host = Client(head, stack, ARRIVE, keys=member(head))
     head.server.send(head.peer_that_said(REGISTER), StatsRequest(1))
-    head.server.send(head.peer_that_said(ARRIVE), Members(("a key",)))
+    head.server.send(head.peer_that_said(ARRIVE), MembersChanged(("a key",)))
     wait_until(lambda: bool(at_home.told and host.told))
-    assert (at_home.told, host.told) == ([StatsRequest(1)], [Members(("a key",))])
+    assert (at_home.told, host.told) == ([StatsRequest(1)], [MembersChanged(("a key",))])
 
 
 def test_all_that_a_peer_says_comes_in_order_after_its_introduction(head: Head, stack: ExitStack) -> None:
     client = Client(head, stack, ARRIVE, keys=member(head))
     for number in range(200):
-        client.control.send(Doing(number, "something"))
+        client.control.send(ProfileProgress(number, "something"))
     wait_until(lambda: len(head.heard) == 201)
-    assert head.messages() == [ARRIVE, *[Doing(number, "something") for number in range(200)]]
+    assert head.messages() == [ARRIVE, *[ProfileProgress(number, "something") for number in range(200)]]
     assert len({peer.identity for peer, _ in head.heard}) == 1
 
 
@@ -162,7 +162,7 @@ def test_who_speaks_another_protocol_is_told_so(head: Head, stack: ExitStack) ->
         [stop] = client.told
         assert isinstance(stop, Stop)
         assert str(PROTOCOL_VERSION) in stop.reason and str(PROTOCOL_VERSION + 1) in stop.reason
-        client.control.send(Doing(1, "all the same"))
+        client.control.send(ProfileProgress(1, "all the same"))
     time.sleep(0.3)
     assert head.heard == []
 
@@ -178,10 +178,10 @@ def test_who_is_revoked_is_told_so_and_lost_and_not_heard(head: Head, stack: Exi
     [stop] = client.told
     assert isinstance(stop, Stop) and "revoked" in stop.reason
     before = len(head.heard)
-    client.control.send(Doing(1, "all the same"))
+    client.control.send(ProfileProgress(1, "all the same"))
     head.server.send(gone, StatsRequest(1))
-    other.control.send(Doing(2, "another"))
-    assert head.peer_that_said(Doing(2, "another")) == stays
+    other.control.send(ProfileProgress(2, "another"))
+    assert head.peer_that_said(ProfileProgress(2, "another")) == stays
     time.sleep(0.2)
     assert len(head.heard) == before + 1
     assert len(client.told) == 1
@@ -191,7 +191,7 @@ def test_who_is_silent_is_given_up_and_who_is_idle_is_not(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "SILENT_AFTER_S", 3.0)
-    monkeypatch.setattr(control, "ALIVE_INTERVAL_S", 0.1)
+    monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 0.1)
     head = Head(tmp_path, stack)
     Client(head, stack, ARRIVE, keys=member(head))
     idle = head.peer_that_said(ARRIVE)
@@ -220,7 +220,7 @@ def test_a_head_that_ends_is_noticed(head: Head, stack: ExitStack) -> None:
 
 
 def test_a_head_that_was_never_there_is_noticed(head: Head, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "REACH_WITHIN_S", 0.3)
+    monkeypatch.setattr(control, "CONNECT_TIMEOUT_S", 0.3)
     client = Client(head, stack, ARRIVE, keys=new_key_pair())
     wait_until(lambda: bool(client.lost))
     assert head.heard == []
@@ -232,7 +232,7 @@ def raw_dealer(head: Head, stack: ExitStack, keys: KeyPair, **options: Any) -> A
     sock = context.socket(zmq.DEALER)
     for option, value in options.items():
         sock.set(getattr(zmq, option), value)
-    Curve(context, keys).towards(head.keys.public)(sock)
+    Curve(context, keys).client_auth(head.keys.public)(sock)
     sock.connect(head.network)
     return sock
 
@@ -251,7 +251,7 @@ def test_a_name_of_a_peers_own_choice_is_not_heard(head: Head, stack: ExitStack)
         [msgspec.msgpack.encode(ARRIVE), b"more"],
         [b""],
         [b"garbage"],
-        [msgspec.msgpack.encode(Doing(1, "without an introduction"))],
+        [msgspec.msgpack.encode(ProfileProgress(1, "without an introduction"))],
     ],
 )
 def test_what_is_no_introduction_is_refused_and_an_introduction_after_it_is_not(
@@ -266,7 +266,7 @@ def test_what_is_no_introduction_is_refused_and_an_introduction_after_it_is_not(
 
 
 def test_a_place_that_is_taken_is_an_error_of_its_own(head: Head) -> None:
-    nobody = Guard(prepare=lambda sock: None, admits=lambda key: False)
+    nobody = Guard(prepare=lambda sock: None, is_authorized=lambda key: False)
     with pytest.raises(ConfigError, match=head.network):
         ControlServer(
             head.context,
@@ -286,7 +286,7 @@ def test_a_message_that_makes_trouble_costs_its_sender_and_nobody_else(
     sender = head.peer_that_said(REGISTER)
     head.peer_that_said(ARRIVE)
 
-    def trip(peer: Peer, message: ControlMessage) -> None:
+    def trip(peer: ControlPeer, message: ControlMessage) -> None:
         if message == StatsRequest(13):
             raise ValueError("a number of too many digits")
         head.heard.append((peer, message))

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from transport import cpu_use
-from transport.cpu_use import CpuUse, share_of_cores
+from transport.process import cpu_use
+from transport.process.cpu_use import CpuUse, share_of_cores
 
 
 def test_others_are_what_is_busy_less_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import zmq
 
 from tests.transport.kept import Context, kept_context, receiver_at, sender_to
 from tests.transport.test_links import LIMITS, next_message, step
-from transport.curve import Curve, is_key, new_key_pair
+from transport.security.curve import Curve, is_key, new_key_pair
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_worker_that_loads_often_keeps_nothing_of_edges_that_are_closed() -> N
     with closing(Curve(context, keys)) as curve:
         for _ in range(20):
             guard = curve.guard(lambda key: True)
-            guard.forget()
+            guard.release()
         handler: Any = curve._handler()
         assert len(handler.credentials_providers) == 0
     context.destroy(0)
@@ -65,7 +65,7 @@ def test_a_question_that_fails_admits_nobody_and_the_next_one_is_answered() -> N
         pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         push.setsockopt(zmq.LINGER, 0)
         curve.guard(admits).prepare(pull)
-        other.towards(server.public)(push)
+        other.client_auth(server.public)(push)
         port = pull.bind_to_random_port("tcp://127.0.0.1")
         for tries in (1, 2):
             push.connect(f"tcp://127.0.0.1:{port}")

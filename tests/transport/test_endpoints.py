@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transport.endpoints import is_host_endpoint, is_port
+from transport.links.endpoints import is_host_endpoint, is_port
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "65536", "9" * 5000, "１２３", "1 ", "0x1", "1e3"])

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transport.codec import EdgeLimits, decode_data, encode
+from transport.codec import EdgeLimits, Frame, decode_data, encode, join_frames, split_frames
 from transport.errors import BadMessage
-from transport.framing import Frame, cut, joined
-from transport.messages import DataMessage, Entry, Failed, Fence, Hello, Hidden, Sampled, SequenceId, Tokens
+from transport.messages.ring import DataMessage, Entry, Failed, Fence, Hello, Hidden, Sampled, SequenceId, Tokens
 
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=9, context_tokens=99, max_step_tokens=99)
@@ -34,27 +33,27 @@ def views(buffer: bytes | None) -> list[memoryview]:
 
 @given(HEADERS, st.one_of(st.none(), st.binary(max_size=400)), st.integers(1, 200))
 def test_a_message_of_any_size_comes_out_as_it_was(header: bytes, buffer: bytes | None, frame_bytes: int) -> None:
-    frames = cut(header, views(buffer), frame_bytes)
+    frames = split_frames(header, views(buffer), frame_bytes)
     assert max(len(frame) for frame in frames) <= max(frame_bytes, 5)
-    assert [bytes(frame) for frame in joined(frames, MOST)] == [header, *map(bytes, views(buffer))]
+    assert [bytes(frame) for frame in join_frames(frames, MOST)] == [header, *map(bytes, views(buffer))]
 
 
 @given(HEADERS, st.binary(max_size=400), st.integers(1, 200), st.integers(0, 1000))
 def test_more_bytes_than_are_allowed_are_refused(header: bytes, buffer: bytes, frame_bytes: int, most: int) -> None:
-    frames = cut(header, views(buffer), frame_bytes)
+    frames = split_frames(header, views(buffer), frame_bytes)
     num_bytes = sum(len(frame) for frame in frames)
     if len(frames) > 2 and num_bytes > most:
         with pytest.raises(BadMessage):
-            joined(frames, most)
+            join_frames(frames, most)
     else:
-        assert len(joined(frames, max(most, num_bytes))) == 2
+        assert len(join_frames(frames, max(most, num_bytes))) == 2
 
 
 @given(FRAMES)
 def test_frames_of_any_kind_are_a_message_or_refused(frames: list[bytes]) -> None:
     parts: list[Frame] = [memoryview(frame) for frame in frames]
     try:
-        found = joined(parts, MOST)
+        found = join_frames(parts, MOST)
     except BadMessage:
         return
     assert 1 <= len(found) <= 2
@@ -72,13 +71,13 @@ def test_a_message_that_was_tampered_with_is_refused_or_another_message(
     case: tuple[DataMessage, bytes | None], frame_bytes: int, changes: list[tuple[str, int, int]]
 ) -> None:
     message, buffer = case
-    frames = [bytes(frame) for frame in cut(encode(message), views(buffer), frame_bytes)]
+    frames = [bytes(frame) for frame in split_frames(encode(message), views(buffer), frame_bytes)]
     for how, where, what in changes:
         tamper(frames, how, where, what)
     if not frames:
         return
     try:
-        received = decode_data(joined(frames, MOST), LIMITS)
+        received = decode_data(join_frames(frames, MOST), LIMITS)
     except BadMessage:
         assert changes, "nothing was changed"
         return
@@ -107,4 +106,4 @@ def tamper(frames: list[bytes], how: str, where: int, what: int) -> None:
 @pytest.mark.parametrize("first", [b"\xc1", b"\xc1\0\0", b"\xc1\0\0\0\0", b"\xc1\0\0\0\1", b"\xc1\xff\xff\xff\xff"])
 def test_pieces_that_are_not_there(first: bytes) -> None:
     with pytest.raises(BadMessage):
-        joined([first, b"a", b"b"], MOST)
+        join_frames([first, b"a", b"b"], MOST)

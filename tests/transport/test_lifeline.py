@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from transport.lifeline import EXIT_ORPHANED, lines_from_parent, read_pipe
+from transport.process.child import EXIT_ORPHANED, lines_from_parent, read_pipe
 
 _CHILD = """
 import sys, time
@@ -82,10 +82,10 @@ def test_on_windows_a_pipe_is_read_only_when_something_has_come(monkeypatch: pyt
     out, into = os.pipe()
     late = threading.Timer(0.1, os.write, (into, b"go"))
     late.start()
-    assert read_pipe(out, 64, look_every_s=0.01) == b"go"
+    assert read_pipe(out, 64, poll_s=0.01) == b"go"
     assert windows.looked > 1
     os.close(into)
-    assert read_pipe(out, 64, look_every_s=0.01) == b""
+    assert read_pipe(out, 64, poll_s=0.01) == b""
     os.close(out)
 
 
@@ -94,7 +94,7 @@ def test_lines_come_whole_however_they_were_sent(is_windows: bool, monkeypatch: 
     if is_windows:
         _FakeWindows(monkeypatch)
     out, into = os.pipe()
-    lines = lines_from_parent(out, look_every_s=0.01)
+    lines = lines_from_parent(out, poll_s=0.01)
     os.write(into, b"steady 1.0\r\nste")
     assert next(lines) == "steady 1.0"
     os.write(into, "ady é\n\nno end".encode())

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.transport.kept import edges_of, kept_context
-from transport import link_probe
 from transport.errors import BadMessage, DeadlineExceeded, NeighbourGone
-from transport.link_probe import LinkEnd, figures
-from transport.measure_messages import LinkProbed, LinkShape
-from transport.messages import Fence
+from transport.links import link_probe
+from transport.links.link_probe import LinkProbeEnd, link_measurements
+from transport.messages.measure import LinkProbed, LinkShape
+from transport.messages.ring import Fence
 
 SHAPE = LinkShape(fence=Fence("probe", 0, "probe"), hidden_size=576, dtype="bfloat16", num_large=4)
 
@@ -33,13 +33,14 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         yield context
 
 
-def two_ends(context: zmq.Context[zmq.Socket[bytes]], where: str, folder: Path) -> tuple[LinkEnd, LinkEnd]:
+def two_ends(context: zmq.Context[zmq.Socket[bytes]], where: str, folder: Path) -> tuple[LinkProbeEnd, LinkProbeEnd]:
     first, second = (
         f"ipc://{folder}/{name}" if where == "ipc" else "tcp://127.0.0.1:*" for name in ("first", "second")
     )
     guards = (edges_of(context).guard(endpoint, "") for endpoint in (first, second))
     one, other = (
-        LinkEnd(context, endpoint, SHAPE, guard=guard) for endpoint, guard in zip((first, second), guards, strict=True)
+        LinkProbeEnd(context, endpoint, SHAPE, guard=guard)
+        for endpoint, guard in zip((first, second), guards, strict=True)
     )
     return one, other
 
@@ -48,10 +49,10 @@ def two_ends(context: zmq.Context[zmq.Socket[bytes]], where: str, folder: Path) 
 def test_a_link_on_this_host(context: zmq.Context[zmq.Socket[bytes]], where: str, tmp_path: Path) -> None:
     leader, follower = two_ends(context, where, tmp_path)
     with ThreadPoolExecutor(2) as threads:
-        prepare = edges_of(context).towards(leader.endpoint, "")
+        prepare = edges_of(context).client_auth(leader.endpoint, "")
         led = threads.submit(leader.run, follower.endpoint, leads=True, prepare=prepare)
         followed = threads.submit(follower.run, leader.endpoint, leads=False, prepare=prepare)
-        there, back = figures(led.result(120), followed.result(120))
+        there, back = link_measurements(led.result(120), followed.result(120))
     leader.close()
     follower.close()
     assert 1e-5 < there.hop_s <= there.hop_p95_s < 10.0
@@ -63,7 +64,7 @@ def test_nobody_at_the_other_end(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_probe, "CONNECT_S", 0.3)
-    end = LinkEnd(context, f"ipc://{tmp_path}/end", SHAPE)
+    end = LinkProbeEnd(context, f"ipc://{tmp_path}/end", SHAPE)
     started = time.monotonic()
     with pytest.raises(NeighbourGone):
         end.run(f"ipc://{tmp_path}/nobody", leads=True)
@@ -92,7 +93,7 @@ def test_what_the_other_end_held_a_message_for_is_not_the_links(
 ) -> None:
     leader = LinkProbed(round_trips_s=tuple(2 * hop_s + one for one in held_s), held_s=(), bytes_per_s=rates[0])
     follower = LinkProbed(round_trips_s=(), held_s=tuple(held_s), bytes_per_s=rates[1])
-    there, back = figures(leader, follower)
+    there, back = link_measurements(leader, follower)
     assert there.hop_s == pytest.approx(hop_s, rel=1e-3)
     assert there.hop_p95_s == pytest.approx(hop_s, rel=1e-3)
     assert (there.bytes_per_s, back.bytes_per_s) == (rates[1], rates[0])
@@ -101,7 +102,7 @@ def test_what_the_other_end_held_a_message_for_is_not_the_links(
 def test_a_link_without_round_trips_is_no_link() -> None:
     nothing = LinkProbed(round_trips_s=(), held_s=(), bytes_per_s=1.0)
     with pytest.raises(DeadlineExceeded):
-        figures(nothing, nothing)
+        link_measurements(nothing, nothing)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +120,17 @@ def test_numbers_that_are_none_are_no_link(lie: dict[str, Any]) -> None:
     liar = msgspec.structs.replace(honest, **lie)
     for pair in ((honest, liar), (liar, honest)):
         with pytest.raises(BadMessage):
-            figures(*pair)
+            link_measurements(*pair)
 
 
 def test_a_slow_direction_is_told_from_a_fast_one(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
     """Through a relay that lets 5 MB/s pass one way, which a busy machine can do too, and all the other way."""
     leader, follower = two_ends(context, "tcp", tmp_path)
     with Relay(follower.endpoint, bytes_per_s=5e6) as slow, ThreadPoolExecutor(2) as threads:
-        prepare = edges_of(context).towards(leader.endpoint, "")
+        prepare = edges_of(context).client_auth(leader.endpoint, "")
         led = threads.submit(leader.run, slow.endpoint, leads=True, prepare=prepare)
         followed = threads.submit(follower.run, leader.endpoint, leads=False, prepare=prepare)
-        there, back = figures(led.result(120), followed.result(120))
+        there, back = link_measurements(led.result(120), followed.result(120))
     leader.close()
     follower.close()
     assert 0.5 * 5e6 < there.bytes_per_s < 1.3 * 5e6

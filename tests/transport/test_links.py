@@ -15,9 +15,9 @@ import zmq
 from tests.transport.kept import kept_context, receiver_at, sender_to, stranger_at
 from transport.codec import EdgeLimits, encode
 from transport.errors import BadMessage, ConfigError, RingDown
-from transport.link import Received, Receiver
-from transport.memory_link import memory_link
-from transport.messages import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId, Tokens
+from transport.links.link import Received, Receiver
+from transport.links.memory_link import memory_link
+from transport.messages.ring import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId, Tokens
 
 FENCE = Fence("ring", 1, "plan")
 LIMITS = EdgeLimits(fence=FENCE, hidden_size=4, dtype="float32", vocab_size=100, context_tokens=64, max_step_tokens=32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transport.threads import thread_environment
+from transport.process.child import thread_environment
 
 
 def test_every_library_is_told() -> None:

@@ -10,29 +10,27 @@ from dataclasses import dataclass
 
 import zmq
 
-from transport.curve import Curve
 from transport.errors import BadMessage, WrongBytes
-from transport.pieces.disk_threads import DiskThreads
+from transport.messages.pieces import HaveList, HaveRequest, Piece, PieceMissing, PiecePart, PieceRefused, PieceRequest
+from transport.messages.pool import PiecePeer
+from transport.pieces.client import PieceConnection, ReceivedReply
 from transport.pieces.fetch_plan import FetchPlan
-from transport.pieces.messages import Ask, Held, Holdings, Missing, Part, Refused
-from transport.pieces.partial import PartialPiece
-from transport.pieces.peer_line import PeerLine, Received
-from transport.pieces.piece import Piece
-from transport.pieces.store import PieceStore
-from transport.pieces.window import Window
-from transport.pool_messages import PiecePeer
+from transport.pieces.flow_control import RequestWindow
+from transport.pieces.store import PartialPiece, PieceStore
+from transport.process.polling import PolledExecutor
+from transport.security.curve import Curve
 
 SILENT_AFTER_S = 5.0
-HOLDINGS_AGAIN_S = 0.5
+HAVE_INTERVAL_S = 0.5
 """How often a peer that a hint leads to is asked what it has by now."""
 
 SLOW_AFTER_S = 2.0
 SLOW_LEFT_S = 3.0
-_CLEARLY = 2.0
-_HOLDINGS_LAST_S = 4.0
-_MOST_ASKS = 32
-_FIRST_RETRY_S = 0.1
-_LAST_RETRY_S = 5.0
+_MIN_SPEEDUP = 2.0
+_MAX_HAVE_INTERVAL_S = 4.0
+_MAX_OUTSTANDING = 32
+_MIN_RETRY_S = 0.1
+_MAX_RETRY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -56,15 +54,15 @@ class _Active:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Outstanding:
     active: _Active
     offset: int
     num_bytes: int
 
 
 @dataclass(slots=True)
-class Shared:
-    """What the peers of a fetch share. `doubtful` pieces had wrong bytes of more than one origin: from now on each
+class FetchState:
+    """What the peers of a fetch share. `suspect` pieces had wrong bytes of more than one origin: from now on each
     comes from one peer alone, so that it is clear whose they are. `elsewhere` are those another process is getting.
     `count` is told of bytes that came, or that were thrown away.
 
@@ -74,91 +72,91 @@ class Shared:
     context: zmq.Context[zmq.Socket[bytes]]
     curve: Curve
     store: PieceStore
-    writing: DiskThreads
-    syncing: DiskThreads
+    writing: PolledExecutor
+    syncing: PolledExecutor
     plan: FetchPlan
     model: str
-    doubtful: set[str]
+    suspect: set[str]
     elsewhere: list[Piece]
     open: set[PartialPiece]
     count: Callable[[int], None]
 
 
 class FetchPeer:
-    def __init__(self, peer: PiecePeer, shared: Shared, now_s: float) -> None:
+    def __init__(self, peer: PiecePeer, shared: FetchState, now_s: float) -> None:
         self.peer = peer
-        self.line: PeerLine | None = None
+        self.connection: PieceConnection | None = None
         self.num_bytes = 0
         self.reason = "it was not reached"
         self.is_refused = False
         self._shared = shared
-        self._window = Window()
+        self._window = RequestWindow()
         self._tokens = itertools.count(1)
-        self._asked: dict[int, _Asked] = {}
-        self._asked_bytes = 0
+        self._outstanding: dict[int, _Outstanding] = {}
+        self._outstanding_bytes = 0
         self._active: dict[str, _Active] = {}
-        self._asking: _Active | None = None
-        self._retry_s = _FIRST_RETRY_S
+        self._requesting: _Active | None = None
+        self._retry_s = _MIN_RETRY_S
         self._next_try_s = now_s
-        self._heard_s = now_s
+        self._last_reply_s = now_s
         self._idle_since_s = now_s
-        self._knows_holdings = False
-        self._is_asked_what_it_has = False
-        self._holdings_due_s = now_s
-        self._holdings_again_s = HOLDINGS_AGAIN_S
+        self._has_have_list = False
+        self._is_have_requested = False
+        self._have_due_s = now_s
+        self._have_interval_s = HAVE_INTERVAL_S
 
     @property
     def is_usable(self) -> bool:
         """Connected, and it has said what it holds."""
-        return self._knows_holdings
+        return self._has_have_list
 
     @property
     def is_idle(self) -> bool:
-        return not self._asked
+        return not self._outstanding
 
-    def forgive(self, slept_s: float) -> None:
+    def extend_deadline(self, suspended_s: float) -> None:
         """This process itself did not run for so long."""
-        self._heard_s += slept_s
+        self._last_reply_s += suspended_s
 
     def drive(self, now_s: float, usable: Collection[str]) -> None:
         """Connect, and ask for what there is to ask for."""
         if self.is_refused:
             return
-        if self.line is None:
+        if self.connection is None:
             if now_s < self._next_try_s:
                 return
             self._connect(now_s)
-        line = self.line
-        if line is None:
+        connection = self.connection
+        if connection is None:
             return
-        line.look()
-        if line.lost:
+        connection.poll_monitor()
+        if connection.lost_reason:
             self.receive(now_s)  # What it sent before.
-            if self.line is line:
-                self.leave(line.lost, now_s)
+            if self.connection is connection:
+                self.disconnect(connection.lost_reason, now_s)
             return
-        if not line.is_open:
-            if now_s - self._heard_s > SILENT_AFTER_S:
-                self.leave(f"nobody answers at {self.peer.endpoint}", now_s)
+        if not connection.is_open:
+            if now_s - self._last_reply_s > SILENT_AFTER_S:
+                self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
             return
-        if now_s - self._heard_s > SILENT_AFTER_S and (self._asked or not self._knows_holdings):
+        if now_s - self._last_reply_s > SILENT_AFTER_S and (self._outstanding or not self._has_have_list):
             self._window.note_silence()
-            self.leave(f"it was silent for {SILENT_AFTER_S:.0f} s", now_s)
+            self.disconnect(f"it was silent for {SILENT_AFTER_S:.0f} s", now_s)
             return
-        self._ask_for_holdings(line, now_s)
-        if self._knows_holdings:
-            self._fill(line, now_s, usable)
+        self._request_have_list(connection, now_s)
+        if self._has_have_list:
+            self._fill(connection, now_s, usable)
 
     def receive(self, now_s: float) -> int:
         """Take what has come; how many bytes of pieces that were. A peer that breaks the rules is refused."""
-        line = self.line
+        connection = self.connection
         before = self.num_bytes
-        if line is not None:
+        if connection is not None:
             try:
-                for received in line.received():
-                    self._heard_s = now_s
+                for received in connection.replies():
+                    self._last_reply_s = now_s
                     self._take(received, now_s)
-                    if self.line is not line:
+                    if self.connection is not connection:
                         break
             except BadMessage as error:
                 self.refuse(error.message, now_s)
@@ -176,83 +174,83 @@ class FetchPeer:
         """Whether the piece that `other` has begun would come clearly faster from here, as far as is known."""
         active, bytes_per_s = other._active[digest], self._window.bytes_per_s
         left_bytes = active.piece.num_bytes - active.received
-        return not bytes_per_s or _CLEARLY * left_bytes / bytes_per_s < active.left_s(now_s)
+        return not bytes_per_s or _MIN_SPEEDUP * left_bytes / bytes_per_s < active.left_s(now_s)
 
-    def let_go(self, digest: str) -> None:
+    def release_piece(self, digest: str) -> None:
         """Somebody else gets on with this piece. What was asked of it comes, and is thrown away."""
-        self._shared.plan.note_slow(self.peer.key, digest)
+        self._shared.plan.mark_slow(self.peer.key, digest)
         self._drop(self._active[digest])
 
-    def leave(self, reason: str, now_s: float) -> None:
+    def disconnect(self, reason: str, now_s: float) -> None:
         """Give back what is outstanding, and try again later."""
         self.reason = reason
         self.close()
         self._next_try_s = now_s + self._retry_s
-        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
 
     def refuse(self, reason: str, now_s: float) -> None:
         """For good."""
-        self.leave(reason, now_s)
+        self.disconnect(reason, now_s)
         self.is_refused = True
         self._shared.plan.note_refused(self.peer.key)
 
     def close(self) -> None:
         """Partial pieces stay."""
-        if self.line is not None:
-            self.line.close()
-            self.line = None
-        self._knows_holdings = self._is_asked_what_it_has = False
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        self._has_have_list = self._is_have_requested = False
         for active in list(self._active.values()):
             self._drop(active)
-        self._asked.clear()
-        self._asked_bytes = 0
-        self._asking = None
+        self._outstanding.clear()
+        self._outstanding_bytes = 0
+        self._requesting = None
 
     def _connect(self, now_s: float) -> None:
         try:
-            self.line = PeerLine(self._shared.context, self.peer, self._shared.curve)
+            self.connection = PieceConnection(self._shared.context, self.peer, self._shared.curve)
         except BadMessage as error:
             self.refuse(error.message, now_s)
-        self._heard_s = self._idle_since_s = self._holdings_due_s = now_s
+        self._last_reply_s = self._idle_since_s = self._have_due_s = now_s
 
-    def _ask_for_holdings(self, line: PeerLine, now_s: float) -> None:
+    def _request_have_list(self, connection: PieceConnection, now_s: float) -> None:
         plan = self._shared.plan
-        if now_s < self._holdings_due_s:
+        if now_s < self._have_due_s:
             return
-        self._holdings_due_s = now_s + self._holdings_again_s
-        if (not self._knows_holdings or plan.is_wanted_of(self.peer.key)) and line.send(
-            Holdings(next(self._tokens), self._shared.model)
+        self._have_due_s = now_s + self._have_interval_s
+        if (not self._has_have_list or plan.wants_have_list(self.peer.key)) and connection.send(
+            HaveRequest(next(self._tokens), self._shared.model)
         ):
-            if not self._asked and not self._is_asked_what_it_has:
-                self._heard_s = now_s
-            self._is_asked_what_it_has = True
-        elif not self._knows_holdings:
-            self._holdings_due_s = now_s  # Not sent: it takes nothing yet.
+            if not self._outstanding and not self._is_have_requested:
+                self._last_reply_s = now_s
+            self._is_have_requested = True
+        elif not self._has_have_list:
+            self._have_due_s = now_s  # Not sent: it takes nothing yet.
 
-    def _fill(self, line: PeerLine, now_s: float, usable: Collection[str]) -> None:
-        while self._asked_bytes < self._window.num_bytes and len(self._asked) < _MOST_ASKS:
+    def _fill(self, connection: PieceConnection, now_s: float, usable: Collection[str]) -> None:
+        while self._outstanding_bytes < self._window.num_bytes and len(self._outstanding) < _MAX_OUTSTANDING:
             if self._shared.writing.is_full or self._shared.syncing.is_full:
                 return
-            active = self._asking or self._begin(now_s, usable)
+            active = self._requesting or self._begin(now_s, usable)
             if active is None:
                 return
             count = min(self._window.part_bytes, active.piece.num_bytes - active.asked)
             token = next(self._tokens)
-            if not line.send(Ask(token, active.piece.digest, active.asked, count)):
+            if not connection.send(PieceRequest(token, active.piece.digest, active.asked, count)):
                 return
-            if not self._asked:
-                self._heard_s = now_s
-            self._asked[token] = _Asked(active, active.asked, count)
-            self._asked_bytes += count
+            if not self._outstanding:
+                self._last_reply_s = now_s
+            self._outstanding[token] = _Outstanding(active, active.asked, count)
+            self._outstanding_bytes += count
             active.asked += count
-            self._asking = active if active.asked < active.piece.num_bytes else None
+            self._requesting = active if active.asked < active.piece.num_bytes else None
         self._window.note_full()
 
     def _begin(self, now_s: float, usable: Collection[str]) -> _Active | None:
         """The next piece of which something is missing."""
         shared = self._shared
         while True:
-            idle_s = 0.0 if self._asked else now_s - self._idle_since_s
+            idle_s = 0.0 if self._outstanding else now_s - self._idle_since_s
             piece = shared.plan.take(self.peer.key, now_s, usable=usable, idle_s=idle_s)
             if piece is None:
                 return None
@@ -261,7 +259,7 @@ class FetchPeer:
                 shared.elsewhere.append(piece)
                 continue
             shared.open.add(partial)
-            if piece.digest in shared.doubtful and partial.num_bytes:
+            if piece.digest in shared.suspect and partial.num_bytes:
                 shared.count(-partial.num_bytes)
                 partial.restart()
             had_bytes = partial.num_bytes
@@ -276,44 +274,48 @@ class FetchPeer:
             )
             self._active[piece.digest] = active
             if had_bytes < piece.num_bytes:
-                self._asking = active
+                self._requesting = active
                 return active
             self._end(active)
             self._commit(active)
 
-    def _take(self, received: Received, now_s: float) -> None:
-        match received.answer:
-            case Held(bitmap=bitmap):
-                self._knows_holdings = True
-                self._is_asked_what_it_has = False
-                is_news = self._shared.plan.note_held(self.peer.key, bitmap, now_s)
+    def _take(self, received: ReceivedReply, now_s: float) -> None:
+        match received.reply:
+            case HaveList(bitmap=bitmap):
+                self._has_have_list = True
+                self._is_have_requested = False
+                has_changed = self._shared.plan.update_have_list(self.peer.key, bitmap, now_s)
                 again_s = (
-                    HOLDINGS_AGAIN_S if is_news or self._shared.plan.is_hinted(self.peer.key) else _HOLDINGS_LAST_S
+                    HAVE_INTERVAL_S
+                    if has_changed or self._shared.plan.is_hinted(self.peer.key)
+                    else _MAX_HAVE_INTERVAL_S
                 )
-                self._holdings_again_s = min(2 * self._holdings_again_s, again_s)
-            case Refused(reason=reason):
-                self.leave(f"it refused: {reason!r}", now_s)
-            case Missing(token=token):
-                asked = self._answered(token, now_s)
-                self._shared.plan.note_missing(self.peer.key, asked.active.piece.digest)
-                self._drop(asked.active)
-            case Part(token=token, digest=digest, offset=offset):
-                asked = self._answered(token, now_s)
-                if digest != asked.active.piece.digest or offset != asked.offset:
+                self._have_interval_s = min(2 * self._have_interval_s, again_s)
+            case PieceRefused(reason=reason):
+                self.disconnect(f"it refused: {reason!r}", now_s)
+            case PieceMissing(token=token):
+                outstanding = self._take_outstanding(token, now_s)
+                self._shared.plan.note_missing(self.peer.key, outstanding.active.piece.digest)
+                self._drop(outstanding.active)
+            case PiecePart(token=token, digest=digest, offset=offset):
+                outstanding = self._take_outstanding(token, now_s)
+                if digest != outstanding.active.piece.digest or offset != outstanding.offset:
                     raise BadMessage("it sent another part than was asked for")
-                if len(received.buffer) != asked.num_bytes:
-                    raise BadMessage(f"it sent {len(received.buffer)} bytes where {asked.num_bytes} were asked for")
-                self._write(asked.active, received.buffer, now_s)
+                if len(received.buffer) != outstanding.num_bytes:
+                    raise BadMessage(
+                        f"it sent {len(received.buffer)} bytes where {outstanding.num_bytes} were asked for"
+                    )
+                self._write(outstanding.active, received.buffer, now_s)
 
-    def _answered(self, token: int, now_s: float) -> _Asked:
-        asked = self._asked.pop(token, None)
-        if asked is None:
+    def _take_outstanding(self, token: int, now_s: float) -> _Outstanding:
+        outstanding = self._outstanding.pop(token, None)
+        if outstanding is None:
             raise BadMessage("it sent what was not asked for")
-        self._asked_bytes -= asked.num_bytes
-        if not self._asked:
+        self._outstanding_bytes -= outstanding.num_bytes
+        if not self._outstanding:
             self._idle_since_s = now_s
             self._window.note_idle()
-        return asked
+        return outstanding
 
     def _write(self, active: _Active, buffer: memoryview, now_s: float) -> None:
         self._window.note_received(len(buffer), now_s)
@@ -334,7 +336,7 @@ class FetchPeer:
 
         shared.writing.submit(lambda: active.partial.write(buffer), written, num_bytes)
         self.num_bytes += num_bytes
-        self._retry_s = _FIRST_RETRY_S
+        self._retry_s = _MIN_RETRY_S
         shared.plan.note_useful(self.peer.key, num_bytes, now_s)
 
     def _end(self, active: _Active) -> None:
@@ -358,14 +360,14 @@ class FetchPeer:
                 if active.is_its_own:
                     self.refuse(f"it sent wrong bytes for piece {digest[:12]}", time.monotonic())
                 else:
-                    shared.doubtful.add(digest)
+                    shared.suspect.add(digest)
 
         shared.syncing.submit(active.partial.commit, committed, active.piece.num_bytes)
 
     def _drop(self, active: _Active) -> None:
         """Not from this peer, or not now. Pending again as soon as it is closed: another peer may open it then."""
-        if self._asking is active:
-            self._asking = None
+        if self._requesting is active:
+            self._requesting = None
         if active.is_over:
             return
         self._end(active)

@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transport.pieces.messages import changed_bits, is_held
-from transport.pieces.piece import Piece
-from transport.pieces.rate import Rate
-from transport.pool_messages import PieceHint
+from transport.messages.pieces import Piece, changed_bits, has_piece
+from transport.messages.pool import PieceHint
+from transport.pieces.flow_control import TransferRate
 
 HINT_PATIENCE_S = 10.0
 """A hinted host that has got nothing new for so long, and gave nothing, is not waited for. At a third of 100 Mbit/s a
@@ -22,10 +21,10 @@ piece takes it 4 s."""
 AWAY_PATIENCE_S = 3.0
 """The same for one that there is no connection to."""
 
-IDLE_S = 2.0
+ENDGAME_IDLE_S = 2.0
 """The head, idle for so long, takes its part of what others give slowly, from the end."""
 
-LATE_S = 4.0
+ENDGAME_LATE_S = 4.0
 """Others are slow if they will take longer than that for what they have still to give."""
 
 
@@ -33,7 +32,7 @@ _QUEUE_S = 0.2
 
 
 @dataclass(slots=True)
-class _Peer:
+class _PeerPieces:
     """`has` are the wanted pieces that its bitmap tells of. `slow_for`: pieces that it had begun, and that a faster one
     is to go on with."""
 
@@ -46,7 +45,7 @@ class _Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _WantedPiece:
     piece: Piece
     indexes: tuple[int, ...]
     hinted: str
@@ -68,7 +67,7 @@ class FetchPlan:
     ) -> None:
         """`keys`: the head's is the last."""
         self._head = keys[-1] if keys else ""
-        self._peers = {key: _Peer(useful_at_s=now_s) for key in keys}
+        self._peers = {key: _PeerPieces(useful_at_s=now_s) for key in keys}
         self._wanted = _wanted(pieces, {hint for hint in hints if hint.peer in self._peers})
         self._hinted = {wanted.hinted for wanted in self._wanted.values()}
         self._by_index = {index: wanted for wanted in self._wanted.values() for index in wanted.indexes}
@@ -76,8 +75,8 @@ class FetchPlan:
         self._num_done = 0
         self._version = 0
         self._queues: dict[str, _Queue] = {}
-        self._of_others = Rate(now_s)
-        self._is_helping = False
+        self._of_others = TransferRate(now_s)
+        self._is_endgame = False
 
     @property
     def is_done(self) -> bool:
@@ -113,22 +112,22 @@ class FetchPlan:
         if key != self._head:
             self._of_others.note(num_bytes, now_s)
 
-    def note_slow(self, key: str, digest: str) -> None:
+    def mark_slow(self, key: str, digest: str) -> None:
         """A piece that it has begun is given back because somebody else is faster."""
         self._peers[key].slow_for.add(digest)
 
-    def can_go_on(self, key: str, digest: str) -> bool:
+    def can_reassign(self, key: str, digest: str) -> bool:
         """Whether the piece, which a slow peer has begun, can be had of this one."""
         return self._has(key, self._wanted[digest]) and digest not in self._peers[key].slow_for
 
-    def note_held(self, key: str, bitmap: bytes, now_s: float) -> bool:
+    def update_have_list(self, key: str, bitmap: bytes, now_s: float) -> bool:
         """It says which pieces of the model it has. Whether those are others than before."""
         peer = self._peers[key]
         if bitmap == peer.bitmap:
             return False
         for index in changed_bits(peer.bitmap, bitmap):
             wanted = self._by_index.get(index)
-            if wanted is not None and any(is_held(bitmap, each) for each in wanted.indexes):
+            if wanted is not None and any(has_piece(bitmap, each) for each in wanted.indexes):
                 peer.has.add(wanted.piece.digest)
             elif wanted is not None:
                 peer.has.discard(wanted.piece.digest)
@@ -145,7 +144,7 @@ class FetchPlan:
         self._peers[key].is_refused = True
         self._version += 1
 
-    def is_wanted_of(self, key: str) -> bool:
+    def wants_have_list(self, key: str) -> bool:
         """Whether there are pending pieces that it is not known to have."""
         return any(not self._has(key, self._wanted[digest]) for digest in self._pending)
 
@@ -153,7 +152,7 @@ class FetchPlan:
         """Whether it has nothing of what is pending, as far as is known."""
         return not any(self._may_have(key, self._wanted[digest]) for digest in self._pending)
 
-    def nowhere(self, usable: Collection[str]) -> Piece | None:
+    def unavailable_piece(self, usable: Collection[str]) -> Piece | None:
         """A pending piece that every peer is known to lack, if all that are not refused are usable."""
         asked = [key for key, peer in self._peers.items() if not peer.is_refused]
         if not set(asked) <= set(usable):
@@ -177,30 +176,30 @@ class FetchPlan:
             return _Queue(found, self._version, now_s)
         for digest in self._pending:
             wanted = self._wanted[digest]
-            if digest in peer.lacks or (digest in peer.slow_for and self._others(key, wanted, usable)):
+            if digest in peer.lacks or (digest in peer.slow_for and self._is_at_others(key, wanted, usable)):
                 continue
             if key != self._head:
                 if digest in peer.has:
                     found.append(digest)
-            elif not self._has(key, wanted) and self._others(key, wanted, usable):
+            elif not self._has(key, wanted) and self._is_at_others(key, wanted, usable):
                 continue  # Perhaps it has it all the same: asked for only if nobody says so.
             elif not self._is_left_to_others(wanted, now_s, usable):
                 found.append(digest)
             else:
                 left.append(digest)
         if key == self._head:
-            self._help(found, left, now_s, idle_s)
+            self._endgame(found, left, now_s, idle_s)
         return _Queue(found, self._version, now_s)
 
-    def _help(self, found: deque[str], left: Sequence[str], now_s: float, idle_s: float) -> None:
+    def _endgame(self, found: deque[str], left: Sequence[str], now_s: float, idle_s: float) -> None:
         """The head does its part of what is `left` to others, one piece after the other. It begins when it has been
         idle; what it gives that way does not count as work of its own."""
-        self._is_helping = not found and (self._is_helping or idle_s >= IDLE_S)
+        self._is_endgame = not found and (self._is_endgame or idle_s >= ENDGAME_IDLE_S)
         late_bytes = sum(self._wanted[digest].piece.num_bytes for digest in left)
-        if self._is_helping and late_bytes > LATE_S * self._of_others.bytes_per_s(now_s):
+        if self._is_endgame and late_bytes > ENDGAME_LATE_S * self._of_others.bytes_per_s(now_s):
             found.append(left[-1])
 
-    def _is_left_to_others(self, wanted: _Wanted, now_s: float, usable: Collection[str]) -> bool:
+    def _is_left_to_others(self, wanted: _WantedPiece, now_s: float, usable: Collection[str]) -> bool:
         """By the head."""
         hinted = self._peers.get(wanted.hinted)
         if hinted is not None and wanted.hinted != self._head and not hinted.is_refused:
@@ -208,34 +207,34 @@ class FetchPlan:
             patience_s = HINT_PATIENCE_S if wanted.hinted in usable else AWAY_PATIENCE_S
             if not is_missing and now_s - hinted.useful_at_s < patience_s:
                 return True
-        return self._others(self._head, wanted, usable)
+        return self._is_at_others(self._head, wanted, usable)
 
-    def _others(self, key: str, wanted: _Wanted, usable: Collection[str]) -> bool:
+    def _is_at_others(self, key: str, wanted: _WantedPiece, usable: Collection[str]) -> bool:
         """Whether others have it, and are not slow."""
         digest = wanted.piece.digest
         return any(
             other != key and self._has(other, wanted) and digest not in self._peers[other].slow_for for other in usable
         )
 
-    def _may_have(self, key: str, wanted: _Wanted) -> bool:
+    def _may_have(self, key: str, wanted: _WantedPiece) -> bool:
         """The head is asked even for what it does not claim to have."""
         if key == self._head:
             return wanted.piece.digest not in self._peers[key].lacks
         return self._has(key, wanted)
 
-    def _has(self, key: str, wanted: _Wanted) -> bool:
+    def _has(self, key: str, wanted: _WantedPiece) -> bool:
         peer, digest = self._peers[key], wanted.piece.digest
         return digest in peer.has and digest not in peer.lacks and not peer.is_refused
 
 
-def _wanted(pieces: Mapping[int, Piece], hints: Collection[PieceHint]) -> dict[str, _Wanted]:
+def _wanted(pieces: Mapping[int, Piece], hints: Collection[PieceHint]) -> dict[str, _WantedPiece]:
     most = max(pieces, default=-1) + 1
     hinted = {index: hint.peer for hint in hints for index in range(max(0, hint.first), min(hint.last, most))}
-    found: dict[str, _Wanted] = {}
+    found: dict[str, _WantedPiece] = {}
     for index in sorted(pieces):
         piece = pieces[index]
         known = found.get(piece.digest)
         indexes = (index,) if known is None else (*known.indexes, index)
         to_whom = hinted.get(index, "") if known is None else known.hinted or hinted.get(index, "")
-        found[piece.digest] = _Wanted(piece, indexes, to_whom)
+        found[piece.digest] = _WantedPiece(piece, indexes, to_whom)
     return found

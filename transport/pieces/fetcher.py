@@ -10,32 +10,31 @@ from typing import Any
 
 import zmq
 
-from transport.awake import Awake
-from transport.curve import Curve
 from transport.errors import DownloadFailed
-from transport.pieces.disk_threads import DiskThreads
-from transport.pieces.fetch_peer import FetchPeer, Shared
+from transport.messages.pieces import MAX_PIECE_BYTES, Piece
+from transport.messages.pool import PieceHint, PiecePeer
+from transport.pieces.fetch_peer import FetchPeer, FetchState
 from transport.pieces.fetch_plan import FetchPlan
-from transport.pieces.piece import MAX_PIECE_BYTES, Piece
 from transport.pieces.store import PieceStore
-from transport.pool_messages import PieceHint, PiecePeer
+from transport.process.polling import PolledExecutor, SuspendDetector
+from transport.security.curve import Curve
 
 log = logging.getLogger("potluck.pieces")
 
 PATIENCE_S = 30.0
-_NOWHERE_S = 5.0
-_NOWHERE_AGAIN_S = 0.2
+_UNAVAILABLE_TIMEOUT_S = 5.0
+_UNAVAILABLE_INTERVAL_S = 0.2
 _TICK_S = 0.05
-MOST_UNWRITTEN_BYTES = 4 * 2**20
+MAX_UNWRITTEN_BYTES = 4 * 2**20
 """What waits to be written is lost with the process."""
 
-_MOST_UNWRITTEN_PARTS = 64
+_MAX_UNWRITTEN_PARTS = 64
 _SYNC_THREADS = 16
 """Journals of file systems write down all at once that are synced at the same time: many small pieces."""
-_MOST_UNSYNCED_BYTES = 3 * MAX_PIECE_BYTES
-_MOST_UNSYNCED_PIECES = 64
-_ELSEWHERE_AGAIN_S = 0.5
-_PASS_ON_AGAIN_S = 0.5
+_MAX_UNSYNCED_BYTES = 3 * MAX_PIECE_BYTES
+_MAX_UNSYNCED_PIECES = 64
+_ELSEWHERE_INTERVAL_S = 0.5
+_REASSIGN_INTERVAL_S = 0.5
 _HINT = "is the head running, and reachable from here? potluck doctor says; what came so far is kept"
 
 ReportProgress = Callable[[int, int], None]
@@ -74,7 +73,7 @@ def fetch(
     piece is nowhere to be had, or nothing has come for `patience_s`. What came is kept, also when `stop` says so.
     """
     began_s = time.monotonic()
-    missing = {index: piece for index, piece in pieces.items() if not store.has_all_of(piece)}
+    missing = {index: piece for index, piece in pieces.items() if not store.has_whole(piece)}
     if not missing:
         return FetchReport(is_complete=True, seconds=time.monotonic() - began_s)
     peers = [peer for peer in peers if peer.key != curve.keys.public]  # What this host gives, it has.
@@ -84,10 +83,10 @@ def fetch(
     left_bytes = {piece.digest: store.partial_bytes(piece) for piece in once}
     store.require_space(sum(piece.num_bytes - left_bytes[piece.digest] for piece in once))
     plan = FetchPlan(missing, [peer.key for peer in peers], hints, began_s)
-    done = _Done(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
-    writing = DiskThreads(threads=1, most_bytes=MOST_UNWRITTEN_BYTES, most_jobs=_MOST_UNWRITTEN_PARTS)
-    syncing = DiskThreads(threads=_SYNC_THREADS, most_bytes=_MOST_UNSYNCED_BYTES, most_jobs=_MOST_UNSYNCED_PIECES)
-    shared = Shared(context, curve, store, writing, syncing, plan, model, set(), [], set(), done.add)
+    done = _FetchProgress(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
+    writing = PolledExecutor(threads=1, max_bytes=MAX_UNWRITTEN_BYTES, max_jobs=_MAX_UNWRITTEN_PARTS)
+    syncing = PolledExecutor(threads=_SYNC_THREADS, max_bytes=_MAX_UNSYNCED_BYTES, max_jobs=_MAX_UNSYNCED_PIECES)
+    shared = FetchState(context, curve, store, writing, syncing, plan, model, set(), [], set(), done.add)
     running = _Fetch(shared, [FetchPeer(peer, shared, began_s) for peer in peers], done, what, patience_s)
     try:
         is_complete = running.run(stop)
@@ -101,7 +100,7 @@ def fetch(
     )
 
 
-class _Done:
+class _FetchProgress:
     """Counts what is there, for whoever watches, and knows when there was last something new."""
 
     def __init__(self, done_bytes: int, total_bytes: int, progress: ReportProgress, now_s: float) -> None:
@@ -109,37 +108,39 @@ class _Done:
         self._done_bytes = done_bytes
         self._total_bytes = total_bytes
         self._progress = progress
-        self._told: int | None = None
+        self._reported_bytes: int | None = None
 
     def add(self, num_bytes: int) -> None:
         self._done_bytes += num_bytes
         if num_bytes > 0:
             self.last_s = time.monotonic()
 
-    def tell(self) -> None:
-        if self._told != self._done_bytes:
-            self._told = self._done_bytes
+    def report(self) -> None:
+        if self._reported_bytes != self._done_bytes:
+            self._reported_bytes = self._done_bytes
             self._progress(self._done_bytes, self._total_bytes)
 
 
 class _Fetch:
-    def __init__(self, shared: Shared, peers: list[FetchPeer], done: _Done, what: str, patience_s: float) -> None:
+    def __init__(
+        self, shared: FetchState, peers: list[FetchPeer], done: _FetchProgress, what: str, patience_s: float
+    ) -> None:
         self.peers = peers
         self._shared = shared
         self._done = done
         self._what = what
         self._patience_s = patience_s
-        self._nowhere_since_s: float | None = None
-        self._nowhere_due_s = 0.0
+        self._unavailable_since_s: float | None = None
+        self._unavailable_due_s = 0.0
         self._elsewhere_due_s = 0.0
-        self._pass_on_due_s = 0.0
+        self._reassign_due_s = 0.0
         self._elsewhere_bytes = 0
         self._logged: set[str] = set()
-        self._tell_at_s = 0.0
+        self._report_at_s = 0.0
 
     def run(self, stop: Callable[[], bool]) -> bool:
         """Whether it is complete. Raises DownloadFailed."""
-        awake = Awake()
+        suspends = SuspendDetector()
         while not self._shared.plan.is_done:
             now_s = time.monotonic()
             if stop():
@@ -147,22 +148,22 @@ class _Fetch:
             usable = {peer.peer.key for peer in self.peers if peer.is_usable}
             for peer in self.peers:
                 peer.drive(now_s, usable)
-            self._look_elsewhere(now_s)
-            self._pass_on(now_s)
-            zmq.zmq_poll(self._news(), int(_TICK_S * 1000))
-            slept_s = awake.slept_s(_TICK_S)
+            self._check_elsewhere(now_s)
+            self._reassign(now_s)
+            zmq.zmq_poll(self._poll_items(), int(_TICK_S * 1000))
+            suspended_s = suspends.suspended_s(_TICK_S)
             now_s = time.monotonic()
             for peer in self.peers:
-                peer.forgive(slept_s)
+                peer.extend_deadline(suspended_s)
                 peer.receive(now_s)
-            self._shared.writing.settle()
-            self._shared.syncing.settle()
-            self._done.last_s += slept_s
+            self._shared.writing.run_callbacks()
+            self._shared.syncing.run_callbacks()
+            self._done.last_s += suspended_s
             self._check(now_s)
-            if now_s >= self._tell_at_s:
-                self._tell_at_s = now_s + _TICK_S
-                self._done.tell()
-        self._done.tell()
+            if now_s >= self._report_at_s:
+                self._report_at_s = now_s + _TICK_S
+                self._done.report()
+        self._done.report()
         return True
 
     def close(self) -> None:
@@ -173,36 +174,36 @@ class _Fetch:
         for partial in self._shared.open:
             partial.close()
 
-    def _news(self) -> list[tuple[Any, int]]:
-        lines = [peer.line for peer in self.peers if peer.line is not None]
+    def _poll_items(self) -> list[tuple[Any, int]]:
+        lines = [peer.connection for peer in self.peers if peer.connection is not None]
         sources: list[Any] = [self._shared.writing.fileno(), self._shared.syncing.fileno()]
         sources += [source for line in lines for source in (line.socket, line.monitor)]
         return [(source, zmq.POLLIN) for source in sources]
 
-    def _pass_on(self, now_s: float) -> None:
+    def _reassign(self, now_s: float) -> None:
         """Who has nothing to do gets on with what a slow peer has begun."""
-        if now_s < self._pass_on_due_s or self._shared.writing.is_full or self._shared.syncing.is_full:
+        if now_s < self._reassign_due_s or self._shared.writing.is_full or self._shared.syncing.is_full:
             return
-        self._pass_on_due_s = now_s + _PASS_ON_AGAIN_S
+        self._reassign_due_s = now_s + _REASSIGN_INTERVAL_S
         for idle in [peer for peer in self.peers if peer.is_usable and peer.is_idle]:
             for slow in self.peers:
                 found = (
                     digest
                     for digest in slow.slow_pieces(now_s)
-                    if self._shared.plan.can_go_on(idle.peer.key, digest) and idle.is_faster(slow, digest, now_s)
+                    if self._shared.plan.can_reassign(idle.peer.key, digest) and idle.is_faster(slow, digest, now_s)
                 )
                 if slow is not idle and (digest := next(found, None)) is not None:
-                    slow.let_go(digest)
+                    slow.release_piece(digest)
                     break
 
-    def _look_elsewhere(self, now_s: float) -> None:
+    def _check_elsewhere(self, now_s: float) -> None:
         """Pieces that another process of this host was getting: it may have them by now, or have ended."""
         shared = self._shared
         if not shared.elsewhere or now_s < self._elsewhere_due_s:
             return
-        self._elsewhere_due_s = now_s + _ELSEWHERE_AGAIN_S
+        self._elsewhere_due_s = now_s + _ELSEWHERE_INTERVAL_S
         pieces, shared.elsewhere[:] = list(shared.elsewhere), []
-        there = [piece for piece in pieces if shared.store.has_all_of(piece)]
+        there = [piece for piece in pieces if shared.store.has_whole(piece)]
         for piece in there:
             shared.plan.note_done(piece.digest)
             shared.count(piece.num_bytes)
@@ -226,18 +227,18 @@ class _Fetch:
             raise self._failed("no host is left to get it from")
         if now_s - self._done.last_s > self._patience_s:
             raise self._failed(f"nothing came for {self._patience_s:.0f} s")
-        if now_s < self._nowhere_due_s:
+        if now_s < self._unavailable_due_s:
             return
-        self._nowhere_due_s = now_s + _NOWHERE_AGAIN_S
-        nowhere: Piece | None = None
+        self._unavailable_due_s = now_s + _UNAVAILABLE_INTERVAL_S
+        unavailable: Piece | None = None
         if all(peer.is_idle for peer in self.peers):
-            nowhere = self._shared.plan.nowhere({peer.peer.key for peer in self.peers if peer.is_usable})
-        if nowhere is None:
-            self._nowhere_since_s = None
-        elif self._nowhere_since_s is None:
-            self._nowhere_since_s = now_s
-        elif now_s - self._nowhere_since_s > min(_NOWHERE_S, self._patience_s / 2):
-            raise self._failed(f"no host has piece {nowhere.digest[:12]}")
+            unavailable = self._shared.plan.unavailable_piece({peer.peer.key for peer in self.peers if peer.is_usable})
+        if unavailable is None:
+            self._unavailable_since_s = None
+        elif self._unavailable_since_s is None:
+            self._unavailable_since_s = now_s
+        elif now_s - self._unavailable_since_s > min(_UNAVAILABLE_TIMEOUT_S, self._patience_s / 2):
+            raise self._failed(f"no host has piece {unavailable.digest[:12]}")
 
     def _failed(self, why: str) -> DownloadFailed:
         tried = "; ".join(f"{peer.peer.name}: {_state(peer, self._shared.plan)}" for peer in self.peers)

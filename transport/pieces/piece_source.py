@@ -15,13 +15,12 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from transport.pieces.messages import bitmap_of
-from transport.pieces.piece import MAX_LIST_BYTES, PieceList
+from transport.messages.pieces import MAX_LIST_BYTES, PieceList, bitmap_of
 
 MAX_OPEN_FILES = 32
 _MAX_KNOWN_LISTS = 8
 _MAX_WHOLE_FILES = 256
-_AGAIN_S = 0.3
+_RECHECK_INTERVAL_S = 0.3
 _lists = msgspec.json.Decoder(PieceList)
 
 
@@ -31,7 +30,7 @@ class Located(NamedTuple):
     num_bytes: int
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What a file's size and time of change were when its pieces were hashed."""
 
     num_bytes: int
@@ -45,12 +44,12 @@ class PieceSource(Protocol):
         """Where the piece lies; None if it is not here, or not any more."""
         ...
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         """Which pieces of the model with this digest are here, as `Held` has it; empty for an unknown model."""
         ...
 
 
-class KeptPieces(Protocol):
+class StoredPieces(Protocol):
     """What `StoreSource` needs of a store."""
 
     def has(self, digest: str) -> bool: ...
@@ -63,10 +62,10 @@ class KeptPieces(Protocol):
 class StoreSource:
     """Pieces of a content-addressed store, piece lists included. What `held` says can be a moment old."""
 
-    def __init__(self, store: KeptPieces, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: StoredPieces, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known: OrderedDict[str, _KnownModel] = OrderedDict()
 
     def locate(self, digest: str) -> Located | None:
         if not self._store.has(digest):
@@ -74,19 +73,19 @@ class StoreSource:
         path = self._store.path(digest)
         return Located(path, 0, path.stat().st_size)
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         known = self._known.get(model) or self._read(model)
         if known is None:
             return b""
         now_s = self._clock()
         # Several hosts ask twice a second, and both lists and stores can be long.
-        if known.looked_at_s is None or now_s - known.looked_at_s >= _AGAIN_S:
-            known.looked_at_s = now_s
+        if known.checked_at_s is None or now_s - known.checked_at_s >= _RECHECK_INTERVAL_S:
+            known.checked_at_s = now_s
             here = self._store.digests()
             known.bitmap = bitmap_of([digest in here for digest in known.digests])
         return known.bitmap
 
-    def _read(self, model: str) -> _Known | None:
+    def _read(self, model: str) -> _KnownModel | None:
         """None if its list is not in the store."""
         located = self.locate(model)
         if located is None or located.num_bytes > MAX_LIST_BYTES:
@@ -96,18 +95,18 @@ class StoreSource:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None  # A piece like others, not a list.
         digests = [piece.digest for file in pieces.files for piece in file.pieces]
-        known = self._known[model] = _Known(digests)
+        known = self._known[model] = _KnownModel(digests)
         while len(self._known) > _MAX_KNOWN_LISTS:
             self._known.popitem(last=False)
         return known
 
 
 @dataclass(slots=True)
-class _Known:
+class _KnownModel:
     """A model's pieces, and which of them were in the store when it was last looked."""
 
     digests: list[str]
-    looked_at_s: float | None = None
+    checked_at_s: float | None = None
     bitmap: bytes = b""
 
 
@@ -123,7 +122,7 @@ class FolderSource:
         pieces: PieceList,
         *,
         model: str,
-        stamps: Mapping[str, Stamp],
+        stamps: Mapping[str, FileStamp],
         list_file: Path | None = None,
     ) -> None:
         self._folder = folder
@@ -147,7 +146,7 @@ class FolderSource:
         name, offset, num_bytes = place
         return Located(self._folder / name, offset, num_bytes)
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         if model != self._model:
             return b""
         held: list[bool] = []
@@ -163,21 +162,21 @@ class FolderSource:
             found = (self._folder / name).stat()
         except OSError:
             return False
-        return Stamp(found.st_size, found.st_mtime_ns) == stamp
+        return FileStamp(found.st_size, found.st_mtime_ns) == stamp
 
 
 class WholeFiles:
     """Whole files, each by its SHA-256 as if it were one piece. Who adds one vouches for its checksum."""
 
     def __init__(self) -> None:
-        self._places: OrderedDict[str, tuple[Path, Stamp]] = OrderedDict()
+        self._places: OrderedDict[str, tuple[Path, FileStamp]] = OrderedDict()
 
     def add(self, sha256: str, path: Path) -> int:
         """How many bytes it has. From any thread. Raises OSError."""
         found = path.stat()
         # Replaced as a whole: the server's thread may be looking.
         places = OrderedDict(self._places)
-        places[sha256] = (path, Stamp(found.st_size, found.st_mtime_ns))
+        places[sha256] = (path, FileStamp(found.st_size, found.st_mtime_ns))
         places.move_to_end(sha256)
         while len(places) > _MAX_WHOLE_FILES:
             places.popitem(last=False)
@@ -190,17 +189,17 @@ class WholeFiles:
             return None
         path, stamp = place
         found = path.stat()
-        return Located(path, 0, found.st_size) if Stamp(found.st_size, found.st_mtime_ns) == stamp else None
+        return Located(path, 0, found.st_size) if FileStamp(found.st_size, found.st_mtime_ns) == stamp else None
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         return b""
 
 
-class OpenFiles:
+class OpenFileCache:
     """Reads ranges of files; keeps the last ones open. One owner thread."""
 
-    def __init__(self, most: int = MAX_OPEN_FILES) -> None:
-        self._most = most
+    def __init__(self, max_files: int = MAX_OPEN_FILES) -> None:
+        self._most = max_files
         self._open: OrderedDict[Path, tuple[int, tuple[int, int, int]]] = OrderedDict()
 
     def read(self, path: Path, offset: int, num_bytes: int) -> bytes:

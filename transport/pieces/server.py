@@ -18,31 +18,30 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from transport.connection_cap import MONITORED, ConnectionCap
-from transport.curve import Guard, user_id
-from transport.endpoints import bind
 from transport.errors import BadMessage
-from transport.pieces.bulk_options import set_bulk_options
-from transport.pieces.connection import connection_of
-from transport.pieces.messages import (
+from transport.links.endpoints import bind
+from transport.links.zmq_link import set_bulk_options
+from transport.messages.pieces import (
     MAX_REASON_CHARACTERS,
     MAX_REQUEST_FRAME_BYTES,
     PART_BYTES,
-    Answer,
-    Ask,
-    Held,
-    Holdings,
-    Missing,
-    Part,
-    Refused,
-    Request,
+    HaveList,
+    HaveRequest,
+    PieceMissing,
+    PiecePart,
+    PieceRefused,
+    PieceRequest,
+    PieceServerReply,
+    PieceServerRequest,
     SpeedTest,
     decode_request,
     encode,
 )
-from transport.pieces.piece_source import OpenFiles, PieceSource
-from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, Peer, Peers
-from transport.wake import Wake
+from transport.pieces.fair_queue import MAX_CONNECTIONS_PER_KEY, FairQueue, PeerConnection, connection_of
+from transport.pieces.piece_source import OpenFileCache, PieceSource
+from transport.process.polling import Waker
+from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
+from transport.security.curve import Guard, peer_key
 
 log = logging.getLogger("potluck.pieces")
 
@@ -52,9 +51,9 @@ _QUEUED_PARTS = 4
 _QUEUED_REQUESTS = 64
 _MAX_REQUESTS_AT_ONCE = 64
 _ROUNDS_AT_ONCE = 4
-_TAKES_NOTHING_S = 30.0
+_STALLED_AFTER_S = 30.0
 _UNREAD_BYTES = 2**20
-_LOOK_S = 0.1
+_ENFORCE_INTERVAL_S = 0.1
 _UNBOUND_WITHIN_S = 0.5
 
 _MORE = int(zmq.SNDMORE)
@@ -76,25 +75,25 @@ class PieceServer:
         self.num_refused = 0
         self.sent_bytes = 0
         self.sent_by_key: Counter[str] = Counter()
-        self._admits = guard.admits
-        self._peers = Peers()
-        self._files = OpenFiles()
+        self._is_authorized = guard.is_authorized
+        self._peers = FairQueue()
+        self._files = OpenFileCache()
         self._noise = os.urandom(PART_BYTES)
         self._cap = ConnectionCap(
-            most=MAX_CONNECTIONS, most_per_address=MAX_CONNECTIONS_PER_ADDRESS, most_unread_bytes=_UNREAD_BYTES
+            max_connections=MAX_CONNECTIONS, max_per_address=MAX_CONNECTIONS_PER_ADDRESS, max_unread_bytes=_UNREAD_BYTES
         )
         self._closing = threading.Event()
-        self._next_look_s = 0.0
+        self._next_enforce_s = 0.0
         self._socket = context.socket(zmq.ROUTER)
         set_bulk_options(self._socket, max_message_bytes=MAX_REQUEST_FRAME_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, _QUEUED_PARTS)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUED_REQUESTS)
         guard.prepare(self._socket)
-        self._monitor = self._socket.get_monitor_socket(MONITORED)
+        self._monitor = self._socket.get_monitor_socket(MONITORED_EVENTS)
         self.endpoint = bind(self._socket, endpoint)
-        self._wake = Wake()
+        self._wake = Waker()
         sources_of_news = (self._socket, self._monitor, self._wake.fileno())
-        self._news: list[tuple[Any, int]] = [(source, zmq.POLLIN) for source in sources_of_news]
+        self._poll_items: list[tuple[Any, int]] = [(source, zmq.POLLIN) for source in sources_of_news]
         self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
         self._thread.start()
 
@@ -107,7 +106,7 @@ class PieceServer:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                self._turn()
+                self._poll_once()
         except Exception:
             log.exception("this host gives no pieces any more")
         finally:
@@ -127,38 +126,38 @@ class PieceServer:
                 if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_CLOSED:
                     return
 
-    def _turn(self) -> None:
-        wait_ms = int(self._peers.wait_s(time.monotonic(), _LOOK_S) * 1000 + 0.999)
-        news: list[tuple[Any, int]] = [
+    def _poll_once(self) -> None:
+        wait_ms = int(self._peers.wait_s(time.monotonic(), _ENFORCE_INTERVAL_S) * 1000 + 0.999)
+        poll_items: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),
             (self._monitor, zmq.POLLIN),
             (self._wake.fileno(), zmq.POLLIN),
         ]
-        ready = dict(zmq.zmq_poll(news, wait_ms))
+        ready = dict(zmq.zmq_poll(poll_items, wait_ms))
         now_s = time.monotonic()
         if self._monitor in ready:
-            self._cap.note(parse_monitor_message(self._monitor.recv_multipart()))
-        if now_s >= self._next_look_s:
-            self._next_look_s = now_s + _LOOK_S
-            self._look(now_s)
+            self._cap.on_event(parse_monitor_message(self._monitor.recv_multipart()))
+        if now_s >= self._next_enforce_s:
+            self._next_enforce_s = now_s + _ENFORCE_INTERVAL_S
+            self._enforce_limits(now_s)
         if self._socket in ready:
             for _ in range(_MAX_REQUESTS_AT_ONCE):
                 if not self._take():
                     break
         for _ in range(_ROUNDS_AT_ONCE):
-            for peer in self._peers.round(time.monotonic()):
-                self._answer(peer, peer.waiting[0].request)
+            for peer in self._peers.next_round(time.monotonic()):
+                self._reply(peer, peer.pending[0].request)
 
-    def _look(self, now_s: float) -> None:
+    def _enforce_limits(self, now_s: float) -> None:
         """Forget connections that have ended; end those of keys that are not admitted now, or that take nothing."""
-        self._cap.look(now_s)
+        self._cap.enforce(now_s)
         for peer in self._peers.all():
             if not peer.connection.is_there():
                 self._peers.remove(peer)
-            elif not self._admits(peer.key):
+            elif not self._is_authorized(peer.key):
                 self._end(peer, "it is not a member any more")
-            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > _TAKES_NOTHING_S:
-                self._end(peer, f"it has taken nothing for {_TAKES_NOTHING_S:.0f} s")
+            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > _STALLED_AFTER_S:
+                self._end(peer, f"it has taken nothing for {_STALLED_AFTER_S:.0f} s")
 
     def _take(self) -> bool:
         """One message; whether there was one."""
@@ -171,11 +170,11 @@ class PieceServer:
         while frames[-1].more:  # more than one frame is refused: only the last is kept
             frames[-1] = self._socket.recv(_NO_WAIT, copy=False)
             num_frames += 1
-        peer = self._known(routing_id, frames[0])
+        peer = self._peer_of(routing_id, frames[0])
         if peer is None or peer.is_refused:
             self.num_refused += 1
             return True
-        self._cap.heard(peer.connection.descriptor)
+        self._cap.mark_active(peer.connection.descriptor)
         try:
             if num_frames != 1:
                 raise BadMessage(f"a request of {num_frames} frames")
@@ -183,14 +182,14 @@ class PieceServer:
         except BadMessage as error:
             self._refuse(peer, error.message)
             return True
-        if not self._peers.ask(peer, request):
+        if not self._peers.enqueue(peer, request):
             self._refuse(peer, "more requests at once than are allowed")
         return True
 
-    def _known(self, routing_id: bytes, frame: zmq.Frame) -> Peer | None:
+    def _peer_of(self, routing_id: bytes, frame: zmq.Frame) -> PeerConnection | None:
         """The peer whose message it is. A routing id that another key had is another peer's."""
-        key = user_id(frame)
-        if not key or not self._admits(key):
+        key = peer_key(frame)
+        if not key or not self._is_authorized(key):
             return None
         peer = self._peers.get(routing_id)
         if peer is not None and peer.key == key:
@@ -198,16 +197,16 @@ class PieceServer:
         connection = connection_of(frame)
         if connection is None:
             return None  # It has ended already.
-        peer = Peer(routing_id, key, connection)
+        peer = PeerConnection(routing_id, key, connection)
         self._peers.add(peer)
         if self._peers.num_of_key(key) > MAX_CONNECTIONS_PER_KEY:
             self._end(peer, f"it has {MAX_CONNECTIONS_PER_KEY} other connections")
             return None
         return peer
 
-    def _answer(self, peer: Peer, request: Request) -> None:
+    def _reply(self, peer: PeerConnection, request: PieceServerRequest) -> None:
         """The first request that waits, if the peer takes messages now; of a speed test one part."""
-        if not self._admits(peer.key):
+        if not self._is_authorized(peer.key):
             self._end(peer, "it is not a member any more")
             return
         try:
@@ -220,38 +219,38 @@ class PieceServer:
             self._peers.remove(peer)  # It is gone.
             return
         peer.note_sent()
-        answer, buffer = self._found(request, peer)
-        self._socket.send(encode(answer), _NO_WAIT | (_MORE if isinstance(answer, Part) else 0))
-        if isinstance(answer, Part):
+        answer, buffer = self._find_reply(request, peer)
+        self._socket.send(encode(answer), _NO_WAIT | (_MORE if isinstance(answer, PiecePart) else 0))
+        if isinstance(answer, PiecePart):
             self._socket.send(buffer, _NO_WAIT)
             self.sent_bytes += len(buffer)
             self.sent_by_key[peer.key] += len(buffer)
 
-    def _found(self, request: Request, peer: Peer) -> tuple[Answer, bytes]:
+    def _find_reply(self, request: PieceServerRequest, peer: PeerConnection) -> tuple[PieceServerReply, bytes]:
         if isinstance(request, SpeedTest):
-            waiting = peer.waiting[0]
-            offset = waiting.done_bytes
+            pending = peer.pending[0]
+            offset = pending.done_bytes
             buffer = self._noise[: request.num_bytes - offset]
-            waiting.done_bytes += len(buffer)
-            if waiting.done_bytes == request.num_bytes:
-                peer.waiting.popleft()
-            return Part(request.token, "", offset), buffer
-        peer.waiting.popleft()
-        if isinstance(request, Holdings):
-            return Held(request.token, self._held(request.digest)), b""
+            pending.done_bytes += len(buffer)
+            if pending.done_bytes == request.num_bytes:
+                peer.pending.popleft()
+            return PiecePart(request.token, "", offset), buffer
+        peer.pending.popleft()
+        if isinstance(request, HaveRequest):
+            return HaveList(request.token, self._have_bitmap(request.digest)), b""
         found = self._read(request)
         if found is None:
-            return Missing(request.token, request.digest), b""
-        return Part(request.token, request.digest, request.offset), found
+            return PieceMissing(request.token, request.digest), b""
+        return PiecePart(request.token, request.digest, request.offset), found
 
-    def _read(self, ask: Ask) -> bytes | None:
+    def _read(self, request: PieceRequest) -> bytes | None:
         for source in self.sources:
             try:
-                located = source.locate(ask.digest)
+                located = source.locate(request.digest)
                 if located is None:
                     continue
-                wanted = max(0, min(ask.num_bytes, located.num_bytes - ask.offset))
-                found = self._files.read(located.path, located.offset + ask.offset, wanted) if wanted else b""
+                wanted = max(0, min(request.num_bytes, located.num_bytes - request.offset))
+                found = self._files.read(located.path, located.offset + request.offset, wanted) if wanted else b""
             except OSError as error:
                 log.warning("a piece can't be read: %s", error)
                 continue
@@ -259,12 +258,12 @@ class PieceServer:
                 return found
         return None
 
-    def _held(self, model: str) -> bytes:
+    def _have_bitmap(self, model: str) -> bytes:
         found = 0
         num_bytes = 0
         for source in self.sources:
             try:
-                bitmap = source.held(model)
+                bitmap = source.have_bitmap(model)
             except OSError as error:
                 log.warning("the pieces of a model can't be counted: %s", error)
                 continue
@@ -272,18 +271,18 @@ class PieceServer:
             num_bytes = max(num_bytes, len(bitmap))
         return found.to_bytes(num_bytes, "little")
 
-    def _refuse(self, peer: Peer, reason: str) -> None:
+    def _refuse(self, peer: PeerConnection, reason: str) -> None:
         self.num_refused += 1
         log.warning("pieces: the connection of %s is refused: %s", peer.key, reason)
-        peer.waiting.clear()
+        peer.pending.clear()
         peer.is_refused = True
         try:
             self._socket.send(peer.routing_id, _NO_WAIT | _MORE)
-            self._socket.send(encode(Refused(reason[:MAX_REASON_CHARACTERS])), _NO_WAIT)
+            self._socket.send(encode(PieceRefused(reason[:MAX_REASON_CHARACTERS])), _NO_WAIT)
         except zmq.ZMQError:
             return  # It takes nothing, or is gone.
 
-    def _end(self, peer: Peer, reason: str) -> None:
+    def _end(self, peer: PeerConnection, reason: str) -> None:
         log.warning("pieces: the connection of %s is ended: %s", peer.key, reason)
         self._peers.remove(peer)
         peer.connection.end()

@@ -1,7 +1,8 @@
-"""A list of kernel calls that is run as one: what a step does, layer after layer, without Python in between."""
+"""A program is a list of kernel calls that is run as one, with the memory that they work in."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,8 +10,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from shard.torch_backend.cpu.compile import Compiled, Fields, Run, empty_fields
-from shard.torch_backend.cpu.scratch import empty_aligned
+from shard.torch_backend.cpu.compile import CompiledModule, KernelCall, KernelFields, new_fields
+
+_ALIGNMENT = 64
+
+
+def empty_aligned(num_bytes: int) -> np.ndarray:
+    """uint8, at an address that vectors like."""
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes]
+
+
+class Scratch(threading.local):
+    """One buffer for each thread, grown to the largest call's need."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+        self._address = 0
+
+    def reserve(self, num_bytes: int) -> int:
+        """The address of `num_bytes` that are the caller's until this thread's next call."""
+        if num_bytes > self._buffer.size:
+            self._buffer = empty_aligned(num_bytes)
+            self._address = self._buffer.ctypes.data
+        return self._address
+
 
 _ENTRY_WORDS = 3
 
@@ -55,8 +80,8 @@ end:
 
 
 @cache
-def _runner() -> Run:
-    return Compiled(_RUNNER).run("run")
+def _runner() -> KernelCall:
+    return CompiledModule(_RUNNER).run("run")
 
 
 class Program:
@@ -70,11 +95,11 @@ class Program:
         self._rows: dict[tuple[str, int, int], torch.Tensor] = {}
         self._scratch: dict[int, np.ndarray] = {}
         self._calls: list[tuple[int, int, int]] = []
-        self._counts: list[tuple[Fields, int]] = []
+        self._counts: list[tuple[KernelFields, int]] = []
         self._num_rows = 0
         self._kept: list[Any] = []  # Whatever it is, it is only held.
-        self._table: Fields | None = None
-        self._program, self._address = empty_fields(2)
+        self._table: KernelFields | None = None
+        self._program, self._address = new_fields(2)
 
     def keep(self, *things: Any) -> None:
         self._kept.extend(things)
@@ -92,7 +117,7 @@ class Program:
             self._scratch[num_bytes] = empty_aligned(num_bytes)
         return int(self._scratch[num_bytes].ctypes.data)
 
-    def counts_rows(self, fields: Fields, index: int) -> None:
+    def counts_rows(self, fields: KernelFields, index: int) -> None:
         """That field of a call is its number of rows: fewer than its buffers have, where `set_rows` says so."""
         self._counts.append((fields, index))
 
@@ -103,7 +128,7 @@ class Program:
                 fields[index] = count
             self._num_rows = count
 
-    def call(self, function: int, fields: tuple[Fields, int], threads: int = 1) -> None:
+    def call(self, function: int, fields: tuple[KernelFields, int], threads: int = 1) -> None:
         """Call the function at an address with these fields (and their address); by each of a team if `threads` > 1."""
         self._kept.append(fields[0])
         self._calls.append((function, fields[1], threads))
@@ -116,7 +141,7 @@ class Program:
 
     def run(self) -> None:
         if self._table is None:
-            self._table, address = empty_fields(_ENTRY_WORDS * len(self._calls))
+            self._table, address = new_fields(_ENTRY_WORDS * len(self._calls))
             self._table[:] = [word for call in self._calls for word in call]
             self._program[:] = [address, len(self._calls)]
         _runner()(self._address)

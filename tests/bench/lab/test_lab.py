@@ -125,7 +125,7 @@ def test_more_memory_than_there_is_kills(lab: Lab) -> None:
 
 
 def test_a_host_sees_its_own_limits(lab: Lab) -> None:
-    script = "from devices.memory import host_free_bytes; print(host_free_bytes())"
+    script = "from devices.hardware.memory import host_free_bytes; print(host_free_bytes())"
     done = lab.run("b", [sys.executable, "-c", script], environment={"PYTHONPATH": os.pathsep.join(sys.path)})
     assert int(done.stdout) <= 300_000_000
 

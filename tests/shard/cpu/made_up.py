@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shard.affine import AffineForm, AffineRows
-from shard.checkpoint import TensorInfo
+from shard.formats.affine import AffineForm, AffineRows
+from shard.formats.checkpoint import TensorInfo
 
 
 @dataclass(kw_only=True)

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shard.torch_backend.cpu.chunk_attention import ChunkAttention, ChunkSeat, best_products
 from shard.torch_backend.cpu.compile import host_has_bfloat_dots
-from shard.torch_backend.cpu.heads import AttendShape
-from shard.torch_backend.cpu.products import BFloatProducts, FloatProducts, Products
-from shard.torch_backend.dtypes import TORCH_DTYPES
+from shard.torch_backend.cpu.heads import AttentionShape, BFloatProducts, FloatProducts, Products
+from shard.torch_backend.cpu.prefill_attention import PrefillAttention, SlotMapping, best_products
+from shard.torch_backend.tensors import TORCH_DTYPES
 from tests.shard.cpu.test_layer_ops import normal, turned
-from transport.messages import DType
+from transport.messages.ring import DType
 
 BFLOATS, INT8_BFLOATS = (
     pytest.param(
@@ -35,15 +34,15 @@ KINDS = [
 SHAPES = [(9, 3, 64), (4, 4, 32), (8, 1, 256), (10, 2, 96)]
 
 
-def shape_of(heads: int, kv_heads: int, head_dim: int, dtype: DType, *, plain: bool = False) -> AttendShape:
+def shape_of(heads: int, kv_heads: int, head_dim: int, dtype: DType, *, plain: bool = False) -> AttentionShape:
     """`plain`: nothing is normed or turned."""
-    return AttendShape(
+    return AttentionShape(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0 if plain else 32, kv_dtype=dtype, scale=0.11,
         eps=1e-5 if heads == 8 and not plain else None, softcap=1.5 if heads == 10 else None,
     )  # fmt: skip
 
 
-def nothing_held(shape: AttendShape, positions: int) -> torch.Tensor:
+def nothing_held(shape: AttentionShape, positions: int) -> torch.Tensor:
     """KV [2, kv_heads, positions, row] of what is no number: of int8, by its scales."""
     if shape.kv_dtype != "int8":
         size = (2, shape.kv_heads, positions, shape.head_dim)
@@ -53,7 +52,7 @@ def nothing_held(shape: AttendShape, positions: int) -> torch.Tensor:
     return rows
 
 
-def floats_of(shape: AttendShape, kv: torch.Tensor) -> torch.Tensor:
+def floats_of(shape: AttentionShape, kv: torch.Tensor) -> torch.Tensor:
     if shape.kv_dtype != "int8":
         return kv.float()
     scales = kv[..., shape.head_dim :].contiguous().view(torch.float32)
@@ -64,7 +63,7 @@ class Prompt:
     """A made-up prompt in one layer: its projections, angles and KV, of which positions from `first` on are held and
     surrounded by what is no number."""
 
-    def __init__(self, shape: AttendShape, length: int, *, first: int = 0, seed: int = 0) -> None:
+    def __init__(self, shape: AttentionShape, length: int, *, first: int = 0, seed: int = 0) -> None:
         self.shape, self.length, self.first = shape, length, first
         self.qkv = normal(length, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, seed=seed)
         angles = normal(length, shape.rotary // 2, seed=seed + 1)
@@ -74,19 +73,19 @@ class Prompt:
             self.norms = (normal(shape.head_dim, seed=seed + 2), normal(shape.head_dim, seed=seed + 3))
         self.kv = nothing_held(shape, length - first + 40)
 
-    def attention(self, products: Products, window: int | None) -> ChunkAttention:
-        return ChunkAttention(self.shape, products, window, *(self.norms or (None, None)))
+    def attention(self, products: Products, window: int | None) -> PrefillAttention:
+        return PrefillAttention(self.shape, products, window, *(self.norms or (None, None)))
 
-    def seat(self, row: int, start: int, end: int) -> ChunkSeat:
+    def seat(self, row: int, start: int, end: int) -> SlotMapping:
         """Of tokens [start, end), as rows from `row`."""
         keys, values = (half[:, 20:].data_ptr() for half in self.kv)
         return (row, end - start, keys, values, self.kv.stride(1) * self.kv.element_size(), self.first, start)
 
-    def run(self, attention: ChunkAttention, start: int, end: int, threads: int = 1) -> torch.Tensor:
+    def run(self, attention: PrefillAttention, start: int, end: int, threads: int = 1) -> torch.Tensor:
         angles = (self.cos[start:end].data_ptr(), self.sin[start:end].data_ptr())
         return attention(self.qkv[start:end], [self.seat(0, start, end)], angles, threads)
 
-    def in_chunks(self, attention: ChunkAttention, bounds: Sequence[int]) -> torch.Tensor:
+    def in_chunks(self, attention: PrefillAttention, bounds: Sequence[int]) -> torch.Tensor:
         return torch.cat([self.run(attention, start, end) for start, end in pairwise(bounds)])
 
     def reference(self, window: int | None) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shard.torch_backend.cpu.heads import AttendShape
-from shard.torch_backend.cpu.layer_ops import Activation, DecodeAttention, Gate, RowNorm
-from shard.torch_backend.dtypes import TORCH_DTYPES
-from transport.messages import DType
+from shard.torch_backend.cpu.heads import AttentionShape
+from shard.torch_backend.cpu.layer_ops import Activation, CpuGatedActivation, CpuRmsNorm, DecodeAttention
+from shard.torch_backend.tensors import TORCH_DTYPES
+from transport.messages.ring import DType
 
 EXACT = {"rtol": 2e-6, "atol": 2e-6}
 KV_TOLERANCE: dict[DType, float] = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -23,14 +23,14 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("width", [16, 576, 2048])
 def test_norm(width: int) -> None:
     x, weight = normal(3, width), normal(width, seed=1)
-    norm = RowNorm(weight, 1e-5)
+    norm = CpuRmsNorm(weight, 1e-5)
     torch.testing.assert_close(norm(x), functional.rms_norm(x, (width,), weight, 1e-5), **EXACT)
 
 
 def test_norm_adds_in_place() -> None:
     x, added, weight = normal(2, 64), normal(2, 64, seed=1), normal(64, seed=2)
     wanted = x + added
-    got = RowNorm(weight, 1e-6)(x, added)
+    got = CpuRmsNorm(weight, 1e-6)(x, added)
     assert torch.equal(x, wanted)
     torch.testing.assert_close(got, functional.rms_norm(wanted, (64,), weight, 1e-6), **EXACT)
 
@@ -41,11 +41,11 @@ def test_gate(activation: Activation) -> None:
     gate_up = wide[:, :192]  # A view of padded rows, as projections give.
     active = functional.silu if activation == "silu" else lambda x: functional.gelu(x, approximate="tanh")
     wanted = active(gate_up[:, :96]) * gate_up[:, 96:]
-    torch.testing.assert_close(Gate(activation)(gate_up), wanted, **EXACT)
+    torch.testing.assert_close(CpuGatedActivation(activation)(gate_up), wanted, **EXACT)
 
 
 def reference(
-    shape: AttendShape, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: torch.Tensor,
+    shape: AttentionShape, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:  # fmt: skip
     """One token [heads + 2 · kv_heads, head_dim] over keys, values [kv_heads, positions, head_dim]; writes its key
@@ -82,7 +82,7 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: float | None, kv_dtype: DType) -> None:
-    shape = AttendShape(
+    shape = AttentionShape(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary, kv_dtype=kv_dtype, scale=0.11, eps=eps,
         softcap=2.0 if heads == 4 else None,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rotary: int, eps: f
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 2, 16), (8, 1, 256)])
 def test_attention_over_kv_in_8_bits(heads: int, kv_heads: int, head_dim: int) -> None:
     """Keys and values are held to half a 127th of their largest feature, and what is held is what is seen."""
-    shape = AttendShape(
+    shape = AttentionShape(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kv_dtype="int8", scale=0.11, eps=None,
         softcap=2.0 if heads == 4 else None,
     )  # fmt: skip

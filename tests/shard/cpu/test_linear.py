@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from shard.affine import AffineForm, AffineRows
-from shard.torch_backend.cpu.compile import host_instruction_sets, optimized
-from shard.torch_backend.cpu.dot import InstructionSet, instruction_sets
+from shard.formats.affine import AffineForm, AffineRows
+from shard.torch_backend.cpu.compile import InstructionSet, host_instruction_sets, instruction_sets, optimize
 from shard.torch_backend.cpu.linear import CpuAffineLinear, load_affine_linear
-from shard.torch_backend.cpu.matrix_kernels import MatrixKernels, matrix_module
+from shard.torch_backend.cpu.matmul_kernel import MatrixKernels, matrix_module
 from tests.shard.cpu.made_up import AffineTensors, random_rows
 from transport.errors import BadCheckpoint
 
@@ -74,7 +73,7 @@ def test_arm_gets_its_own_instruction() -> None:
     found = instruction_sets("arm64", {"dotprod": True})[0]
     machine = llvm.Target.from_triple("arm64-apple-macosx").create_target_machine(cpu="apple-m1", features="+dotprod")
     for bits in (4, 8):
-        assert "sdot" in machine.emit_assembly(optimized(matrix_module(found, bits, 8), machine))
+        assert "sdot" in machine.emit_assembly(optimize(matrix_module(found, bits, 8), machine))
 
 
 def test_an_old_processor_calls_nothing_that_is_not_there() -> None:
@@ -84,7 +83,7 @@ def test_an_old_processor_calls_nothing_that_is_not_there() -> None:
     found = instruction_sets("x86_64", {})
     assert [one.name for one in found] == ["generic"]
     machine = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu="x86-64", features="")
-    code = machine.emit_assembly(optimized(matrix_module(found[0], 4, 16), machine))
+    code = machine.emit_assembly(optimize(matrix_module(found[0], 4, 16), machine))
     called = set(re.findall(r"movabsq\s+\$([A-Za-z_]\w*)", code))
     assert "GOMP_barrier" in called
     assert called <= {"omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"} | {

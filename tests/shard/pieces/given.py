@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shard.piece_list import make_piece_list, model_files
-from shard.shared_model import materialize
-from shard.weight_folder import PiecedFolder
-from transport.pieces.piece import Piece, PieceList, PlacedPiece
+from shard.formats.weight_folder import PieceFolder
+from shard.pieces.cut_files import make_piece_list, model_files
+from shard.pieces.metadata import write_metadata_from_store
+from transport.messages.pieces import Piece, PieceList, PlacedPiece
 from transport.pieces.store import PieceStore
 
 
@@ -19,14 +19,14 @@ from transport.pieces.store import PieceStore
 def noted_reads() -> Iterator[set[str]]:
     """The digests of the pieces of weights that are read meanwhile."""
     noted: set[str] = set()
-    path_of = PiecedFolder._path
+    path_of = PieceFolder._path
 
-    def noting(self: PiecedFolder, piece: PlacedPiece, what: str) -> Path:
+    def noting(self: PieceFolder, piece: PlacedPiece, what: str) -> Path:
         noted.add(piece.digest)
         return path_of(self, piece, what)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(PiecedFolder, "_path", noting)
+        patched.setattr(PieceFolder, "_path", noting)
         yield noted
 
 
@@ -35,7 +35,9 @@ def contents(folder: Path, pieces: PieceList) -> dict[str, bytes]:
     files = model_files(folder)
     found: dict[str, bytes] = {}
     for file in pieces.files:
-        whole = files.whole[file.name] if file.name in files.whole else files.weights[file.name].read_bytes()
+        whole = (
+            files.non_weights[file.name] if file.name in files.non_weights else files.weights[file.name].read_bytes()
+        )
         for piece in file.pieces:
             found[piece.digest] = whole[piece.offset : piece.offset + piece.num_bytes]
     return found
@@ -54,5 +56,5 @@ def pieced(folder: Path, scratch: Path) -> tuple[PieceList, Path, PieceStore]:
     """The model's list, its skeleton, and a store with all of it."""
     pieces = make_piece_list(folder, "tiny")
     store = stored(folder, scratch / "store", pieces)
-    materialize(pieces, store, scratch / "skeleton")
+    write_metadata_from_store(pieces, store, scratch / "skeleton")
     return pieces, scratch / "skeleton", store

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from shard.own_copies import take_from_own_files
-from shard.piece_list import make_piece_list
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.model_fetch import copy_from_local_files
 from tests.shard.tiny import save_tiny
-from transport.pieces.piece import Piece, PieceList
+from transport.messages.pieces import Piece, PieceList
 from transport.pieces.store import PieceStore
 
 
@@ -30,10 +30,10 @@ def test_the_same_file_under_another_name_is_used(
     own = tmp_path / "mine.safetensors"
     own.write_bytes(file.read_bytes())
     store = PieceStore(tmp_path / "store")
-    copied = take_from_own_files(pieces, needed, store, [tmp_path / "gone", own])
+    copied = copy_from_local_files(pieces, needed, store, [tmp_path / "gone", own])
     assert all(store.has(piece.digest) for piece in needed.values())
     assert copied == sum({piece.digest: piece.num_bytes for piece in needed.values()}.values())
-    assert take_from_own_files(pieces, needed, store, [own]) == 0
+    assert copy_from_local_files(pieces, needed, store, [own]) == 0
 
 
 def test_a_file_that_can_not_be_read_is_passed_over(
@@ -52,7 +52,7 @@ def test_a_file_that_can_not_be_read_is_passed_over(
 
     monkeypatch.setattr(Path, "open", refused)
     store = PieceStore(tmp_path / "store")
-    take_from_own_files(pieces, needed, store, [bad, good])
+    copy_from_local_files(pieces, needed, store, [bad, good])
     assert all(store.has(piece.digest) for piece in needed.values())
 
 
@@ -65,11 +65,11 @@ def test_it_ends_when_there_is_something_else_to_do_and_goes_on_later(
     monkeypatch.setattr(store, "require_space", asked.append)
     told: list[tuple[int, int]] = []
     sizes = {piece.digest: piece.num_bytes for piece in needed.values()}
-    copied = take_from_own_files(
+    copied = copy_from_local_files(
         pieces, needed, store, [file], progress=lambda *some: told.append(some), stop=lambda: len(told) == 2
     )
     assert 0 < copied < sum(sizes.values()) and told[-1] == (copied, sum(sizes.values()))
-    assert copied + take_from_own_files(pieces, needed, store, [file]) == sum(sizes.values())
+    assert copied + copy_from_local_files(pieces, needed, store, [file]) == sum(sizes.values())
     assert asked == [sum(sizes.values()), sum(sizes.values()) - copied], "once for all"
 
 
@@ -85,7 +85,7 @@ def test_what_came_from_others_stays_where_a_file_is_another_one(
     assert partial is not None
     partial.write(b"\1")
     partial.close()
-    assert take_from_own_files(pieces, needed, store, [own]) == 0
+    assert copy_from_local_files(pieces, needed, store, [own]) == 0
     assert store.partial_bytes(first) == 1
 
 
@@ -99,7 +99,7 @@ def test_a_file_of_the_same_size_with_other_bytes_gives_nothing_wrong(
     own = tmp_path / "other.safetensors"
     own.write_bytes(other)
     store = PieceStore(tmp_path / "store")
-    take_from_own_files(pieces, needed, store, [own])
+    copy_from_local_files(pieces, needed, store, [own])
     there = [piece for piece in needed.values() if store.has(piece.digest)]
     assert 0 < len(there) < len(needed)
     assert not list((tmp_path / "store").rglob("*.part"))

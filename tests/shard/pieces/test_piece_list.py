@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from shard.gguf_ingest import ingest_gguf
-from shard.piece_list import make_piece_list
-from shard.piece_list_wire import decode_piece_list, encode_piece_list
-from shard.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.formats.gguf.ingest import ingest_gguf
+from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.piece_list import decode_piece_list, encode_piece_list
 from tests.shard.pieces.given import contents
 from tests.shard.tiny import save_tiny
 from tests.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, BadMessage
-from transport.pieces.piece import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
+from transport.messages.pieces import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 

@@ -16,20 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard import open_files
-from shard.gguf_index import INDEX_FILE
-from shard.needed_pieces import engine_pieces, nameless_pieces
-from shard.open import open_checkpoint
-from shard.piece_list import make_piece_list
-from shard.piece_list_wire import decode_piece_list, encode_piece_list, list_digest
-from shard.shared_model import LIST_FILE, materialize, offer_model, read_list, whole_list
-from shard.weight_folder import PiecedFolder, PlainFolder, _is_cached, _to_page_cache
+from shard.formats import weight_folder
+from shard.formats.gguf.index import INDEX_FILE
+from shard.formats.weight_folder import PieceFolder, PlainFolder, _is_cached, _to_page_cache
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.metadata import LIST_FILE, read_complete_list, read_list, share_model, write_metadata_from_store
+from shard.pieces.open import open_checkpoint
+from shard.pieces.piece_list import decode_piece_list, encode_piece_list, engine_pieces, list_digest, metadata_pieces
 from tests.shard.pieces.given import pieced, stored
 from tests.shard.pieces.test_piece_list import ingested
 from tests.shard.tiny import save_tiny
 from tests.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, BadMessage
-from transport.pieces.piece import Piece, PieceList
+from transport.messages.pieces import Piece, PieceList
 from transport.pieces.store import PieceStore
 
 
@@ -71,11 +70,11 @@ def test_any_range_of_a_file_comes_from_its_pieces(
     begin = data.draw(st.integers(file.pieces[1].offset, file.num_bytes - 1))  # The header is not read like this.
     out = np.zeros(data.draw(st.integers(1, file.num_bytes - begin)), np.uint8)
     wanted = out.copy()
-    PiecedFolder(folder, pieces, store).read(file.name, out, begin, "it")
+    PieceFolder(folder, pieces, store).read(file.name, out, begin, "it")
     PlainFolder(folder).read(file.name, wanted, begin, "it")
     np.testing.assert_array_equal(out, wanted)
     with pytest.raises(BadCheckpoint, match="no piece"):
-        PiecedFolder(folder, pieces, store).read(file.name, np.zeros(2, np.uint8), file.num_bytes - 1, "it")
+        PieceFolder(folder, pieces, store).read(file.name, np.zeros(2, np.uint8), file.num_bytes - 1, "it")
 
 
 def test_a_piece_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_a_piece_that_lacks_is_asked_for(tmp_path: Path) -> None:
 def test_the_pieces_that_follow_are_looked_for_while_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shard.weight_folder._CAN_READ_AHEAD", True)
+    monkeypatch.setattr("shard.formats.weight_folder._CAN_READ_AHEAD", True)
     asked: list[Path] = []
     going_on = threading.Event()
 
@@ -117,11 +116,11 @@ def test_the_pieces_that_follow_are_looked_for_while_one_is_read(
         going_on.wait(10.0)
         asked.extend(paths)
 
-    monkeypatch.setattr("shard.weight_folder._to_page_cache", read_ahead)
+    monkeypatch.setattr("shard.formats.weight_folder._to_page_cache", read_ahead)
     pieces, skeleton, store = pieced(save_tiny("llama", 0, tmp_path / "model"), tmp_path)
     (weights,) = [file for file in pieces.files if file.name.endswith(".safetensors")]
     named = [piece for piece in weights.pieces if piece.tensor]
-    folder = PiecedFolder(skeleton, pieces, store)
+    folder = PieceFolder(skeleton, pieces, store)
     for piece in named[:3]:
         folder.read(weights.name, np.empty(piece.num_bytes, np.uint8), piece.offset, "a tensor")
     assert not asked, "reading does not wait for it"
@@ -193,8 +192,8 @@ def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pyte
             open_now -= 1
         really_close(fd)
 
-    monkeypatch.setattr(open_files.os, "open", counted_open)
-    monkeypatch.setattr(open_files.os, "close", counted_close)
+    monkeypatch.setattr(weight_folder.os, "open", counted_open)
+    monkeypatch.setattr(weight_folder.os, "close", counted_close)
     wrong: list[str] = []
 
     def read(seed: int) -> None:
@@ -210,7 +209,7 @@ def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pyte
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 0 < most <= open_files.MOST_OPEN_FILES + len(threads)
+    assert 0 < most <= weight_folder.MAX_OPEN_DESCRIPTORS + len(threads)
     shared.close()
     assert open_now == 0
 
@@ -222,12 +221,12 @@ def test_an_offer_is_made_once_and_anew_when_a_file_changes(kind: str, tmp_path:
 
     def offer(model: str = "tiny") -> str:
         told.clear()
-        made = offer_model(folder, model, tmp_path / "shared", lambda done, total: told.append(done))
+        made = share_model(folder, model, tmp_path / "shared", lambda done, total: told.append(done))
         assert list_digest(made.list_file.read_bytes()) == made.digest == list_digest(encode_piece_list(made.pieces))
         named = {file.name for file in made.pieces.files if any(piece.tensor for piece in file.pieces)}
         assert set(made.weight_stamps) == named
         for file in made.pieces.files:
-            where = made.skeleton if file.name in made.skeleton_stamps else made.weights
+            where = made.metadata if file.name in made.metadata_stamps else made.weights
             assert (where / file.name).stat().st_size == file.num_bytes
         return made.digest
 
@@ -250,10 +249,10 @@ def test_materialize_is_done_once_and_takes_nothing_on_trust(tmp_path: Path) -> 
     pieces, skeleton, store = pieced(folder, tmp_path / "scratch")
     before = {path.name: path.read_bytes() for path in skeleton.iterdir()}
     assert read_list(skeleton) == pieces
-    materialize(pieces, PieceStore(tmp_path / "empty"), skeleton)
+    write_metadata_from_store(pieces, PieceStore(tmp_path / "empty"), skeleton)
     assert {path.name: path.read_bytes() for path in skeleton.iterdir()} == before
     with pytest.raises(BadCheckpoint, match="not on this host"):
-        materialize(pieces, PieceStore(tmp_path / "empty"), tmp_path / "new")
+        write_metadata_from_store(pieces, PieceStore(tmp_path / "empty"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".new")]
     headless = json.loads(encode_piece_list(pieces))
@@ -261,7 +260,7 @@ def test_materialize_is_done_once_and_takes_nothing_on_trust(tmp_path: Path) -> 
         if file["name"].endswith(".safetensors"):
             file["pieces"] = [piece for piece in file["pieces"] if piece[0]]
     with pytest.raises(BadMessage, match="header"):
-        materialize(decode_piece_list(json.dumps(headless).encode()), store, tmp_path / "new")
+        write_metadata_from_store(decode_piece_list(json.dumps(headless).encode()), store, tmp_path / "new")
     (skeleton / LIST_FILE).write_text("{}")
     with pytest.raises(BadCheckpoint, match=r"pieces\.json"):
         open_checkpoint(skeleton, pieces=store)
@@ -300,19 +299,19 @@ def test_only_the_engines_host_gets_what_the_engine_reads(kind: str, tmp_path: P
     pieces = make_piece_list(folder, "tiny")
     engines = {file.name for file in pieces.files if file.reader == "engine"}
     assert {"tokenizer.json", "tokenizer_config.json"} <= engines
-    for_stages = stored(folder, tmp_path / "some", pieces, nameless_pieces(pieces).values())
-    materialize(pieces, for_stages, tmp_path / "stages")
+    for_stages = stored(folder, tmp_path / "some", pieces, metadata_pieces(pieces).values())
+    write_metadata_from_store(pieces, for_stages, tmp_path / "stages")
     assert not engines & {path.name for path in (tmp_path / "stages").iterdir()}
     digest = list_digest(encode_piece_list(pieces))
-    assert whole_list(tmp_path / "stages", digest) == pieces
-    assert whole_list(tmp_path / "stages", digest, for_engine=True) is None
+    assert read_complete_list(tmp_path / "stages", digest) == pieces
+    assert read_complete_list(tmp_path / "stages", digest, for_engine=True) is None
     with pytest.raises(BadCheckpoint):
-        materialize(pieces, for_stages, tmp_path / "stages", for_engine=True)
+        write_metadata_from_store(pieces, for_stages, tmp_path / "stages", for_engine=True)
     # What stages have is kept, and completed.
     store = stored(
-        folder, tmp_path / "more", pieces, [*nameless_pieces(pieces).values(), *engine_pieces(pieces).values()]
+        folder, tmp_path / "more", pieces, [*metadata_pieces(pieces).values(), *engine_pieces(pieces).values()]
     )
-    materialize(pieces, store, tmp_path / "stages", for_engine=True)
-    assert whole_list(tmp_path / "stages", digest, for_engine=True) == pieces
+    write_metadata_from_store(pieces, store, tmp_path / "stages", for_engine=True)
+    assert read_complete_list(tmp_path / "stages", digest, for_engine=True) == pieces
     for name in engines:
         assert (tmp_path / "stages" / name).read_bytes() == (folder / name).read_bytes()

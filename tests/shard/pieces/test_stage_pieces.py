@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from shard.gguf_ingest import ingest_gguf
-from shard.needed_pieces import nameless_pieces, stage_pieces
-from shard.open import open_checkpoint
-from shard.piece_list import make_piece_list
-from shard.quantize import Dense
-from shard.shared_model import materialize
+from shard.formats.gguf.ingest import ingest_gguf
+from shard.formats.weights_form import DenseView
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.metadata import write_metadata_from_store
+from shard.pieces.open import open_checkpoint
+from shard.pieces.piece_list import metadata_pieces, stage_pieces
 from tests.shard import tiny
 from tests.shard.pieces.given import noted_reads, stored
 from tests.shard.ring import Runner, load_stage, tiny_spec
@@ -29,18 +29,18 @@ CUTS = ((0, 4), (0, 1), (1, 3), (3, 4))
 def check(folder: Path, scratch: Path, runner: Runner, cuts: tuple[tuple[int, int], ...] = CUTS, **spec: Any) -> None:
     pieces = make_piece_list(folder, "tiny")
     total = [piece for file in pieces.files for piece in file.pieces]
-    nameless = {piece.digest for piece in nameless_pieces(pieces).values()}
+    nameless = {piece.digest for piece in metadata_pieces(pieces).values()}
     for number, (first, last) in enumerate(cuts):
         root = scratch / str(number)
-        store = stored(folder, root / "store", pieces, nameless_pieces(pieces).values())
-        materialize(pieces, store, root / "skeleton")
+        store = stored(folder, root / "store", pieces, metadata_pieces(pieces).values())
+        write_metadata_from_store(pieces, store, root / "skeleton")
         with_weights = open_checkpoint(root / "skeleton", pieces=store)
         needed = stage_pieces(pieces, with_weights.spec, first, last)
         assert all(total[index].digest == piece.digest for index, piece in needed.items())
         store = stored(folder, root / "more", pieces, needed.values())
         checkpoint = open_checkpoint(root / "skeleton", pieces=store)
         # Torch's kernels for packed weights take no tiny matrices.
-        held = checkpoint if runner == "mlx" else Dense(checkpoint)
+        held = checkpoint if runner == "mlx" else DenseView(checkpoint)
         with noted_reads() as read:
             load_stage(held, tiny_spec(first, last, **spec), runner)  # type: ignore[arg-type]
         checkpoint.close()
@@ -52,7 +52,7 @@ def check(folder: Path, scratch: Path, runner: Runner, cuts: tuple[tuple[int, in
     ("family", "runner"),
     [
         *((family, "library") for family in tiny.FAMILIES),
-        *((family, "lean") for family in ("llama_tied", "gemma3_text", "phi3", "qwen3_moe")),
+        *((family, "fused") for family in ("llama_tied", "gemma3_text", "phi3", "qwen3_moe")),
         *((family, "mlx") for family in tiny.CORE_FAMILIES),
     ],
 )
@@ -63,7 +63,7 @@ def test_of_a_hugging_face_folder(family: str, runner: Runner, tmp_path: Path) -
     check(folder, tmp_path / "scratch", runner)
 
 
-@pytest.mark.parametrize("runner", ["lean", "mlx"])
+@pytest.mark.parametrize("runner", ["fused", "mlx"])
 def test_of_a_gguf(runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
         pytest.importorskip("mlx.core")
@@ -74,7 +74,7 @@ def test_of_a_gguf(runner: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "gptq with fillers", "gptq in act-order"])
-@pytest.mark.parametrize("runner", ["lean", "mlx"])
+@pytest.mark.parametrize("runner", ["fused", "mlx"])
 def test_of_packed_weights(method: str, runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
         pytest.importorskip("mlx.core")
@@ -134,9 +134,9 @@ def test_a_piece_that_lacks_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     spec = open_checkpoint(folder).spec
     needed = stage_pieces(pieces, spec, 1, 3)
     store = stored(folder, tmp_path / "store", pieces, needed.values())
-    materialize(pieces, store, tmp_path / "skeleton")
+    write_metadata_from_store(pieces, store, tmp_path / "skeleton")
     checkpoint = open_checkpoint(tmp_path / "skeleton", pieces=store)
     with pytest.raises(BadCheckpoint, match=r"layers\.3\.\S+ in .*piece [0-9a-f]{12} is not on this host"):
-        load_stage(checkpoint, tiny_spec(1, 4), "lean")
+        load_stage(checkpoint, tiny_spec(1, 4), "fused")
     with pytest.raises(BadCheckpoint, match="in pieces"):
         open_checkpoint(tmp_path / "skeleton")

@@ -8,30 +8,29 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from shard.affine import AffineForm
-from shard.affine_quantize import quantize_rows
-from shard.load import in_form, load_shard
-from shard.needed_pieces import nameless_pieces
-from shard.open import open_checkpoint, open_unread
-from shard.piece_list import make_piece_list
-from shard.profile.process import ProfileProcess
-from shard.profile.settings import ProfileSettings
-from shard.shared_model import materialize
-from shard.stage import ShardSpec
-from shard.unread import Unread
-from shard.weight_blocks import Backend
+from shard.formats.affine import AffineForm, quantize_rows
+from shard.formats.spec import Backend
+from shard.formats.weights_form import DummyWeights
+from shard.pieces.cut_files import make_piece_list
+from shard.pieces.metadata import write_metadata_from_store
+from shard.pieces.open import open_checkpoint, open_with_dummy_weights
+from shard.pieces.piece_list import metadata_pieces
+from shard.stage import StageSpec
+from shard.worker.load import in_weights_form, load_shard
+from shard.worker.profile.process import ProfileProcess
+from shard.worker.profile.report import ProfileSettings
 from tests.shard import tiny
 from tests.shard.pieces.given import stored
 from tests.shard.ring import Runner, load_stage, run_step, tiny_spec
 from transport.errors import BadCheckpoint
-from transport.messages import DType, Entry, SequenceId, WeightsForm
+from transport.messages.ring import DType, Entry, SequenceId, WeightsForm
 
 
 def skeleton_of(folder: Path, scratch: Path) -> Path:
     """The folder of a model whose weights are nowhere."""
     pieces = make_piece_list(folder, "tiny")
-    store = stored(folder, scratch / "store", pieces, nameless_pieces(pieces).values())
-    materialize(pieces, store, scratch / "skeleton")
+    store = stored(folder, scratch / "store", pieces, metadata_pieces(pieces).values())
+    write_metadata_from_store(pieces, store, scratch / "skeleton")
     store.clear()
     return scratch / "skeleton"
 
@@ -40,14 +39,14 @@ def skeleton_of(folder: Path, scratch: Path) -> Path:
     ("family", "runner"),
     [
         *((family, "library") for family in ("llama_tied", "qwen3_moe", "gpt_oss")),
-        *((family, "lean") for family in ("llama", "gemma3_text", "phi3", "qwen3_moe")),
+        *((family, "fused") for family in ("llama", "gemma3_text", "phi3", "qwen3_moe")),
         *((family, "mlx") for family in ("llama", "gemma3_text", "qwen3_moe")),
     ],
 )
 def test_models_run_without_their_weights(family: str, runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
         pytest.importorskip("mlx.core")
-    checkpoint = open_unread(skeleton_of(tiny.save_tiny(family, 0, tmp_path / "model"), tmp_path))
+    checkpoint = open_with_dummy_weights(skeleton_of(tiny.save_tiny(family, 0, tmp_path / "model"), tmp_path))
     stages = [load_stage(checkpoint, tiny_spec(*cut), runner) for cut in ((0, 2), (2, 4))]  # type: ignore[arg-type]
     ids = tuple(range(3, 20))
     logits = run_step(stages, [Entry(SequenceId(1), 0, ids, len(ids))])
@@ -63,7 +62,7 @@ def test_it_takes_the_memory_of_the_real_ones(weights: WeightsForm, backend: Bac
     if backend == "mlx":
         pytest.importorskip("mlx.core")
     real = tiny.quantized_checkpoint(tiny.tiny_model("llama", 0), tmp_path, bits=8)
-    spec = ShardSpec(
+    spec = StageSpec(
         first=0,
         last=4,
         num_layers=4,
@@ -75,7 +74,7 @@ def test_it_takes_the_memory_of_the_real_ones(weights: WeightsForm, backend: Bac
         kv_capacity_tokens=64,
         weights=weights,
     )
-    made_up = Unread(real)
+    made_up = DummyWeights(real)
     assert made_up.tensors == real.tensors
     loaded = [load_shard(one, spec, backend=backend) for one in (real, made_up)]
     assert loaded[0].weights_bytes == loaded[1].weights_bytes
@@ -89,7 +88,7 @@ def test_numbers_are_like_weights(bits: int, tmp_path: Path) -> None:
     real = tiny.memory_checkpoint(tiny.tiny_model("llama", 0), tmp_path)
     name = "model.layers.0.mlp.gate_proj.weight"
     real.arrays[name] = np.zeros((512, 256), np.float32)
-    made_up = Unread(real)
+    made_up = DummyWeights(real)
     dense = np.empty((512, 256), np.float32)
     made_up.read_into(name, dense, "float32")
     real.affine[name] = (AffineForm(bits=bits, group=32), quantize_rows(real.arrays[name], bits, 32))
@@ -101,7 +100,7 @@ def test_numbers_are_like_weights(bits: int, tmp_path: Path) -> None:
 
 
 def test_each_dtype_has_the_same_numbers(tmp_path: Path) -> None:
-    made_up = Unread(tiny.memory_checkpoint(tiny.tiny_model("llama", 0), tmp_path))
+    made_up = DummyWeights(tiny.memory_checkpoint(tiny.tiny_model("llama", 0), tmp_path))
     read: dict[DType, np.ndarray] = {
         "float32": np.empty((128, 64), np.float32),
         "float16": np.empty((128, 64), np.float16),
@@ -122,17 +121,20 @@ def test_each_dtype_has_the_same_numbers(tmp_path: Path) -> None:
 
 def test_a_host_without_the_weights_measures_the_model(tmp_path: Path) -> None:
     skeleton = skeleton_of(tiny.save_tiny("llama", 0, tmp_path / "model"), tmp_path)
-    settings = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=0.2, unread=True)
+    settings = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=0.2, dummy_weights=True)
     process = ProfileProcess(skeleton, settings, threads=1)
     try:
         report = process.report()
     finally:
         process.close()
     assert report.kinds == (0, 0, 0, 0)
-    assert report.steady_s > 0
+    assert report.under_load_s > 0
 
 
 def test_forms_are_those_of_the_files(tmp_path: Path) -> None:
     folder = tiny.save_tiny("llama", 0, tmp_path / "model")
     for weights in get_args(WeightsForm):
-        assert in_form(open_unread(folder), weights).tensors == in_form(open_checkpoint(folder), weights).tensors
+        assert (
+            in_weights_form(open_with_dummy_weights(folder), weights).tensors
+            == in_weights_form(open_checkpoint(folder), weights).tensors
+        )

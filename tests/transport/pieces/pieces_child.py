@@ -13,13 +13,13 @@ from typing import Any
 
 import zmq
 
-from transport.curve import Curve, KeyPair, only
+from transport.messages.pieces import Piece
+from transport.messages.pool import PiecePeer
 from transport.pieces.fetcher import fetch
-from transport.pieces.piece import Piece
 from transport.pieces.piece_source import StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
-from transport.pool_messages import PiecePeer
+from transport.security.curve import Curve, KeyPair, allow_only
 
 
 def say(line: object) -> None:
@@ -27,7 +27,7 @@ def say(line: object) -> None:
 
 
 def serve(curve: Curve, context: Any, store: PieceStore, told: dict[str, Any]) -> None:
-    server = PieceServer(context, "tcp://127.0.0.1:*", curve.guard(only(told["peer"])), [StoreSource(store)])
+    server = PieceServer(context, "tcp://127.0.0.1:*", curve.guard(allow_only(told["peer"])), [StoreSource(store)])
     say(server.endpoint)
     sys.stdin.read()
 

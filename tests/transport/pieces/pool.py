@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from transport.curve import Curve, KeyPair, new_key_pair
+from transport.messages.pieces import LIST_VERSION, ListedFile, Piece, PieceList, PlacedPiece
+from transport.messages.pool import PieceHint, PiecePeer
 from transport.pieces.fetcher import FetchReport, fetch
-from transport.pieces.piece import LIST_VERSION, ListedFile, Piece, PieceList, PlacedPiece
 from transport.pieces.piece_source import PieceSource, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
-from transport.pool_messages import PieceHint, PiecePeer
+from transport.security.curve import Curve, KeyPair, new_key_pair
 
 
 def digest_of(data: bytes) -> str:

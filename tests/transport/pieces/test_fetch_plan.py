@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-from transport.pieces.fetch_plan import AWAY_PATIENCE_S, HINT_PATIENCE_S, IDLE_S, FetchPlan
-from transport.pieces.messages import bitmap_of
-from transport.pieces.piece import Piece
-from transport.pool_messages import PieceHint
+from transport.messages.pieces import Piece, bitmap_of
+from transport.messages.pool import PieceHint
+from transport.pieces.fetch_plan import AWAY_PATIENCE_S, ENDGAME_IDLE_S, HINT_PATIENCE_S, FetchPlan
 
 PIECES = {number: Piece(f"{number:064x}", 10) for number in range(6)}
 HEAD, A, B = "head", "a", "b"
@@ -21,7 +20,7 @@ def holding(*numbers: int) -> bytes:
 def plan_of(hints: list[PieceHint] | None = None, **held: bytes) -> FetchPlan:
     plan = FetchPlan(PIECES, ALL, hints or [], 0.0)
     for key, bitmap in {HEAD: holding(*range(6)), **held}.items():
-        plan.note_held(key, bitmap, 0.0)
+        plan.update_have_list(key, bitmap, 0.0)
     return plan
 
 
@@ -66,8 +65,8 @@ def test_the_head_does_its_part_of_what_others_give_slowly() -> None:
     plan = plan_of([PieceHint(A, 0, 4)], b=holding(4, 5))
     assert taken(plan, HEAD) == ""
     plan.note_useful(B, 60, 1.0)
-    assert taken(plan, HEAD, 1.0, idle_s=IDLE_S) == "", "others are fast enough"
-    assert taken(plan, HEAD, 9.0, idle_s=IDLE_S) == "5", "the last, since others begin with the first"
+    assert taken(plan, HEAD, 1.0, idle_s=ENDGAME_IDLE_S) == "", "others are fast enough"
+    assert taken(plan, HEAD, 9.0, idle_s=ENDGAME_IDLE_S) == "5", "the last, since others begin with the first"
     assert taken(plan, HEAD, 9.5) == "4", "once it helps it goes on"
     plan.note_useful(A, 60, 9.5)
     assert taken(plan, HEAD, 10.0) == ""
@@ -79,11 +78,11 @@ def test_the_head_does_its_part_of_what_others_give_slowly() -> None:
 def test_what_a_slow_host_has_begun_another_one_ends() -> None:
     plan = plan_of([PieceHint(A, 0, 6)], a=holding(0, 1), b=holding(1))
     assert taken(plan, A) == "01"
-    assert plan.can_go_on(HEAD, PIECES[0].digest) and not plan.can_go_on(B, PIECES[0].digest)
+    assert plan.can_reassign(HEAD, PIECES[0].digest) and not plan.can_reassign(B, PIECES[0].digest)
     for piece in (PIECES[0], PIECES[1]):
-        plan.note_slow(A, piece.digest)
+        plan.mark_slow(A, piece.digest)
         plan.give_back(piece.digest)
-    assert not plan.can_go_on(A, PIECES[0].digest)
+    assert not plan.can_reassign(A, PIECES[0].digest)
     assert taken(plan, A, 1.0) == ""
     assert (taken(plan, HEAD, 1.0), taken(plan, B, 1.0)) == ("0", "1")
     plan.give_back(PIECES[0].digest)
@@ -93,7 +92,7 @@ def test_what_a_slow_host_has_begun_another_one_ends() -> None:
 def test_what_a_hint_gives_to_another_host_is_waited_for_there() -> None:
     plan = plan_of([PieceHint(A, 2, 5)])
     assert taken(plan, HEAD) == "015"
-    plan.note_held(A, holding(3), 1.0)
+    plan.update_have_list(A, holding(3), 1.0)
     assert taken(plan, A, 1.0) == "3"
     assert taken(plan, HEAD, 1.0 + HINT_PATIENCE_S - 0.1) == ""
     plan.note_useful(A, 1, 5.0)
@@ -117,21 +116,21 @@ def test_what_is_given_back_comes_first_soon() -> None:
 
 def test_the_head_is_asked_for_what_it_does_not_claim_and_then_it_is_nowhere() -> None:
     plan = plan_of(head=holding(1, 2, 3, 4, 5))
-    assert plan.nowhere(ALL) is None
+    assert plan.unavailable_piece(ALL) is None
     assert taken(plan, HEAD) == "012345"
     plan.note_missing(HEAD, PIECES[0].digest)
     plan.give_back(PIECES[0].digest)
-    assert plan.nowhere((A, HEAD)) is None, "b may have it"
-    assert plan.nowhere(ALL) == PIECES[0]
+    assert plan.unavailable_piece((A, HEAD)) is None, "b may have it"
+    assert plan.unavailable_piece(ALL) == PIECES[0]
     assert taken(plan, HEAD) == ""
-    plan.note_held(HEAD, holding(*range(6)), 1.0)
-    assert plan.nowhere(ALL) is None
+    plan.update_have_list(HEAD, holding(*range(6)), 1.0)
+    assert plan.unavailable_piece(ALL) is None
     assert taken(plan, HEAD, 1.0) == "0"
 
 
 def test_a_piece_that_is_listed_twice_is_wanted_once_and_had_by_who_has_either() -> None:
     twice = FetchPlan({0: PIECES[0], 4: PIECES[0]}, (A, HEAD), [], 0.0)
-    twice.note_held(A, holding(4), 0.0)
+    twice.update_have_list(A, holding(4), 0.0)
     assert taken(twice, A, usable=(A, HEAD)) == "0"
     twice.note_done(PIECES[0].digest)
     assert twice.is_done
@@ -139,11 +138,11 @@ def test_a_piece_that_is_listed_twice_is_wanted_once_and_had_by_who_has_either()
 
 def test_what_a_peer_has_no_more_is_not_asked_of_it() -> None:
     twice = FetchPlan({0: PIECES[0], 1: PIECES[1], 4: PIECES[0]}, (A, HEAD), [], 0.0)
-    twice.note_held(A, holding(0, 1, 4), 0.0)
-    twice.note_held(A, holding(4), 1.0)
+    twice.update_have_list(A, holding(0, 1, 4), 0.0)
+    twice.update_have_list(A, holding(4), 1.0)
     assert taken(twice, A, 1.0, usable=(A, HEAD)) == "0"
     twice.give_back(PIECES[0].digest)
-    twice.note_held(A, b"", 2.0)
+    twice.update_have_list(A, b"", 2.0)
     assert taken(twice, A, 2.0, usable=(A, HEAD)) == ""
     assert taken(twice, HEAD, 2.0, usable=(A, HEAD)) == "01"
 
@@ -153,8 +152,8 @@ def test_who_has_nothing_of_a_large_model_costs_nothing() -> None:
     count = 20_000
     pieces = {number: Piece(f"{number:064x}", 10) for number in range(count)}
     plan = FetchPlan(pieces, ALL, [], 0.0)
-    plan.note_held(HEAD, bitmap_of([True] * count), 0.0)
-    plan.note_held(B, bitmap_of([False] * count), 0.0)
+    plan.update_have_list(HEAD, bitmap_of([True] * count), 0.0)
+    plan.update_have_list(B, bitmap_of([False] * count), 0.0)
     began_s = time.process_time()
     for step in range(1000):
         assert plan.take(B, step * 1.0, usable=ALL, idle_s=0.0) is None

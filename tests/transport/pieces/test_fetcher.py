@@ -20,18 +20,17 @@ from typing import Any
 import pytest
 
 from tests.transport.pieces.pool import Host, Model, Pool, digest_of
-from transport.curve import new_key_pair
 from transport.errors import DownloadFailed, NoSpace
+from transport.messages.pieces import MAX_PIECE_BYTES, PART_BYTES, Piece
+from transport.messages.pool import PieceHint, PiecePeer
 from transport.pieces import fetch_peer, fetch_plan, fetcher
-from transport.pieces.fetcher import MOST_UNWRITTEN_BYTES
-from transport.pieces.messages import PART_BYTES
-from transport.pieces.piece import MAX_PIECE_BYTES, Piece
+from transport.pieces.assignment import assign_pieces
+from transport.pieces.client import fetch_small
+from transport.pieces.fetcher import MAX_UNWRITTEN_BYTES
+from transport.pieces.flow_control import MAX_WINDOW_BYTES
 from transport.pieces.piece_source import Located, StoreSource
-from transport.pieces.sources import share_hints
 from transport.pieces.store import PieceStore
-from transport.pieces.whole import fetch_bytes
-from transport.pieces.window import MOST_BYTES
-from transport.pool_messages import PieceHint, PiecePeer
+from transport.security.curve import new_key_pair
 
 SMALL = Model(3 * PART_BYTES + 5, 1, 1000, PART_BYTES, 2 * PART_BYTES)
 
@@ -121,7 +120,7 @@ def test_a_server_that_goes_and_comes_back_sends_nothing_twice(pool: Pool, large
     assert other.fetch(large, [head.peer], progress=progress).is_complete
     assert other.has(large) and not cuts
     # What was on its way is lost.
-    assert sent + sent_bytes(head) - large.num_bytes <= num_cuts * MOST_BYTES
+    assert sent + sent_bytes(head) - large.num_bytes <= num_cuts * MAX_WINDOW_BYTES
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -147,7 +146,7 @@ def test_a_fetch_that_was_killed_is_gone_on_with(pool: Pool, large: Model, tmp_p
     assert report.is_complete and other.has(large)
     assert sum(report.bytes_by_peer.values()) <= large.num_bytes - marks[-1]
     # What was on its way, or not on the disk yet.
-    assert sent_bytes(head) - large.num_bytes <= len(marks) * (2 * MOST_BYTES + MOST_UNWRITTEN_BYTES)
+    assert sent_bytes(head) - large.num_bytes <= len(marks) * (2 * MAX_WINDOW_BYTES + MAX_UNWRITTEN_BYTES)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -195,9 +194,9 @@ class Asked(StoreSource):
         self.asked = threading.Event()
         self._lists: set[str] = set()
 
-    def held(self, model: str) -> bytes:
+    def have_bitmap(self, model: str) -> bytes:
         self._lists.add(model)
-        return super().held(model)
+        return super().have_bitmap(model)
 
     def locate(self, digest: str) -> Located | None:
         if digest not in self._lists:
@@ -304,7 +303,7 @@ def test_a_silent_peer_is_left(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_that_never_says_what_it_has_is_left_and_named(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_peer, "SILENT_AFTER_S", 0.5)
-    monkeypatch.setattr(fetch_peer, "HOLDINGS_AGAIN_S", 0.1)
+    monkeypatch.setattr(fetch_peer, "HAVE_INTERVAL_S", 0.1)
     mute = pool.host("mute", SMALL)
     source = Stuck(mute.store, 0)
     pool.serve(mute, sources=[source])
@@ -325,7 +324,7 @@ class Slow(Asked):
 
 def test_a_slow_peer_holds_nothing_up(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it would take 24 s, and for a piece 4 s."""
-    monkeypatch.setattr(fetch_plan, "IDLE_S", 0.5)
+    monkeypatch.setattr(fetch_plan, "ENDGAME_IDLE_S", 0.5)
     monkeypatch.setattr(fetch_peer, "SLOW_AFTER_S", 0.5)
     model = Model(*[16 * PART_BYTES] * 6)
     slow = pool.host("slow", model)
@@ -336,7 +335,7 @@ def test_a_slow_peer_holds_nothing_up(pool: Pool, monkeypatch: pytest.MonkeyPatc
     report = other.fetch(model, [slow.peer, head.peer])
     assert report.is_complete and other.has(model) and not report.refused_peers
     assert report.bytes_by_peer["slow"] < 16 * PART_BYTES
-    assert sent_bytes(slow, head) < model.num_bytes + 2 * MOST_BYTES
+    assert sent_bytes(slow, head) < model.num_bytes + 2 * MAX_WINDOW_BYTES
 
 
 def test_what_a_peer_lacks_another_one_gives(pool: Pool) -> None:
@@ -350,7 +349,7 @@ def test_what_a_peer_lacks_another_one_gives(pool: Pool) -> None:
 
 
 def test_a_piece_that_nobody_has_is_an_error_with_what_was_tried(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "_NOWHERE_S", 1.5)
+    monkeypatch.setattr(fetcher, "_UNAVAILABLE_TIMEOUT_S", 1.5)
     head, other = pool.server("head", SMALL, [0, 1, 2, 3]), pool.host("other")
     with pytest.raises(DownloadFailed, match=r"model random.*no host has piece.*head: it does not have") as failed:
         other.fetch(SMALL, [head.peer])
@@ -408,7 +407,7 @@ def test_two_hosts_that_need_the_same_get_half_from_each_other(pool: Pool, large
     for host in hosts:
         host.store.put(large.list_bytes, large.digest)
     sizes = [piece.num_bytes for piece in large.pieces.values()]
-    hints = share_hints({host.keys.public: list(large.pieces) for host in hosts}, sizes)
+    hints = assign_pieces({host.keys.public: list(large.pieces) for host in hosts}, sizes)
     with ThreadPoolExecutor() as threads:
         reports = [
             threads.submit(host.fetch, large, [peer.peer, head.peer], hints=hints[host.keys.public])
@@ -451,7 +450,7 @@ def test_two_processes_of_a_host_do_not_get_the_same_twice(pool: Pool, large: Mo
 
 
 def whole(host: Host, digest: str, peers: Sequence[PiecePeer], max_bytes: int = 2**24) -> bytes:
-    return fetch_bytes(
+    return fetch_small(
         digest, peers, max_bytes, curve=host.curve, context=host.context, what="the list of a model", patience_s=0.5
     )
 

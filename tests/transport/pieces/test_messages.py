@@ -10,28 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.errors import BadMessage
-from transport.pieces.messages import (
+from transport.messages.pieces import (
+    MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
     MAX_REQUEST_BYTES,
     MAX_SPEED_TEST_BYTES,
     PART_BYTES,
-    Answer,
-    Ask,
-    Held,
-    Holdings,
-    Missing,
-    Part,
-    Refused,
-    Request,
+    HaveList,
+    HaveRequest,
+    PieceMissing,
+    PiecePart,
+    PieceRefused,
+    PieceRequest,
+    PieceServerReply,
+    PieceServerRequest,
     SpeedTest,
     bitmap_of,
     changed_bits,
-    decode_answer,
+    decode_reply,
     decode_request,
     encode,
-    is_held,
+    has_piece,
 )
-from transport.pieces.piece import MAX_FILE_BYTES
 
 DIGEST = "0123456789abcdef" * 4
 NO_DIGESTS = ("", "abc", DIGEST.upper(), DIGEST[:-1] + "/", "../" * 21 + "a", "/etc/passwd", DIGEST + "\n", DIGEST * 2)
@@ -52,24 +52,29 @@ tagged = st.tuples(
 
 @pytest.mark.parametrize(
     "request_",
-    [Ask(1, DIGEST, 0, 1), Ask(2, DIGEST, MAX_FILE_BYTES, PART_BYTES), Holdings(3, DIGEST), SpeedTest(4, 1)],
+    [
+        PieceRequest(1, DIGEST, 0, 1),
+        PieceRequest(2, DIGEST, MAX_FILE_BYTES, PART_BYTES),
+        HaveRequest(3, DIGEST),
+        SpeedTest(4, 1),
+    ],
 )
-def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
+def test_a_request_comes_out_as_it_went_in(request_: PieceServerRequest) -> None:
     assert decode_request([encode(request_)]) == request_
 
 
 @pytest.mark.parametrize(
     ("answer", "buffers"),
     [
-        (Part(1, DIGEST, 5), [bytes(PART_BYTES)]),
-        (Part(1, "", 5), [b""]),
-        (Missing(1, DIGEST), []),
-        (Held(1, bytes(100)), []),
-        (Refused("no"), []),
+        (PiecePart(1, DIGEST, 5), [bytes(PART_BYTES)]),
+        (PiecePart(1, "", 5), [b""]),
+        (PieceMissing(1, DIGEST), []),
+        (HaveList(1, bytes(100)), []),
+        (PieceRefused("no"), []),
     ],
 )
-def test_an_answer_comes_out_as_it_went_in(answer: Answer, buffers: list[bytes]) -> None:
-    assert decode_answer([encode(answer), *buffers]) == answer
+def test_an_answer_comes_out_as_it_went_in(answer: PieceServerReply, buffers: list[bytes]) -> None:
+    assert decode_reply([encode(answer), *buffers]) == answer
 
 
 @pytest.mark.parametrize(
@@ -77,20 +82,20 @@ def test_an_answer_comes_out_as_it_went_in(answer: Answer, buffers: list[bytes])
     [
         [],
         [b""],
-        [encode(Ask(1, DIGEST, 0, 1)), b""],
-        [encode(Ask(-1, DIGEST, 0, 1))],
-        [encode(Ask(1, DIGEST, -1, 1))],
-        [encode(Ask(1, DIGEST, MAX_FILE_BYTES + 1, 1))],
-        [encode(Ask(1, DIGEST, 0, 0))],
-        [encode(Ask(1, DIGEST, 0, PART_BYTES + 1))],
+        [encode(PieceRequest(1, DIGEST, 0, 1)), b""],
+        [encode(PieceRequest(-1, DIGEST, 0, 1))],
+        [encode(PieceRequest(1, DIGEST, -1, 1))],
+        [encode(PieceRequest(1, DIGEST, MAX_FILE_BYTES + 1, 1))],
+        [encode(PieceRequest(1, DIGEST, 0, 0))],
+        [encode(PieceRequest(1, DIGEST, 0, PART_BYTES + 1))],
         [encode(SpeedTest(1, MAX_SPEED_TEST_BYTES + 1))],
         [encode(SpeedTest(1, 0))],
-        [encode(Missing(1, DIGEST))],
+        [encode(PieceMissing(1, DIGEST))],
         [msgspec.msgpack.encode(["ask", 1, DIGEST, 0, 1, "more"])],
         [b" " * (MAX_REQUEST_BYTES + 1)],
         [b"\x91" * MAX_REQUEST_BYTES],
-        *([encode(Ask(1, name, 0, 1))] for name in NO_DIGESTS),
-        *([encode(Holdings(1, name))] for name in NO_DIGESTS),
+        *([encode(PieceRequest(1, name, 0, 1))] for name in NO_DIGESTS),
+        *([encode(HaveRequest(1, name))] for name in NO_DIGESTS),
     ],
 )
 def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
@@ -102,27 +107,27 @@ def test_what_is_no_request_is_refused(frames: list[bytes]) -> None:
     "frames",
     [
         [],
-        [encode(Part(1, DIGEST, 0))],
-        [encode(Part(1, DIGEST, 0)), b"", b""],
-        [encode(Part(1, DIGEST, 0)), bytes(PART_BYTES + 1)],
-        [encode(Part(1, DIGEST, -1)), b""],
-        [encode(Part(1, "../x", 0)), b""],
-        [encode(Missing(1, "")), b""],
-        [encode(Missing(1, ""))],
-        [encode(Held(1, b"")), b""],
-        [encode(Refused("x" * 1000))],
-        [encode(Ask(1, DIGEST, 0, 1))],
+        [encode(PiecePart(1, DIGEST, 0))],
+        [encode(PiecePart(1, DIGEST, 0)), b"", b""],
+        [encode(PiecePart(1, DIGEST, 0)), bytes(PART_BYTES + 1)],
+        [encode(PiecePart(1, DIGEST, -1)), b""],
+        [encode(PiecePart(1, "../x", 0)), b""],
+        [encode(PieceMissing(1, "")), b""],
+        [encode(PieceMissing(1, ""))],
+        [encode(HaveList(1, b"")), b""],
+        [encode(PieceRefused("x" * 1000))],
+        [encode(PieceRequest(1, DIGEST, 0, 1))],
         [bytes(MAX_HEADER_BYTES + 1)],
     ],
 )
 def test_what_is_no_answer_is_refused(frames: list[bytes]) -> None:
     with pytest.raises(BadMessage):
-        decode_answer(frames)
+        decode_reply(frames)
 
 
 @given(st.lists(st.binary(max_size=300) | plain.map(msgspec.msgpack.encode), max_size=3))
 def test_no_bytes_do_harm(frames: list[bytes]) -> None:
-    for decode in (decode_request, decode_answer):
+    for decode in (decode_request, decode_reply):
         with pytest.raises(BadMessage):
             decode(frames)
             raise BadMessage("it was well-formed")
@@ -140,14 +145,14 @@ def test_what_gets_through_is_within_its_bounds(fields: tuple[Any, ...]) -> None
             assert 1 <= request.num_bytes <= MAX_SPEED_TEST_BYTES
         else:
             assert request.digest == DIGEST
-        if isinstance(request, Ask):
+        if isinstance(request, PieceRequest):
             assert 0 <= request.offset <= MAX_FILE_BYTES and 1 <= request.num_bytes <= PART_BYTES
 
 
 @given(st.lists(st.booleans(), max_size=70))
 def test_a_bitmap_says_what_is_held_and_nothing_follows_it(held: list[bool]) -> None:
     bitmap = bitmap_of(held)
-    assert [is_held(bitmap, index) for index in range(len(held) + 20)] == held + [False] * 20
+    assert [has_piece(bitmap, index) for index in range(len(held) + 20)] == held + [False] * 20
 
 
 @given(st.lists(st.booleans(), max_size=40), st.lists(st.booleans(), max_size=40))

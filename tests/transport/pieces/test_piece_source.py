@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.transport.pieces.pool import Model, Pool
-from transport.pieces.messages import is_held
-from transport.pieces.piece_source import FolderSource, OpenFiles, Stamp, StoreSource
+from transport.messages.pieces import has_piece
+from transport.pieces.piece_source import FileStamp, FolderSource, OpenFileCache, StoreSource
 from transport.pieces.store import PieceStore
 
 MODEL = Model(1000, 50, 300)
 FILE = MODEL.list.files[0].name
 
 
-def stamp(path: Path) -> Stamp:
-    return Stamp(path.stat().st_size, path.stat().st_mtime_ns)
+def stamp(path: Path) -> FileStamp:
+    return FileStamp(path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def source(folder: Path) -> FolderSource:
 
 
 @pytest.fixture
-def files() -> Iterator[OpenFiles]:
-    files = OpenFiles(most=2)
+def files() -> Iterator[OpenFileCache]:
+    files = OpenFileCache(max_files=2)
     yield files
     files.close()
 
 
-def test_a_folders_pieces_are_found_where_they_lie(source: FolderSource, files: OpenFiles) -> None:
+def test_a_folders_pieces_are_found_where_they_lie(source: FolderSource, files: OpenFileCache) -> None:
     for piece, content in zip(MODEL.pieces.values(), MODEL.contents, strict=True):
         located = source.locate(piece.digest)
         assert located is not None
@@ -51,8 +51,8 @@ def test_a_folders_pieces_are_found_where_they_lie(source: FolderSource, files: 
     listed = source.locate(MODEL.digest)
     assert listed is not None and files.read(*listed) == MODEL.list_bytes
     assert source.locate("0" * 64) is None
-    assert [is_held(source.held(MODEL.digest), index) for index in range(4)] == [True, True, True, False]
-    assert source.held("0" * 64) == b""
+    assert [has_piece(source.have_bitmap(MODEL.digest), index) for index in range(4)] == [True, True, True, False]
+    assert source.have_bitmap("0" * 64) == b""
 
 
 @pytest.mark.parametrize("how", ["written", "replaced", "longer", "removed"])
@@ -72,7 +72,7 @@ def test_a_file_that_has_changed_is_not_given_for_what_it_was(folder: Path, sour
         later = before.st_mtime_ns + (1 if how == "written" else 0)
         os.utime(path, ns=(before.st_atime_ns, later))
     assert source.locate(MODEL.pieces[0].digest) is None
-    assert not is_held(source.held(MODEL.digest), 0)
+    assert not has_piece(source.have_bitmap(MODEL.digest), 0)
 
 
 def test_a_file_without_a_stamp_is_left_out(folder: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_file_without_a_stamp_is_left_out(folder: Path) -> None:
     assert source.locate(MODEL.digest) is None
 
 
-def test_a_file_with_the_same_name_is_opened_anew(tmp_path: Path, files: OpenFiles) -> None:
+def test_a_file_with_the_same_name_is_opened_anew(tmp_path: Path, files: OpenFileCache) -> None:
     path = tmp_path / "file"
     for content in (b"one", b"two", b"three"):
         (tmp_path / "new").write_bytes(content)
@@ -89,7 +89,7 @@ def test_a_file_with_the_same_name_is_opened_anew(tmp_path: Path, files: OpenFil
         assert files.read(path, 0, 100) == content
 
 
-def test_few_files_stay_open(tmp_path: Path, files: OpenFiles) -> None:
+def test_few_files_stay_open(tmp_path: Path, files: OpenFileCache) -> None:
     for number in range(20):
         (tmp_path / str(number)).write_bytes(bytes([number]))
     for _ in range(2):
@@ -106,9 +106,9 @@ def test_a_store_knows_a_model_by_its_list(tmp_path: Path) -> None:
     source = StoreSource(store, clock=lambda: now_s)
 
     def held() -> list[bool]:
-        return [is_held(source.held(MODEL.digest), index) for index in range(3)]
+        return [has_piece(source.have_bitmap(MODEL.digest), index) for index in range(3)]
 
-    assert source.held(MODEL.digest) == b""
+    assert source.have_bitmap(MODEL.digest) == b""
     store.put(MODEL.list_bytes, MODEL.digest)
     store.put(MODEL.contents[2], MODEL.pieces[2].digest)
     assert held() == [False, False, True]
@@ -120,7 +120,7 @@ def test_a_store_knows_a_model_by_its_list(tmp_path: Path) -> None:
     assert held() == [True, False, True], "a moment old"
     now_s = 2.0
     assert held() == [True, False, False]
-    assert source.held(MODEL.pieces[0].digest) == b"", "a piece is no list"
+    assert source.have_bitmap(MODEL.pieces[0].digest) == b"", "a piece is no list"
 
 
 def test_what_is_here_of_a_long_list_is_found_quickly(tmp_path: Path) -> None:
@@ -133,9 +133,9 @@ def test_what_is_here_of_a_long_list_is_found_quickly(tmp_path: Path) -> None:
     source = StoreSource(store, clock=lambda: float(next(looks)))
     began_s = time.process_time()
     for _ in range(10):
-        found = source.held(model.digest)
+        found = source.have_bitmap(model.digest)
     assert time.process_time() - began_s < 0.5
-    assert [index for index in range(10_000) if is_held(found, index)] == [0, 5000]
+    assert [index for index in range(10_000) if has_piece(found, index)] == [0, 5000]
 
 
 def test_models_in_folders_are_given_beside_the_store(tmp_path: Path, source: FolderSource) -> None:

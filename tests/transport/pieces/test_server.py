@@ -14,28 +14,28 @@ import pytest
 import zmq
 
 from tests.transport.pieces.pool import Host, Model, Pool
-from transport.curve import Curve, KeyPair, new_key_pair
 from transport.errors import DeadlineExceeded, NotAllowed
-from transport.pieces import speed
-from transport.pieces.bulk_options import set_bulk_options
-from transport.pieces.messages import (
-    MAX_ANSWER_FRAME_BYTES,
+from transport.links.zmq_link import set_bulk_options
+from transport.messages.pieces import (
+    MAX_REPLY_FRAME_BYTES,
     PART_BYTES,
-    Answer,
-    Ask,
-    Held,
-    Holdings,
-    Missing,
-    Part,
-    Refused,
+    HaveList,
+    HaveRequest,
+    PieceMissing,
+    PiecePart,
+    PieceRefused,
+    PieceRequest,
+    PieceServerReply,
     SpeedTest,
-    decode_answer,
+    decode_reply,
     encode,
-    is_held,
+    has_piece,
 )
+from transport.pieces import client as speed
+from transport.pieces.client import measure_link_speed
+from transport.pieces.fair_queue import MAX_CONNECTIONS_PER_KEY, MAX_PENDING
 from transport.pieces.piece_source import Located, StoreSource
-from transport.pieces.speed import link_speed
-from transport.pieces.waiting import MAX_CONNECTIONS_PER_KEY, MAX_WAITING
+from transport.security.curve import Curve, KeyPair, new_key_pair
 
 MODEL = Model(3 * PART_BYTES, 1000)
 WITHIN_MS = 60_000
@@ -61,11 +61,11 @@ class Client:
         context: Any = zmq.Context()
         stack.callback(context.destroy, 0)
         self.socket = context.socket(zmq.DEALER)
-        set_bulk_options(self.socket, max_message_bytes=MAX_ANSWER_FRAME_BYTES)
+        set_bulk_options(self.socket, max_message_bytes=MAX_REPLY_FRAME_BYTES)
         for option, value in options.items():
             self.socket.set(getattr(zmq, option), value)
         if keys is not None:
-            Curve(context, keys).towards(server.keys.public)(self.socket)
+            Curve(context, keys).client_auth(server.keys.public)(self.socket)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         assert server.server is not None
         self.socket.connect(server.server.endpoint)
@@ -74,17 +74,17 @@ class Client:
         assert self.socket.poll(WITHIN_MS, zmq.POLLOUT)
         self.socket.send_multipart(frames)
 
-    def hear(self) -> tuple[Answer, bytes]:
+    def hear(self) -> tuple[PieceServerReply, bytes]:
         assert self.socket.poll(WITHIN_MS), "no answer"
         frames = self.socket.recv_multipart()
-        return decode_answer(frames), frames[1] if len(frames) == 2 else b""
+        return decode_reply(frames), frames[1] if len(frames) == 2 else b""
 
-    def ask(self, digest: str, offset: int = 0, num_bytes: int = PART_BYTES) -> tuple[Answer, bytes]:
-        self.say(encode(Ask(7, digest, offset, num_bytes)))
+    def ask(self, digest: str, offset: int = 0, num_bytes: int = PART_BYTES) -> tuple[PieceServerReply, bytes]:
+        self.say(encode(PieceRequest(7, digest, offset, num_bytes)))
         return self.hear()
 
     def is_served(self) -> bool:
-        return self.ask(MODEL.pieces[1].digest) == (Part(7, MODEL.pieces[1].digest, 0), MODEL.contents[1])
+        return self.ask(MODEL.pieces[1].digest) == (PiecePart(7, MODEL.pieces[1].digest, 0), MODEL.contents[1])
 
 
 def member(stack: ExitStack, pool: Pool, server: Host, **options: Any) -> Client:
@@ -96,21 +96,21 @@ def member(stack: ExitStack, pool: Pool, server: Host, **options: Any) -> Client
 def test_a_member_gets_what_is_in_a_piece_and_no_more_than_that(pool: Pool, stack: ExitStack) -> None:
     client = member(stack, pool, pool.server("head", MODEL))
     digest, content = MODEL.pieces[0].digest, MODEL.contents[0]
-    assert client.ask(digest, 5, 10) == (Part(7, digest, 5), content[5:15])
-    assert client.ask(digest, len(content) - 3) == (Part(7, digest, len(content) - 3), content[-3:])
-    assert client.ask(digest, len(content)) == (Part(7, digest, len(content)), b"")
-    assert client.ask("0" * 64) == (Missing(7, "0" * 64), b"")
+    assert client.ask(digest, 5, 10) == (PiecePart(7, digest, 5), content[5:15])
+    assert client.ask(digest, len(content) - 3) == (PiecePart(7, digest, len(content) - 3), content[-3:])
+    assert client.ask(digest, len(content)) == (PiecePart(7, digest, len(content)), b"")
+    assert client.ask("0" * 64) == (PieceMissing(7, "0" * 64), b"")
 
 
 def test_a_server_says_what_it_holds(pool: Pool, stack: ExitStack) -> None:
     client = member(stack, pool, pool.server("head", MODEL, [1]))
-    client.say(encode(Holdings(3, MODEL.digest)))
+    client.say(encode(HaveRequest(3, MODEL.digest)))
     answer, _ = client.hear()
-    assert isinstance(answer, Held)
-    assert [is_held(answer.bitmap, index) for index in range(3)] == [False, True, False]
+    assert isinstance(answer, HaveList)
+    assert [has_piece(answer.bitmap, index) for index in range(3)] == [False, True, False]
     for unknown in ("0" * 64, MODEL.pieces[1].digest):
-        client.say(encode(Holdings(4, unknown)))
-        assert client.hear() == (Held(4, b""), b"")
+        client.say(encode(HaveRequest(4, unknown)))
+        assert client.hear() == (HaveList(4, b""), b"")
 
 
 def test_a_piece_whose_file_has_become_shorter_is_missing(pool: Pool, stack: ExitStack) -> None:
@@ -123,14 +123,14 @@ def test_a_piece_whose_file_has_become_shorter_is_missing(pool: Pool, stack: Exi
     pool.serve(server, sources=[Stale(server.store)])
     client = member(stack, pool, server)
     digest = MODEL.pieces[1].digest
-    assert client.ask(digest) == (Missing(7, digest), b"")
+    assert client.ask(digest) == (PieceMissing(7, digest), b"")
     server.store.path(digest).unlink()
-    assert client.ask(digest) == (Missing(7, digest), b"")
+    assert client.ask(digest) == (PieceMissing(7, digest), b"")
 
 
 def test_links_can_be_measured(pool: Pool) -> None:
     head, other = pool.server("head"), pool.host("other")
-    assert link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e4
+    assert measure_link_speed(head.peer, other.curve, other.context, num_bytes=2**21) > 1e4
 
 
 def test_a_link_that_can_not_be_measured_says_why(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +138,12 @@ def test_a_link_that_can_not_be_measured_says_why(pool: Pool, monkeypatch: pytes
     pool.members.discard(other.keys.public)
     monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 60.0)
     with pytest.raises(NotAllowed, match="head: it does not let this host in"):
-        link_speed(head.peer, other.curve, other.context)
+        measure_link_speed(head.peer, other.curve, other.context)
     monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 0.3)
     assert head.server is not None
     head.server.close()
     with pytest.raises(DeadlineExceeded, match="nobody answers"):
-        link_speed(head.peer, other.curve, other.context)
+        measure_link_speed(head.peer, other.curve, other.context)
 
 
 @pytest.mark.parametrize("digest", PATHS)
@@ -151,8 +151,8 @@ def test_what_is_no_digest_opens_nothing(pool: Pool, stack: ExitStack, digest: s
     server = pool.server("head", MODEL)
     client = member(stack, pool, server)
     answer, _ = client.ask(digest)
-    assert isinstance(answer, Refused)
-    client.say(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+    assert isinstance(answer, PieceRefused)
+    client.say(encode(PieceRequest(7, MODEL.pieces[1].digest, 0, 1)))
     assert not client.socket.poll(100), "who breaks the rules gets nothing more"
     assert member(stack, pool, server).is_served()
 
@@ -164,7 +164,7 @@ def test_strangers_and_those_without_encryption_get_nothing(pool: Pool, stack: E
         stranger.socket.setsockopt(zmq.SNDTIMEO, 100)
         for _ in range(3):
             try:
-                stranger.socket.send(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+                stranger.socket.send(encode(PieceRequest(7, MODEL.pieces[1].digest, 0, 1)))
             except zmq.Again:
                 break  # It never gets a connection.
     assert member(stack, pool, server).is_served()
@@ -181,7 +181,7 @@ def test_garbage_and_frames_that_are_too_large_harm_nobody_else(pool: Pool, stac
         ready = dict(zmq.zmq_poll([(client.socket, zmq.POLLIN), (client.monitor, zmq.POLLIN)], WITHIN_MS))
         assert ready
         if client.socket in ready:
-            assert isinstance(client.hear()[0], Refused)
+            assert isinstance(client.hear()[0], PieceRefused)
     assert member(stack, pool, server).is_served()
 
 
@@ -189,10 +189,10 @@ def test_a_member_that_asks_for_much_and_takes_nothing_costs_little(pool: Pool, 
     server = pool.server("head", MODEL)
     assert member(stack, pool, server).is_served()
     before = psutil.Process().memory_info().rss
-    ask = encode(Ask(7, MODEL.pieces[0].digest, 0, PART_BYTES))
+    ask = encode(PieceRequest(7, MODEL.pieces[0].digest, 0, PART_BYTES))
     # Small buffers: this process holds the other end too.
     within_the_rules = member(stack, pool, server, RCVHWM=1, RCVBUF=2**16)
-    for _ in range(MAX_WAITING):
+    for _ in range(MAX_PENDING):
         within_the_rules.say(ask)
     beyond = member(stack, pool, server, RCVHWM=1, RCVBUF=2**16)
     for _ in range(10_000):
@@ -203,7 +203,7 @@ def test_a_member_that_asks_for_much_and_takes_nothing_costs_little(pool: Pool, 
     assert member(stack, pool, server).is_served()
     assert psutil.Process().memory_info().rss - before < 8 * 2**20
     # Who then takes it gets all of it.
-    assert [within_the_rules.hear()[1] for _ in range(MAX_WAITING)] == [MODEL.contents[0][:PART_BYTES]] * MAX_WAITING
+    assert [within_the_rules.hear()[1] for _ in range(MAX_PENDING)] == [MODEL.contents[0][:PART_BYTES]] * MAX_PENDING
 
 
 def test_a_host_can_not_open_as_many_connections_as_it_likes(pool: Pool, stack: ExitStack) -> None:
@@ -212,7 +212,7 @@ def test_a_host_can_not_open_as_many_connections_as_it_likes(pool: Pool, stack: 
     clients = [Client(stack, server, keys) for _ in range(MAX_CONNECTIONS_PER_KEY)]
     assert all(client.is_served() for client in clients)
     one_more = Client(stack, server, keys)
-    one_more.say(encode(Ask(7, MODEL.pieces[1].digest, 0, 1)))
+    one_more.say(encode(PieceRequest(7, MODEL.pieces[1].digest, 0, 1)))
     assert one_more.monitor.poll(WITHIN_MS), "it was not ended"
     assert all(client.is_served() for client in clients)
 
@@ -254,7 +254,7 @@ def test_a_routing_id_can_not_be_taken_over(pool: Pool, stack: ExitStack) -> Non
     thief = member(stack, pool, server, ROUTING_ID=b"the-same")
     thief.socket.setsockopt(zmq.SNDTIMEO, 500)
     with suppress(zmq.Again):
-        thief.socket.send(encode(Ask(7, MODEL.pieces[0].digest, 0, 1)))
+        thief.socket.send(encode(PieceRequest(7, MODEL.pieces[0].digest, 0, 1)))
     for _ in range(20):
         assert owner.is_served()
     assert not thief.socket.poll(0)

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport.errors import BadMessage, NoSpace, PotluckError, WrongBytes
-from transport.pieces import part_file
-from transport.pieces.disk_space import MARGIN_BYTES
-from transport.pieces.limit import read_limit, write_limit
-from transport.pieces.piece import MAX_PIECE_BYTES, Piece
+from transport.messages.pieces import MAX_PIECE_BYTES, Piece
+from transport.pieces import locks
+from transport.pieces.disk_space import MARGIN_BYTES, read_limit, write_limit
 from transport.pieces.store import PieceStore
 
 MB = 10**6
@@ -225,7 +224,7 @@ def test_a_part_has_one_writer_and_who_comes_too_late_gets_nothing(
     store: PieceStore, monkeypatch: pytest.MonkeyPatch, is_windows: bool
 ) -> None:
     if is_windows:
-        monkeypatch.setattr(part_file, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
     piece = piece_of(b"onetwo")
     first = store.open_partial(piece)
     assert first is not None and store.open_partial(piece) is None
@@ -274,7 +273,7 @@ def test_who_opened_a_part_before_it_was_moved_or_removed_does_not_write_to_it(
 
 def test_a_lock_that_somebody_looks_at_stops_nobody(store: PieceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows removes no file that is open."""
-    monkeypatch.setattr(part_file, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     unlink = Path.unlink
 
     def looked_at(path: Path, missing_ok: bool = False) -> None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from transport.pieces.connection import Connection
-from transport.pieces.messages import Ask
-from transport.pieces.waiting import MAX_WAITING, Peer, Peers
+from transport.messages.pieces import PieceRequest
+from transport.pieces.fair_queue import MAX_PENDING, FairQueue, PeerConnection, TcpConnection
 
-ASK = Ask(1, "0" * 64, 0, 1)
+ASK = PieceRequest(1, "0" * 64, 0, 1)
 
 
-def peers_with(**num_asks: int) -> Peers:
-    peers = Peers()
+def peers_with(**num_asks: int) -> FairQueue:
+    peers = FairQueue()
     for name, count in num_asks.items():
-        peer = Peer(name.encode(), name, Connection(-1, ()))
+        peer = PeerConnection(name.encode(), name, TcpConnection(-1, ()))
         peers.add(peer)
         for _ in range(count):
-            assert peers.ask(peer, ASK)
+            assert peers.enqueue(peer, ASK)
     return peers
 
 
-def served(peers: Peers, now_s: float = 0.0) -> str:
+def served(peers: FairQueue, now_s: float = 0.0) -> str:
     """Everything that waits, one answer each a round."""
     found = ""
-    while turn := peers.round(now_s):
+    while turn := peers.next_round(now_s):
         for peer in turn:
-            peer.waiting.popleft()
+            peer.pending.popleft()
             found += peer.key
     return found
 
@@ -40,10 +39,10 @@ def test_not_always_the_same_one_comes_first() -> None:
     peers = peers_with(a=20, b=20)
     firsts = []
     for _ in range(4):
-        turn = peers.round(0.0)
+        turn = peers.next_round(0.0)
         firsts.append(turn[0].key)
         for peer in turn:
-            peer.waiting.popleft()
+            peer.pending.popleft()
     assert firsts == ["a", "b", "a", "b"]
 
 
@@ -52,12 +51,12 @@ def test_who_takes_nothing_is_tried_more_and_more_rarely_and_holds_up_nobody() -
     slow = peers.all()[0]
     tries, now_s = 0, 0.0
     while now_s < 1.0:
-        for peer in peers.round(now_s):
+        for peer in peers.next_round(now_s):
             if peer is slow:
                 tries += 1
                 peer.note_blocked(now_s)
             else:
-                peer.waiting.popleft()
+                peer.pending.popleft()
         now_s += max(0.0005, peers.wait_s(now_s, 0.25))
     assert 20 <= tries <= 40
     slow.note_sent()
@@ -67,8 +66,8 @@ def test_who_takes_nothing_is_tried_more_and_more_rarely_and_holds_up_nobody() -
 
 
 def test_only_so_many_requests_wait() -> None:
-    peers = peers_with(a=MAX_WAITING)
-    assert not peers.ask(peers.all()[0], ASK)
+    peers = peers_with(a=MAX_PENDING)
+    assert not peers.enqueue(peers.all()[0], ASK)
 
 
 def test_what_a_peer_had_asked_is_forgotten_with_it_also_for_the_next_with_its_id() -> None:
@@ -76,5 +75,5 @@ def test_what_a_peer_had_asked_is_forgotten_with_it_also_for_the_next_with_its_i
     peers.remove(peers.all()[0])
     assert served(peers) == "" and len(peers) == 0
     peers = peers_with(a=3)
-    peers.add(Peer(b"a", "thief", Connection(-1, ())))
+    peers.add(PeerConnection(b"a", "thief", TcpConnection(-1, ())))
     assert served(peers) == ""

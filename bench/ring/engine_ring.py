@@ -1,0 +1,356 @@
+"""An engine ring is one as `potluck up` loads it: its workers, its engine process, and a client."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from planner.plan import Plan
+from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
+from potluck.head.models.source import LocalModel, PublishedModel
+from potluck.head.planning import device_of, estimate_times, plan_for
+from potluck.head.pool import Pool, PoolWorker
+from potluck.head.profiling.measure import pool_times_for
+from potluck.head.ring import Ring
+from potluck.host.local_devices import find_local_devices
+from potluck.host.local_host import ThisHost, isolated_host
+from potluck.host.node import Node
+from potluck.host.piece_server import HostPieceServer
+from potluck.measure.chats import ChatTiming, ChatTimings
+from potluck.store import StoredModel
+from potluck.system.settings import Settings
+from transport.links.endpoints import port_of
+from transport.links.zmq_link import set_options
+from transport.messages.control import Stats
+from transport.messages.requests import (
+    Aborted,
+    Cancel,
+    ClientMessage,
+    Delta,
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    Finished,
+    Ping,
+    RequestFailed,
+    Submit,
+)
+from transport.messages.ring import Sampling
+from transport.security.curve import Prepare
+
+if TYPE_CHECKING:
+    from potluck.head.network import Network
+
+_STARTS_WITHIN_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchPool:
+    """One pool with all its devices; `run_dir` is for sockets and logs. Other hosts get the model from the `giver`."""
+
+    context: zmq.Context[zmq.Socket[bytes]]
+    pool: Pool
+    here: ThisHost
+    run_dir: Path
+    piece_server: HostPieceServer | None = None
+
+    def wait_for(self, num_devices: int) -> None:
+        """Raises DeadlineExceeded."""
+        self.pool.wait_for_devices([], num_devices, _STARTS_WITHIN_S)
+
+    def plan(self, model: StoredModel, settings: Settings, *, in_turn: bool = False) -> Plan:
+        """As `potluck up` would with these settings. `in_turn`: measure one device at a time. Raises PotluckError."""
+        if settings.estimate:
+            devices = [device_of(worker.register) for worker in self.pool.workers()]
+            return plan_for(model, estimate_times(model, devices, self.here.name), settings)
+        times, _ = pool_times_for(
+            model,
+            self.pool,
+            self.here,
+            run_dir=self.run_dir,
+            say=lambda line: None,
+            in_turn=in_turn,
+            shared=self.share(model).share_for_worker,
+        )
+        return plan_for(model, times, settings)
+
+    def share(self, model: StoredModel) -> LocalModel | PublishedModel:
+        """Of the model with the other hosts. Raises PotluckError."""
+        if self.piece_server is None:
+            return LocalModel(model)
+        share = PublishedModel(model, self.here, self.piece_server, self.pool)
+        share.prepare(lambda line: None, for_others=True)
+        return share
+
+    def workers_of(self, plan: Plan) -> list[PoolWorker]:
+        """Those of the plan's stages, in ring order."""
+        by_name = {worker.register.device: worker for worker in self.pool.workers()}
+        return [by_name[stage.device] for stage in plan.stages]
+
+    def stats(self, workers: list[PoolWorker]) -> tuple[Stats, ...]:
+        """Fresh counters. Raises RuntimeError if a worker has none."""
+        self.pool.request_stats(workers)
+        found = tuple(worker.stats for worker in workers if worker.stats is not None)
+        if len(found) < len(workers):
+            raise RuntimeError("a worker does not answer: see the logs")
+        return found
+
+
+@contextmanager
+def pool_of_hosts(here: ThisHost, pairing_port: int) -> Iterator[BenchPool]:
+    """Of workers of other hosts, paired with this one, which join at `pairing_port` by themselves; empty at first."""
+    from potluck.head.network import Network  # Here, since zeroconf takes a while to import.
+
+    settings = Settings(lan_host=here.address, lan_port=pairing_port, discovery=False)
+    network = Network(here, settings, say=lambda line: None)
+    with _pool(here, network) as found, ExitStack() as stack:
+        control = found.pool.control
+        assert control is not None
+        stack.callback(network.close)
+        network.open(port_of(control))
+        yield found
+
+
+@contextmanager
+def pool_of_processes(num_stages: int) -> Iterator[BenchPool]:
+    """Of worker processes on this host's CPU, one thread each."""
+    here = isolated_host("bench")
+    settings = Settings(devices=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
+    devices = find_local_devices(settings, say=lambda line: None, host=here.name, is_head=True)
+    one_thread = [replace(device, threads=1) for device in devices]
+    with _pool(here, None) as found, ExitStack() as stack:
+        node = Node(
+            control=found.pool.endpoint,
+            logs=found.run_dir,
+            run_dir=found.run_dir,
+            on_exit=found.pool.on_worker_exit,
+            keys_file=here.keys_file,
+        )
+        stack.callback(node.stop)
+        node.start(one_thread)
+        found.pool.wait_for_devices([device.name for device in one_thread], num_stages, _STARTS_WITHIN_S)
+        yield found
+
+
+@contextmanager
+def _pool(here: ThisHost, network: Network | None) -> Iterator[BenchPool]:
+    run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        piece_server = None if network is None else HostPieceServer(here, network.piece_endpoint, network.roster.admits)
+        try:
+            pool = Pool(
+                context,
+                run_dir,
+                on_fault=lambda worker, error: None,
+                on_joined=lambda worker: None,
+                here=here,
+                roster=network.roster if network is not None else None,
+                control=network.control_endpoint if network is not None else None,
+                pool=network.pool_id if network is not None else "",
+                pieces=(lambda: "") if piece_server is None else (lambda: piece_server.endpoint),
+            )
+            try:
+                yield BenchPool(context, pool, here, run_dir, piece_server)
+            finally:
+                pool.stop_workers("the bench is over")
+                pool.close()
+        finally:
+            if piece_server is not None:
+                piece_server.close()
+    finally:
+        context.destroy(0)
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+_READY_WITHIN_S = 300.0
+_ANSWERED_WITHIN_S = 600.0
+
+
+class PendingRequest:
+    """A request on its way; times are seconds of `time.perf_counter`. `chunks_s` grows as text arrives."""
+
+    def __init__(self, request: str) -> None:
+        self.request = request
+        self.started_s = time.perf_counter()
+        self.ended_s = 0.0
+        self.chunks_s: list[float] = []
+        self.text = ""
+        self.finished: Finished | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended_s > 0
+
+    @property
+    def done(self) -> Finished:
+        """What the engine said of it. Raises RuntimeError if it was cancelled."""
+        if self.finished is None:
+            raise RuntimeError("a request was cancelled")
+        return self.finished
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """By the engine's clock."""
+        return (self.done.completion_tokens - 1) / self.done.decode_s
+
+    @property
+    def timing(self) -> ChatTiming:
+        return ChatTiming(
+            started_s=self.started_s,
+            ended_s=self.ended_s,
+            chunks_s=tuple(self.chunks_s),
+            prompt_tokens=self.done.prompt_tokens,
+            tokens=self.done.completion_tokens,
+        )
+
+
+class BenchClient:
+    """One client of an engine. Not thread-safe."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, prepare: Prepare | None = None) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
+        if prepare is not None:
+            prepare(self._socket)
+        self._socket.connect(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[list[EngineEvent]] = msgspec.msgpack.Decoder(list[EngineEvent])
+        self._pending: dict[str, PendingRequest] = {}
+        self._is_ready = False
+
+    def wait_ready(self) -> None:
+        """Raises RuntimeError if the engine can't serve, or takes too long."""
+        self._send(Ping())
+        self.wait(lambda: self._is_ready, _READY_WITHIN_S)
+
+    def start(self, submit: Submit) -> PendingRequest:
+        asked = self._pending[submit.request] = PendingRequest(submit.request)
+        self._send(submit)
+        return asked
+
+    def cancel(self, asked: PendingRequest) -> None:
+        self._send(Cancel(asked.request))
+
+    def wait(self, until: Callable[[], bool], timeout_s: float = _ANSWERED_WITHIN_S) -> None:
+        """Take events in until it is so. Raises RuntimeError if a request fails, or after `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while not until():
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"the engine took more than {timeout_s:.0f} s")
+            if self._socket.poll(100):
+                frame, now_s = self._socket.recv(), time.perf_counter()
+                for event in self._decoder.decode(frame):
+                    self._take(event, now_s)
+
+    def wait_for_s(self, seconds: float) -> None:
+        """Take events in for so long."""
+        end_s = time.perf_counter() + seconds
+        self.wait(lambda: time.perf_counter() >= end_s)
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+    def _send(self, message: ClientMessage) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def _take(self, event: EngineEvent, now_s: float) -> None:
+        match event:
+            case Delta(request=request, text=text):
+                asked = self._pending[request]
+                asked.chunks_s.append(now_s)
+                asked.text += text
+            case Finished(request=request):
+                asked = self._pending.pop(request)
+                asked.finished, asked.ended_s = event, now_s
+            case Aborted(request=request):
+                self._pending.pop(request).ended_s = now_s
+            case EngineReady():
+                self._is_ready = True
+            case RequestFailed() | EngineDown():
+                self._pending.clear()
+                raise RuntimeError(f"{event.message} ({event.code})")
+
+
+class EngineRing:
+    """A ring that is ready."""
+
+    def __init__(self, name: str, pool: BenchPool, plan: Plan, client: BenchClient, eos_ids: frozenset[int]) -> None:
+        self.name = name
+        self.plan = plan
+        self.client = client
+        self._pool = pool
+        self._bias = dict.fromkeys(eos_ids, -100.0)
+
+    def stats(self) -> tuple[Stats, ...]:
+        """Counters of the stages, in ring order."""
+        return self._pool.stats(self._pool.workers_of(self.plan))
+
+    def request(
+        self,
+        max_tokens: int,
+        *,
+        text: str | None = None,
+        messages: Sequence[dict[str, str]] = (),
+        ids: Sequence[int] = (),
+        may_end: bool = False,
+    ) -> Submit:
+        """A greedy one, of exactly one of a user's text, messages and token ids. Its answer is as long as asked for,
+        unless it `may_end`."""
+        if text is not None:
+            messages = ({"role": "user", "content": text},)
+        return Submit(
+            request=secrets.token_hex(6),
+            messages=tuple(messages) or None,
+            prompt_ids=tuple(ids) or None,
+            sampling=Sampling(temperature=0.0, logit_bias={} if may_end else self._bias),
+            max_tokens=max_tokens,
+        )
+
+    def run_requests(self, requests: Sequence[Submit]) -> list[PendingRequest]:
+        """All at once, until the last one is answered. Raises RuntimeError if one fails."""
+        asked = [self.client.start(request) for request in requests]
+        self.client.wait(lambda: all(one.is_over for one in asked))
+        return asked
+
+
+def timings_of(answers: Sequence[PendingRequest]) -> ChatTimings:
+    return ChatTimings(chats=tuple(answer.timing for answer in answers))
+
+
+@contextmanager
+def engine_ring(
+    name: str, pool: BenchPool, model: StoredModel, plan: Plan, eos_ids: frozenset[int]
+) -> Iterator[EngineRing]:
+    """Load it, start its engine, wait until it has warmed up. Raises PotluckError."""
+    ring = Ring(
+        pool.pool,
+        model,
+        plan,
+        here=pool.here,
+        run_dir=pool.run_dir,
+        logs=pool.run_dir,
+        epoch=1,
+        shared=pool.share(model).share_for_stages,
+    )
+    try:
+        ring.start(lambda workers: None)
+        door = BenchClient(pool.context, ring.api_endpoint, pool.pool.client_auth(ring.api_endpoint))
+        try:
+            door.wait_ready()
+            yield EngineRing(name, pool, plan, door, eos_ids)
+        finally:
+            door.close()
+    finally:
+        # Workers take an engine that leaves before them for a fault; nobody listens any more.
+        ring.stop_engine()

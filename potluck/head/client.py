@@ -1,0 +1,56 @@
+"""A client for commands: it asks the running head of this host, over its endpoint."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+from potluck.api.api_key import control_headers
+from potluck.host.local_head import LocalHead, running_head
+from transport.errors import NotRunning, error_from_code
+
+_TIMEOUT_S = 10.0
+
+Answer = TypeVar("Answer")
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str
+    code: str | None = None
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _Error
+
+
+def get_from_head(path: str, reply_type: type[Answer], *, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """What the head says at `path`. Raises NotRunning, and the error that the head answers with."""
+    return _request("GET", path, None, reply_type, timeout_s)
+
+
+def post_to_head(path: str, body: dict[str, Any], reply_type: type[Answer], *, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """What the head answers to `body`. Raises NotRunning, and the error that the head answers with."""
+    return _request("POST", path, body, reply_type, timeout_s)
+
+
+def _request(method: str, path: str, body: dict[str, Any] | None, reply_type: type[Answer], timeout_s: float) -> Answer:
+    head = running_head()
+    try:
+        response = httpx.request(
+            method, f"{head.url}{path}", json=body, headers=control_headers(head), timeout=timeout_s, trust_env=False
+        )
+        if response.is_success:
+            return msgspec.json.decode(response.content, type=reply_type)
+        error = msgspec.json.decode(response.content, type=_ErrorBody).error
+    except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError) as problem:
+        raise _not_answering(head, problem) from problem
+    message, _, hint = error.message.partition("; ")
+    raise error_from_code(error.code or "", message, hint)
+
+
+def _not_answering(head: LocalHead, problem: Exception) -> NotRunning:
+    return NotRunning(
+        f"the head (process {head.pid}) does not answer at {head.url}: {problem}", hint="is it still starting?"
+    )

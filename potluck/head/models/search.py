@@ -1,0 +1,195 @@
+"""The search finds models and files on the other hosts of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from msgspec import Struct
+from rich.markup import escape
+
+from potluck.head.hosts import PoolHost, PoolHosts
+from potluck.store import StoredModel
+from potluck.store.progress import ProgressCallback as PullCallback
+from potluck.store.sources import check_name, looks_like_path, parse_source
+from transport.errors import ModelNotFound, PotluckError
+from transport.messages.pool import FindFile, HostFile, HostModel, HostModels, ListHostModels
+from transport.pieces.store import is_digest
+
+_ANSWER_WITHIN_S = 5.0
+_MAX_MODELS = 1000
+_MAX_NAME_CHARACTERS = 256
+_MAX_MODEL_BYTES = 1 << 44
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """`text` is what the user typed, `name` what the model is called, `missing` why it is not here. `pull` gets it
+    without the pool; None if nobody knows from where."""
+
+    text: str
+    name: str
+    source: str
+    missing: PotluckError
+    pull: Callable[[PullCallback], StoredModel] | None = None
+
+    def matches(self, model: HostModel) -> bool:
+        return model.name in (self.text, self.name) or bool(self.source and model.source == self.source)
+
+
+def request_model(
+    text: str, missing: PotluckError, pull: Callable[[PullCallback], StoredModel] | None
+) -> ModelRequest | None:
+    """None for what other hosts can't know by that name: a path, or no name at all. `pull` is kept if the text says
+    where from."""
+    if looks_like_path(text) or text.startswith("file:"):
+        return None
+    try:
+        source = parse_source(text)
+        name, said, known = source.name, source.text, True
+    except PotluckError:
+        name, said, known = text, "", False
+    try:
+        check_name(name)
+    except ModelNotFound:
+        return None
+    return ModelRequest(text=text, name=name, source=said, missing=missing, pull=pull if known else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPeer:
+    """A host that has the model, under the name that its own store has for it."""
+
+    host: PoolHost
+    model: HostModel
+
+
+class ModelSearch:
+    """Asks hosts as they come, each once; `say` tells the user what each of them has."""
+
+    def __init__(self, request: ModelRequest, hosts: PoolHosts, say: Callable[[str], object]) -> None:
+        self._request = request
+        self._hosts = hosts
+        self._say = say
+        self._queried: dict[bytes, str] = {}
+
+    def poll(self) -> list[ModelPeer]:
+        """Those that have it among the hosts that were not asked yet. Waits for their answers, some seconds at most."""
+        hosts = [
+            host for host in self._hosts.connected() if host.hello.pieces and host.peer.identity not in self._queried
+        ]
+        if not hosts:
+            return []
+        answers = self._hosts.rpc.call_all([(host, ListHostModels()) for host in hosts], silence_s=_ANSWER_WITHIN_S)
+        found: list[ModelPeer] = []
+        for host, answer in zip(hosts, answers, strict=True):
+            self._queried[host.peer.identity] = host.name
+            if not isinstance(answer, HostModels):
+                why = answer.message if isinstance(answer, PotluckError) else "it answered something else"
+                self._say(f"[yellow]{host.name} did not say what it has:[/yellow] {printable(why)}")
+                continue
+            models = plausible_models(answer)
+            meant = [model for model in models if self._request.matches(model)]
+            if meant:
+                found.append(ModelPeer(host=host, model=meant[0]))
+            else:
+                self._say(f"{host.name} does not have {self._request.name} ({_list_names(models)})")
+        return found
+
+    @property
+    def queried_hosts(self) -> list[str]:
+        return sorted(set(self._queried.values()))
+
+    def absent_hosts(self) -> list[str]:
+        """Hosts of the pool that are not there."""
+        there = {host.name for host in self._hosts.connected()}
+        return [name for name in self._hosts.member_names() if name not in there]
+
+
+def plausible_models(answer: HostModels) -> list[HostModel]:
+    """Those that a user could be shown, and could name."""
+    return [
+        model
+        for model in answer.models[:_MAX_MODELS]
+        if 0 < len(model.name) <= _MAX_NAME_CHARACTERS
+        and len(model.source) <= _MAX_NAME_CHARACTERS
+        and model.name.isprintable()
+        and model.source.isprintable()
+        and 0 <= model.num_bytes <= _MAX_MODEL_BYTES
+    ]
+
+
+def printable(text: str) -> str:
+    """Words of another host, without what would command a terminal or be taken for markup."""
+    return escape("".join(char for char in text if char.isprintable())[:_MAX_NAME_CHARACTERS])
+
+
+def _list_names(models: Sequence[HostModel]) -> str:
+    if not models:
+        return "it has none"
+    names = [printable(model.name) for model in models[:_MAX_LISTED]]
+    more = f" and {len(models) - _MAX_LISTED} more" if len(models) > _MAX_LISTED else ""
+    return f"it has: {', '.join(names)}{more}"
+
+
+_HOST_TIMEOUT_S = 3.0
+
+
+class FileHolder(Struct, frozen=True, kw_only=True):
+    """A host that gives the file, of so many bytes, under its SHA-256."""
+
+    name: str
+    endpoint: str
+    key: str
+    num_bytes: int
+
+
+class FileHolders(Struct, frozen=True, kw_only=True):
+    holders: list[FileHolder]
+
+
+class RemoteModelEntry(Struct, frozen=True, kw_only=True):
+    """A model of another host's store."""
+
+    host: str
+    name: str
+    source: str
+    bytes: int
+
+
+class RemoteModelList(Struct, frozen=True, kw_only=True):
+    models: list[RemoteModelEntry]
+
+
+def find_file_holders(hosts: PoolHosts, sha256: str) -> FileHolders:
+    """Asks all that are there; who does not answer within a few seconds has it not."""
+    if not is_digest(sha256):
+        return FileHolders(holders=[])
+    queried = _hosts_with_pieces(hosts)
+    answers = hosts.rpc.call_all([(host, FindFile(sha256=sha256)) for host in queried], silence_s=_HOST_TIMEOUT_S)
+    return FileHolders(
+        holders=[
+            FileHolder(name=host.name, endpoint=host.hello.pieces, key=host.key, num_bytes=answer.num_bytes)
+            for host, answer in zip(queried, answers, strict=True)
+            if isinstance(answer, HostFile) and answer.num_bytes > 0
+        ]
+    )
+
+
+def list_remote_models(hosts: PoolHosts) -> RemoteModelList:
+    """By host, then as each of them lists its own."""
+    queried = _hosts_with_pieces(hosts)
+    answers = hosts.rpc.call_all([(host, ListHostModels()) for host in queried], silence_s=_HOST_TIMEOUT_S)
+    return RemoteModelList(
+        models=[
+            RemoteModelEntry(host=host.name, name=model.name, source=model.source, bytes=model.num_bytes)
+            for host, answer in zip(queried, answers, strict=True)
+            if isinstance(answer, HostModels)
+            for model in plausible_models(answer)
+        ]
+    )
+
+
+def _hosts_with_pieces(hosts: PoolHosts) -> list[PoolHost]:
+    return [host for host in hosts.connected() if host.hello.pieces]

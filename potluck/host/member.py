@@ -1,0 +1,246 @@
+"""A pool member gives this host's devices to another host's head, until the head or the user ends it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import zmq
+from rich.markup import escape
+
+from devices.hardware.interfaces import lan_interfaces
+from devices.pairing.identity import platform_name
+from potluck.cli.terminal import format_bytes
+from potluck.host.find_head import DiscoveredPool, HeadAddress
+from potluck.host.local_devices import find_local_devices
+from potluck.host.local_host import this_host
+from potluck.host.node import Node
+from potluck.host.piece_server import HostModelService, HostPieceServer
+from potluck.host.worker_log import WorkerEventLog
+from potluck.store import Store
+from potluck.system.paths import logs_dir, runtime_dir
+from potluck.system.settings import Settings
+from transport.control import REVOKED_REASON, ControlClient
+from transport.errors import DeadlineExceeded, NotAllowed, NotRunning, PotluckError, RingDown, VersionMismatch
+from transport.links.endpoints import port_of, tcp_endpoint
+from transport.messages.control import ControlMessage, Stop
+from transport.messages.pool import HostRequest, MembersChanged, NodeAccepted, NodeHello, ProbeConnection, ProbeResult
+from transport.messages.ring import PROTOCOL_VERSION
+from transport.security.curve import Curve
+
+_ACCEPT_TIMEOUT_S = 15.0
+
+
+class KnownMembers:
+    """Who is in the pool, as far as the head has said."""
+
+    def __init__(self) -> None:
+        self.keys: frozenset[str] = frozenset()
+
+    def admits(self, key: str) -> bool:
+        return key in self.keys
+
+
+class PoolMember:
+    """The node's own connection to the head; what it says of the pool's members goes into `known_members`."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        curve: Curve,
+        head: HeadAddress,
+        *,
+        known_members: KnownMembers,
+        address: str,
+        platform: str,
+        pieces: str,
+        model_service: HostModelService | None = None,
+    ) -> None:
+        """`address` is this host's, `pieces` where it gives pieces of models; `answers` says what models it has."""
+        self._changed = threading.Condition()
+        # The door, which is always asked first, has just said that this host is paired.
+        self._blocked_hint = (
+            f"its door does: does a firewall block TCP port {port_of(head.control)} of the head? See: potluck doctor"
+        )
+        self._known_members = known_members
+        self._model_service = model_service
+        self._accepted: NodeAccepted | None = None
+        self._probe_result: ProbeResult | None = None
+        self._end_error: PotluckError | None = None
+        hello = NodeHello(
+            version=PROTOCOL_VERSION,
+            potluck=version("potluck"),
+            platform=platform,
+            address=address,
+            pieces=pieces,
+            is_wifi=any(one.is_wifi and one.address == address for one in lan_interfaces()),
+            clock_s=time.time(),
+        )
+        self._control = ControlClient(
+            context,
+            head.control,
+            hello,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            prepare=curve.client_auth(head.key),
+        )
+
+    def wait_accepted(self) -> NodeAccepted:
+        """Raises what the head says instead, RingDown if it can't be reached or has another key, DeadlineExceeded."""
+        with self._changed:
+            known = self._changed.wait_for(
+                lambda: self._accepted is not None or self._end_error is not None, _ACCEPT_TIMEOUT_S
+            )
+            if self._accepted is not None:
+                return self._accepted
+            if not known or self._end_error is None:
+                raise DeadlineExceeded(
+                    f"the head did not let this host in within {_ACCEPT_TIMEOUT_S:.0f} s",
+                    hint=self._blocked_hint,
+                )
+            raise self._end_error
+
+    def probe_connection(self, port: int, timeout_s: float) -> str:
+        """Ask the head to connect to a port of this host; why it can't, or nothing. Raises DeadlineExceeded, or what
+        has ended the stay."""
+        with self._changed:
+            self._probe_result = None
+            self._control.send(ProbeConnection(port))
+            self._changed.wait_for(lambda: self._probe_result is not None or self._end_error is not None, timeout_s)
+            if self._probe_result is not None:
+                return self._probe_result.problem
+            raise self._end_error or DeadlineExceeded(
+                f"the head did not say within {timeout_s:.0f} s", hint="try again"
+            )
+
+    @property
+    def end_error(self) -> PotluckError | None:
+        """Why it is over, if it is: NotAllowed and VersionMismatch for good, RingDown until the head is back."""
+        with self._changed:
+            return self._end_error
+
+    def close(self) -> None:
+        self._control.close()
+
+    def _on_message(self, message: ControlMessage) -> None:
+        if isinstance(message, HostRequest):
+            if self._model_service is not None:
+                self._model_service.on_request(message, lambda answer: self._control.send(answer))
+            return
+        with self._changed:
+            match message:
+                case NodeAccepted():
+                    self._accepted = message
+                    self._known_members.keys = frozenset(message.members)
+                case MembersChanged(members=members):
+                    self._known_members.keys = frozenset(members)
+                case ProbeResult():
+                    self._probe_result = message
+                case Stop(reason=reason):
+                    self._end_error = _stop_error(reason)
+            self._changed.notify_all()
+
+    def _on_lost(self) -> None:
+        with self._changed:
+            self._known_members.keys = frozenset()
+            if self._accepted is not None:
+                lost = RingDown("the head is gone", hint="is it up, and this network the same as its?")
+            else:  # As it looks where a key is not admitted: nothing is said, the connection just ends.
+                lost = RingDown("the head does not let this host in", hint=self._blocked_hint)
+            self._end_error = self._end_error or lost
+            self._changed.notify_all()
+
+
+def _stop_error(reason: str) -> PotluckError:
+    if reason == REVOKED_REASON:
+        return NotAllowed(reason, hint="pair again: potluck forget, then potluck join with a new code")
+    if "protocol" in reason:
+        return VersionMismatch(reason, hint="bring both hosts to the same version of Potluck")
+    return RingDown(reason or "the head has stopped", hint="start it again, and this host joins by itself")
+
+
+Say = Callable[[str], object]
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinOptions:
+    """What `potluck join` was told. `prefix` is that of the devices' names; None: the host's name."""
+
+    settings: Settings
+    prefix: str | None
+
+
+def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) -> PotluckError:
+    """Give this host's devices to the head at `found`. Returns why it is over; raises what keeps this host out."""
+    settings = options.settings
+    here = this_host(settings, target=discovered.address)
+    assert here.keys is not None and here.address is not None
+    with ExitStack() as stack:
+        run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))
+        stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.destroy, 0)
+        curve = Curve(context, here.keys)
+        stack.callback(curve.close)
+        known_members = KnownMembers()
+        piece_server = HostPieceServer(here, tcp_endpoint(here.address), known_members.admits)
+        stack.callback(piece_server.close)
+        member = PoolMember(
+            context,
+            curve,
+            discovered.head,
+            known_members=known_members,
+            address=here.address,
+            platform=platform_name(),
+            pieces=piece_server.endpoint,
+            model_service=HostModelService(Store(), piece_server, say=say),
+        )
+        stack.callback(member.close)
+        accepted = member.wait_accepted()
+        here = replace(here, name=accepted.name)
+        devices = find_local_devices(settings, say=say, prefix=options.prefix or accepted.name, host=accepted.name)
+        lost: list[PotluckError] = []
+        node = Node(
+            control=discovered.head.control,
+            logs=logs_dir(),
+            run_dir=run_dir,
+            on_exit=lambda pid, error: lost.append(error),
+            address=here.address,
+            keys_file=here.keys_file,
+            head_key=discovered.head.key,
+        )
+        stack.callback(node.stop)
+        node.start(devices)
+        for device in devices:
+            say(
+                f"Joined {escape(discovered.pool.name)} with {escape(device.name)} ({format_bytes(device.free_bytes)} "
+                "free)"
+            )
+        worker_log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
+        while member.end_error is None and not node.all_exited():
+            time.sleep(_POLL_S)
+            for line in worker_log.read_new():
+                say(line)
+        time.sleep(_POLL_S)  # The node's connection may say more than its workers' ends.
+        return member.end_error or NotRunning("this host's workers have ended", hint=worker_end_reason(node, lost))
+
+
+def worker_end_reason(node: Node, lost: list[PotluckError]) -> str:
+    """Why its workers ended: what the head said or what went wrong, as the end of a worker's log has it; else how its
+    process ended."""
+    said = [why for worker in node.workers if (why := _reason_in_log_line(worker.child.last_log_line()))]
+    return said[0] if said else str(lost[0]) if lost else ""
+
+
+def _reason_in_log_line(line: str) -> str:
+    """Of a log's last line; empty if that is about something else, as where the process was killed."""
+    _, stopped, reason = line.partition(" INFO stopping: ")
+    return reason if stopped else "" if " INFO " in line else line

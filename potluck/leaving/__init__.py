@@ -1,1 +1,0 @@
-"""Removing what Potluck keeps on this host, and nothing else."""
