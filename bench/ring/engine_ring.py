@@ -17,7 +17,7 @@ import zmq
 
 from planner.plan import Plan
 from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
-from potluck.head.models.source import LocalModel, PublishedModel
+from potluck.head.models.source import LocalModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
 from potluck.head.profiling.measure import pool_times_for
@@ -84,11 +84,9 @@ class BenchPool:
         )
         return plan_for(model, times, settings)
 
-    def share(self, model: StoredModel) -> LocalModel | PublishedModel:
-        """Of the model with the other hosts. Raises PotluckError."""
-        if self.piece_server is None:
-            return LocalModel(model)
-        share = PublishedModel(model, self.here, self.piece_server, self.pool)
+    def share(self, model: StoredModel) -> LocalModel:
+        """Share the model with the other hosts. Raises PotluckError."""
+        share = LocalModel(model, self.here, self.pool, self.piece_server)
         share.prepare(lambda line: None, for_others=True)
         return share
 

@@ -13,8 +13,7 @@ from rich.markup import escape
 from devices.hardware.device import UnavailableDevice
 from planner.measurements import PoolTimes
 from potluck.head.endpoint import HttpEndpoint
-from potluck.head.models.remote import RemoteModel
-from potluck.head.models.source import ModelSource
+from potluck.head.models.source import ModelSource, RemoteModel
 from potluck.head.plan_watch import PlanWatch
 from potluck.head.planning import choose_weights, device_of, estimate_times, plan_for, profile_of
 from potluck.head.pool import Pool, PoolWorker
