@@ -20,7 +20,7 @@ from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.head.models.source import LocalModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
-from potluck.head.profiling.measure import pool_times_for
+from potluck.head.profiling.measure import MeasureOptions, pool_times_for
 from potluck.head.ring import Ring
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import ThisHost, isolated_host
@@ -79,7 +79,7 @@ class BenchPool:
             self.here,
             run_dir=self.run_dir,
             say=lambda line: None,
-            in_turn=in_turn,
+            options=MeasureOptions(in_turn=in_turn),
             shared=self.share(model).share_for_worker,
         )
         return plan_for(model, times, settings)
