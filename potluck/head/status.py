@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from devices.pairing.identity import fingerprint
 from devices.pairing.roster import clean_text
-from potluck.head.profiling.calibration import Deviation
+from potluck.head.plan_watch import Deviation
 from potluck.system.paths import logs_dir
 from transport.messages.requests import Pong
 from transport.messages.ring import KVForm, WeightsForm

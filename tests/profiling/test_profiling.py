@@ -16,9 +16,9 @@ from msgspec import structs
 from devices.hardware.device import Device
 from devices.pairing.identity import load_keys
 from planner.measurements import PoolTimes
+from potluck.head.plan_watch import LearnedFactor
 from potluck.head.pool import Pool
 from potluck.head.profiling.cache import ProfileCache
-from potluck.head.profiling.calibration import LearnedFactor
 from potluck.head.profiling.measure import MeasureOptions, PoolMeasurement, device_key, local_times_for, pool_times_for
 from potluck.head.profiling.probes import host_pairs
 from potluck.host.local_host import ThisHost

@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from devices.hardware.measure import is_noisy, should_remeasure
-from potluck.head.profiling.calibration import LearnedFactor
+from potluck.head.plan_watch import LearnedFactor
 from potluck.store import StoredModel
 from shard.worker.profile.report import ProfileReport
 from transport.links.link_probe import LinkMeasurement

@@ -19,10 +19,10 @@ from rich.markup import escape
 from devices.hardware.device import Device, UnavailableDevice
 from devices.hardware.measure import is_noisy
 from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from potluck.head.plan_watch import factor_at, is_deviating, learn, scale_times
 from potluck.head.planning import device_of
 from potluck.head.pool import Pool, PoolWorker
 from potluck.head.profiling.cache import DeviceKey, ProfileCache, model_identity
-from potluck.head.profiling.calibration import factor_at, is_deviating, learn, scale_times
 from potluck.head.profiling.probes import (
     ChildProfiler,
     DeviceProfiler,
