@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,6 @@ def register_of(device: Device, *, address: str | None = None) -> Register:
     )
 
 
-_WATCH_INTERVAL_S = 0.1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWorker:
     device: Device
@@ -49,7 +45,8 @@ class NodeWorker:
 
 
 class Node:
-    """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself."""
+    """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself. Starts
+    once."""
 
     def __init__(
         self,
@@ -57,7 +54,7 @@ class Node:
         control: str,
         logs: Path,
         run_dir: Path,
-        on_exit: Callable[[int, PotluckError], None],
+        on_exit: Callable[[int, PotluckError], object] = lambda pid, error: None,
         address: str | None = None,
         keys_file: Path | None = None,
         head_key: str = "",
@@ -73,6 +70,10 @@ class Node:
         self._on_exit = on_exit
         self._stopping = threading.Event()
         self.workers: list[NodeWorker] = []
+        self.exit_errors: list[PotluckError] = []
+        """Of workers that have ended by themselves, in order."""
+        self.ended = threading.Event()
+        """Set once all workers have ended; whoever waits for that may set it for other reasons too."""
 
     def start(self, devices: Sequence[Device]) -> None:
         """One worker a device."""
@@ -91,24 +92,24 @@ class Node:
                 log.unlink(missing_ok=True)
             child = ChildProcess("shard.worker", arguments, log=log, threads=device.threads)
             self.workers.append(NodeWorker(device=device, child=child))
-        threading.Thread(target=self._watch, name="node", daemon=True).start()
+        for worker in self.workers:
+            threading.Thread(target=self._watch, args=(worker,), name=f"node-{worker.child.pid}", daemon=True).start()
 
     def stop(self) -> None:
         self._stopping.set()
         stop_processes(worker.child for worker in self.workers)
 
-    def all_exited(self) -> bool:
-        return all(worker.child.exit_code() is not None for worker in self.workers)
-
-    def _watch(self) -> None:
-        running = list(self.workers)
-        while running and not self._stopping.is_set():
-            for worker in list(running):
-                code = worker.child.exit_code()
-                if code is not None and not self._stopping.is_set():
-                    running.remove(worker)
-                    self._on_exit(worker.child.pid, _exit_error(worker, code))
-            time.sleep(_WATCH_INTERVAL_S)
+    def _watch(self, worker: NodeWorker) -> None:
+        """Blocks in the system until the process ends: an idle node takes no time."""
+        worker.child.wait()
+        code = worker.child.exit_code()
+        if code is None or self._stopping.is_set():
+            return
+        error = _exit_error(worker, code)
+        self.exit_errors.append(error)
+        self._on_exit(worker.child.pid, error)
+        if all(one.child.exit_code() is not None for one in self.workers):
+            self.ended.set()
 
 
 def _exit_error(worker: NodeWorker, code: int) -> PotluckError:
