@@ -150,8 +150,7 @@ def _pool(here: ThisHost, network: Network | None) -> Iterator[BenchPool]:
             pool = Pool(
                 context,
                 run_dir,
-                on_fault=lambda worker, error: None,
-                on_joined=lambda worker: None,
+                on_change=lambda: None,
                 here=here,
                 roster=network.roster if network is not None else None,
                 control=network.control_endpoint if network is not None else None,

@@ -64,8 +64,7 @@ def _load_peaks(model: Path, backend: str, logs: Path) -> list[int]:
         pool = Pool(
             context,
             run_dir,
-            on_fault=lambda worker, error: None,
-            on_joined=lambda worker: None,
+            on_change=lambda: None,
             here=ThisHost(name="bench"),
         )
         node = Node(control=pool.endpoint, logs=logs, run_dir=run_dir, on_exit=pool.on_worker_exit)

@@ -100,9 +100,17 @@ class EngineClient:
     """Thread-safe. An engine that dies, falls silent or is down ends every request at once with an error."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, prepare: Prepare | None = None
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        prepare: Prepare | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prepare` where there is no ipc."""
+        """`prepare` where there is no ipc; `on_change` is called when it is not ready any more, and must not block."""
+        self._on_change = on_change
+        self.ring_error: PotluckError | None = None
+        """What the engine has said that its ring is down with."""
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
         if prepare is not None:
@@ -300,7 +308,8 @@ class EngineClient:
             case EngineReady():
                 self._set_ready(event)
             case EngineDown(code=code, message=message, hint=hint):
-                self._go_down(error_from_code(code, message, hint))
+                self.ring_error = error_from_code(code, message, hint)
+                self._go_down(self.ring_error)
             case Pong():
                 with self._changed:
                     pings, self._pings = self._pings, []
@@ -327,6 +336,7 @@ class EngineClient:
         deliver_all({inbox: [request_failed(request, error)] for request, inbox in inboxes.items()})
         for loop, future in pings:
             call_in_loop(loop, _reject, future, error)
+        self._on_change()
 
 
 def _encode_submit(submit: Submit) -> bytes:

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
 import uvicorn
@@ -32,6 +32,7 @@ _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
 _PONG_TIMEOUT_S = 1.0
 _MAX_FILES = 4 * MAX_CONNECTIONS
+_STARTING = RingDown("the ring is starting", hint="try again in a moment")
 
 
 def bind_endpoint(host: str, port: int) -> socket.socket:
@@ -62,11 +63,14 @@ class EngineSwitch:
 
     def __init__(self) -> None:
         self._client: EngineClient | None = None
-        self._error: PotluckError = RingDown("the ring is starting", hint="try again in a moment")
+        self._is_down = False
+        self._error: PotluckError = _STARTING
 
     @property
     def state(self) -> Literal["starting", "ready", "down"]:
-        return "starting" if self._client is None else self._client.state
+        if self._client is None:
+            return "down" if self._is_down else "starting"
+        return self._client.state
 
     @property
     def reason(self) -> str:
@@ -78,10 +82,12 @@ class EngineSwitch:
 
     def set_client(self, client: EngineClient | None) -> None:
         previous, self._client = self._client, client
+        self._is_down, self._error = False, _STARTING
         if previous is not None:
             previous.close()
 
     def mark_down(self, error: PotluckError) -> None:
+        self._is_down, self._error = True, error
         if self._client is not None:
             self._client.mark_down(error)
 
@@ -137,9 +143,11 @@ class HttpEndpoint:
                 raise ConfigError(f"the endpoint at {self.url} did not start", hint="see the messages above")
             time.sleep(0.01)
 
-    def connect(self, api_endpoint: str, prepare: Prepare | None = None) -> EngineClient:
+    def connect(
+        self, api_endpoint: str, prepare: Prepare | None = None, *, on_change: Callable[[], None] = lambda: None
+    ) -> EngineClient:
         """Send requests to the engine that answers there; `prepare` sets the keys where that is not an ipc socket."""
-        client = EngineClient(self._context, api_endpoint, prepare=prepare)
+        client = EngineClient(self._context, api_endpoint, prepare=prepare, on_change=on_change)
         self._engine.set_client(client)
         return client
 

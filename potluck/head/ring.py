@@ -16,7 +16,7 @@ from potluck.head.pool import Pool, PoolWorker
 from potluck.host.local_host import ThisHost
 from potluck.store import StoredModel
 from potluck.system.child_process import ChildProcess, stop_processes
-from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
+from transport.errors import ConfigError, PotluckError, RingDown
 from transport.links.endpoints import fixed_local_endpoint, free_port, has_ipc, is_tcp, tcp_endpoint
 from transport.links.secure_endpoints import Where
 from transport.messages.control import Connect, Load, Unload
@@ -38,7 +38,7 @@ class RingStage:
 
 
 class Ring:
-    """One loaded model over the pool's workers. `take_down` is safe at any time.
+    """One plan on the pool's workers, with an engine of its own.
 
     Neighbours on one host talk over ipc, others over TCP, where each lets in the key of its neighbour's host alone.
     """
@@ -70,7 +70,6 @@ class Ring:
         self.plan = plan
         self.fence = Fence(secrets.token_hex(8), epoch, plan.id)
         self.stages: tuple[RingStage, ...] = self._assign()
-        self.error: PotluckError | None = None
         self._check_reachable()
         self._shared_models: Mapping[int, SharedModel] = {}
         self.api_endpoint = fixed_local_endpoint(run_dir, f"api-{epoch}")
@@ -81,7 +80,7 @@ class Ring:
         return None if self._engine is None else self._engine.pid
 
     def start(self, on_loading: Callable[[Sequence[PoolWorker]], None]) -> None:
-        """Load every stage; the engine starts meanwhile. Raises the first error, after which `take_down` is due."""
+        """Load every stage; the engine starts meanwhile. Raises the first error, after which it is of no use."""
         self._shared_models = self._shared(self.stages)
         endpoints = self._pool.start_loading([(stage.worker, self._load(stage)) for stage in self.stages])
         following = [*endpoints[1:], self._start_engine(first_stage=endpoints[0])]
@@ -100,12 +99,10 @@ class Ring:
 
         self._pool.wait_until_loaded(workers, on_loading=watched)
 
-    def mark_down(self, error: PotluckError) -> bool:
-        """Remember why the ring can't serve. True if that is news: the first error, or the cause of a first symptom."""
-        is_news = self.error is None or (isinstance(self.error, NeighbourGone) and not isinstance(error, NeighbourGone))
-        if is_news:
-            self.error = error
-        return is_news
+    def errors(self) -> tuple[PotluckError, ...]:
+        """What is known to be wrong with this ring: what its workers said of this load, and the engine's end."""
+        faults = [stage.worker.fault for stage in self.stages if stage.worker.fence == self.fence]
+        return tuple(error for error in (*faults, self.engine_error()) if error is not None)
 
     def engine_error(self) -> PotluckError | None:
         """Why the engine process is gone, if it is."""

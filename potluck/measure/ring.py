@@ -213,8 +213,7 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
     pool = Pool(
         context,
         run_dir,
-        on_fault=lambda worker, error: None,
-        on_joined=lambda worker: None,
+        on_change=lambda: None,
         here=ThisHost(name="bench"),
     )
     node = Node(control=pool.endpoint, logs=run_dir, run_dir=run_dir, on_exit=pool.on_worker_exit)

@@ -19,9 +19,9 @@ from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wai
 
 # The command itself, with less patience: minutes are for people.
 IMPATIENT = """
-import sys, potluck.head.plan_watch, potluck.head.head, potluck.cli.app
+import sys, potluck.head.plan_watch, potluck.head.controller, potluck.cli.app
 potluck.head.plan_watch.PERSISTS_S, potluck.head.plan_watch.PERSISTS_STEPS,
-potluck.head.head._WATCH_INTERVAL_S = 3.0, 50, 0.5
+potluck.head.controller._WATCH_INTERVAL_S = 3.0, 50, 0.5
 sys.exit(potluck.cli.app.main())
 """
 ARGUMENTS = ("--use-all", "--estimate", "--objective", "latency", "--concurrency", "1", "--threads", "1", "--port", "0")
