@@ -17,6 +17,7 @@ import zmq
 
 from planner.plan import Plan
 from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
+from potluck.head.engine_process import EngineProcess
 from potluck.head.models.source import LocalModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
@@ -335,14 +336,21 @@ def engine_ring(
         model,
         plan,
         here=pool.here,
-        run_dir=pool.run_dir,
-        logs=pool.run_dir,
         epoch=1,
         shared=pool.share(model).share_for_stages,
     )
+    engine = EngineProcess(
+        pool.context,
+        pool.run_dir,
+        model,
+        here=pool.here,
+        logs=pool.run_dir,
+        client_auth=pool.pool.client_auth,
+    )
     try:
-        ring.start(lambda workers: None)
-        door = BenchClient(pool.context, ring.api_endpoint, pool.pool.client_auth(ring.api_endpoint))
+        ring.start(engine, lambda workers: None)
+        engine.warm_up(ring.fence)
+        door = BenchClient(pool.context, engine.api_endpoint, pool.pool.client_auth(engine.api_endpoint))
         try:
             door.wait_ready()
             yield EngineRing(name, pool, plan, door, eos_ids)
@@ -350,4 +358,5 @@ def engine_ring(
             door.close()
     finally:
         # Workers take an engine that leaves before them for a fault; nobody listens any more.
-        ring.stop_engine()
+        ring.unload()
+        engine.stop()

@@ -15,7 +15,8 @@ import msgspec
 import zmq
 
 from potluck.engine.request_manager import request_failed
-from transport.errors import Busy
+from potluck.engine.settings import Attach, Detach, EngineCommand, RingSpec, WarmUp
+from transport.errors import Busy, PotluckError, error_from_code
 from transport.links.zmq_link import set_options
 from transport.messages.requests import (
     Aborted,
@@ -31,6 +32,7 @@ from transport.messages.requests import (
     RequestFailed,
     Submit,
 )
+from transport.messages.ring import Fence
 from transport.process.child import lower_priority
 from transport.process.polling import Waker
 from transport.security.curve import Guard
@@ -60,6 +62,12 @@ class ServableEngine(Protocol):
     def state_event(self) -> EngineReady | EngineDown | None: ...
 
     def pong(self) -> Pong: ...
+
+    def attach(self, ring: RingSpec) -> None: ...
+
+    def warm_up(self, fence: Fence) -> None: ...
+
+    def detach(self, fence: Fence, error: PotluckError) -> None: ...
 
 
 @dataclass(slots=True)
@@ -98,7 +106,7 @@ class EngineServer:
         self._num_probes = 0
         self._is_closing = False
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage | EngineCommand)
         self._thread: threading.Thread | None = None
         self.num_refused = 0
 
@@ -172,6 +180,12 @@ class EngineServer:
                     self._cancel(engine, request)
             case Ping():
                 self._enqueue(client, engine.pong())
+            case Attach(ring=ring):
+                engine.attach(ring)
+            case WarmUp(fence=fence):
+                engine.warm_up(fence)
+            case Detach(fence=fence, code=code, message=text, hint=hint):
+                engine.detach(fence, error_from_code(code, text, hint))
 
     def _submit(self, engine: ServableEngine, client: _Client, submit: Submit, num_bytes: int) -> None:
         if submit.request in self._routes:

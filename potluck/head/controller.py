@@ -11,7 +11,6 @@ from typing import Literal
 from rich.markup import escape
 
 from devices.hardware.interfaces import lan_address
-from potluck.engine.client import EngineClient
 from potluck.head.decide import (
     CAUSE_GRACE_S,
     LOSSES_COUNT_FOR_S,
@@ -29,6 +28,7 @@ from potluck.head.decide import (
     root_cause,
 )
 from potluck.head.endpoint import HttpEndpoint
+from potluck.head.engine_process import EngineProcess
 from potluck.head.loader import RingLoader
 from potluck.head.models.source import RemoteModel
 from potluck.head.plan_watch import BetterPlan, PlanWatch
@@ -36,9 +36,9 @@ from potluck.head.pool import Pool
 from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
+from potluck.store import StoredModel
 from transport.errors import HostRevoked, NeighbourGone, PotluckError, RingDown
 
-_READY_TIMEOUT_S = 300.0
 _WATCH_INTERVAL_S = 5.0
 _ADDRESS_INTERVAL_S = 2.0
 _LOOK_AGAIN_S = 1.0
@@ -53,13 +53,23 @@ class RingView:
     ring: Ring | None = None
     watch: PlanWatch | None = None
     error: PotluckError | None = None
+    engine_pid: int | None = None
 
 
 class RingController:
     """One thread calls `start` and `run`. The rest is thread-safe."""
 
-    def __init__(self, *, pool: Pool, endpoint: HttpEndpoint, progress: HeadProgress, changed: threading.Event) -> None:
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        endpoint: HttpEndpoint,
+        progress: HeadProgress,
+        start_engine: Callable[[StoredModel], EngineProcess],
+        changed: threading.Event,
+    ) -> None:
         """`changed` is set by whoever knows that a fact may have changed."""
+        self._start_engine = start_engine
         self._pool = pool
         self._endpoint = endpoint
         self._progress = progress
@@ -67,7 +77,7 @@ class RingController:
         self._move: Callable[[ThisHost], None] | None = None
         self._changed = changed
         self._stats_lock = threading.Lock()
-        self._client: EngineClient | None = None
+        self._engine: EngineProcess | None = None
         self._epoch = 0
         self._next_address_s = self._next_watch_s = 0.0
         self._planned_with: frozenset[bytes] | None = None
@@ -110,8 +120,8 @@ class RingController:
     def stop(self) -> None:
         if self.view.watch is not None:
             self._loader.save_deviations(self.view.watch)
-        if self.view.ring is not None:
-            self.view.ring.stop_engine()
+        if self._engine is not None:
+            self._engine.stop()
 
     def _turn(self) -> None:
         self._changed.clear()
@@ -179,9 +189,11 @@ class RingController:
     def _errors(self, ring: Ring) -> tuple[PotluckError, ...]:
         """What is known to be wrong with this ring, and no other. What its engine says is a symptom: it names its
         neighbour, whatever has failed."""
-        lost = self._client.ring_error if self._client is not None else None
-        engine = (NeighbourGone(lost.message, hint=lost.hint),) if lost is not None else ()
-        return (*ring.errors(), *engine)
+        engine = self._engine
+        exit_error = engine.exit_error() if engine is not None else None
+        lost = engine.client.ring_error if engine is not None else None
+        errors = (exit_error, NeighbourGone(lost.message, hint=lost.hint) if lost is not None else None)
+        return (*ring.errors(), *(error for error in errors if error is not None))
 
     def _look_for_address(self, now_s: float) -> None:
         """Whether other hosts reach this one somewhere else than before: another Wi-Fi, a new lease."""
@@ -216,7 +228,8 @@ class RingController:
             self._ended_s = time.monotonic()
             if self.view.ring is not None:
                 self.view.ring.unload()
-                self.view.ring.stop_engine()
+            if self._engine is not None:
+                self._engine.end_ring(error)
         if is_said:
             self._progress.say(f"[bold red]The ring is down:[/bold red] {escape(str(error))}")
 
@@ -228,7 +241,7 @@ class RingController:
             self._progress.say(escape(why))
         if self._ended_with is None:
             self._end_ring(RingDown("the ring is being loaded anew", hint="try again in a moment"), is_said=False)
-        self._disconnect()
+        self._endpoint.disconnect()
         self._must_reload = self._is_replan_wanted = False
         self.view = replace(self.view, phase="starting")
         # Whoever registers from here on may come too late for this plan.
@@ -258,32 +271,36 @@ class RingController:
         """Raises PotluckError: what says most of all that went wrong."""
         planned = self._loader.plan(better.times if better is not None else None)
         ring = self._loader.ring_of(planned, self._epoch)
+        engine = self._engine_for(planned.model)
         self._ended_with = self._first_error_s = None
-        self.view = replace(self.view, ring=ring, watch=planned.watch, error=None)
+        self.view = replace(self.view, ring=ring, watch=planned.watch, error=None, engine_pid=engine.pid)
         num_stages = len(ring.stages)
         self._progress.say(f"Loading {planned.model.name} over {num_stages} stage{'s' if num_stages > 1 else ''}")
         try:
-            ring.start(self._progress.loading)
+            ring.start(engine, self._progress.loading)
             self._progress.say("Warming up")
-            self._client = self._endpoint.connect(
-                ring.api_endpoint, self._pool.client_auth(ring.api_endpoint), on_change=self._changed.set
-            )
-            self._client.wait_ready(_READY_TIMEOUT_S)
+            self._endpoint.connect(engine.client)
+            engine.warm_up(ring.fence)
         except PotluckError as error:
             raise self._cause(ring, error) from error
+
+    def _engine_for(self, model: StoredModel) -> EngineProcess:
+        """The one that runs, or a new one where it has ended, or the model lies elsewhere now."""
+        engine = self._engine
+        if engine is None or not engine.is_running() or engine.model_path != model.path:
+            if engine is not None:
+                engine.stop()
+            engine = self._engine = self._start_engine(model)
+        return engine
 
     def _cause(self, ring: Ring, error: PotluckError) -> PotluckError:
         """A worker or an engine that died says more than who missed it; it may take a moment."""
         deadline_s = time.monotonic() + (CAUSE_GRACE_S if isinstance(error, RingDown) else 0.0)
-        while (cause := root_cause(ring.errors())) is None or isinstance(cause, NeighbourGone):
+        while (cause := root_cause(self._errors(ring))) is None or isinstance(cause, NeighbourGone):
             if time.monotonic() >= deadline_s:
                 return error
             time.sleep(CAUSE_GRACE_S / 10)
         return cause
-
-    def _disconnect(self) -> None:
-        self._endpoint.disconnect()
-        self._client = None
 
     def _change_address(self, address: str) -> None:
         """Go on at this host's new address: its workers listen there, and others are told."""
@@ -304,7 +321,7 @@ class RingController:
         source = self._loader.source
         assert isinstance(source, RemoteModel), "so it was decided"
         self._progress.say(f"[yellow]{escape(error.message)}[/yellow]")
-        self._disconnect()
+        self._endpoint.disconnect()
         self.view = replace(self.view, phase="starting")
         source.wait_for_peer()
         self._must_reload = True

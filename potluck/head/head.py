@@ -17,6 +17,7 @@ from devices.hardware.device import Device
 from potluck.head.api_access import EndpointAccess, endpoint_access
 from potluck.head.controller import RingController
 from potluck.head.endpoint import HttpEndpoint, bind_endpoint
+from potluck.head.engine_process import EngineProcess
 from potluck.head.loader import RingLoader
 from potluck.head.models.search import FileHolders, ModelRequest, RemoteModelList, find_file_holders, list_remote_models
 from potluck.head.models.source import ModelSource, find_model
@@ -152,8 +153,23 @@ def start_head(settings: Settings, model: StoredModel | ModelRequest, progress: 
             stack.callback(piece_server.close)
         local = _LocalWorkers(pool, run_dir, here, devices)
         stack.callback(local.stop)
-        endpoint = HttpEndpoint(context, listener, model=model.name, access=opened.access)
-        controller = RingController(pool=pool, endpoint=endpoint, progress=progress, changed=changed)
+        endpoint = HttpEndpoint(listener, model=model.name, access=opened.access)
+        controller = RingController(
+            pool=pool,
+            endpoint=endpoint,
+            progress=progress,
+            start_engine=lambda model: EngineProcess(
+                context,
+                run_dir,
+                model,
+                here=here,
+                logs=logs_dir(),
+                client_auth=pool.client_auth,
+                prefix_cache=settings.prefix_cache,
+                on_change=changed.set,
+            ),
+            changed=changed,
+        )
         # Workers first hear that it is over: they would take an engine that stops before them for a fault.
         stack.callback(controller.stop)
         stack.callback(pool.stop_workers, "the head has stopped")

@@ -19,7 +19,6 @@ from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
 from potluck.store import StoredModel
-from potluck.system.paths import logs_dir
 from potluck.system.settings import Settings
 from transport.messages.ring import WeightsForm
 
@@ -75,10 +74,7 @@ class RingLoader:
             planned.model,
             planned.plan,
             here=self.here,
-            run_dir=self._run_dir,
-            logs=logs_dir(),
             epoch=epoch,
-            prefix_cache=self._settings.prefix_cache,
             shared=self.source.share_for_stages,
         )
 

@@ -28,7 +28,6 @@ from transport.errors import (
 from transport.links.endpoints import is_host_endpoint, local_endpoint
 from transport.links.secure_endpoints import Where
 from transport.messages.control import (
-    Connect,
     ControlMessage,
     Listening,
     Load,
@@ -204,11 +203,6 @@ class Pool:
                     )
                 found.append(worker.listening.endpoint)
         return found
-
-    def connect(self, connections: Sequence[tuple[PoolWorker, Connect]]) -> None:
-        """Say to workers that have their load where to send; does not wait."""
-        for worker, connect in connections:
-            self._server.send(worker.peer, connect)
 
     def wait_until_loaded(
         self,

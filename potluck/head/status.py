@@ -257,7 +257,7 @@ def report_of(
         error=view.error.message if view.error is not None else None,
         hint=(view.error.hint or None) if view.error is not None else None,
         pid=os.getpid(),
-        engine_pid=ring.engine_pid if ring is not None else None,
+        engine_pid=view.engine_pid,
         context_tokens=ring.plan.context_tokens if ring is not None else 0,
         kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
         engine=engine_report(pong),

@@ -17,7 +17,7 @@ from pathlib import Path
 import zmq
 
 from devices.hardware.device import Device
-from potluck.engine.loop import Engine
+from potluck.engine.loop import Engine, RingEnds
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Tokenizer
 from potluck.head.pool import Pool
@@ -109,20 +109,19 @@ class BenchRing:
         self._events: queue.SimpleQueue[tuple[float, EngineEvent]] = queue.SimpleQueue()
         self._engine = Engine(
             model=model.name,
-            sender=timed,
-            receiver=timed,
             tokenizer=Tokenizer(model),
-            limits=EngineLimits(
-                context_tokens=CONTEXT_TOKENS,
-                kv_capacity_tokens=CONTEXT_TOKENS,
-                vocab_size=spec.vocab_size,
-                num_stages=num_stages,
-                prefix_cache=False,  # every run computes its whole prompt
-            ),
-            fence=fence,
             emit=lambda event: self._events.put((time.perf_counter(), event)),
             clock=time.monotonic,
         )
+        limits = EngineLimits(
+            context_tokens=CONTEXT_TOKENS,
+            kv_capacity_tokens=CONTEXT_TOKENS,
+            vocab_size=spec.vocab_size,
+            num_stages=num_stages,
+            prefix_cache=False,  # every run computes its whole prompt
+        )
+        self._engine.attach_ends(fence, RingEnds(limits=limits, receiver=timed, connect=lambda is_cancelled: timed))
+        self._engine.warm_up(fence)
         self._thread = threading.Thread(target=self._engine.run, daemon=True)
         self._thread.start()
         self._wait_for(EngineReady)

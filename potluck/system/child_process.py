@@ -22,10 +22,7 @@ class ChildProcess:
     every system: it holds nothing that must be put away, sockets' files apart, and those are its parent's.
     """
 
-    def __init__(
-        self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1, inherited_fds: Sequence[int] = ()
-    ) -> None:
-        """`inherit` are descriptors that the child gets under the same numbers; Windows has no such thing."""
+    def __init__(self, module: str, arguments: Sequence[str], *, log: Path, threads: int = 1) -> None:
         self.log = log
         environment = {
             **os.environ,
@@ -41,7 +38,6 @@ class ChildProcess:
                 stdout=output,
                 stderr=output,
                 env=environment,
-                pass_fds=tuple(inherited_fds),
                 **detached_popen_kwargs(),
             )
 

@@ -192,6 +192,7 @@ class Worker:
                 next_limits,
                 name=f"stage {load.stage} ({self._register.device})",
                 prepare=self._edges.client_auth(connect.next, connect.key),
+                stop=self._has_pending_command,
             )
             try:
                 server = StageServer(LocalStage(backend), spec, receiver, sender, fence=load.fence, index=load.stage)

@@ -20,12 +20,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from potluck.engine.loop import Engine
 from potluck.engine.request_manager import _FIRST_RESTARTED_ID
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Prompt
 from shard.stage import HiddenOutput, ShardBackend, StageInput, TokenOutput
 from shard.worker.local_stage import LocalStage
+from tests.engine.fakes import attached_engine
 from tests.shard.ring import Runner, load_stages
 from tests.shard.tiny import NUM_LAYERS, VOCAB_SIZE, memory_checkpoint, tiny_model
 from transport.errors import PotluckError
@@ -98,7 +98,7 @@ class _Run:
         self.failures: list[RequestFailed] = []
         self.num_steps_failed = 0
         self.was_preempted = False
-        self._engine = Engine(
+        self._engine = attached_engine(
             model="tiny",
             sender=self,
             receiver=self,
