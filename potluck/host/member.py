@@ -20,9 +20,8 @@ from devices.pairing.identity import platform_name
 from potluck.host.find_head import DiscoveredPool, HeadAddress
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import this_host
-from potluck.host.node import Node
+from potluck.host.node import Node, relay_worker_log
 from potluck.host.piece_server import HostModelService, HostPieceServer
-from potluck.host.worker_log import WorkerEventLog
 from potluck.store import Store
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
@@ -174,7 +173,6 @@ def _stop_error(reason: str) -> PotluckError:
 
 
 Say = Callable[[str], object]
-_LOG_INTERVAL_S = 1.0
 _LAST_MESSAGE_S = 0.2
 
 
@@ -235,22 +233,3 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
         if member.end_error is None:
             time.sleep(_LAST_MESSAGE_S)  # The node's connection may say more than its workers' ends.
         return member.end_error or NotRunning("this host's workers have ended", hint=reason)
-
-
-def relay_worker_log(node: Node, *, say: Say) -> str:
-    """Pass on what a user should know of the workers' logs, until `node.ended`. Returns why they ended: what the
-    head said or what went wrong, as the end of a worker's log has it; else how its process ended."""
-    log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
-    is_over = False
-    while not is_over:
-        is_over = node.ended.wait(_LOG_INTERVAL_S)
-        for line in log.read_new():
-            say(line)
-    said = [why for worker in node.workers if (why := _reason_in_log_line(worker.child.last_log_line()))]
-    return said[0] if said else str(node.exit_errors[0]) if node.exit_errors else ""
-
-
-def _reason_in_log_line(line: str) -> str:
-    """Of a log's last line; empty if that is about something else, as where the process was killed."""
-    _, stopped, reason = line.partition(" INFO stopping: ")
-    return reason if stopped else "" if " INFO " in line else line
