@@ -73,7 +73,7 @@ def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
     head, beta = pair.up("--offline", "--wait-for", "2"), pair.join()
     assert stages(head) == [("alpha", "cpu"), ("beta", "beta/cpu")]
     assert "smollm2 is not in this host's store" in head.said()
-    assert "Giving smollm2 to the pool" in beta.said()
+    assert "Sharing smollm2 with the pool" in beta.said()
     text = answer(head)
 
     # Of all that came to the head: its own tensors, what opens the model, and the tokenizer.

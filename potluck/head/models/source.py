@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from potluck.head.hosts import PoolHost, piece_peers
+from potluck.head.hosts import PoolHost
 from potluck.head.models.search import ModelPeer, ModelRequest, ModelSearch, printable
 from potluck.head.pool import Pool, PoolWorker
 from potluck.head.progress import HeadProgress
@@ -305,27 +305,28 @@ class _OfferProgressReporter:
         self._done_bytes = -1
         self._progress_s = 0.0
 
-    def __call__(self, host: PoolHost, news: OfferProgress) -> None:
+    def __call__(self, host: PoolHost, progress: OfferProgress) -> None:
         now_s = time.monotonic()
-        if news.done_bytes > self._done_bytes:
-            self._done_bytes, self._progress_s = news.done_bytes, now_s
+        if progress.done_bytes > self._done_bytes:
+            self._done_bytes, self._progress_s = progress.done_bytes, now_s
         elif now_s - self._progress_s > _STALLED_AFTER_S:
             raise DeadlineExceeded(
                 f"{host.name} has read nothing more of {self._name} for {_STALLED_AFTER_S:.0f} s",
                 hint="is its disk busy, or does it share another model first?",
             )
-        if now_s < self._next_s or not 0 <= news.done_bytes <= news.total_bytes:
+        if now_s < self._next_s or not 0 <= progress.done_bytes <= progress.total_bytes:
             return
         self._next_s = now_s + _REPORT_INTERVAL_S
-        share = f": {100 * news.done_bytes / news.total_bytes:.0f} %" if news.total_bytes else ""
+        share = f": {100 * progress.done_bytes / progress.total_bytes:.0f} %" if progress.total_bytes else ""
         self._say(f"{host.name} reads {self._name} once, to share it{share}")
 
 
 def all_peers(pool: Pool, here: ThisHost, piece_server: HostPieceServer, *, last: str = "") -> tuple[PiecePeer, ...]:
     """The hosts that serve pieces, in the order in which workers ask them: this host is the last, or the one with the
     key `last`."""
+    others = [PiecePeer(host.name, host.hello.pieces, host.key) for host in pool.hosts.with_pieces()]
     own = PiecePeer(here.name, piece_server.endpoint, pool.own_key)
-    return tuple(sorted([*piece_peers(pool.hosts), own], key=lambda peer: peer.key == last))
+    return tuple(sorted([*others, own], key=lambda peer: peer.key == last))
 
 
 def stage_hints(
