@@ -38,7 +38,7 @@ _ACCEPT_TIMEOUT_S = 15.0
 
 
 class KnownMembers:
-    """Who is in the pool, as far as the head has said."""
+    """Who is in the pool, as of the head's last message."""
 
     def __init__(self) -> None:
         self.keys: frozenset[str] = frozenset()

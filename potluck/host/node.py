@@ -155,7 +155,7 @@ class _Log:
 
 
 class WorkerEventLog:
-    """What workers with these devices and logs have to say to this host's user: what went wrong with them, and which
+    """What this host's user should know of workers with these devices and logs: what went wrong with them, and which
     layers they hold. They talk to their head, which may be on another host; here their logs are read as they grow."""
 
     def __init__(self, logs: Sequence[tuple[str, Path]]) -> None:

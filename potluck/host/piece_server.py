@@ -102,8 +102,20 @@ class HostPieceServer:
         self._context.destroy(0)
 
 
-def share_stored_model(model: StoredModel, progress: HashProgress = lambda done, total: None) -> SharedFolders:
-    """Cut that model of the store into pieces: its files are read, unless they were before. Raises PotluckError."""
+def share_stored_model(
+    model: StoredModel, say: Callable[[str], object], on_progress: HashProgress = lambda done, total: None
+) -> SharedFolders:
+    """Cut that model of the store into pieces: its files are read, which `say` announces, unless they were before.
+    Raises PotluckError."""
+    is_announced = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal is_announced
+        if not is_announced:
+            say(f"Reading {escape(model.name)} once, to share it with other hosts ({format_bytes(total)})")
+        is_announced = True
+        on_progress(done, total)
+
     checksums = {Path(file.name).name: file.sha256 for file in model.files if file.sha256 is not None}
     return share_model(model.path, model.name, shared_dir(), progress, checksums=checksums)
 
@@ -171,7 +183,7 @@ class HostModelService:
             send(OfferProgress(request.token, 0, 0))
         try:
             model = self._store.resolve(found[0].name)
-            offered = share_stored_model(model, self._progress_sender(request, send))
+            offered = share_stored_model(model, self._say, _progress_sender(request, send))
             self._piece_server.share_model(offered)
             if offered.digest not in self._announced:
                 self._announced.add(offered.digest)
@@ -179,20 +191,6 @@ class HostModelService:
         finally:
             self._sharing.release()
         return ModelOffered(request.token, offered.digest, model.num_bytes)
-
-    def _progress_sender(self, request: OfferModel, send: Send) -> Callable[[int, int], None]:
-        next_s = 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal next_s
-            if not next_s:
-                name = escape(request.model)
-                self._say(f"Reading {name} once, to share it with other hosts ({format_bytes(total)})")
-            if time.monotonic() >= next_s:
-                next_s = time.monotonic() + _PROGRESS_INTERVAL_S
-                send(OfferProgress(request.token, done, total))
-
-        return progress
 
     def _file_bytes(self, sha256: str) -> int:
         """Of the file with that checksum, which is served from now on; 0 if there is none."""
@@ -210,3 +208,16 @@ def _host_model(model: StoredModel) -> HostModel:
     """Without a path as its source: that reveals something about this host, and is of no use elsewhere."""
     source = "" if model.source.startswith("file:") or len(model.source) > MAX_NAME_CHARACTERS else model.source
     return HostModel(model.name, source, model.num_bytes)
+
+
+def _progress_sender(request: OfferModel, send: Send) -> HashProgress:
+    """Sends how far hashing is every `_PROGRESS_INTERVAL_S`: the head takes a host for silent otherwise."""
+    next_s = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + _PROGRESS_INTERVAL_S
+            send(OfferProgress(request.token, done, total))
+
+    return progress

@@ -121,7 +121,7 @@ def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: SharedFolders, tm
     assert written(tmp_path / "head") == {"identity", "run", "roster.json", "roster.lock", "pieces", "shared"}
 
     record = read_remote_record("tiny")
-    assert record is not None and (record.digest, record.lender, record.key) == (
+    assert record is not None and (record.digest, record.peer, record.key) == (
         tiny.digest,
         "gamma",
         gamma.keys.public,
@@ -267,7 +267,7 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: SharedFolders, t
         "identity", "run", "roster.json", "roster.lock", "pieces", "shared"
     }  # fmt: skip
     if lie != "wrong list":
-        assert any("beta could not give tiny" in line for line in pool.said), pool.said
+        assert any("beta could not serve tiny" in line for line in pool.said), pool.said
 
 
 def test_only_who_was_asked_answers(pool: Pool, tiny: SharedFolders) -> None:
