@@ -63,7 +63,7 @@ def test_the_wheel_has_every_module_and_the_page_and_no_tests(wheel: Path) -> No
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix == ".py" or path.parent == ROOT / "potluck" / "http" / "page"
+        if path.suffix == ".py" or path.parent == ROOT / "potluck" / "api" / "page"
     }
     assert {name for name in wanted - names if "__pycache__" not in name} == set()
     assert not any(name.startswith("tests/") for name in names)
@@ -91,7 +91,7 @@ def test_the_command_runs_from_the_wheel_anywhere(wheel: Path, tmp_path: Path) -
     for file in json.loads(_run(fresh / "bin" / "python", "-P", "-c", where, cwd=tmp_path).stdout):
         assert Path(file).is_relative_to(fresh)
     assert _run(fresh / "bin" / "potluck", "list", "--json", cwd=tmp_path).stdout == "[]\n"
-    page = "import importlib.resources as r; print((r.files('potluck.http') / 'page' / 'index.html').read_text()[:15])"
+    page = "import importlib.resources as r; print((r.files('potluck.api') / 'page' / 'index.html').read_text()[:15])"
     assert "html" in _run(fresh / "bin" / "python", "-P", "-c", page, cwd=tmp_path).stdout.lower()
 
 

@@ -26,16 +26,16 @@ import sys, time
 from pathlib import Path
 if "slowly" in sys.argv:
     time.sleep(0.5)  # As an import of a large library takes, during which the parent dies.
-from transport.lifeline import hold_lifeline
-hold_lifeline(Path(sys.argv[1]))
+from transport.process.child import start_parent_watch
+start_parent_watch(Path(sys.argv[1]))
 print("ready é", flush=True)
 time.sleep(600)
 """
 _PARENT = """
 import sys, time
 from pathlib import Path
-from potluck.processes import Child
-child = Child("with_a_lifeline", sys.argv[1:], log=Path(sys.argv[1]).parent / "child.log")
+from potluck.system.child_process import ChildProcess
+child = ChildProcess("with_a_lifeline", sys.argv[1:], log=Path(sys.argv[1]).parent / "child.log")
 print(child.pid, flush=True)
 time.sleep(600)
 """

@@ -12,7 +12,7 @@ from tests.simulated_system import environment_of
 
 _WAITS = """
 import signal, time
-from potluck.session import ending_signals
+from potluck.cli.session import ending_signals
 {before}
 try:
     with ending_signals():

@@ -156,10 +156,15 @@ STAY = MembershipProbe(
     ("changes", "name", "state", "words"),
     [
         ({}, "way back", "ok", "can connect"),
-        ({"back": "timed out"}, "way back", "problem", "port 40000 of this host: no answer, so a firewall"),
-        ({"back": "unreachable"}, "way back", "problem", "--lan-host"),
-        ({"back": "failed", "back_words": "Strange"}, "way back", "problem", "(Strange)"),
-        ({"back": DeadlineExceeded("the head did not say", hint="try again")}, "way back", "problem", "did not say"),
+        ({"return_outcome": "timed out"}, "way back", "problem", "port 40000 of this host: no answer, so a firewall"),
+        ({"return_outcome": "unreachable"}, "way back", "problem", "--lan-host"),
+        ({"return_outcome": "failed", "return_error": "Strange"}, "way back", "problem", "(Strange)"),
+        (
+            {"return_outcome": DeadlineExceeded("the head did not say", hint="try again")},
+            "way back",
+            "problem",
+            "did not say",
+        ),
         ({"clock_off_s": -120.0}, "clock", "warning", "120 s behind"),
         ({"speed": 1e6, "is_wifi": True}, "link", "warning", "Wi-Fi"),
         ({"speed": DeadlineExceeded("nobody answers")}, "link", "problem", "nobody answers"),
@@ -170,7 +175,7 @@ def test_what_a_stay_shows(changes: dict[str, object], name: str, state: str, wo
     check = next(check for check in checks if check.name == f"alpha: {name}")
     assert check.state == state
     assert words in f"{check.what} {check.hint}"
-    if changes.get("back") in ("timed out", "unreachable", "failed"):
+    if changes.get("return_outcome") in ("timed out", "unreachable", "failed"):
         assert "open ufw" in check.hint
 
 

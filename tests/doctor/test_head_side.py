@@ -55,8 +55,8 @@ def by_name(facts: HeadNetwork) -> dict[str, Check]:
     [
         (LINK, "link", "ok", "110.0 MB/s"),
         (replace(LINK, speed=3e6, is_wifi=True), "link", "warning", "a cable is faster"),
-        (replace(LINK, reach=at("timed out"), speed=None), "link", "problem", "on beta, let Potluck through"),
-        (replace(LINK, reach=at("refused"), speed=None), "link", "problem", "is potluck running on beta"),
+        (replace(LINK, connection=at("timed out"), speed=None), "link", "problem", "on beta, let Potluck through"),
+        (replace(LINK, connection=at("refused"), speed=None), "link", "problem", "is potluck running on beta"),
         (replace(LINK, speed=NotAllowed("beta refused")), "link", "warning", "beta refused"),
         (replace(LINK, speed=None), "link", "ok", "not measured"),
         (replace(LINK, report=msgspec.structs.replace(BETA, potluck="0.0.9")), "version", "warning", "update"),

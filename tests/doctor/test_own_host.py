@@ -69,7 +69,7 @@ def test_a_host_that_is_well_has_no_hints() -> None:
         ({"interfaces": (WIFI,)}, "network", "warning", "a cable is faster"),
         ({"interfaces": (CABLE, WIFI)}, "network", "ok", "wlan0 192.168.1.21/24 (Wi-Fi)"),
         (
-            {"left_out": (ExcludedInterface(name="wg0", address="10.0.0.2", kind="a VPN"),)},
+            {"excluded": (ExcludedInterface(name="wg0", address="10.0.0.2", kind="a VPN"),)},
             "not used",
             "ok",
             "wg0 10.0.0.2 (a VPN)",

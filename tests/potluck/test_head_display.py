@@ -88,7 +88,7 @@ def test_a_terminal_has_its_cursor_back_after_an_interrupt_while_the_ring_is_loa
     monkeypatch.setattr(session, "requested_model", lambda settings, console: None)
     monkeypatch.setattr(session, "_log_to_file", lambda: None)
     with session.running_head_of(Settings(), console) as head:
-        head.progress.doing("cpu", "decode of 1")  # type: ignore[attr-defined]
+        head.progress.measuring("cpu", "decode of 1")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
     shown = new_text(console)
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")

@@ -39,7 +39,7 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
 @pytest.mark.parametrize("keeps_trying", [False, True])
 def test_systemd_has_nothing_to_say_against_the_unit(keeps_trying: bool, folder: Path) -> None:
-    job = replace(JOB, command=("/bin/sh", *JOB.command[1:]), keeps_trying=keeps_trying)
+    job = replace(JOB, command=("/bin/sh", *JOB.command[1:]), retries_forever=keeps_trying)
     (folder / UNIT).write_text(unit_text(job))
     assert _verified(folder) == ""
     (folder / UNIT).write_text(unit_text(job).replace("KillMode", "KillMood"))
@@ -77,7 +77,7 @@ def test_systemd_reads_every_word_as_it_was_meant(folder: Path) -> None:
 
 def test_it_stops_trying_what_fails_but_waits_for_a_head_for_ever() -> None:
     assert "StartLimitBurst=5" in unit_text(JOB)
-    assert "StartLimitIntervalSec=0" in unit_text(replace(JOB, keeps_trying=True))
+    assert "StartLimitIntervalSec=0" in unit_text(replace(JOB, retries_forever=True))
     assert "Restart=on-failure" in unit_text(JOB)
 
 

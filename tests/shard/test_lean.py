@@ -116,8 +116,8 @@ def test_it_is_loaded_without_most_of_torch(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from shard.load import load_shard
-from shard.open import open_checkpoint
+from shard.worker.load import load_shard
+from shard.pieces.open import open_checkpoint
 from shard.stage import ShardSpec
 
 dtypes = dict.fromkeys(("compute_dtype", "wire_dtype", "next_dtype"), "float32")
