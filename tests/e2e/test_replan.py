@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.known_devices import know_devices
-from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
+from tests.support.e2e.known_devices import know_devices
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
 
 # The command itself, with less patience: minutes are for people.
 IMPATIENT = """
