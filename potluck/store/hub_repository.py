@@ -83,7 +83,9 @@ class Hub:
         except (HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._translated(source, error) from error
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-            raise DownloadFailed(f"{self.endpoint} names no commit of {source.text}", hint="check HF_ENDPOINT")
+            raise DownloadFailed(
+                f"{self.endpoint}: expected a commit of {source.text}, got {info.sha!r}", hint="check HF_ENDPOINT"
+            )
         siblings = [one for one in info.siblings or [] if _NAME.fullmatch(one.rfilename) and ".." not in one.rfilename]
         return RepositoryListing(
             repository=source.repository,
@@ -111,7 +113,8 @@ class Hub:
         etag = found.etag or ""
         if found.size is None or not (_SHA256.fullmatch(etag) or _COMMIT.fullmatch(etag)):
             raise DownloadFailed(
-                f"{self.endpoint} tells no size or checksum of {url.rsplit('/', 1)[-1]}", hint="check HF_ENDPOINT"
+                f"{self.endpoint}: expected size and checksum of {url.rsplit('/', 1)[-1]}, got {found.size}, {etag!r}",
+                hint="check HF_ENDPOINT",
             )
         return found.size, etag
 
@@ -126,14 +129,15 @@ class Hub:
                 hint="check the name; a private one needs HF_TOKEN",
             )
         return DownloadFailed(
-            f"{source.text} can't be had from {self.endpoint}: {str(error) or type(error).__name__}",
+            f"{source.text} can't be read from {self.endpoint}: {str(error) or type(error).__name__}",
             hint="check the network and HF_ENDPOINT; --offline takes what is in the hub's cache",
         )
 
 
 def gated_error(repository: str) -> DownloadFailed:
     return DownloadFailed(
-        f"{repository} is gated", hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login"
+        f"{repository} is gated",
+        hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login",
     )
 
 
