@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from potluck.engine.detokenizer import ChoiceOutput, TokenTable
-from potluck.engine.request import Choice, Request
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import Choice, Request, TokenSequence
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Prompt, PromptTooLong
 from transport.errors import BadRequest

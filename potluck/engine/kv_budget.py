@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from potluck.engine.request import PrefixReuse
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import PrefixReuse, TokenSequence
 from transport.messages.ring import Fork, Op, Open, Release, SequenceId
 
 MIN_PREFIX_TOKENS = 16

@@ -7,16 +7,25 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from potluck.engine.input_processor import ChatTokenizer, InputProcessor
 from potluck.engine.request import Request
-from potluck.engine.request_manager import RequestManager, request_failed
+from potluck.engine.request_manager import RequestManager
 from potluck.engine.settings import EngineLimits, StepDeadlines
 from potluck.engine.step_channel import StepChannel, StepDone
 from transport.errors import BadRequest, PotluckError, RingDown, error_from_code
 from transport.links.link import Receiver, Sender
-from transport.messages.requests import EngineDown, EngineEvent, EngineReady, Finished, Pong, RequestFailed, Submit
+from transport.messages.requests import (
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    EngineState,
+    Finished,
+    Pong,
+    RequestFailed,
+    Submit,
+    request_failed,
+)
 from transport.messages.ring import Fence, Sampling
 
 # Longer than any wait that matters: commands wake the loop, and the ring's deadlines are its own.
@@ -85,7 +94,7 @@ class Engine:
         self._commands: deque[_Command] = deque()
         self._down: RingDown | None = None
         self._is_stopping = False
-        self._state: Literal["starting", "ready", "down"] = "starting"
+        self._state: EngineState = "starting"
         self._warm_up_error: PotluckError | None = None
 
     def submit(self, submit: Submit) -> None:

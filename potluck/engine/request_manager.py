@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from potluck.engine.kv_budget import KVBudget
-from potluck.engine.prefill_budget import PrefillBudget
-from potluck.engine.request import Choice, Phase, Request
-from potluck.engine.request import Sequence as TokenSequence
-from potluck.engine.scheduler import MAX_PROMPTS_PER_STEP, SchedulerState, StepPlan, num_admissible, schedule
+from potluck.engine.request import Choice, Phase, Request, TokenSequence
+from potluck.engine.scheduler import (
+    MAX_PROMPTS_PER_STEP,
+    PrefillBudget,
+    SchedulerState,
+    StepPlan,
+    num_admissible,
+    schedule,
+)
 from potluck.engine.settings import EngineLimits
 from potluck.engine.step_channel import StepDone, StepFailed
 from potluck.engine.step_times import StepTimeModel
@@ -25,7 +30,7 @@ from transport.messages.requests import (
     EngineEvent,
     Finished,
     FinishReason,
-    RequestFailed,
+    request_failed,
 )
 from transport.messages.ring import Fork, Open, SampledToken, SequenceId
 
@@ -36,17 +41,6 @@ for ever."""
 _BATCH_EXTRA_S = 60.0
 _MAX_RETRIES = 1
 _FIRST_RESTARTED_ID = 1 << 40
-
-
-def request_failed(request: str, error: PotluckError) -> RequestFailed:
-    """The terminal event that tells a client of `error`."""
-    return RequestFailed(
-        request=request,
-        code=error.code,
-        message=error.message,
-        hint=error.hint,
-        param=getattr(error, "param", None),
-    )
 
 
 class _PendingOutput(Struct, frozen=True):
@@ -61,8 +55,8 @@ class _PendingOutput(Struct, frozen=True):
 class RequestManager:
     """Admits, commits, finishes. Each request that comes in gets exactly one terminal event, and gives back its KV.
 
-    A turn: `plan` and `sent` until there is nothing to send, `tell`, and when a step came back `done`. What a token is
-    as text, and who hears of it, is left to `tell`, behind the next step's back.
+    A turn: `plan` and `step_sent` until there is nothing to send, `flush_outputs`, and when a step came back
+    `step_done`. Tokens become text and events in `flush_outputs`, while the next step is on its way.
     """
 
     def __init__(
@@ -90,7 +84,7 @@ class RequestManager:
 
     @property
     def num_queued(self) -> int:
-        # A copy, which is atomic: other threads ask for this number, too.
+        # A copy, which is atomic: other threads read this number, too.
         return sum(request.is_queued for request in list(self._requests.values()))
 
     @property
@@ -132,7 +126,7 @@ class RequestManager:
         self._emit(request_failed(request.id, error))
 
     def fail_all(self, error: PotluckError) -> None:
-        """The ring is gone: so are its KV and the ops it was owed."""
+        """The ring is gone: so are its KV and the ops that were to go there."""
         self._pending_outputs.clear()
         for request in list(self._requests.values()):
             self.fail(request, error)
@@ -143,7 +137,7 @@ class RequestManager:
         self.kv.clear()
 
     def plan(self, num_steps_in_flight: int) -> StepPlan | None:
-        """The next step, if one can go. The caller sends it and says so with `sent`."""
+        """The next step, if one can go. The caller sends it and calls `step_sent`."""
         decoding, prompts = self._decoding, self._prompts
         if not decoding and not prompts and not self.kv.ops:
             return None
@@ -181,7 +175,7 @@ class RequestManager:
             self._prefill_budget.consume(plan.share)
 
     def step_done(self, step: StepDone, now_s: float) -> None:
-        """A step came back: commit its tokens. Their text follows with `tell`."""
+        """A step came back: commit its tokens. Their text follows with `flush_outputs`."""
         self._step_returned(step.plan)
         self._pending_times.append(step)
         for result in step.results:
@@ -193,7 +187,7 @@ class RequestManager:
     def step_failed(self, step: StepFailed, error: PotluckError) -> None:
         """A stage could not run a step: its sequences begin again from their ids, once; then their requests end."""
         self._step_returned(step.plan)
-        # A stage may have failed before the step's ops: what it was to forget, it forgets now.
+        # A stage may have failed before the step's ops: releases are sent again.
         self.kv.step_failed(step.plan.ops)
         opened = {op.sequence for op in step.plan.ops if isinstance(op, Open | Fork)}
         concerned = opened | {entry.sequence for entry in step.plan.entries}
@@ -209,7 +203,7 @@ class RequestManager:
         self._admit()
 
     def flush_outputs(self) -> bool:
-        """Turn committed tokens into text and tell the clients, and learn from how long their steps took.
+        """Turn committed tokens into text and events, and record how long their steps took.
 
         Whether a stop string ended somebody.
         """
@@ -270,7 +264,7 @@ class RequestManager:
             self._allocate_more(request, choice)
 
     def _allocate_more(self, request: Request, choice: Choice) -> None:
-        """Memory for the next tokens: of what is kept, then of those that are due last; at worst this one waits."""
+        """Memory for the next tokens: of what is kept, then of those due last; at worst this one waits."""
         sequence = choice.sequence
         while not self.kv.allocate(sequence):
             victim = max(self._active.values(), key=lambda held: (held[1].sequence.deadline_s, held[1].sequence.id))
@@ -279,7 +273,7 @@ class RequestManager:
                 return
 
     def _finish_choice(self, request: Request, choice: Choice, reason: FinishReason) -> None:
-        """Tell of the end of a choice that has left."""
+        """Report the end of a choice whose sequence is over."""
         text, logprobs = choice.output.finish()
         if text or logprobs:
             self._emit(Delta(request.id, choice.index, text, logprobs))
@@ -326,7 +320,7 @@ class RequestManager:
             self._prompts.remove(sequence)
 
     def _restart(self, request: Request, choice: Choice) -> None:
-        """Free a sequence's KV and queue it again: all its ids will be computed anew, under another id."""
+        """Free a sequence's KV and queue it again: all its ids will be computed again, under another id."""
         sequence = choice.sequence
         self._remove_active(sequence)
         self.kv.free(sequence, keep_prefix=False)
@@ -337,7 +331,12 @@ class RequestManager:
         if not self._waiting:
             return
         self._waiting.sort(key=_deadline)
-        count = self._num_admissible(choice.sequence for _, choice in self._waiting)
+        count = num_admissible(
+            (choice.sequence for _, choice in self._waiting),
+            free_tokens=self.kv.available_tokens,
+            num_active=len(self._active),
+            limits=self._limits,
+        )
         for _ in range(count):
             request, choice = self._waiting[0]
             sequence = choice.sequence
@@ -348,11 +347,6 @@ class RequestManager:
             self._active[sequence.id] = (request, choice)
             self._prompts.append(sequence)
         self._prompts.sort(key=lambda sequence: sequence.deadline_s)
-
-    def _num_admissible(self, waiting: Iterable[TokenSequence]) -> int:
-        return num_admissible(
-            waiting, free_tokens=self.kv.available_tokens, num_active=len(self._active), limits=self._limits
-        )
 
 
 def _deadline(item: tuple[Request, Choice]) -> float:

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -26,6 +26,7 @@ from transport.messages.requests import (
     ChoiceFinished,
     Delta,
     EngineEvent,
+    EngineState,
     Finished,
     RequestFailed,
     Submit,
@@ -39,7 +40,7 @@ class ChatEngine(Protocol):
     """What the API needs of `potluck.engine.client.EngineClient`."""
 
     @property
-    def state(self) -> Literal["starting", "ready", "down"]: ...
+    def state(self) -> EngineState: ...
 
     @property
     def reason(self) -> str: ...
