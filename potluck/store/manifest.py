@@ -93,14 +93,7 @@ class _Manifest:
 
 def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> None:
     """`recorded_path` is "." for a model that lies in its own folder, so that a store can be moved."""
-    manifest = _Manifest(
-        version=MANIFEST_VERSION,
-        name=model.name,
-        source=model.source,
-        path=recorded_path,
-        files=model.files,
-        spec=model.spec,
-    )
+    manifest = {"version": MANIFEST_VERSION, **model.to_json(), "path": recorded_path}
     new = folder / f"{MANIFEST_FILE}.new"
     new.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     new.replace(folder / MANIFEST_FILE)  # At once: others may be reading it.

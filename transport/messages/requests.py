@@ -13,6 +13,7 @@ from transport.errors import PotluckError
 from transport.messages.ring import Sampling
 
 MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
+MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_TOP_LOGPROBS = 16, 1024, 20
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
 EngineState = Literal["starting", "ready", "down"]
