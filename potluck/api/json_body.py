@@ -21,7 +21,7 @@ MAX_DEPTH = 64
 MAX_CONTAINERS = 20_000
 MAX_ITEMS = 200_000
 
-# A whole text, so that what stands in it does not count, or one mark.
+# A complete string, so that what stands in it does not count, or one mark.
 _TEXT_OR_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 

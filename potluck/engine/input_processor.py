@@ -49,6 +49,7 @@ class InputProcessor:
         """A request whose numbers are known to be good."""
         choices = tuple(
             Choice(
+                request_id=submit.request,
                 index=index,
                 sequence=TokenSequence(
                     SequenceId(next(self._sequence_ids)),

@@ -94,7 +94,7 @@ class TokenSequence:
 
     @property
     def wanted_tokens(self) -> int:
-        """KV memory for all known ids and the next one, in whole allocations."""
+        """KV memory for all known ids and the next one, in steps of KV_ALLOCATION_TOKENS."""
         return min(self.max_total_tokens, -(-(self.length + 1) // KV_ALLOCATION_TOKENS) * KV_ALLOCATION_TOKENS)
 
     @property
@@ -172,6 +172,7 @@ class Choice:
     """One answer of a request. `stop_token_ids` end it; they are not part of its text. `is_reported`: its client
     knows that it is over. `num_cached` tokens of its prompt were not computed."""
 
+    request_id: str
     index: int
     sequence: TokenSequence
     output: ChoiceOutput

@@ -46,7 +46,6 @@ _FIRST_RESTARTED_ID = 1 << 40
 class _PendingOutput(Struct, frozen=True):
     """A token whose text is still to be made; `reason` if it ended its choice."""
 
-    request: Request
     choice: Choice
     token: SampledToken
     reason: FinishReason | None
@@ -66,8 +65,8 @@ class RequestManager:
         self._emit = emit
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[Request, Choice]] = []
-        self._active: dict[SequenceId, tuple[Request, Choice]] = {}
+        self._waiting: list[Choice] = []
+        self._active: dict[SequenceId, Choice] = {}
         self._decoding: list[TokenSequence] = []
         self._prompts: list[TokenSequence] = []
         self._prompt_steps_in_flight = 0
@@ -110,7 +109,7 @@ class RequestManager:
                 sequence.length
             )
             sequence.deadline_s += _BATCH_EXTRA_S if sequence.priority == "batch" else 0.0
-            self._waiting.append((request, choice))
+            self._waiting.append(choice)
         self._admit()
         return True
 
@@ -160,7 +159,7 @@ class RequestManager:
     def step_sent(self, plan: StepPlan, step: int) -> None:
         self.kv.ops_sent()
         for entry in plan.entries:
-            sequence = self._active[entry.sequence][1].sequence
+            sequence = self._active[entry.sequence].sequence
             is_new = not sequence.is_opened
             sequence.step_sent(entry, step)
             if is_new:
@@ -180,9 +179,9 @@ class RequestManager:
         self._pending_times.append(step)
         for result in step.results:
             # A sequence that ended while its step was in flight is not active any more.
-            held = self._active.get(result.sequence)
-            if held is not None:
-                self._commit(*held, result.tokens[0], now_s)
+            choice = self._active.get(result.sequence)
+            if choice is not None:
+                self._commit(choice, result.tokens[0], now_s)
 
     def step_failed(self, step: StepFailed, error: PotluckError) -> None:
         """A stage could not run a step: its sequences begin again from their ids, once; then their requests end."""
@@ -192,14 +191,14 @@ class RequestManager:
         opened = {op.sequence for op in step.plan.ops if isinstance(op, Open | Fork)}
         concerned = opened | {entry.sequence for entry in step.plan.entries}
         for sequence in concerned:
-            held = self._active.get(sequence)
-            if held is None:
+            choice = self._active.get(sequence)
+            if choice is None:
                 self.kv.invalidate(sequence)
-            elif held[1].sequence.num_retries >= _MAX_RETRIES:
-                self.fail(held[0], error)
+            elif choice.sequence.num_retries >= _MAX_RETRIES:
+                self.fail(self._requests[choice.request_id], error)
             else:
-                held[1].sequence.num_retries += 1
-                self._restart(*held)
+                choice.sequence.num_retries += 1
+                self._restart(choice)
         self._admit()
 
     def flush_outputs(self) -> bool:
@@ -214,36 +213,36 @@ class RequestManager:
         was_stopped = False
         while self._pending_outputs:
             committed = self._pending_outputs.popleft()
-            request, choice, reason = committed.request, committed.choice, committed.reason
-            if request.id not in self._requests:
+            choice, reason = committed.choice, committed.reason
+            if choice.request_id not in self._requests:
                 continue
             if reason == "stop":  # a token that ends an answer is no part of its text
-                self._finish_choice(request, choice, reason)
+                self._finish_choice(choice, reason)
                 continue
             text, logprobs, is_stopped = choice.output.push(committed.token)
             if text or logprobs:
-                self._emit(Delta(request.id, choice.index, text, logprobs))
+                self._emit(Delta(choice.request_id, choice.index, text, logprobs))
             if is_stopped:
                 was_stopped = True
                 if reason is None:
                     self._end_sequence(choice, Phase.FINISHED)
-                self._finish_choice(request, choice, "stop")
+                self._finish_choice(choice, "stop")
             elif reason is not None:
-                self._finish_choice(request, choice, reason)
+                self._finish_choice(choice, reason)
         if was_stopped:
             self._admit()
         return was_stopped
 
     def _step_returned(self, plan: StepPlan) -> None:
         for entry in plan.entries:
-            held = self._active.get(entry.sequence)
-            if held is not None:
-                held[1].sequence.step_returned()
+            choice = self._active.get(entry.sequence)
+            if choice is not None:
+                choice.sequence.step_returned()
         if plan.has_prompt:
             self._prompt_steps_in_flight -= 1
 
-    def _commit(self, request: Request, choice: Choice, token: SampledToken, now_s: float) -> None:
-        sequence = choice.sequence
+    def _commit(self, choice: Choice, token: SampledToken, now_s: float) -> None:
+        request, sequence = self._requests[choice.request_id], choice.sequence
         was_prompt = sequence.phase is Phase.PREFILL
         sequence.commit(token.token_id)
         request.last_token_s = now_s
@@ -256,27 +255,28 @@ class RequestManager:
             reason = "stop"
         elif len(sequence.generated) >= sequence.max_tokens:
             reason = "length"
-        self._pending_outputs.append(_PendingOutput(request, choice, token, reason))
+        self._pending_outputs.append(_PendingOutput(choice, token, reason))
         if reason is not None:
             self._end_sequence(choice, Phase.FINISHED)
             self._admit()
         elif sequence.length >= sequence.allocated_tokens and sequence.allocated_tokens < sequence.max_total_tokens:
-            self._allocate_more(request, choice)
+            self._allocate_more(choice)
 
-    def _allocate_more(self, request: Request, choice: Choice) -> None:
+    def _allocate_more(self, choice: Choice) -> None:
         """Memory for the next tokens: of what is kept, then of those due last; at worst this one waits."""
         sequence = choice.sequence
         while not self.kv.allocate(sequence):
-            victim = max(self._active.values(), key=lambda held: (held[1].sequence.deadline_s, held[1].sequence.id))
-            self._restart(*victim)
-            if victim[1] is choice:
+            victim = max(self._active.values(), key=lambda active: (active.sequence.deadline_s, active.sequence.id))
+            self._restart(victim)
+            if victim is choice:
                 return
 
-    def _finish_choice(self, request: Request, choice: Choice, reason: FinishReason) -> None:
+    def _finish_choice(self, choice: Choice, reason: FinishReason) -> None:
         """Report the end of a choice whose sequence is over."""
+        request = self._requests[choice.request_id]
         text, logprobs = choice.output.finish()
         if text or logprobs:
-            self._emit(Delta(request.id, choice.index, text, logprobs))
+            self._emit(Delta(choice.request_id, choice.index, text, logprobs))
         choice.is_reported = True
         self._emit(ChoiceFinished(request.id, choice.index, reason, len(choice.sequence.generated)))
         if all(each.is_reported for each in request.choices):
@@ -295,7 +295,7 @@ class RequestManager:
     def _end_request(self, request: Request, phase: Phase) -> None:
         """Take a request out, with whatever it holds. The caller emits its terminal event."""
         del self._requests[request.id]
-        self._waiting = [item for item in self._waiting if item[0] is not request]
+        self._waiting = [choice for choice in self._waiting if choice.request_id != request.id]
         for choice in request.choices:
             if not choice.sequence.is_over:
                 self._end_sequence(choice, phase)
@@ -309,7 +309,7 @@ class RequestManager:
             self.kv.free(sequence, keep_prefix=phase is not Phase.FAILED)
             choice.num_cached = min(sequence.num_cached, len(sequence.prompt_ids))
         else:
-            self._waiting = [item for item in self._waiting if item[1] is not choice]
+            self._waiting = [other for other in self._waiting if other is not choice]
         sequence.move_to(phase)
 
     def _remove_active(self, sequence: TokenSequence) -> None:
@@ -319,35 +319,31 @@ class RequestManager:
         elif sequence.num_uncomputed:
             self._prompts.remove(sequence)
 
-    def _restart(self, request: Request, choice: Choice) -> None:
+    def _restart(self, choice: Choice) -> None:
         """Free a sequence's KV and queue it again: all its ids will be computed again, under another id."""
         sequence = choice.sequence
         self._remove_active(sequence)
         self.kv.free(sequence, keep_prefix=False)
         sequence.restart(SequenceId(next(self._restarted_ids)))
-        self._waiting.append((request, choice))
+        self._waiting.append(choice)
 
     def _admit(self) -> None:
         if not self._waiting:
             return
-        self._waiting.sort(key=_deadline)
+        self._waiting.sort(key=lambda choice: choice.sequence.deadline_s)
         count = num_admissible(
-            (choice.sequence for _, choice in self._waiting),
+            (choice.sequence for choice in self._waiting),
             free_tokens=self.kv.available_tokens,
             num_active=len(self._active),
             limits=self._limits,
         )
         for _ in range(count):
-            request, choice = self._waiting[0]
+            choice = self._waiting[0]
             sequence = choice.sequence
             if not self.kv.allocate(sequence):
                 break  # what it would take over could not be counted twice
             del self._waiting[0]
             sequence.move_to(Phase.PREFILL)
-            self._active[sequence.id] = (request, choice)
+            self._active[sequence.id] = choice
             self._prompts.append(sequence)
         self._prompts.sort(key=lambda sequence: sequence.deadline_s)
-
-
-def _deadline(item: tuple[Request, Choice]) -> float:
-    return item[1].sequence.deadline_s

@@ -285,7 +285,7 @@ def _pipelined_chunk(step_times: StepTimeModel, left: int, before: int, max_toke
 
 
 def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:
-    """The first prompt's next chunk, and others that fit as a whole behind the first one's end."""
+    """The first prompt's next chunk, and others that fit completely behind the first one's end."""
     first = prompts[0]
     chosen, entries = [first], [first.prefill_entry(tokens)]
     tokens -= len(entries[0].token_ids)

@@ -87,7 +87,7 @@ class StepTimeModel:
         self._num_records = 0
 
     def record(self, sizes: Sequence[tuple[int, int]], seconds: Sequence[float], round_trip_s: float | None) -> None:
-        """A step came back: (tokens, positions before) of its entries, what each stage computed, and the whole trip if
+        """A step came back: (tokens, positions before) of its entries, what each stage computed, and the round trip if
         nothing else was in the ring."""
         if len(seconds) != self.num_stages or not sizes:
             return

@@ -151,7 +151,7 @@ class Tokenizer:
                 ids = encode_marked_chat(self._tokenizer, rendered)
         except ValueError as error:
             raise BadRequest(
-                f"the chat can't be told from the marks around it: {error}",
+                f"expected text without the model's control tokens: {error}",
                 hint="leave the model's control tokens out of the messages",
                 param="messages",
             ) from error

@@ -43,7 +43,7 @@ class ModelHeaders:
         shutil.copyfile(path, self.folder / path.name)
 
     def check_config(self) -> None:
-        """Raises UnsupportedModel for a model that no backend runs, as far as config.json tells; BadCheckpoint."""
+        """Raises UnsupportedModel for a model that no backend runs, as far as config.json says; BadCheckpoint."""
         with self._naming_repository():
             family = check_supported(read_config(self.folder))
         if family not in TORCH_FAMILIES and family not in MLX_FAMILIES:
@@ -139,7 +139,7 @@ def fetch_snapshot(source: HubSource, downloads: Path, options: PullOptions, pro
         else:
             folder = downloads / listing.commit
             with translated_write_errors(folder, f"what {source.text} is"):
-                path = pull.whole_folder(folder)
+                path = pull.full_folder(folder)
     cached.write_ref(source.revision)
     return path
 
@@ -180,7 +180,7 @@ class _Pull:
         self._announce_and_check_space([file])
         return self.fetcher.fetch(file)
 
-    def whole_folder(self, folder: Path) -> Path:
+    def full_folder(self, folder: Path) -> Path:
         """Small files and headers first: a model that can't be used is refused before its weights come."""
         if CONFIG_FILE not in self.listing.names:
             raise UnsupportedModel(f"{self.source.repository} has no config.json", hint=_ggufs(self.listing))
@@ -234,7 +234,7 @@ class _Pull:
 
 
 def _from_cache(source: HubSource, hub: Hub) -> Path:
-    """The newest snapshot of that revision in the cache, if it is whole. Raises DownloadFailed."""
+    """The newest snapshot of that revision in the cache, if it is complete. Raises DownloadFailed."""
     from huggingface_hub import try_to_load_from_cache
 
     first = source.file or CONFIG_FILE

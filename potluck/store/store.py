@@ -188,7 +188,7 @@ class Store:
             return self._refreshed(model)
 
     def pull(self, source: str, progress: ProgressCallback = ignore_progress) -> StoredModel:
-        """Fetch the model, or go on fetching it; the one in the store if it is whole and unchanged.
+        """Fetch the model, or go on fetching it; the one in the store if it is complete and unchanged.
 
         Raises BadRequest, ModelNotFound, DownloadFailed, NoSpace, BadCheckpoint or UnsupportedModel.
         """
@@ -314,6 +314,6 @@ def _hub_snapshot(model: StoredModel) -> Path | None:
 
 
 def _is_current(model: StoredModel, source: Source) -> bool:
-    if model.source != source.text or not model.is_whole:
+    if model.source != source.text or not model.is_complete:
         return False
     return not isinstance(source, LocalSource) or model.files == files_of(source.path)

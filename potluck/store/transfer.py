@@ -1,7 +1,7 @@
 """A transfer reads byte ranges over HTTP, several segments at once, and retries while something comes.
 
 Beside a partial file lies a journal that says how far each segment has come; a line is written only after the bytes
-that it tells of, so that a kill at any time does no harm. What a power cut may have torn, the file's checksum shows.
+that it counts, so that a kill at any time does no harm. What a power cut may have torn, the file's checksum shows.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ _LONGEST_WAIT_S = 30.0
 
 
 class RangesUnsupported(Exception):
-    """The server sends whole files only."""
+    """The server sends complete files only."""
 
 
 class TransferInterrupted(Exception):
@@ -292,7 +292,7 @@ class TransferStopped(Exception):
 
 
 class Transfer:
-    """`count` is told of bytes as they come. Its threads end with `close`."""
+    """`count` takes the number of bytes as they come. Its threads end with `close`."""
 
     def __init__(self, client: RangeClient, url: Callable[[str], str], count: Callable[[int], None]) -> None:
         self._client = client

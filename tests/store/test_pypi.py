@@ -67,7 +67,7 @@ def test_a_file_that_was_truncated_in_the_store_is_pulled_again(index: Index, st
     file = model.path / model.files[0].name
     with file.open("r+b") as stream:
         stream.truncate(1000)
-    assert store.pull(SOURCE).is_whole
+    assert store.pull(SOURCE).is_complete
     assert file.stat().st_size == model.files[0].num_bytes
 
 
