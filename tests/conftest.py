@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from potluck.store import Store
+from potluck.store.store import Store
 from tests.support.demo_model import models_home
 
 # The same examples in each run, which pass or fail with the code alone, however slow the machine is; others with

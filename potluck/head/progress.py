@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from potluck.store.progress import ProgressCallback as PullCallback
-from potluck.store.progress import ignore_progress
+from potluck.store.sources import ProgressCallback as PullCallback
+from potluck.store.sources import ignore_progress
 
 if TYPE_CHECKING:
     from devices.pairing.pake import Code, Invite

@@ -10,7 +10,7 @@ from bench.ring.driven_ring import driven_ring
 from bench.ring.engine_ring import engine_ring, pool_of_processes
 from bench.ring.sections import Prompts, run_steadily, run_streams, turns
 from potluck.engine.tokenizer import Tokenizer
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.settings import Settings
 
 

@@ -150,4 +150,4 @@ def test_crumbs_from_strangers_hold_up_nobody() -> None:
 def test_a_length_that_is_said_in_two_ways_ends_the_connection(server: Server) -> None:
     both = _CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n")
     received = _exchange(server, both + b"0\r\n\r\n" + _GET, pause_s=0.2)
-    assert received.count(b"HTTP/1.1 ") == 1 and b"said in two ways" in received and MODEL.encode() not in received
+    assert received.count(b"HTTP/1.1 ") == 1 and b"got both; send one" in received and MODEL.encode() not in received

@@ -12,7 +12,7 @@ from rich.console import Console
 from potluck.cli import session
 from potluck.cli.progress_bars import head_progress
 from potluck.head.progress import HeadProgress
-from potluck.store.progress import PullProgress
+from potluck.store.sources import PullProgress
 from potluck.system.settings import Settings
 
 

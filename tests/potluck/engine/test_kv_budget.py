@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from potluck.engine.kv_budget import KVBudget, PrefixCache
-from potluck.engine.request import Phase, PrefixReuse
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import Phase, PrefixReuse, TokenSequence
 from transport.messages.ring import Open, Release, Sampling, SequenceId
 
 _PREFIX = tuple(range(100, 140))

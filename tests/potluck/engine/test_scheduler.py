@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from planner.plan import StageTimes
-from potluck.engine.prefill_budget import LATE_SLOWDOWN, SLOWDOWN, PrefillBudget
-from potluck.engine.request import Phase, PrefixReuse
-from potluck.engine.request import Sequence as TokenSequence
-from potluck.engine.scheduler import SchedulerState, StepPlan, num_admissible, schedule
+from potluck.engine.request import Phase, PrefixReuse, TokenSequence
+from potluck.engine.scheduler import (
+    LATE_SLOWDOWN,
+    SLOWDOWN,
+    PrefillBudget,
+    SchedulerState,
+    StepPlan,
+    num_admissible,
+    schedule,
+)
 from potluck.engine.settings import EngineLimits
 from potluck.engine.step_times import StepTimeModel
 from transport.messages.ring import Fork, Op, Open, Release, Sampling, SequenceId

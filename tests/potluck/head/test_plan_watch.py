@@ -10,7 +10,7 @@ from planner.measurements import estimated_pool
 from planner.memory import ModelProfile
 from potluck.head.plan_watch import PlanWatch
 from potluck.head.planning import plan_for, profile_of
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.settings import Settings
 from tests.support.demo_model import models_home
 from transport.messages.control import DecodeBucket, Stats

@@ -10,7 +10,8 @@ import pytest
 
 from devices.hardware.device import Device
 from potluck.head.planning import choose_weights, profile_of
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.settings import Settings
 from tests.support.planner.pool import device, quantizable
 from tests.support.shard.tiny import NUM_LAYERS, save_tiny

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from potluck.store import Store
-from potluck.store.hub.repository import Hub
+from potluck.store.hub_repository import Hub
+from potluck.store.store import Store
 from tests.support.shard.safetensors_folders import tensors, write_folder
 from tests.support.shard.tiny_gguf import write_gguf
 from tests.support.store.hub_checks import SEGMENT_BYTES
@@ -68,8 +68,8 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr("potluck.store.hub.fetcher.SEGMENT_BYTES", SEGMENT_BYTES)
-    monkeypatch.setattr("potluck.store.hub.transfer.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("potluck.store.hub_fetcher.SEGMENT_BYTES", SEGMENT_BYTES)
+    monkeypatch.setattr("potluck.store.transfer.WAITS_S", (0.01, 0.01))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with serve_hub(repository) as hub:

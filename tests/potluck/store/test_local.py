@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from potluck.store import Store
+from potluck.store.store import Store
 from shard.pieces.open import open_checkpoint
 from tests.support.shard.safetensors_folders import tensors, write_folder
 from tests.support.shard.tiny_gguf import HIDDEN, write_gguf
@@ -125,9 +125,9 @@ def test_what_is_no_model_is_refused_with_a_hint(store: Store, tmp_path: Path) -
     write_gguf(tmp_path / "ggufs" / "tiny.gguf")
     cases: list[tuple[str, type[PotluckError], str]] = [
         (str(tmp_path / "nothing"), ModelNotFound, "nothing at"),
-        (str(tmp_path / "notes.txt"), BadRequest, "neither a folder nor"),
-        (str(tmp_path / "ggufs"), BadRequest, "holds GGUF files"),
-        ("gpt-5", ModelNotFound, "no model that can be pulled"),
+        (str(tmp_path / "notes.txt"), BadRequest, "expected a folder or"),
+        (str(tmp_path / "ggufs"), BadRequest, "got GGUF files"),
+        ("gpt-5", ModelNotFound, "must be an alias"),
         ("pypi:nameonly", BadRequest, "package and its version"),
         ("hf:nameonly", BadRequest, "repository"),
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from potluck.store import Store
 from potluck.store.model_details import details_of, format_rows, rows_of
+from potluck.store.store import Store
 from shard.formats.affine import AffineForm
 from shard.formats.checkpoint import TensorInfo
 from shard.formats.config import spec_from

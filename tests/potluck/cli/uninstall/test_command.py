@@ -18,7 +18,7 @@ from devices.pairing.known_pools import KnownPool, save_known_pool
 from potluck.cli.app import main
 from potluck.cli.service.systemd import Systemd
 from potluck.host.local_head import HeadFile, LocalHead
-from potluck.store import Store
+from potluck.store.store import Store
 from tests.support.service.scripted_manager import Scripted
 from tests.support.shard.tiny_gguf import write_gguf
 

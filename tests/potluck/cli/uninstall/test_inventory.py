@@ -20,7 +20,7 @@ from potluck.api.api_key import make_key
 from potluck.cli.uninstall.inventory import Inventory, Locations, remove, size_of, take_inventory
 from potluck.cli.uninstall.rules import HOME_RULES
 from potluck.head.profiling.cache import ProfileCache
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system import paths
 from shard.pieces.metadata import share_model
 from tests.support.shard.safetensors_folders import tensors, write_folder

@@ -10,8 +10,8 @@ from rich.console import Console
 from devices.pairing.roster import RosterFile
 from potluck.cli.session import requested_model
 from potluck.head.models.search import ModelRequest, request_model
-from potluck.store import StoredModel
-from potluck.store.progress import ProgressCallback
+from potluck.store.manifest import StoredModel
+from potluck.store.sources import ProgressCallback
 from potluck.system.paths import roster_file
 from potluck.system.settings import Settings
 from transport.errors import DownloadFailed, ModelNotFound

@@ -18,7 +18,7 @@ from tests.support.store.hub_server import COMMIT, TOKEN, FakeHub, serve_hub
 SCRIPT = """
 import sys
 from pathlib import Path
-from potluck.store import Store
+from potluck.store.store import Store
 from transport.errors import PotluckError
 store = Store(Path(sys.argv[1]))
 try:
@@ -119,7 +119,7 @@ def test_what_the_hub_does_not_have_or_cant_say_is_told(environment: dict[str, s
     assert pull("hf:org/name/no.gguf").startswith("ModelNotFound org/name has no file")
     answer = pull("hf:org/name", HF_HUB_OFFLINE="1")
     assert answer.startswith(
-        "DownloadFailed hf:org/name can't be had offline: its config.json is not in the hub's cache"
+        "DownloadFailed hf:org/name can't be pulled offline: its config.json is not in the hub's cache"
     )
     assert "HF_HUB_OFFLINE" in answer
     answer = pull("hf:org/name", HF_ENDPOINT="http://127.0.0.1:9")
@@ -139,7 +139,7 @@ def test_the_command_says_what_comes_and_keeps_to_this_host_when_told(
 
     refused = pull("home", "--offline")
     assert refused.returncode == 1
-    assert "can't be had offline" in refused.stderr and "hint: pull it once with a network" in refused.stderr
+    assert "can't be pulled offline" in refused.stderr and "hint: pull it once with a network" in refused.stderr
     assert not hub.requests
     done = pull("home")
     assert done.returncode == 0, done.stderr

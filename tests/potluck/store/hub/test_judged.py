@@ -13,8 +13,8 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from potluck.store import Store
 from potluck.store.disk import MARGIN_BYTES
+from potluck.store.store import Store
 from shard.pieces.open import open_checkpoint
 from tests.support.shard import packed_folders
 from tests.support.shard.safetensors_folders import CONFIG, tensors, write_folder, write_parts

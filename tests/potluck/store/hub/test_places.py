@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from potluck.store import Store
-from potluck.store.hub.repository import CachedRepository, Hub, HubFile
-from potluck.store.hub.snapshot import FIRST_BYTES
+from potluck.store.hub_repository import CachedRepository, Hub, HubFile
+from potluck.store.hub_snapshot import FIRST_BYTES
 from potluck.store.sources import HubSource, parse_source
+from potluck.store.store import Store
 from tests.support.store.hub_checks import SOURCE, WEIGHTS, assert_right
 from tests.support.store.hub_server import COMMIT, REPOSITORY, FakeHub
 from transport.errors import BadRequest, NoSpace, PotluckError

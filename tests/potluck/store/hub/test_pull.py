@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from potluck.store import PullProgress, Store
-from potluck.store.hub.partial_file import present_bytes
+from potluck.store.sources import PullProgress
+from potluck.store.store import Store
+from potluck.store.transfer import present_bytes
 from tests.support.store.hub_checks import SEGMENT_BYTES, SOURCE, WEIGHTS, assert_right, incomplete, size_of
 from tests.support.store.hub_server import TOKEN, FakeHub, checksum_of
 from transport.errors import DownloadFailed, ModelNotFound, NoSpace, PotluckError, WrongBytes
 
 PULL = (
-    "import sys; from pathlib import Path; from potluck.store import Store; import potluck.store.hub.fetcher as fetch; "
+    "import sys; from pathlib import Path; from potluck.store.store import Store; "
+    "import potluck.store.hub_fetcher as fetch; "
     + (
         f"fetch.SEGMENT_BYTES = {SEGMENT_BYTES}; "
         "print(Store(Path(sys.argv[1])).pull(sys.argv[2], lambda p: print(p.stage, p.done, flush=True)).path)"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from potluck.store import Store
+from potluck.store.store import Store
 from tests.support.shard.safetensors_folders import CONFIG
 from tests.support.store.hub_checks import SEGMENT_BYTES, SOURCE, WEIGHTS, assert_right, size_of
 from tests.support.store.hub_server import FakeHub, checksum_of

@@ -10,25 +10,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
-from potluck.store.disk import locked, translated_write_errors
-from potluck.store.hub.partial_file import (
+from potluck.store.disk import BLOCK_BYTES, hash_stream, locked, translated_write_errors
+from potluck.store.hub_repository import CachedRepository, HubFile
+from potluck.store.sources import PeerFiles, ProgressCallback, PullOptions, PullProgress, byte_counter, ignore_progress
+from potluck.store.transfer import (
+    NUM_CONNECTIONS,
     SEGMENT_BYTES,
     PartialFile,
+    RangeClient,
     Segment,
+    Transfer,
     discard_partial,
     journal_of,
     present_bytes,
+    raise_first,
 )
-from potluck.store.hub.repository import CachedRepository, HubFile
-from potluck.store.hub.transfer import NUM_CONNECTIONS, RangeClient, Transfer, raise_first
-from potluck.store.progress import ProgressCallback, PullProgress
-from potluck.store.sources import PeerFiles, PullOptions
 from transport.errors import PotluckError, WrongBytes
 
-_BLOCK_BYTES = 1 << 20
 _T = TypeVar("_T")
 
 
@@ -57,9 +57,7 @@ class Fetcher:
     def __enter__(self) -> Fetcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.transfer.stop()
         self._files.shutdown(wait=True, cancel_futures=True)
         self.transfer.close()
@@ -147,9 +145,9 @@ class Fetcher:
             return False
 
         def take(segment: Segment) -> None:
-            for offset in range(segment.first, segment.end, _BLOCK_BYTES):
+            for offset in range(segment.first, segment.end, BLOCK_BYTES):
                 self.transfer.raise_if_stopped(partial)
-                block = memoryview(bytearray(min(_BLOCK_BYTES, segment.end - offset)))
+                block = memoryview(bytearray(min(BLOCK_BYTES, segment.end - offset)))
                 peers.read(sha256, offset, block)
                 partial.write(segment.index, block)
                 self._count(len(block))
@@ -178,13 +176,9 @@ class Fetcher:
 
     def _checksum_matches(self, path: Path, file: HubFile) -> bool:
         digest = hashlib.sha256() if file.sha256 is not None else hashlib.sha1(b"blob %d\0" % file.num_bytes)
-        done = 0
+        progress = self._report if file.num_bytes > BLOCK_BYTES else ignore_progress
         with path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                if file.num_bytes > _BLOCK_BYTES:
-                    self._report(PullProgress(stage="verify", done=done, total=file.num_bytes))
+            hash_stream(stream, digest, byte_counter(progress, "verify", file.num_bytes))
         return digest.hexdigest() == file.checksum
 
 

@@ -36,7 +36,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryListing:
-    """A repository as of one commit. `sizes` and `checksums` lack what the hub did not tell with its list of names."""
+    """A repository as of one commit. `sizes` and `checksums` lack what the hub left out of its list."""
 
     repository: str
     commit: str
@@ -83,7 +83,9 @@ class Hub:
         except (HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._translated(source, error) from error
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-            raise DownloadFailed(f"{self.endpoint} names no commit of {source.text}", hint="check HF_ENDPOINT")
+            raise DownloadFailed(
+                f"{self.endpoint}: expected a commit of {source.text}, got {info.sha!r}", hint="check HF_ENDPOINT"
+            )
         siblings = [one for one in info.siblings or [] if _NAME.fullmatch(one.rfilename) and ".." not in one.rfilename]
         return RepositoryListing(
             repository=source.repository,
@@ -111,7 +113,8 @@ class Hub:
         etag = found.etag or ""
         if found.size is None or not (_SHA256.fullmatch(etag) or _COMMIT.fullmatch(etag)):
             raise DownloadFailed(
-                f"{self.endpoint} tells no size or checksum of {url.rsplit('/', 1)[-1]}", hint="check HF_ENDPOINT"
+                f"{self.endpoint}: expected size and checksum of {url.rsplit('/', 1)[-1]}, got {found.size}, {etag!r}",
+                hint="check HF_ENDPOINT",
             )
         return found.size, etag
 
@@ -126,19 +129,20 @@ class Hub:
                 hint="check the name; a private one needs HF_TOKEN",
             )
         return DownloadFailed(
-            f"{source.text} can't be had from {self.endpoint}: {str(error) or type(error).__name__}",
+            f"{source.text} can't be read from {self.endpoint}: {str(error) or type(error).__name__}",
             hint="check the network and HF_ENDPOINT; --offline takes what is in the hub's cache",
         )
 
 
 def gated_error(repository: str) -> DownloadFailed:
     return DownloadFailed(
-        f"{repository} is gated", hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login"
+        f"{repository} is gated",
+        hint="accept its terms on the hub, and set HF_TOKEN or run hf auth login",
     )
 
 
 def _checksum_of(sibling: Any) -> str | None:
-    """Of a large file the listing tells the checksum of its content, and git's id of the pointer to it."""
+    """For a large file the listing has the checksum of its content, and git's id of the pointer to it."""
     lfs = getattr(sibling, "lfs", None)
     if lfs is not None:
         return lfs.sha256 if isinstance(lfs.sha256, str) and _SHA256.fullmatch(lfs.sha256) else None
@@ -171,11 +175,11 @@ class CachedRepository:
         return self.cache / ".locks" / self.folder.name / f"{file.checksum}.lock"
 
     def find(self, file: HubFile) -> Path | None:
-        """The file in this snapshot, linked there now if another commit has it; None if it is not here whole."""
+        """The file in this snapshot, linked there now if another commit has it; None if it is not complete here."""
         path = self.snapshot / file.name
-        if _is_whole(path, file):
+        if _is_complete(path, file):
             return path
-        if not _is_whole(self._blob(file), file):
+        if not _is_complete(self._blob(file), file):
             return None
         return self._link(file)
 
@@ -184,11 +188,11 @@ class CachedRepository:
         if file.sha256 is None:
             return []
         found = self.cache.glob(f"models--*/blobs/{file.checksum}")
-        return [path for path in found if path.parent.parent != self.folder and _is_whole(path, file)]
+        return [path for path in found if path.parent.parent != self.folder and _is_complete(path, file)]
 
-    def move_into_place(self, file: HubFile, whole: Path) -> Path:
-        """Move `whole`, in the blobs' folder and checked, into its place; its path in the snapshot."""
-        whole.replace(self._blob(file))
+    def move_into_place(self, file: HubFile, complete: Path) -> Path:
+        """Move `complete`, in the blobs' folder and checked, into its place; its path in the snapshot."""
+        complete.replace(self._blob(file))
         return self._link(file)
 
     def write_ref(self, revision: str | None) -> None:
@@ -229,7 +233,7 @@ class CachedRepository:
         return translated_write_errors(self.cache, f"{self.repository}: {name}", setting="HF_HOME")
 
 
-def _is_whole(path: Path, file: HubFile) -> bool:
+def _is_complete(path: Path, file: HubFile) -> bool:
     try:
         return path.is_file() and path.stat().st_size == file.num_bytes
     except OSError:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from potluck.store.disk import require_space, translated_write_errors
-from potluck.store.hub.fetcher import Fetcher
-from potluck.store.hub.repository import CachedRepository, Hub, HubFile, RepositoryListing
-from potluck.store.hub.transfer import RangeClient
-from potluck.store.progress import ProgressCallback, PullProgress
-from potluck.store.sources import HubSource, PullOptions
+from potluck.store.disk import mb, require_space, translated_write_errors
+from potluck.store.hub_fetcher import Fetcher
+from potluck.store.hub_repository import CachedRepository, Hub, HubFile, RepositoryListing
+from potluck.store.sources import HubSource, ProgressCallback, PullOptions, PullProgress
+from potluck.store.transfer import RangeClient
 from shard.formats.config import check_supported, read_config
 from shard.formats.families import MLX_FAMILIES
 from shard.formats.safetensors import LENGTH_BYTES, header_bytes, weight_files
@@ -43,7 +43,7 @@ class ModelHeaders:
         shutil.copyfile(path, self.folder / path.name)
 
     def check_config(self) -> None:
-        """Raises UnsupportedModel for a model that no backend runs, as far as config.json tells; BadCheckpoint."""
+        """Raises UnsupportedModel for a model that no backend runs, as far as config.json says; BadCheckpoint."""
         with self._naming_repository():
             family = check_supported(read_config(self.folder))
         if family not in TORCH_FAMILIES and family not in MLX_FAMILIES:
@@ -70,7 +70,7 @@ class ModelHeaders:
         return (self.folder / name).read_bytes()
 
     def discard_start(self, name: str) -> None:
-        """What is here of a file's beginning is not to be trusted."""
+        """What is here of a file's beginning may be wrong."""
         (self.folder / name).unlink()
 
     def read_header(self, name: str, num_bytes: int, read: ReadStart) -> bytes:
@@ -92,45 +92,27 @@ class ModelHeaders:
     def check(self, sizes: dict[str, int]) -> ModelSpec:
         """The whole model, by all headers: as it will be checked when it is here. Raises BadCheckpoint,
         UnsupportedModel."""
-        with self._naming_repository():
-            checkpoint = SafetensorsCheckpoint(self.folder, sizes)
-            try:
-                return checkpoint.spec
-            finally:
-                checkpoint.close()
+        with self._naming_repository(), closing(SafetensorsCheckpoint(self.folder, sizes)) as checkpoint:
+            return checkpoint.spec
 
-    def _naming_repository(self) -> _RepositoryNamedInErrors:
-        return _RepositoryNamedInErrors(self.folder, self._repository)
-
-
-class _RepositoryNamedInErrors:
-    """Errors name the repository instead of the folder here, and say that nothing was downloaded."""
-
-    def __init__(self, folder: Path, repository: str) -> None:
-        self._folder = folder
-        self._repository = repository
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadCheckpoint):
-            raise BadCheckpoint(
-                self._renamed(error.message), hint=f"its weights were not downloaded; {self._advice(error.hint)}"
-            ) from error
-        if isinstance(error, UnsupportedModel):
+    @contextmanager
+    def _naming_repository(self) -> Iterator[None]:
+        """Errors name the repository instead of the folder here, and say that nothing was downloaded."""
+        try:
+            yield
+        except BadCheckpoint as error:
+            # Pulling again would not help.
+            advice = "take another repository or revision of the model" if "again" in error.hint else error.hint
+            hint = f"its weights were not downloaded; {advice}"
+            raise BadCheckpoint(self._renamed(error.message), hint=hint) from error
+        except UnsupportedModel as error:
             raise UnsupportedModel(self._renamed(error.message), hint=error.hint) from error
 
     def _renamed(self, message: str) -> str:
-        renamed = message.replace(f"{self._folder}/", f"{self._repository}: ").replace(
-            str(self._folder), self._repository
+        renamed = message.replace(f"{self.folder}/", f"{self._repository}: ").replace(
+            str(self.folder), self._repository
         )
         return renamed if self._repository in renamed else f"{self._repository}: {renamed}"
-
-    @staticmethod
-    def _advice(hint: str) -> str:
-        """Pulling again would not help."""
-        return "take another repository or revision of the model" if "again" in hint else hint
 
 
 _SMALL_SUFFIXES = (".json", ".model", ".txt", ".jinja")
@@ -155,9 +137,9 @@ def fetch_snapshot(source: HubSource, downloads: Path, options: PullOptions, pro
         if source.file is not None:
             path = pull.one_file(source.file)
         else:
-            aside = downloads / listing.commit
-            with translated_write_errors(aside, f"what {source.text} is"):
-                path = pull.whole_folder(aside)
+            folder = downloads / listing.commit
+            with translated_write_errors(folder, f"what {source.text} is"):
+                path = pull.full_folder(folder)
     cached.write_ref(source.revision)
     return path
 
@@ -198,11 +180,11 @@ class _Pull:
         self._announce_and_check_space([file])
         return self.fetcher.fetch(file)
 
-    def whole_folder(self, aside: Path) -> Path:
+    def full_folder(self, folder: Path) -> Path:
         """Small files and headers first: a model that can't be used is refused before its weights come."""
         if CONFIG_FILE not in self.listing.names:
             raise UnsupportedModel(f"{self.source.repository} has no config.json", hint=_ggufs(self.listing))
-        model = ModelHeaders(aside, self.source.repository)
+        model = ModelHeaders(folder, self.source.repository)
         model.add(self.fetcher.fetch(self._file(CONFIG_FILE)))
         model.check_config()
         _refuse_without_safetensors(self.source, self.listing)
@@ -244,15 +226,15 @@ class _Pull:
         to_come = sum(self.fetcher.missing_bytes(file) for file in lacking)
         total = sum(file.num_bytes for file in files)
         require_space(self.cached.folder, to_come, self.source.text, setting="HF_HOME")
-        says = f"{self.source.text}: {len(files)} file{'s' * (len(files) != 1)} of weights, {_mb(total)}; " + (
-            f"{_mb(to_come)} to fetch" if to_come else "all here already"
+        says = f"{self.source.text}: {len(files)} file{'s' * (len(files) != 1)} of weights, {mb(total)}; " + (
+            f"{mb(to_come)} to fetch" if to_come else "all here already"
         )
         self.fetcher.expect(sum(file.num_bytes for file in lacking))
         self.progress(PullProgress(stage="download", done=0, total=self.fetcher.total_bytes, says=says))
 
 
 def _from_cache(source: HubSource, hub: Hub) -> Path:
-    """The newest snapshot of that revision in the cache, if it is whole. Raises DownloadFailed."""
+    """The newest snapshot of that revision in the cache, if it is complete. Raises DownloadFailed."""
     from huggingface_hub import try_to_load_from_cache
 
     first = source.file or CONFIG_FILE
@@ -271,7 +253,7 @@ def _from_cache(source: HubSource, hub: Hub) -> Path:
 
 def _unavailable_offline(source: HubSource, why: str) -> PotluckError:
     return DownloadFailed(
-        f"{source.text} can't be had offline: {why}",
+        f"{source.text} can't be pulled offline: {why}",
         hint="pull it once with a network: without --offline, and with HF_HUB_OFFLINE not set",
     )
 
@@ -292,7 +274,3 @@ def _ggufs(listing: RepositoryListing) -> str:
     if ggufs:
         return f"name one of its GGUF files: hf:{listing.repository}/{ggufs[0]}"
     return "it has no GGUF file either: take another repository of the model"
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 10e6 else f"{count / 1e6:,.0f} MB"

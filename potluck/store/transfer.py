@@ -1,4 +1,8 @@
-"""A transfer reads byte ranges over HTTP, several segments at once, and retries while something comes."""
+"""A transfer reads byte ranges over HTTP, several segments at once, and retries while something comes.
+
+Beside a partial file lies a journal that says how far each segment has come; a line is written only after the bytes
+that it counts, so that a kill at any time does no harm. What a power cut may have torn, the file's checksum shows.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,161 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import httpx
 
-from potluck.store.hub.partial_file import PartialFile, Segment
-from potluck.store.hub.repository import HubFile, gated_error
+from potluck.store.hub_repository import HubFile, gated_error
 from transport.errors import DownloadFailed, ModelNotFound, PotluckError
 
+SEGMENT_BYTES = 32 << 20
+_JOURNAL_EVERY_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Bytes [first, end) of a file are yet to come, the last ones of segment `index`."""
+
+    index: int
+    first: int
+    end: int
+
+
+class PartialFile:
+    """`num_bytes` of a file at `path`, as far as they are here. Several threads may write, each its own segment."""
+
+    def __init__(self, path: Path, num_bytes: int, segment_bytes: int) -> None:
+        self.path = path
+        self.num_bytes = num_bytes
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self.is_halted = False  # Said to those who write.
+        self._done = _read_journal(path, num_bytes, segment_bytes)
+        self._journaled = list(self._done)
+        is_new = not any(self._done)
+        self._data: BinaryIO = path.open("w+b" if is_new else "r+b", buffering=0)
+        self._journal: BinaryIO = journal_of(path).open("wb" if is_new else "ab", buffering=0)
+        if is_new:
+            self._journal.write(_heading(num_bytes, segment_bytes) + b"\n")
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def present_bytes(self) -> int:
+        return sum(self._done)
+
+    def missing(self) -> list[Segment]:
+        found = []
+        for index, done in enumerate(self._done):
+            start = index * self._segment_bytes
+            end = min(start + self._segment_bytes, self.num_bytes)
+            if start + done < end:
+                found.append(Segment(index=index, first=start + done, end=end))
+        return found
+
+    def write(self, segment: int, block: bytes | memoryview) -> None:
+        """Append to what is there of that segment."""
+        with self._lock:
+            start = segment * self._segment_bytes
+            room = min(self._segment_bytes, self.num_bytes - start) - self._done[segment]
+            if len(block) > room:
+                raise ValueError(f"{len(block)} bytes do not fit into segment {segment}, which lacks {room}")
+            self._data.seek(start + self._done[segment])
+            rest = memoryview(block)
+            while rest:
+                rest = rest[self._data.write(rest) :]
+            self._done[segment] += len(block)
+            if self._done[segment] - self._journaled[segment] >= _JOURNAL_EVERY_BYTES or len(block) == room:
+                self._write_journal(segment)
+
+    def write_at(self, offset: int, block: bytes) -> int:
+        """Of bytes [offset, offset + len(block)) of the file, write those that come next in a segment; how many."""
+        written, end = 0, min(offset + len(block), self.num_bytes)
+        for segment in range(offset // self._segment_bytes, -(-end // self._segment_bytes)):
+            start = segment * self._segment_bytes
+            position, last = start + self._done[segment], min(end, start + self._segment_bytes)
+            if offset <= position < last:
+                self.write(segment, block[position - offset : last - offset])
+                written += last - position
+        return written
+
+    def seed(self, start: bytes) -> None:
+        """What is known of the file's beginning, if nothing is here yet."""
+        if not self.present_bytes:
+            self.write(0, start[: min(self._segment_bytes, self.num_bytes)])
+
+    def close(self) -> None:
+        with self._lock:
+            if self._data.closed:
+                return
+            for segment in range(len(self._done)):
+                self._write_journal(segment)
+            self._data.close()
+            self._journal.close()
+
+    def _write_journal(self, segment: int) -> None:
+        if self._done[segment] != self._journaled[segment]:
+            self._journal.write(b"%d %d\n" % (segment, self._done[segment]))
+            self._journaled[segment] = self._done[segment]
+
+
+def present_bytes(path: Path, num_bytes: int, segment_bytes: int) -> int:
+    """How much of the file is in the partial file at `path`."""
+    return sum(_read_journal(path, num_bytes, segment_bytes))
+
+
+def journal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.incomplete')}.journal.incomplete")
+
+
+def discard_partial(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    journal_of(path).unlink(missing_ok=True)
+
+
+def _heading(num_bytes: int, segment_bytes: int) -> bytes:
+    return b"potluck 1 %d %d" % (num_bytes, segment_bytes)
+
+
+def _read_journal(path: Path, num_bytes: int, segment_bytes: int) -> list[int]:
+    """Bytes here of each segment: none if journal and data do not belong together."""
+    nothing = [0] * max(1, -(-num_bytes // segment_bytes))
+    try:
+        lines = journal_of(path).read_bytes().split(b"\n")
+        size = path.stat().st_size
+    except OSError:
+        return nothing
+    if lines[0] != _heading(num_bytes, segment_bytes):
+        return nothing
+    done = list(nothing)
+    for line in lines[1:-1]:  # After the last newline: nothing, or what a kill has cut.
+        segment, _, count = line.partition(b" ")
+        if not segment.isdigit() or not count.isdigit() or int(segment) >= len(done):
+            return nothing
+        done[int(segment)] = int(count)
+    for index, here in enumerate(done):
+        start = index * segment_bytes
+        if here > min(segment_bytes, num_bytes - start) or (here and start + here > size):
+            return nothing
+    return done
+
+
 NUM_CONNECTIONS = 4
-_TIMEOUT = httpx.Timeout(10.0, connect=15.0, pool=None)
+HTTP_TIMEOUT = httpx.Timeout(10.0, connect=15.0, pool=None)
+# Compression would make the ranges those of another file.
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _LONGEST_WAIT_S = 30.0
 
 
 class RangesUnsupported(Exception):
-    """The server sends whole files only."""
+    """The server sends complete files only."""
 
 
 class TransferInterrupted(Exception):
@@ -38,39 +180,34 @@ class RangeClient:
     """One pool of connections for all threads. `headers` may hold a token: only `endpoint`'s own host gets it."""
 
     def __init__(self, repository: str, headers: dict[str, str]) -> None:
-        # Compression would make the ranges those of another file.
-        self._headers = headers | {"Accept-Encoding": "identity"}
+        self._headers = headers | UNCOMPRESSED
         self._repository = repository
         limits = httpx.Limits(max_connections=NUM_CONNECTIONS, max_keepalive_connections=NUM_CONNECTIONS)
         # httpx takes the authorization off where a redirect leads to another scheme, host or port.
-        self._client = httpx.Client(timeout=_TIMEOUT, follow_redirects=True, limits=limits)
+        self._client = httpx.Client(timeout=HTTP_TIMEOUT, follow_redirects=True, limits=limits)
 
     def __enter__(self) -> RangeClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._client.close()
 
     @contextmanager
     def stream(self, url: str, first: int, end: int, num_bytes: int) -> Iterator[Iterator[bytes]]:
         """Bytes [first, end) of the file of `num_bytes` at `url`, as they come: they may end early.
 
-        Raises NoRanges, Interrupted for what may work the next time, PotluckError for what will not.
+        Raises RangesUnsupported, TransferInterrupted and httpx's errors for what may work the next time, PotluckError
+        for what will not.
         """
         is_whole = first == 0 and end == num_bytes
         headers = self._headers if is_whole else self._headers | {"Range": f"bytes={first}-{end - 1}"}
-        try:
-            with self._client.stream("GET", url, headers=headers) as response:
-                self._check(response, url)
-                if is_whole:
-                    _check_length(response, response.headers.get("Content-Length"), num_bytes)
-                else:
-                    _check_range(response, first, end, num_bytes)
-                yield response.iter_raw()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise TransferInterrupted(str(error) or type(error).__name__) from error
+        with self._client.stream("GET", url, headers=headers) as response:
+            self._check(response, url)
+            if is_whole:
+                _check_length(response, response.headers.get("Content-Length"), num_bytes)
+            else:
+                _check_range(response, first, end, num_bytes)
+            yield response.iter_raw()
 
     def continue_start(self, url: str, start: bytes, count: int, num_bytes: int) -> bytes:
         """The file's first `count` bytes, of which `start` is known: all, or those that came before the connection
@@ -122,7 +259,7 @@ def _check_range(response: httpx.Response, first: int, end: int, num_bytes: int)
 def _check_length(response: httpx.Response, said: str | None, num_bytes: int) -> None:
     if said not in (None, "*", str(num_bytes)):
         raise DownloadFailed(
-            f"{response.url.path} has {said} bytes, but the hub's list says {num_bytes:,}",
+            f"{response.url.path}: expected {num_bytes:,} bytes as in the hub's list, got {said}",
             hint="pull again; if it happens twice, the file was changed at its source",
         )
 
@@ -155,7 +292,7 @@ class TransferStopped(Exception):
 
 
 class Transfer:
-    """`count` is told of bytes as they come. Its threads end with `close`."""
+    """`count` takes the number of bytes as they come. Its threads end with `close`."""
 
     def __init__(self, client: RangeClient, url: Callable[[str], str], count: Callable[[int], None]) -> None:
         self._client = client
@@ -182,7 +319,7 @@ class Transfer:
             start = self._client.continue_start(self._url(file.name), start, count, file.num_bytes)
             return len(start) == count
 
-        self._retry(file, go_on, lambda: len(start))
+        retry(file.name, go_on, lambda: len(start), self._wait)
         return start
 
     def fetch(self, file: HubFile, partial: PartialFile) -> None:
@@ -227,7 +364,7 @@ class Transfer:
                         break
             return first >= segment.end
 
-        self._retry(file, go_on, lambda: first)
+        retry(file.name, go_on, lambda: first, self._wait)
 
     def _from_the_beginning(self, url: str, file: HubFile, partial: PartialFile) -> None:
         """From a server without ranges: what is here already comes again, and is passed over."""
@@ -241,26 +378,7 @@ class Transfer:
                     offset += len(block)
             return not partial.missing()
 
-        self._retry(file, go_on, lambda: partial.present_bytes)
-
-    def _retry(self, file: HubFile, go_on: Callable[[], bool], position: Callable[[], int]) -> None:
-        """Until `go_on` says that all is here; not for ever where nothing new comes."""
-        tries = 0
-        while True:
-            before, wait_s = position(), 0.0
-            try:
-                if go_on():
-                    return
-                why = "the connection closed early"
-            except TransferInterrupted as error:
-                why, wait_s = str(error), error.wait_s
-            tries = 0 if position() > before else tries + 1
-            if tries > len(WAITS_S):
-                raise DownloadFailed(
-                    f"downloading {file.name} failed: {why}; what came is kept",
-                    hint="check the connection and pull again: it continues where it stopped",
-                )
-            self._wait(max(wait_s, WAITS_S[max(tries - 1, 0)]))
+        retry(file.name, go_on, lambda: partial.present_bytes, self._wait)
 
     def _wait(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
@@ -270,6 +388,28 @@ class Transfer:
         """For those who write to it. Raises Stopped."""
         if self._stopping.is_set() or partial.is_halted:
             raise TransferStopped
+
+
+def retry(what: str, go_on: Callable[[], bool], position: Callable[[], int], wait: Callable[[float], None]) -> None:
+    """Until `go_on` says that all is here. Raises DownloadFailed where nothing new comes for some tries."""
+    tries = 0
+    while True:
+        before, wait_s = position(), 0.0
+        try:
+            if go_on():
+                return
+            why = "the connection closed early"
+        except TransferInterrupted as error:
+            why, wait_s = str(error), error.wait_s
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            why = str(error) or type(error).__name__
+        tries = 0 if position() > before else tries + 1
+        if tries > len(WAITS_S):
+            raise DownloadFailed(
+                f"downloading {what} failed: {why}; what came is kept",
+                hint="check the connection and pull again: it continues where it stopped",
+            )
+        wait(max(wait_s, WAITS_S[max(tries - 1, 0)]))
 
 
 def raise_first(futures: Sequence[Future[_T]]) -> None:
