@@ -15,7 +15,7 @@ from planner.cost import CostModel, PlacedStage, Prediction, predict, stage_deco
 from planner.measurements import DeviceTimes, Grid, LayerTimes, PoolTimes
 from planner.plan import Plan
 from potluck.head.planning import plan_with, profile_of, workload_of
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.errors import PotluckError
 from transport.messages.control import DecodeBucket, Stats

@@ -22,7 +22,7 @@ from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import this_host
 from potluck.host.node import Node, relay_worker_log
 from potluck.host.piece_server import HostModelService, HostPieceServer
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings

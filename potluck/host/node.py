@@ -13,7 +13,7 @@ import msgspec
 from rich.markup import escape
 
 from devices.hardware.device import Device
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.child_process import ChildProcess, stop_processes
 from potluck.system.paths import pieces_dir, safe_file_name, shared_dir
 from transport.errors import PotluckError, RingDown

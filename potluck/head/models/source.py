@@ -23,8 +23,7 @@ from potluck.head.ring import RingStage
 from potluck.host.local_host import ThisHost
 from potluck.host.piece_cache import RemoteModelRecord, read_remote_record, write_remote_record
 from potluck.host.piece_server import HostPieceServer, share_stored_model
-from potluck.store import StoredModel
-from potluck.store.manifest import StoredFile
+from potluck.store.manifest import StoredFile, StoredModel
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.formats.spec import ModelSpec
