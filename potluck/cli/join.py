@@ -34,8 +34,8 @@ from potluck.host.find_head import locate_head, pool_to_join
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_head import LocalHead, running_head
 from potluck.host.local_host import keys_file
-from potluck.host.member import JoinOptions, relay_worker_log, run_member
-from potluck.host.node import Node
+from potluck.host.member import JoinOptions, run_member
+from potluck.host.node import Node, relay_worker_log
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.errors import AlreadyRunning, ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch

@@ -7,24 +7,26 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from potluck.engine.input_processor import ChatTokenizer, InputProcessor
 from potluck.engine.request import Request
-from potluck.engine.request_manager import RequestManager, request_failed
+from potluck.engine.request_manager import RequestManager
 from potluck.engine.settings import EngineLimits, RingSpec, StepDeadlines
 from potluck.engine.step_channel import StepChannel, StepDone
+from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest, PotluckError, RingDown, error_from_code
 from transport.links.link import Receiver, Sender
 from transport.messages.requests import (
     EngineDown,
     EngineEvent,
     EngineReady,
+    EngineState,
     Finished,
     Pong,
     RequestFailed,
     RingAttached,
     Submit,
+    request_failed,
 )
 from transport.messages.ring import Fence, Sampling
 
@@ -215,7 +217,7 @@ class Engine:
         """Counters, a moment old."""
         session = self._session
         if session is None:
-            state: Literal["starting", "down"] = "starting" if self._lost is None else "down"
+            state: EngineState = "starting" if self._lost is None else "down"
             return Pong(state=state, active_requests=0, queued_requests=0, steps_in_flight=0, sequences=0)
         return Pong(
             state="ready" if session.is_ready else "starting",
@@ -333,13 +335,11 @@ class Engine:
             return
         text_ids = self._tokenizer.encode_text("Hello! ") or (0,)
         most = max(1, min(_WARM_UP_PROMPT_TOKENS, session.ends.limits.sequence_tokens - _WARM_UP_TOKENS))
-        request = session.input_processor.build_request(
-            _WARM_UP,
-            (text_ids * most)[:most],
-            Sampling(temperature=0.0),
-            max_tokens=_WARM_UP_TOKENS,
-            now_s=self._clock(),
+        submit, prompt = (
+            Submit(request=_WARM_UP, sampling=Sampling(temperature=0.0)),
+            Prompt(ids=(text_ids * most)[:most]),
         )
+        request = session.input_processor.build_request(submit, prompt, _WARM_UP_TOKENS, frozenset(), self._clock())
         session.requests.add(request)
 
     def _on_event(self, event: EngineEvent) -> None:

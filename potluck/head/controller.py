@@ -36,7 +36,7 @@ from potluck.head.pool import Pool
 from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from transport.errors import HostRevoked, NeighbourGone, PotluckError, RingDown
 
 _WATCH_INTERVAL_S = 5.0

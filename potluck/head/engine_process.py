@@ -12,7 +12,7 @@ import zmq
 from potluck.engine.client import EngineClient
 from potluck.engine.settings import EngineSettings, RingSpec
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.child_process import ChildProcess, stop_processes
 from transport.errors import PotluckError, RingDown
 from transport.links.endpoints import fixed_local_endpoint

@@ -30,7 +30,7 @@ from potluck.host.local_head import HeadFile, LocalHead
 from potluck.host.local_host import NO_NETWORK_TEXT, ThisHost, this_host
 from potluck.host.node import Node
 from potluck.host.piece_server import HostPieceServer
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.errors import NotRunning
@@ -83,7 +83,7 @@ class Head:
             lan=network.pairing_address if network is not None else None,
             workers=self._pool.workers(),
             # Without those that only visit (`potluck doctor`).
-            hosts=[host for host in self._pool.hosts.connected() if host.hello.pieces],
+            hosts=self._pool.hosts.with_pieces(),
             candidates=network.approvals.pending if network is not None else (),
         )
 

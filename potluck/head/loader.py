@@ -18,7 +18,7 @@ from potluck.head.profiling.measure import MeasureOptions, pool_times_for, save_
 from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.messages.ring import WeightsForm
 

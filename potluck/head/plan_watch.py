@@ -15,13 +15,13 @@ from planner.cost import CostModel, PlacedStage, Prediction, predict, stage_deco
 from planner.measurements import DeviceTimes, Grid, LayerTimes, PoolTimes
 from planner.plan import Plan
 from potluck.head.planning import plan_with, profile_of, workload_of
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.errors import PotluckError
 from transport.messages.control import DecodeBucket, Stats
 
 _MIN_GAIN = 1.05
-"""A plan that gives less than this times what there is now is not worth loading the ring for."""
+"""A plan with less than this times the present rate is not worth loading the ring for."""
 
 DEVIATION_TOLERANCE = 0.25
 """A stage is off if it takes this much more or less than predicted."""
@@ -53,7 +53,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deviation:
-    """How a stage has been doing; `since_s` is when it was first seen off and has been ever since, None: it is not.
+    """How a stage has been doing; `since_s` is when it was first off and has been ever since, None: it is not.
 
     `ratio` is that of all steps since then, or of the last look.
     """
@@ -71,14 +71,14 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedFactor:
-    """A device took `factor` times what was measured of it before, as seen at `at_s`."""
+    """A device took `factor` times what was measured of it before, as of `at_s`."""
 
     factor: float
     at_s: float
 
 
 def observe(before: Stats | None, after: Stats, predict: StepPredictor) -> Observed | None:
-    """Decode steps between two looks; None if there are too few to tell, or the stage was loaded anew in between."""
+    """Decode steps between two looks; None if there are too few to tell, or the stage was loaded again in between."""
     old = {bucket.largest_rows: bucket for bucket in before.decode_buckets} if before is not None else {}
     num_steps, measured_s, predicted_s = 0, 0.0, 0.0
     for bucket in after.decode_buckets:
@@ -94,19 +94,19 @@ def observe(before: Stats | None, after: Stats, predict: StepPredictor) -> Obser
     return Observed(num_steps=num_steps, measured_s=measured_s, predicted_s=predicted_s)
 
 
-def update_deviation(deviation: Deviation, seen: Observed | None, now_s: float) -> Deviation:
-    """The deviation after another look. A look on the other side of the prediction, or near it, starts anew."""
-    if seen is None:
+def update_deviation(deviation: Deviation, observed: Observed | None, now_s: float) -> Deviation:
+    """The deviation after another look. A look on the other side of the prediction, or near it, starts over."""
+    if observed is None:
         return deviation
-    if not is_deviating(seen.ratio):
-        return Deviation(ratio=seen.ratio)
-    same_side = deviation.since_s is not None and (deviation.ratio > 1) == (seen.ratio > 1)
+    if not is_deviating(observed.ratio):
+        return Deviation(ratio=observed.ratio)
+    same_side = deviation.since_s is not None and (deviation.ratio > 1) == (observed.ratio > 1)
     base = deviation if same_side else Deviation(since_s=now_s)
-    measured_s, predicted_s = base.measured_s + seen.measured_s, base.predicted_s + seen.predicted_s
+    measured_s, predicted_s = base.measured_s + observed.measured_s, base.predicted_s + observed.predicted_s
     return replace(
         base,
         ratio=measured_s / predicted_s,
-        num_steps=base.num_steps + seen.num_steps,
+        num_steps=base.num_steps + observed.num_steps,
         measured_s=measured_s,
         predicted_s=predicted_s,
     )
@@ -151,7 +151,7 @@ def _scaled(grid: Grid, factor: float) -> Grid:
 
 
 def _difference(after: DecodeBucket, before: DecodeBucket | None) -> DecodeBucket | None:
-    """None where counters went back: they begin anew with each load."""
+    """None where counters went back: they start over with each load."""
     if before is None:
         return after
     if after.steps < before.steps:
@@ -177,7 +177,7 @@ class BetterPlan:
 
 
 class PlanWatch:
-    """Of one loaded plan. `times` are what it was made from; call `look` some times a minute."""
+    """Of one loaded plan. `times` are what it was made from; call `update` some times a minute."""
 
     def __init__(self, model: StoredModel, times: PoolTimes, plan: Plan, settings: Settings) -> None:
         self._profile = profile_of(model, plan.weights, plan.kv)
@@ -197,12 +197,12 @@ class PlanWatch:
             if after is None:
                 continue
             times = self._by_name[stage.device]
-            seen = observe(self._before[index], after, _step_predictor(times, stage.first, stage.last))
-            seen = _discount_neighbours(seen, times.busy)
+            observed = observe(self._before[index], after, _step_predictor(times, stage.first, stage.last))
+            observed = _discount_neighbours(observed, times.busy)
             # Few steps at a time add up until they are enough to tell.
-            if seen is not None or self._before[index] is None:
+            if observed is not None or self._before[index] is None:
                 self._before[index] = after
-            self.deviations[index] = update_deviation(self.deviations[index], seen, now_s)
+            self.deviations[index] = update_deviation(self.deviations[index], observed, now_s)
         off = self.deviating(now_s)
         # To a tenth: a ratio that trembles is not a reason to search again.
         wanted = tuple((name, round(ratio, 1)) for name, ratio in off.items())
@@ -260,8 +260,8 @@ def _step_predictor(times: DeviceTimes, first: int, last: int) -> StepPredictor:
     return lambda rows, context: stage_decode_s(times, first, last, rows, context)
 
 
-def _discount_neighbours(seen: Observed | None, busy: float) -> Observed | None:
+def _discount_neighbours(observed: Observed | None, busy: float) -> Observed | None:
     """Devices that share a host's cores are slower, by up to `busy`, while the others work too: that was predicted."""
-    if seen is None or seen.ratio <= 1:
-        return seen
-    return replace(seen, predicted_s=min(seen.measured_s, seen.predicted_s * busy))
+    if observed is None or observed.ratio <= 1:
+        return observed
+    return replace(observed, predicted_s=min(observed.measured_s, observed.predicted_s * busy))

@@ -11,7 +11,7 @@ from potluck.engine.settings import RingSpec
 from potluck.head.engine_process import EngineProcess
 from potluck.head.pool import Pool, PoolWorker
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from transport.errors import ConfigError, PotluckError, RingDown
 from transport.links.secure_endpoints import Where
 from transport.messages.control import Connect, Load, Unload

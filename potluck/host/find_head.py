@@ -118,27 +118,27 @@ def locate_head(pool: KnownPool, settings: Settings) -> DiscoveredPool:
         if found is not None:
             return found
     if settings.discovery:
-        seen = [(address, one.port) for one in _browse_if_possible(pool.fingerprint) for address in one.addresses]
-        found = _find_first(pool, seen, keys, problems)
+        advertised = [(address, one.port) for one in _browse_if_possible(pool.fingerprint) for address in one.addresses]
+        found = _find_first(pool, advertised, keys, problems)
         if found is not None:
             return found
     busy = [problem for problem in problems if isinstance(problem, Busy)]
     if busy:
         raise busy[0]
-    said = list(dict.fromkeys(problem.message for problem in problems))
+    reasons = list(dict.fromkeys(problem.message for problem in problems))
     elsewhere = ", and nowhere else on this network" if settings.discovery else ""
     raise NotRunning(
         f"the head {pool.name} is not found at {', '.join(pool.doors)}{elsewhere}",
-        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said[:_MAX_REASONS])})",
+        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(reasons[:_MAX_REASONS])})",
     )
 
 
 def _known_addresses(pool: KnownPool, problems: list[PotluckError]) -> list[Address]:
     """Where its pairing server has been; names that nobody knows now are problems."""
     addresses = []
-    for door in pool.doors:
+    for address in pool.doors:
         try:
-            addresses.append(parse_pairing_address(door))
+            addresses.append(parse_pairing_address(address))
         except ConfigError as problem:
             problems.append(problem)
     return addresses

@@ -63,7 +63,7 @@ def this_host(settings: Settings, *, target: str | None = None) -> ThisHost:
         address = lan_address(target)
     if address is None:
         if target is not None:
-            raise ConfigError(NO_NETWORK_TEXT, hint="say its IPv4 address with --lan-host; there is no IPv6 yet")
+            raise ConfigError(NO_NETWORK_TEXT, hint="set its IPv4 address with --lan-host; there is no IPv6 yet")
         return isolated_host(name)
     return ThisHost(name=name, address=address, keys=load_keys(identity_dir()))
 

@@ -20,10 +20,9 @@ from devices.pairing.identity import platform_name
 from potluck.host.find_head import DiscoveredPool, HeadAddress
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import this_host
-from potluck.host.node import Node
+from potluck.host.node import Node, relay_worker_log
 from potluck.host.piece_server import HostModelService, HostPieceServer
-from potluck.host.worker_log import WorkerEventLog
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
@@ -39,7 +38,7 @@ _ACCEPT_TIMEOUT_S = 15.0
 
 
 class KnownMembers:
-    """Who is in the pool, as far as the head has said."""
+    """Who is in the pool, as of the head's last message."""
 
     def __init__(self) -> None:
         self.keys: frozenset[str] = frozenset()
@@ -59,7 +58,6 @@ class PoolMember:
         *,
         known_members: KnownMembers,
         address: str,
-        platform: str,
         pieces: str,
         model_service: HostModelService | None = None,
         on_end: Callable[[], object] = lambda: None,
@@ -81,7 +79,7 @@ class PoolMember:
         hello = NodeHello(
             version=PROTOCOL_VERSION,
             potluck=version("potluck"),
-            platform=platform,
+            platform=platform_name(),
             address=address,
             pieces=pieces,
             is_wifi=any(one.is_wifi and one.address == address for one in lan_interfaces()),
@@ -174,7 +172,6 @@ def _stop_error(reason: str) -> PotluckError:
 
 
 Say = Callable[[str], object]
-_LOG_INTERVAL_S = 1.0
 _LAST_MESSAGE_S = 0.2
 
 
@@ -215,7 +212,6 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
             discovered.head,
             known_members=known_members,
             address=here.address,
-            platform=platform_name(),
             pieces=piece_server.endpoint,
             model_service=HostModelService(Store(), piece_server, say=say),
             on_end=node.ended.set,
@@ -235,22 +231,3 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
         if member.end_error is None:
             time.sleep(_LAST_MESSAGE_S)  # The node's connection may say more than its workers' ends.
         return member.end_error or NotRunning("this host's workers have ended", hint=reason)
-
-
-def relay_worker_log(node: Node, *, say: Say) -> str:
-    """Pass on what a user should know of the workers' logs, until `node.ended`. Returns why they ended: what the
-    head said or what went wrong, as the end of a worker's log has it; else how its process ended."""
-    log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
-    is_over = False
-    while not is_over:
-        is_over = node.ended.wait(_LOG_INTERVAL_S)
-        for line in log.read_new():
-            say(line)
-    said = [why for worker in node.workers if (why := _reason_in_log_line(worker.child.last_log_line()))]
-    return said[0] if said else str(node.exit_errors[0]) if node.exit_errors else ""
-
-
-def _reason_in_log_line(line: str) -> str:
-    """Of a log's last line; empty if that is about something else, as where the process was killed."""
-    _, stopped, reason = line.partition(" INFO stopping: ")
-    return reason if stopped else "" if " INFO " in line else line

@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from potluck.head.hosts import PoolHost, piece_peers
+from potluck.head.hosts import PoolHost
 from potluck.head.models.search import ModelPeer, ModelRequest, ModelSearch, printable
 from potluck.head.pool import Pool, PoolWorker
 from potluck.head.progress import HeadProgress
@@ -23,8 +23,7 @@ from potluck.head.ring import RingStage
 from potluck.host.local_host import ThisHost
 from potluck.host.piece_cache import RemoteModelRecord, read_remote_record, write_remote_record
 from potluck.host.piece_server import HostPieceServer, share_stored_model
-from potluck.store import StoredModel
-from potluck.store.manifest import StoredFile
+from potluck.store.manifest import StoredFile, StoredModel
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.formats.spec import ModelSpec
@@ -87,15 +86,7 @@ class LocalModel:
         """`for_others`: cut into pieces, if that is not done yet: its files are read once."""
         if not for_others or self._piece_server is None:
             return self._model
-        is_announced = False
-
-        def progress(done: int, total: int) -> None:
-            nonlocal is_announced
-            if not is_announced:
-                is_announced = True
-                say(f"Reading {self._model.name} once, to share it with other hosts ({format_bytes(total)})")
-
-        self._folders = share_stored_model(self._model, progress)
+        self._folders = share_stored_model(self._model, say)
         self._piece_server.share_model(self._folders)
         return self._model
 
@@ -145,7 +136,7 @@ class RemoteModel:
         has_another_way = bool(is_known) or self._request.pull is not None
         search = ModelSearch(self._request, self._pool.hosts, self._say)
         self._say(
-            f"{self._request.name} is not in this host's store: asking the paired hosts ({self._host_summary(search)})"
+            f"{self._request.name} is not in this host's store: looking on paired hosts ({self._host_summary(search)})"
         )
         if not has_another_way:
             self._say("Ctrl-C ends it. What would help: potluck pull on this host or, on another one, potluck join")
@@ -156,9 +147,9 @@ class RemoteModel:
             if not has_another_way:
                 raise
         if not is_known or known is None:
-            self._say(f"No host of the pool gives {self._request.name}: it is pulled")
+            self._say(f"No host of the pool serves {self._request.name}: it is pulled")
             return False
-        self._say(f"Going on with what is here of {self._request.name}, which came from {known.lender}")
+        self._say(f"Going on with what is here of {self._request.name}, which came from {known.peer}")
         self._open_record(known)
         return True
 
@@ -169,7 +160,7 @@ class RemoteModel:
 
     def wait_for_peer(self) -> None:
         """What is here of the model is not enough. Raises ModelNotFound, DeadlineExceeded."""
-        peer_name = self._record.lender if self._record is not None else "a host"
+        peer_name = self._record.peer if self._record is not None else "a host"
         self._say(f"Waiting for {peer_name}, or another host that has {self._request.name} (Ctrl-C ends it)")
         self._wait(ModelSearch(self._request, self._pool.hosts, self._say), MAX_WAIT_S)
 
@@ -201,7 +192,7 @@ class RemoteModel:
 
     def _wait(self, search: ModelSearch, timeout_s: float) -> None:
         """Until the model is open. Raises ModelNotFound once all hosts are there and none has it, or why one that
-        has it could not give it."""
+        has it could not serve it."""
         give_up_at_s = time.monotonic() + timeout_s
         say_at_s = time.monotonic() + _REPORT_INTERVAL_S
         while not self._open_from_any(search.poll()):
@@ -233,7 +224,7 @@ class RemoteModel:
         return "; ".join(parts) or "none is paired yet"
 
     def _open_from_any(self, peers: Sequence[ModelPeer]) -> bool:
-        """From the first of them that gives it. One that was used before comes first."""
+        """From the first of them that serves it. One that was used before comes first."""
         for peer in sorted(peers, key=lambda peer: peer.host.key != self._peer_key):
             try:
                 self._open_from(peer)
@@ -241,7 +232,7 @@ class RemoteModel:
             except PotluckError as error:
                 self._last_error = error
                 why = printable(str(error))
-                self._say(f"[yellow]{peer.host.name} could not give {self._request.name}:[/yellow] {why}")
+                self._say(f"[yellow]{peer.host.name} could not serve {self._request.name}:[/yellow] {why}")
         return False
 
     def _open_from(self, model_peer: ModelPeer) -> None:
@@ -257,7 +248,7 @@ class RemoteModel:
         if not isinstance(answer, ModelOffered) or not is_digest(answer.digest):
             got = "a digest that is none" if isinstance(answer, ModelOffered) else type(answer).__name__
             raise BadMessage(f"expected the model's digest from {host.name}, got {got}")
-        record = RemoteModelRecord(name=self._request.name, digest=answer.digest, lender=host.name, key=host.key)
+        record = RemoteModelRecord(name=self._request.name, digest=answer.digest, peer=host.name, key=host.key)
         if self._record == record and self._model is not None:
             return
         with zmq.Context() as context, closing(self._here.secure_endpoints(context, self._run_dir)) as edges:
@@ -285,11 +276,11 @@ class RemoteModel:
         )
         self._record, self._pieces = record, pieces
         self._model = StoredModel(
-            name=self._request.name, source=f"pool:{record.lender}", path=folder, files=files, spec=spec
+            name=self._request.name, source=f"pool:{record.peer}", path=folder, files=files, spec=spec
         )
 
     def _shared(self, digest: str, *, source_host: PoolHost | None = None) -> SharedModel:
-        """From all peers; the one that has all of it is the last that is asked."""
+        """From all peers; the one that has all of it comes last."""
         last = source_host.key if source_host is not None else self._peer_key
         peers = all_peers(self._pool, self._here, self._piece_server, last=last)
         return SharedModel(name=self._request.name, digest=digest, peers=peers)
@@ -305,27 +296,28 @@ class _OfferProgressReporter:
         self._done_bytes = -1
         self._progress_s = 0.0
 
-    def __call__(self, host: PoolHost, news: OfferProgress) -> None:
+    def __call__(self, host: PoolHost, progress: OfferProgress) -> None:
         now_s = time.monotonic()
-        if news.done_bytes > self._done_bytes:
-            self._done_bytes, self._progress_s = news.done_bytes, now_s
+        if progress.done_bytes > self._done_bytes:
+            self._done_bytes, self._progress_s = progress.done_bytes, now_s
         elif now_s - self._progress_s > _STALLED_AFTER_S:
             raise DeadlineExceeded(
                 f"{host.name} has read nothing more of {self._name} for {_STALLED_AFTER_S:.0f} s",
                 hint="is its disk busy, or does it share another model first?",
             )
-        if now_s < self._next_s or not 0 <= news.done_bytes <= news.total_bytes:
+        if now_s < self._next_s or not 0 <= progress.done_bytes <= progress.total_bytes:
             return
         self._next_s = now_s + _REPORT_INTERVAL_S
-        share = f": {100 * news.done_bytes / news.total_bytes:.0f} %" if news.total_bytes else ""
+        share = f": {100 * progress.done_bytes / progress.total_bytes:.0f} %" if progress.total_bytes else ""
         self._say(f"{host.name} reads {self._name} once, to share it{share}")
 
 
 def all_peers(pool: Pool, here: ThisHost, piece_server: HostPieceServer, *, last: str = "") -> tuple[PiecePeer, ...]:
     """The hosts that serve pieces, in the order in which workers ask them: this host is the last, or the one with the
     key `last`."""
+    others = [PiecePeer(host.name, host.hello.pieces, host.key) for host in pool.hosts.with_pieces()]
     own = PiecePeer(here.name, piece_server.endpoint, pool.own_key)
-    return tuple(sorted([*piece_peers(pool.hosts), own], key=lambda peer: peer.key == last))
+    return tuple(sorted([*others, own], key=lambda peer: peer.key == last))
 
 
 def stage_hints(

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from devices.hardware.measure import is_noisy, should_remeasure
 from potluck.head.plan_watch import LearnedFactor
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from shard.worker.profile.report import ProfileReport
 from transport.links.link_probe import LinkMeasurement
 from transport.messages.ring import WeightsForm

@@ -36,7 +36,7 @@ from potluck.head.profiling.probes import (
     measure_links,
 )
 from potluck.host.local_host import ThisHost, isolated_host
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.paths import profiles_dir
 from shard.worker.profile.report import GridReport, ProfileReport
 from transport.errors import ConfigError, PotluckError
@@ -64,7 +64,7 @@ def device_key(model: StoredModel, device: Device, machine: str, weights: Weight
 
 
 def device_times(device: Device, report: ProfileReport, slowdown: float = 1.0) -> DeviceTimes:
-    """The planner's words for a report."""
+    """A report as the planner's structs."""
     return DeviceTimes(
         device=device,
         kinds=report.kinds,
@@ -148,7 +148,7 @@ class PoolMeasurement:
         factor = factor_at(learned, now_s)
         if is_deviating(factor):
             words = f"{device.name} took {factor:.2f}× what was measured of it when it was in use, and is planned so"
-            self.say(escape(f"{words}; --fresh measures it anew"))
+            self.say(escape(f"{words}; --fresh measures it again"))
         return scale_times(times, factor)
 
     def _is_known(self, group: Sequence[Device]) -> bool:
@@ -190,8 +190,8 @@ class PoolMeasurement:
                     self._save(device, result)
 
     def _save(self, device: Device, report: ProfileReport) -> None:
-        """Devices that are alike get equal times, those of the one that was disturbed least: the planner need not
-        tell them apart then. Of what was disturbed twice, the better counts."""
+        """Devices that are alike get equal times, the least noisy ones, so that the planner need not tell them apart.
+        Of two noisy measurements the better one counts."""
         self._done.add(device.name)
         earlier = self._to_remeasure.get(device.name)
         if is_noisy(report.others_share):
@@ -345,8 +345,8 @@ def _link_times(source: str, target: str, figures: LinkMeasurement) -> LinkTimes
 
 
 def save_deviation(model: StoredModel, pool: Pool, device: str, ratio: float, weights: WeightsForm) -> None:
-    """A device took `ratio` times what was predicted of it in use: the next plans know. What was faster than measured
-    was disturbed when it was measured, and is measured again."""
+    """A device took `ratio` times what was predicted of it in use: learn that for the next plans. If it was faster than
+    measured, the measurement was noisy, and is taken again."""
     found = [worker for worker in pool.workers() if worker.register.device == device]
     cache = ProfileCache(profiles_dir())
     for worker in found:
