@@ -172,6 +172,9 @@ class EngineServer:
             client = self._clients[identity] = _Client(identity)
             if (state := engine.state_event()) is not None:
                 self._enqueue(client, state)
+        if isinstance(message, Attach | WarmUp | Detach):
+            _command(engine, message)
+            return
         match message:
             case Submit():
                 self._submit(engine, client, message, len(frames[0]))
@@ -180,12 +183,6 @@ class EngineServer:
                     self._cancel(engine, request)
             case Ping():
                 self._enqueue(client, engine.pong())
-            case Attach(ring=ring):
-                engine.attach(ring)
-            case WarmUp(fence=fence):
-                engine.warm_up(fence)
-            case Detach(fence=fence, code=code, message=text, hint=hint):
-                engine.detach(fence, error_from_code(code, text, hint))
 
     def _submit(self, engine: ServableEngine, client: _Client, submit: Submit, num_bytes: int) -> None:
         if submit.request in self._routes:
@@ -282,3 +279,13 @@ class EngineServer:
         del self._clients[client.identity], self._clients_with_backlog[client.identity]
         for request in client.requests:
             self._cancel(engine, request)
+
+
+def _command(engine: ServableEngine, command: EngineCommand) -> None:
+    match command:
+        case Attach(ring=ring):
+            engine.attach(ring)
+        case WarmUp(fence=fence):
+            engine.warm_up(fence)
+        case Detach(fence=fence, code=code, message=message, hint=hint):
+            engine.detach(fence, error_from_code(code, message, hint))

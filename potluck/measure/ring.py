@@ -241,7 +241,8 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
             loads.append((worker, load))
         endpoints = pool.start_loading(loads)
         following = [*endpoints[1:], receiver.endpoint]
-        pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
+        for worker, next in zip(workers, following, strict=True):
+            pool.send(worker, Connect(fence, next))
         pool.wait_until_loaded(workers, on_loading=lambda _: None)
         sender = ZmqSender(context, endpoints[0], limits, name="the bench")
 
