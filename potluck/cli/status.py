@@ -10,9 +10,10 @@ from rich.markup import escape
 
 from potluck.cli.chat_client import call_head
 from potluck.cli.options import JsonOption
-from potluck.cli.terminal import format_bytes, show_line, show_stages, stdout
+from potluck.cli.terminal import show_line, show_stages, stdout
 from potluck.head.status import BetterPlanReport, EngineReport, StatusReport
 from potluck.host.local_head import running_head
+from potluck.system.byte_sizes import format_bytes
 
 
 def status(json_output: JsonOption = False) -> None:

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from potluck.system.byte_sizes import format_bytes
+
 if TYPE_CHECKING:
     from potluck.head.status import StatusReport
 
@@ -68,11 +70,6 @@ def _line_starts(text: str, columns: int) -> list[int]:
             used = 0
         used = 0 if "\n" in word[0] else used + cell_len(word[0])
     return starts
-
-
-def format_bytes(num_bytes: float) -> str:
-    """ "1.5 GiB", "57 MiB"."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def show_table(console: Console, table: Table) -> None:

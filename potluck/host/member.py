@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from devices.hardware.interfaces import lan_interfaces
 from devices.pairing.identity import platform_name
-from potluck.cli.terminal import format_bytes
 from potluck.host.find_head import DiscoveredPool, HeadAddress
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import this_host
@@ -25,6 +24,7 @@ from potluck.host.node import Node
 from potluck.host.piece_server import HostModelService, HostPieceServer
 from potluck.host.worker_log import WorkerEventLog
 from potluck.store import Store
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.control import REVOKED_REASON, ControlClient
