@@ -12,7 +12,8 @@ from rich.console import Console
 from potluck.cli.chat_client import ChatAnswer, stream_chat
 from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.session import running_head_of
-from potluck.cli.terminal import show_stages, show_text, stderr, stdout
+from potluck.cli.status import show_stages
+from potluck.cli.terminal import show_text, stderr, stdout
 from potluck.head.head import Head
 from potluck.head.status import StatusReport
 from potluck.system.settings import Settings

@@ -6,20 +6,20 @@ import json
 from collections.abc import Iterator
 
 import msgspec
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from potluck.cli.chat_client import call_head
 from potluck.cli.options import JsonOption
-from potluck.cli.terminal import show_line, show_stages, stdout
+from potluck.cli.terminal import UNLIMITED_COLUMNS, show_line, show_table, stdout
+from potluck.head.client import get_from_head, post_to_head
 from potluck.head.status import BetterPlanReport, EngineReport, StatusReport
-from potluck.host.local_head import running_head
 from potluck.system.byte_sizes import format_bytes
 
 
 def status(json_output: JsonOption = False) -> None:
     """Show the running head: its model, stages, memory, and times."""
-    head = running_head()
-    report = call_head(head, "GET", "/potluck/status", StatusReport)
+    report = get_from_head("/potluck/status", StatusReport)
     if json_output:
         stdout.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")
         return
@@ -30,6 +30,42 @@ def show_status(report: StatusReport) -> None:
     show_stages(stdout, report)
     for line in _status_lines(report):
         show_line(stdout, line)
+
+
+def show_stages(console: Console, report: StatusReport) -> None:
+    """The ring's stages, one a row, with as much between the columns as there is room for; a device's name that is
+    still too long is folded, never cut."""
+    roomy = stage_table(report, gap=2)
+    widest = console.measure(roomy, options=console.options.update(width=UNLIMITED_COLUMNS)).maximum
+    fits = widest <= console.width or not console.is_terminal
+    show_table(console, roomy if fits else stage_table(report, gap=1))
+
+
+def stage_table(report: StatusReport, *, gap: int) -> Table:
+    """With `gap` spaces between columns."""
+    table = Table(
+        title=f"{escape(report.model)}: {report.state}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+    )
+    for heading in ("stage", "device", "backend", "layers", "weights", "KV (plan)", "resident", "ms (plan)"):
+        is_text = heading in ("device", "backend", "layers")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "device", overflow="fold")
+    for stage in report.stages:
+        measured_ms = f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–"
+        table.add_row(
+            str(stage.stage),
+            escape(stage.device),
+            stage.backend,
+            f"{stage.first}–{stage.last - 1}",
+            format_bytes(stage.weights_bytes) if stage.weights_bytes else "–",
+            f"{stage.kv_bytes / 2**20:.0f} ({stage.kv_reserved_bytes / 2**20:.0f}) MiB",
+            format_bytes(stage.rss_bytes) if stage.rss_bytes else "–",
+            f"{measured_ms} ({stage.predicted_ms_per_token:.1f})",
+        )
+    return table
 
 
 def _status_lines(report: StatusReport) -> Iterator[str]:
@@ -103,8 +139,7 @@ class ReplanReply(msgspec.Struct, frozen=True):
 
 def replan(json_output: JsonOption = False) -> None:
     """Apply the better plan, if there is one, as soon as nobody waits for an answer."""
-    head = running_head()
-    answer = call_head(head, "POST", "/potluck/replan", ReplanReply)
+    answer = post_to_head("/potluck/replan", {}, ReplanReply)
     if json_output:
         stdout.file.write(json.dumps(msgspec.to_builtins(answer)) + "\n")
     elif answer.better_plan is None:

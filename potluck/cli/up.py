@@ -8,7 +8,8 @@ import msgspec
 
 from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.session import running_head_of
-from potluck.cli.terminal import show_line, show_stages, stderr, stdout
+from potluck.cli.status import show_stages
+from potluck.cli.terminal import show_line, stderr, stdout
 from potluck.system.settings import SETTINGS, Settings
 
 
