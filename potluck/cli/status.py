@@ -85,6 +85,19 @@ def _status_lines(report: StatusReport) -> Iterator[str]:
         if stage.fetched:
             sources = ", ".join(f"{format_bytes(count)} from {escape(name)}" for name, count in stage.fetched.items())
             yield f"{escape(stage.device)} got {sources} in {stage.fetch_s:.1f} s"
+    yield from _device_lines(report)
+    yield (
+        f"{report.url}, context {report.context_tokens} tokens, KV for {report.kv_capacity_tokens} tokens, "
+        f"head process {report.pid}, logs in {escape(report.logs)}"
+    )
+    if report.error:
+        yield f"[bold red]{escape(report.error)}[/bold red]"
+        if report.hint:
+            yield f"[cyan]hint:[/cyan] {escape(report.hint)}"
+
+
+def _device_lines(report: StatusReport) -> Iterator[str]:
+    """Hosts that are connected, those that wait, and devices that have no stage."""
     for host in report.hosts:
         devices = escape(", ".join(host.devices) or "no device yet")
         yield f"Connected: {escape(host.name)} ({escape(host.platform)}, {escape(host.address)}) with {devices}"
@@ -94,14 +107,6 @@ def _status_lines(report: StatusReport) -> Iterator[str]:
     for device in report.idle_devices:
         free = format_bytes(device.free_bytes)
         yield f"Not in the ring: {escape(device.device)} ({free} free): {escape(device.reason)}"
-    yield (
-        f"{report.url}, context {report.context_tokens} tokens, KV for {report.kv_capacity_tokens} tokens, "
-        f"head process {report.pid}, logs in {escape(report.logs)}"
-    )
-    if report.error:
-        yield f"[bold red]{escape(report.error)}[/bold red]"
-        if report.hint:
-            yield f"[cyan]hint:[/cyan] {escape(report.hint)}"
 
 
 def _deviation_lines(report: StatusReport) -> Iterator[str]:

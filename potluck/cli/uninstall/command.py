@@ -19,7 +19,8 @@ from potluck.cli.terminal import show_line, show_table, stderr, stdout
 from potluck.cli.uninstall.inventory import Inventory, Locations, Removed, remove, remove_if_empty, take_inventory
 from potluck.cli.uninstall.rules import DOWNLOADS, HUB_PARTS, MODELS, PIECES, RUNTIME, SERVICE
 from potluck.host.local_head import HeadFile
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import config_file, home_dir, known_pools_file, runtime_path
 from transport.errors import ConfigError, PotluckError
