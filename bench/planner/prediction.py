@@ -242,7 +242,7 @@ class PredictionExperiment:
         """One chat, then many."""
         # The chats that `up` plans for: the last one begins before the first one has ended, and a token has as much
         # context on average as a predicted one.
-        chat = workload_of(profile_of(self._model), Settings(context_tokens=self._context, concurrency=self._chats))
+        chat = workload_of(profile_of(self._model), Settings(context=self._context, concurrency=self._chats))
         lengths = ("--prompt", str(chat.prompt_tokens), "--output", str(chat.output_tokens))
         grid = (*lengths, "--concurrency", "1", str(self._chats), "--rounds", "1")
         command = [sys.executable, "-P", "-m", "potluck.measure", *grid]

@@ -124,7 +124,7 @@ def pool_of_hosts(here: ThisHost, pairing_port: int) -> Iterator[BenchPool]:
 def pool_of_processes(num_stages: int) -> Iterator[BenchPool]:
     """Of worker processes on this host's CPU, one thread each."""
     here = isolated_host("bench")
-    settings = Settings(devices=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
+    settings = Settings(device=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
     devices = find_local_devices(settings, say=lambda line: None, host=here.name, is_head=True)
     one_thread = [replace(device, threads=1) for device in devices]
     with _pool(here, None) as found, ExitStack() as stack:

@@ -45,9 +45,9 @@ def main() -> int:
     model = Store(home_dir()).resolve(options.model)
     prompts = Prompts(Tokenizer(model.path), model.spec.vocab_size)
     wanted = Settings(
-        context_tokens=_CONTEXT_TOKENS,
+        context=_CONTEXT_TOKENS,
         concurrency=_CONCURRENCY,
-        use_all_devices=True,
+        use_all=True,
         objective="throughput",
         layers=options.layers,
     )

@@ -90,10 +90,10 @@ def build_bench(stack: ExitStack, model: StoredModel, wanted: Sequence[str], lay
 def settings(num_stages: int, layers: str | None) -> Settings:
     """Of a ring that uses all its devices, each a CPU worker, for chats of up to 8,192 tokens."""
     return Settings(
-        devices=("torch:cpu",) * num_stages,
-        context_tokens=_CONTEXT_TOKENS,
+        device=("torch:cpu",) * num_stages,
+        context=_CONTEXT_TOKENS,
         concurrency=_CONCURRENCY,
-        use_all_devices=True,
+        use_all=True,
         objective="throughput",
         layers=layers,
     )

@@ -276,10 +276,10 @@ def _make_run_dir(stack: ExitStack) -> Path:
 
 def _wait_for_others(settings: Settings, pool: Pool, num_here: int, progress: HeadProgress) -> None:
     """Until as many devices as were asked for have registered."""
-    missing = settings.wait_for_devices - num_here
+    missing = settings.wait_for - num_here
     if missing > 0:
         progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
-        pool.wait_for_devices([], settings.wait_for_devices, _JOIN_TIMEOUT_S)
+        pool.wait_for_devices([], settings.wait_for, _JOIN_TIMEOUT_S)
 
 
 def _mover(

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from potluck.api.api_key import auth_headers
+from potluck.head.client import auth_headers
 
 CLI = (sys.executable, "-P", "-m", "potluck")
 _STOP_WITHIN_S = 15.0

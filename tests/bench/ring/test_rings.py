@@ -21,7 +21,7 @@ def prompts(smollm2_path: Path) -> Prompts:
 
 def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Path, prompts: Prompts) -> None:
     model = Store(smollm2_path.parents[1]).show("smollm2")
-    settings = Settings(context_tokens=4096, estimate=True, layers="cpu-1=17,cpu-2=13")
+    settings = Settings(context=4096, estimate=True, layers="cpu-1=17,cpu-2=13")
     with pool_of_processes(2) as pool:
         plan = pool.plan(model, settings)
         assert [stage.num_layers for stage in plan.stages] == [17, 13]
