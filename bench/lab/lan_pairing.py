@@ -174,8 +174,8 @@ _NEW_NUMBERS = {BY_INVITE: 22, HEAD: 21}
 # The moment of the change in the roster's file, and the first one at which the head says that it can't serve.
 _REVOKE = """
 import sys, time, httpx
-from devices.roster import RosterFile
-from potluck.paths import roster_file
+from devices.pairing.roster import RosterFile
+from potluck.system.paths import roster_file
 roster = RosterFile(roster_file())
 with httpx.Client(trust_env=False) as client:
     assert client.get(sys.argv[1] + "/health").status_code == 200

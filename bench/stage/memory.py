@@ -23,7 +23,7 @@ from potluck.host.node import Node
 from potluck.measure.result import hardware_facts
 from shard.pieces.open import open_checkpoint
 from transport.messages.control import Load
-from transport.messages.ring import Fence
+from transport.messages.ring import Fence, StageSpec
 
 _BASE = LlamaShape(hidden=2048, intermediate=5632, layers=6, heads=16, kv_heads=8, vocab=8192)
 _NOTHING = LlamaShape(hidden=64, intermediate=64, layers=3, heads=4, kv_heads=2, vocab=64)
@@ -106,15 +106,18 @@ def _load(model: Path, fence: Fence, index: int, thirds: list[int], backend: str
     return Load(
         fence=fence,
         stage=index,
-        first=thirds[index],
-        last=thirds[index + 1],
-        num_layers=thirds[-1],
+        spec=StageSpec(
+            first=thirds[index],
+            last=thirds[index + 1],
+            num_layers=thirds[-1],
+            device=backend,
+            compute_dtype="bfloat16",
+            wire_dtype="bfloat16",
+            next_dtype="bfloat16",
+            context_tokens=1024,
+            kv_capacity_tokens=1024,
+        ),
         model_path=str(model),
-        compute_dtype="bfloat16",
-        wire_dtype="bfloat16",
-        next_dtype="bfloat16",
-        context_tokens=1024,
-        kv_capacity_tokens=1024,
         max_step_tokens=1024,
         listen="local",
     )

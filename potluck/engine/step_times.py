@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from planner.plan import StageTimes
+from planner.measurements import StageTimes
 
 if TYPE_CHECKING:
     from potluck.engine.prefill_budget import PrefillShare

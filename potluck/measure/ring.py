@@ -171,17 +171,7 @@ def unsplit_ring(model: Path, dtype: DType) -> Iterator[BenchRing]:
     checkpoint = open_checkpoint(model)
     spec = checkpoint.spec
     fence = Fence("bench", 0, "unsplit")
-    shard = StageSpec(
-        first=0,
-        last=spec.num_layers,
-        num_layers=spec.num_layers,
-        device="cpu",
-        compute_dtype=dtype,
-        wire_dtype=dtype,
-        next_dtype=dtype,
-        context_tokens=CONTEXT_TOKENS,
-        kv_capacity_tokens=CONTEXT_TOKENS,
-    )
+    shard = _stage_spec(spec, 0, spec.num_layers, dtype)
     limits = _limits(spec, fence, dtype)
     engine_sender, stage_receiver = memory_link(limits)
     stage_sender, engine_receiver = memory_link(limits)
@@ -228,15 +218,8 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
             load = Load(
                 fence=fence,
                 stage=index,
-                first=bounds[index],
-                last=bounds[index + 1],
-                num_layers=spec.num_layers,
+                spec=_stage_spec(spec, bounds[index], bounds[index + 1], dtype),
                 model_path=str(model),
-                compute_dtype=dtype,
-                wire_dtype=dtype,
-                next_dtype=dtype,
-                context_tokens=CONTEXT_TOKENS,
-                kv_capacity_tokens=CONTEXT_TOKENS,
                 max_step_tokens=MAX_STEP_TOKENS,
                 listen="local",
             )
@@ -274,6 +257,20 @@ def equal_bounds(spec: ModelSpec, num_stages: int) -> list[int]:
         if len(bounds) < num_stages and done >= total * len(bounds) / num_stages:
             bounds.append(layer + 1)
     return [*bounds, spec.num_layers]
+
+
+def _stage_spec(spec: ModelSpec, first: int, last: int, dtype: DType) -> StageSpec:
+    return StageSpec(
+        first=first,
+        last=last,
+        num_layers=spec.num_layers,
+        device="cpu",
+        compute_dtype=dtype,
+        wire_dtype=dtype,
+        next_dtype=dtype,
+        context_tokens=CONTEXT_TOKENS,
+        kv_capacity_tokens=CONTEXT_TOKENS,
+    )
 
 
 def _limits(spec: ModelSpec, fence: Fence, dtype: DType) -> EdgeLimits:

@@ -38,7 +38,7 @@ def refused(status: int) -> LoadRequest:
 
 
 def spell(*requests: LoadRequest, begin_s: float = 0.0, end_s: float = 10.0, **more: Any) -> Trial:
-    given: dict[str, Any] = {"cut_s": end_s, "cpu_s": 0.001, "statuses": [], "is_interrupted": False, "trouble": ""}
+    given: dict[str, Any] = {"cut_s": end_s, "cpu_s": 0.001, "statuses": [], "is_interrupted": False, "failure": ""}
     outcome = LoadOutcome(requests=list(requests), begin_s=begin_s, end_s=end_s, **{**given, **more})
     found = trial_of(outcome, CELL)
     assert found is not None

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from planner.plan import StageTimes
+from planner.measurements import StageTimes
 from potluck.engine.prefill_budget import LATE_SLOWDOWN, SLOWDOWN, PrefillBudget
 from potluck.engine.request import Phase, PrefixReuse
 from potluck.engine.request import Sequence as TokenSequence

@@ -19,7 +19,7 @@ from shard.pieces.open import open_checkpoint
 from shard.worker.load import Backend
 from shard.worker.profile.layers import LayerProbe, ProfiledStages
 from shard.worker.profile.profiler import Profiler
-from shard.worker.profile.report import GridReport, ProfileSettings
+from shard.worker.profile.report import ProfileSettings
 from shard.worker.profile.timed_stage import (
     LayerSpan,
     SampleTimer,
@@ -28,6 +28,7 @@ from shard.worker.profile.timed_stage import (
     interquartile_mean,
     layer_kinds,
 )
+from transport.messages.measure import Grid
 from transport.messages.ring import SequenceId
 
 from .tiny import memory_checkpoint, tiny_model
@@ -169,11 +170,11 @@ class MadeUpStage:
         self.now.seconds += seconds
         return seconds
 
-    def fresh_chunk(self, num_tokens: int) -> float:
+    def time_first_chunk(self, num_tokens: int) -> float:
         return self.step(self.open(1), num_tokens)
 
 
-def near(grid: GridReport, row: int, column: int, expected: float) -> None:
+def near(grid: Grid, row: int, column: int, expected: float) -> None:
     assert grid.seconds[row][column] == pytest.approx(expected, rel=0.05)
 
 

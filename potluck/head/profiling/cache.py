@@ -20,9 +20,9 @@ import msgspec
 from devices.hardware.measure import is_noisy, should_remeasure
 from potluck.head.profiling.calibration import LearnedFactor
 from potluck.store import StoredModel
-from shard.worker.profile.report import ProfileReport, decode_report
 from transport.errors import BadMessage
 from transport.links.link_probe import LinkMeasurement
+from transport.messages.measure import ProfileReport, read_report
 from transport.messages.ring import WeightsForm
 
 _VERSION = 3
@@ -67,7 +67,7 @@ class ProfileCache:
         if found is None:
             return None
         try:
-            return decode_report(json.dumps(found.get("report")).encode())
+            return read_report(found.get("report"))
         except BadMessage:
             return None
 

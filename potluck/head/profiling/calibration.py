@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from planner.measurements import DeviceTimes, Grid, LayerTimes
+import msgspec
+
+from planner.measurements import DeviceTimes
 from transport.messages.control import DecodeBucket, Stats
+from transport.messages.measure import Grid, LayerTimes
 
 DEVIATION_TOLERANCE = 0.25
 """A stage is off if it takes this much more or less than predicted."""
@@ -137,7 +140,7 @@ def scale_times(times: DeviceTimes, factor: float) -> DeviceTimes:
 
 
 def _scaled(grid: Grid, factor: float) -> Grid:
-    return replace(grid, seconds=tuple(tuple(value * factor for value in row) for row in grid.seconds))
+    return msgspec.structs.replace(grid, seconds=tuple(tuple(value * factor for value in row) for row in grid.seconds))
 
 
 def _difference(after: DecodeBucket, before: DecodeBucket | None) -> DecodeBucket | None:
