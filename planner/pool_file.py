@@ -82,7 +82,7 @@ def _problem(saved: SavedPool) -> str | None:
         return "the model has a negative size"
     for link in times.links:
         if not (is_time(link.hop_s) and is_time(link.hop_p95_s) and link.bytes_per_s > 0):
-            return f"the link {link.source} → {link.target} has a time or rate that can't be"
+            return f"the link {link.source} → {link.target} needs finite times ≥ 0 and a rate > 0"
     return next(filter(None, (_device_problem(device, profile) for device in times.devices)), None)
 
 
@@ -95,8 +95,8 @@ def _device_problem(times: DeviceTimes, profile: ModelProfile) -> str | None:
     if len(times.kinds) != profile.num_layers or not all(0 <= kind < len(times.layers) for kind in times.kinds):
         return f"{device.name}'s kinds of layers are not those of the model"
     if not device.free_bytes >= 0 or not device.total_bytes >= 0 or not device.bandwidth_bytes_per_s > 0:
-        return f"{device.name} has memory or a bandwidth that can't be"
+        return f"{device.name}: memory must be ≥ 0 bytes and bandwidth_bytes_per_s > 0"
     grids = [times.embed, times.head, *(grid for layer in times.layers for grid in (layer.decode, layer.prefill))]
     if not is_time(times.step_s) or times.busy < 1 or not all(grid.is_plausible() for grid in grids):
-        return f"{device.name} has times that can't be"
+        return f"{device.name}: times must be finite and ≥ 0, busy ≥ 1, and grids whole with ascending axes"
     return None
