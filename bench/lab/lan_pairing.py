@@ -32,7 +32,8 @@ from bench.lab.spec import HostSpec, LabSpec, parse_rate
 from bench.targets import Round, Target, judge_targets, ratio
 from potluck.measure.head_process import CLI, CommandProcess
 from potluck.measure.result import hardware_facts, say
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from shard.pieces.open import open_checkpoint
 from transport.errors import PotluckError

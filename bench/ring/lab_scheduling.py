@@ -28,7 +28,7 @@ from potluck.host.local_host import ThisHost
 from potluck.measure.child_process import SystemUnderTest, reply_pipe, send_reply, serve_commands
 from potluck.measure.head_process import CommandProcess
 from potluck.measure.result import hardware_facts, say, write_result
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir, identity_dir
 from potluck.system.settings import Settings
 from transport.errors import PotluckError

@@ -21,7 +21,7 @@ import torch
 
 from potluck.measure.result import hardware_facts, write_result
 from potluck.measure.ring import PROMPT, BenchRing, RunResult, split_ring, unsplit_ring
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.messages.ring import DType
 

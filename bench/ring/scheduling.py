@@ -32,7 +32,8 @@ from bench.targets import SCHEDULING_TARGETS, Round, run_rounds
 from potluck.engine.tokenizer import Tokenizer
 from potluck.measure.result import hardware_facts, say, write_result
 from potluck.measure.ring import unsplit_ring
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from potluck.system.settings import Settings
 from transport.errors import PotluckError

@@ -23,6 +23,8 @@ from potluck.measure.load_run import fit, prompt_words
 from potluck.measure.ring import BenchRing
 from potluck.measure.summary import decode_tokens_per_s, percentile
 
+_MAX_WORD_LETTERS = 9
+
 
 class Prompts:
     """Each call gives others, in every run the same ones: those of one `seed` follow each other in a fixed order."""
@@ -50,7 +52,8 @@ class Prompts:
 
     def _text(self, num_tokens: int) -> str:
         tag = f"{self._random.randrange(10**6):06d}"
-        words = prompt_words(num_tokens, self._random)
+        # No long ones: a prompt is then as long as it should be to within a few letters, whatever the tokenizer.
+        words = [word for word in prompt_words(2 * num_tokens, self._random) if len(word) <= _MAX_WORD_LETTERS]
 
         def text(count: int) -> str:
             return " ".join([tag, *words[:count]])

@@ -27,7 +27,7 @@ from bench.stage.speed import gguf_of
 from potluck.measure.child_process import SystemUnderTest, llama_python
 from potluck.measure.result import hardware_facts, write_result
 from potluck.measure.ring import load_whole
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from shard.stage import Batch, ShardBackend
 from transport.messages.ring import Entry, SequenceId

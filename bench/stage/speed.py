@@ -31,7 +31,7 @@ from bench.targets import REQUANTIZED, SAME_FILE, STAGE_TARGETS, Round, agreemen
 from potluck.measure.child_process import ROOT, SystemUnderTest, llama_python, reply_pipe, serve_commands
 from potluck.measure.result import hardware_facts, write_result
 from potluck.measure.ring import CONTEXT_TOKENS, load_whole
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from shard.pieces.open import open_checkpoint
 from shard.stage import StageInput, TokenOutput

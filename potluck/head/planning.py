@@ -13,7 +13,7 @@ from planner.options import Workload, parse_layers
 from planner.plan import Plan
 from planner.relaxation import SearchProgress
 from planner.solve import any_ring_fits, make_plan
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.store.model_details import config_of
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS, Settings
 from shard.formats.spec import Backend

@@ -43,7 +43,8 @@ from potluck.measure.summary import (
     percentile,
     stage_use_between,
 )
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import PotluckError
 

@@ -47,7 +47,7 @@ from potluck.measure.load_run import (
 )
 from potluck.measure.result import hardware_facts, say, write_result
 from potluck.measure.summary import Trial, row_of, trial_of
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, ModelNotFound, PotluckError
 

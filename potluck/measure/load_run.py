@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from potluck.measure.endpoint import LoadEndpoint, StreamedAnswer, answer_of, chat_once
 from potluck.measure.http_client import HttpExchange
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, ModelNotFound
 

@@ -19,7 +19,7 @@ import msgspec
 
 from devices.hardware.measure import is_noisy, should_remeasure
 from potluck.head.profiling.calibration import LearnedFactor
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from transport.errors import BadMessage
 from transport.links.link_probe import LinkMeasurement
 from transport.messages.measure import ProfileReport, read_report
