@@ -24,7 +24,7 @@ import httpx
 _COMMAND = (sys.executable, "-P", "-c", "from potluck.entry import main; main()")
 _DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--threads", "2")
 _TIMEOUT_S = 120.0
-_TICKS_PER_S = 100  # As in site/sitecustomize.py.
+_TICKS_PER_S = 100  # As in sitecustomize.py.
 _BODY = {
     "model": "smollm2",
     "messages": [{"role": "user", "content": "Name fruits."}],
@@ -52,7 +52,7 @@ class _Walker:
             "OMP_NUM_THREADS": "1",
         }
         self._watched = self._unwatched | {
-            "PYTHONPATH": f"{Path(__file__).parent / 'site'}{os.pathsep}{tree}",
+            "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{tree}",
             "POTLUCK_WALK_TREE": str(tree),
             "POTLUCK_WALK_OUT": str(self._out),
         }

@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {**hardware_facts(), "options": up_options, "rounds": options.rounds, **found}
         table = markdown(result)
         if options.markdown is not None:
-            options.markdown.write_text(table)
+            options.markdown.write_text(table, encoding="utf-8")
         if options.plot is not None:
             plot(result, options.plot)
     except (PotluckError, RuntimeError, httpx.HTTPError, subprocess.SubprocessError) as error:

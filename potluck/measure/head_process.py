@@ -18,6 +18,8 @@ from potluck.api.api_key import auth_headers
 
 CLI = (sys.executable, "-P", "-m", "potluck")
 _STOP_WITHIN_S = 15.0
+END_SIGNALS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Windows has no SIGHUP."""
 UP_WITHIN_S = 3600.0
 """A head may have to download its model first."""
 
@@ -106,7 +108,7 @@ class CommandProcess:
 
 def stop_on_signals() -> None:
     """Treat signals that would end this process at once like Ctrl-C: a head that it started is stopped then."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in END_SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
 

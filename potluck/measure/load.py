@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from potluck.host.local_head import running_head
 from potluck.measure.endpoint import LoadEndpoint, find_endpoint, prepare_endpoint
-from potluck.measure.head_process import UP_WITHIN_S, CommandProcess, stop_on_signals
+from potluck.measure.head_process import END_SIGNALS, UP_WITHIN_S, CommandProcess, stop_on_signals
 from potluck.measure.load_report import markdown, plot, text
 from potluck.measure.load_run import (
     ChatGenerator,
@@ -182,7 +182,7 @@ class LoadMeasurement:
     async def _run_trial(self, endpoint: LoadEndpoint, chats: ChatGenerator, cell: LoadCell, seed: int) -> LoadOutcome:
         stop = asyncio.Event()
         with contextlib.suppress(NotImplementedError):
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, *END_SIGNALS):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
         mix = self._plan.mix
         load = LoadRun(endpoint, chats, cell, self._plan.span, output=mix.output, turns=mix.turns, seed=seed, stop=stop)
@@ -302,6 +302,6 @@ def _show(result: dict[str, Any], options: argparse.Namespace) -> None:
     to_stdout = str(options.json) == "-"
     write_result(result, None if to_stdout else options.json, shown=None if to_stdout else text(result))
     if options.markdown is not None:
-        options.markdown.write_text(markdown(result))
+        options.markdown.write_text(markdown(result), encoding="utf-8")
     if options.plot is not None:
         plot(result, options.plot)

@@ -38,7 +38,7 @@ def write_result(result: Mapping[str, Any], file: Path | None, *, shown: str | N
     """Print the result, or `shown` in its place, and write it to `file` as a whole if one is given."""
     text = json.dumps(result, indent=2) + "\n"
     if file is not None:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as draft:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as draft:
             draft.write(text)
         Path(draft.name).chmod(0o644)
         Path(draft.name).replace(file)
