@@ -188,7 +188,7 @@ def plan_json(model: str, plan: Plan) -> dict[str, Any]:
         "kv_capacity_tokens": plan.kv_capacity_tokens,
         "predicted_tokens_per_s": prediction.tokens_per_s,
         "prediction": asdict(prediction),
-        "stages": [asdict(row) for row in stage_rows(plan)],
+        "stages": stage_rows(plan),
         "left_out": [asdict(item) for item in plan.left_out],
         "advice": asdict(plan.advice) if plan.advice is not None else None,
     }
@@ -206,17 +206,17 @@ def _stage_table(model: str, plan: Plan) -> Table:
     for heading in ("stage", *texts, "weights", "KV", "ms", "hop ms"):
         justify: Literal["left", "right"] = "left" if heading in texts else "right"
         table.add_column(heading, justify=justify, no_wrap=heading != "device", overflow="fold")
-    for row in stage_rows(plan):
+    for index, stage in enumerate(plan.stages):
         table.add_row(
-            str(row.stage),
-            escape(row.device),
-            row.backend,
-            row.compute_dtype,
-            f"{row.first}–{row.last - 1}",
-            format_bytes(row.weights_bytes),
-            format_bytes(row.kv_bytes),
-            f"{row.predicted_ms_per_token:.1f}",
-            f"{row.hop_ms:.2f}",
+            str(index),
+            escape(stage.device),
+            stage.backend,
+            stage.compute_dtype,
+            f"{stage.first}–{stage.last - 1}",
+            format_bytes(stage.weights_bytes),
+            format_bytes(stage.kv_bytes),
+            f"{stage.decode_s * 1e3:.1f}",
+            f"{stage.hop_s * 1e3:.2f}",
         )
     return table
 
