@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from shard.formats.checkpoint import Checkpoint
-from shard.formats.families import MlxFamily, mlx_family_of
+from shard.formats.families import Family, MlxFacts, family_of
 from shard.mlx_backend.kv import kv_group_size
-from shard.mlx_backend.library import final_softcap, model_arguments, model_module
+from shard.mlx_backend.library import mlx_facts, model_arguments, model_module, stacked_names
 from shard.mlx_backend.modules import StageModules, use_cpu_kernels
 from shard.mlx_backend.shard import MlxShard
 from shard.mlx_backend.weights import ModuleSource, Progress, load_weights, with_quantized_modules
@@ -27,11 +27,12 @@ def build_mlx_shard(checkpoint: Checkpoint, spec: StageSpec, progress: Progress 
     Raises UnsupportedModel for an architecture or a feature that can't run here, BadCheckpoint for bad files,
     DoesNotFit where memory runs out.
     """
-    family = mlx_family_of(checkpoint.config)
+    family = family_of(checkpoint.config)
+    facts = mlx_facts(family)
     group = kv_group_size(spec.kv, checkpoint.spec.head_dim)
     if spec.device.endswith(":cpu"):
         mx.set_default_device(mx.cpu)
-    modules, parts = _modules(checkpoint, spec, family)
+    modules, parts = _modules(checkpoint, spec, family, facts)
     try:
         weights_bytes = load_weights(parts, checkpoint, spec.compute_dtype, progress)
     except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
@@ -45,15 +46,18 @@ def build_mlx_shard(checkpoint: Checkpoint, spec: StageSpec, progress: Progress 
     return MlxShard(spec=spec, modules=modules, weights_bytes=weights_bytes, kv_group=group)
 
 
-def _modules(checkpoint: Checkpoint, spec: StageSpec, family: MlxFamily) -> tuple[StageModules, list[ModuleSource]]:
+def _modules(
+    checkpoint: Checkpoint, spec: StageSpec, family: Family, facts: MlxFacts
+) -> tuple[StageModules, list[ModuleSource]]:
     """The stage's part of the whole model, and what is to be filled in it.
 
     Building the rest costs nothing: arrays are lazy, and never evaluated. That way each layer knows its absolute index,
     on which its kind and its rope can depend.
     """
     model = checkpoint.spec
-    library = model_module(family.module)
+    library = model_module(facts.module)
     windows = model.windows[spec.first : spec.last]
+    experts = _NO_EXPERTS if family.experts is None else stacked_names(family.experts)
     parts: list[ModuleSource] = []
 
     def whole(sliding: bool) -> Any:  # An mlx-lm Model: the library is untyped.
@@ -69,7 +73,7 @@ def _modules(checkpoint: Checkpoint, spec: StageSpec, family: MlxFamily) -> tupl
 
     by_kind = {sliding: whole(sliding) for sliding in {window is not None for window in windows}}
     layers = [
-        held(by_kind[window is not None].model.layers[i], f"model.layers.{i}.", family.experts)
+        held(by_kind[window is not None].model.layers[i], f"model.layers.{i}.", experts)
         for i, window in enumerate(windows, start=spec.first)
     ]
     some = next(iter(by_kind.values()))
@@ -83,8 +87,8 @@ def _modules(checkpoint: Checkpoint, spec: StageSpec, family: MlxFamily) -> tupl
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         embed_scale=model.hidden_size**0.5 if family.scaled_embedding else None,
-        softcap=final_softcap(checkpoint.config) if spec.is_last else None,
-        array_masks=family.array_masks,
-        batched_decode=family.batched_decode,
+        softcap=checkpoint.config.get("final_logit_softcapping") if family.caps_logits and spec.is_last else None,
+        array_masks=facts.array_masks,
+        batched_decode=facts.batched_decode,
     )
     return modules, parts

@@ -10,9 +10,27 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from shard.formats.families import MlxFamily
+from shard.formats.families import ExpertNames, Family, MlxFacts, architectures_of
 from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint, UnsupportedModel
+
+
+def mlx_facts(family: Family) -> MlxFacts:
+    """Raises UnsupportedModel, naming the architectures that are supported."""
+    if family.mlx is None:
+        raise UnsupportedModel(
+            f"the MLX backend can't run {family.model_type!r} models",
+            hint=f"supported there: {architectures_of('mlx')}; or run this model on torch devices only",
+        )
+    return family.mlx
+
+
+def stacked_names(experts: ExpertNames) -> dict[str, str]:
+    """mlx-lm's path in a layer of each parameter that holds all experts → the name of one, `{expert}` left open."""
+    return {
+        f"{experts.block}.switch_mlp.{projection}.weight": experts.tensor("{expert}", projection)
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    }
 
 
 def model_module(name: str) -> ModuleType:
@@ -46,25 +64,28 @@ _SAME_AS_LIBRARY = {"rope_traditional": False, "rope_parameters": None, "layer_t
 
 
 def model_arguments(
-    config: Mapping[str, Any], model: ModelSpec, family: MlxFamily, arguments: type[Any], *, sliding: bool
+    config: Mapping[str, Any], model: ModelSpec, family: Family, arguments: type[Any], *, sliding: bool
 ) -> Any:
     """`arguments` (the class's ModelArgs) filled from `config`, for its layers with (`sliding`) or without a window.
 
     Gemma 3's class can only place its two kinds of layers at regular intervals: it is asked for one kind throughout.
     Raises UnsupportedModel for a feature that the class lacks, BadCheckpoint for a key that the file should hold.
     """
-    _check_supported(config, family)
+    facts = mlx_facts(family)
+    _check_supported(config, family, facts)
     known = inspect.signature(arguments).parameters
-    values: dict[str, Any] = {**_SAME_AS_LIBRARY, **family.defaults}
+    values: dict[str, Any] = {**_SAME_AS_LIBRARY, **facts.defaults}
     values.update({key: value for key, value in config.items() if value is not None})
     # transformers 5 renamed this key of qwen3_moe when it writes a config.
     if "num_local_experts" in config:
         values.setdefault("num_experts", config["num_local_experts"])
-    values.update(_rope(config, family))
+    values.update(_rope(config, family, facts))
     # The facts that spec and config both state come from the spec, which has resolved the defaults of old files.
     values.update(
         num_hidden_layers=model.num_layers,
         tie_word_embeddings=model.tied_embeddings,
+        head_dim=family.head_dim(config),
+        num_key_value_heads=family.kv_heads(config),
         sliding_window_pattern=model.num_layers + 1 if sliding else 1,
         # Windows are ours (`KVSlot`, masks), and a class given only sliding layers fails for want of a full one.
         layer_types=None,
@@ -79,28 +100,23 @@ def model_arguments(
     return arguments(**{name: values[name] for name in known})
 
 
-def final_softcap(config: Mapping[str, Any]) -> float | None:
-    """The cap of Gemma 2's logits, c · tanh(x / c); None where there is none."""
-    cap = config.get("final_logit_softcapping")
-    return float(cap) if cap and str(config.get("model_type")).startswith("gemma") else None
-
-
-def _check_supported(config: Mapping[str, Any], family: MlxFamily) -> None:
-    name = config["model_type"]
+def _check_supported(config: Mapping[str, Any], family: Family, facts: MlxFacts) -> None:
+    name = family.model_type
     if config.get("model_file"):
         raise UnsupportedModel(
             "config.json names a model_file: code that comes with a model is never run",
             hint="use a checkpoint of a supported architecture without its own code",
         )
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
-    if name == "gemma2" and not config.get("attn_logit_softcapping"):
-        raise UnsupportedModel("the MLX backend can't run gemma2 without attn_logit_softcapping", hint=_HINT)
+    attention_cap = config.get("attn_logit_softcapping")
+    if family.caps_attention and not attention_cap:
+        raise UnsupportedModel(f"the MLX backend can't run {name} without attn_logit_softcapping", hint=_HINT)
     partial = config.get("partial_rotary_factor")
     refused = {
         "hidden_act": activation if activation != family.activation else None,
-        "attn_logit_softcapping": config.get("attn_logit_softcapping") if name == "gemma3_text" else None,
+        "attn_logit_softcapping": None if family.caps_attention else attention_cap,
         "use_bidirectional_attention": config.get("use_bidirectional_attention"),
-        "attention_bias": config.get("attention_bias") if "attention_bias" not in family.defaults else None,
+        "attention_bias": config.get("attention_bias") if "attention_bias" not in facts.defaults else None,
         "partial_rotary_factor": partial if partial != 1.0 else None,
     }
     for key, value in refused.items():
@@ -108,7 +124,7 @@ def _check_supported(config: Mapping[str, Any], family: MlxFamily) -> None:
             raise UnsupportedModel(f"the MLX backend can't run {name} with {key} = {value!r}", hint=_HINT)
 
 
-def _rope(config: Mapping[str, Any], family: MlxFamily) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], family: Family, facts: MlxFacts) -> dict[str, Any]:
     """rope_theta, rope_scaling and rope_local_base_freq from either generation of configuration keys."""
     nested = config.get("rope_parameters") or {}
     by_type = {key: value for key, value in nested.items() if isinstance(value, Mapping)}
@@ -116,10 +132,10 @@ def _rope(config: Mapping[str, Any], family: MlxFamily) -> dict[str, Any]:
     local: Mapping[str, Any] = by_type.get("sliding_attention", {})
     scaling = dict(config.get("rope_scaling") or full)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in family.rope_types or local.get("rope_type", "default") != "default":
+    if kind not in facts.rope_types or local.get("rope_type", "default") != "default":
         raise UnsupportedModel(
             f"the MLX backend can't run {config['model_type']} with rope type {kind!r}",
-            hint=f"supported there: {', '.join(sorted(family.rope_types))}; {_HINT}",
+            hint=f"supported there: {', '.join(sorted(facts.rope_types))}; {_HINT}",
         )
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel(f"the MLX backend can't run {config['model_type']} with a partial rope", hint=_HINT)
@@ -127,7 +143,7 @@ def _rope(config: Mapping[str, Any], family: MlxFamily) -> dict[str, Any]:
         scaling["rope_type"] = scaling["type"] = kind
         scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return {
-        "rope_theta": full.get("rope_theta") or config.get("rope_theta") or family.default_theta,
+        "rope_theta": full.get("rope_theta") or config.get("rope_theta") or family.default_rope_theta,
         "rope_local_base_freq": local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0,
         "rope_scaling": scaling if kind != "default" else None,
     }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shard.formats.checkpoint import Checkpoint
-from shard.formats.families import has_stacked_experts, why_not_fused
+from shard.formats.families import family_of, has_stacked_experts, why_not_fused
 from shard.stage import StageSpec
 from shard.torch_backend.fused.build import build_fused
 from shard.torch_backend.fused.shard import FusedShard
@@ -32,7 +32,7 @@ TorchPath = Literal["auto", "library", "fused"]
 def build_torch_shard(
     checkpoint: Checkpoint, spec: StageSpec, progress: Callable[[int, int], None], *, path: TorchPath = "auto"
 ) -> LibraryShard | FusedShard:
-    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or by the one asked for.
+    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or as `path` says.
 
     `progress(read_bytes, total_bytes)` counts bytes of the stage's files. Reads the stage's own
     tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint, UnsupportedModel, DoesNotFit,
@@ -58,7 +58,8 @@ def _build_library(
     checkpoint: Checkpoint, spec: StageSpec, device: torch.device, progress: Callable[[int, int], None]
 ) -> LibraryShard:
     model, tied = build_empty_model(checkpoint.config, spec)
-    names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied)
+    experts = family_of(checkpoint.config).experts
+    names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied, experts=experts)
     share_embedding = tied and spec.is_first and spec.is_last
     # All names and shapes are checked before the first byte is read: a wrong checkpoint fails at once.
     parts_of: dict[str, tuple[TensorPart, ...]] = {

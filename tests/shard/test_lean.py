@@ -116,12 +116,12 @@ def test_it_is_loaded_without_most_of_torch(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from shard.load import load_shard
-from shard.open import open_checkpoint
-from shard.stage import ShardSpec
+from shard.worker.load import load_shard
+from shard.pieces.open import open_checkpoint
+from shard.stage import StageSpec
 
 dtypes = dict.fromkeys(("compute_dtype", "wire_dtype", "next_dtype"), "float32")
-spec = ShardSpec(first=0, last=4, num_layers=4, device="cpu", context_tokens=256, kv_capacity_tokens=256, **dtypes)
+spec = StageSpec(first=0, last=4, num_layers=4, device="cpu", context_tokens=256, kv_capacity_tokens=256, **dtypes)
 loaded = load_shard(open_checkpoint(Path(sys.argv[1])), spec, backend="torch")
 print(loaded.path, *(name in sys.modules for name in ("torch", "torch._dynamo", "transformers.activations")))
 from transformers import LlamaForCausalLM

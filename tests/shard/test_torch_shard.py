@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from shard.formats.families import family_of
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
 from shard.torch_backend.build import _ParameterReader, build_torch_shard
@@ -192,7 +193,9 @@ def test_other_devices_are_filled_by_way_of_one_host_buffer(tiny: Tiny) -> None:
     """The way to cuda and mps, taken with parameters that a CPU can look at."""
     checkpoint = tiny("mixtral")
     reader = _ParameterReader(checkpoint, tiny_spec(0, 4, compute_dtype="bfloat16"), torch.device("meta"))
-    names = TensorNames(checkpoint.tensors, first=0, tied_embeddings=False)
+    names = TensorNames(
+        checkpoint.tensors, first=0, tied_embeddings=False, experts=family_of(checkpoint.config).experts
+    )
     for name in ("model.layers.2.mlp.experts.gate_up_proj", "model.norm.weight", "lm_head.weight"):
         wanted = tiny_model("mixtral", 1).get_parameter(name).to(torch.bfloat16)
         parameter = torch.full_like(wanted, torch.nan, requires_grad=False)

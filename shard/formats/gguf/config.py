@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from shard.formats.families import GGUF_FAMILIES, Family, GgufFacts
 from shard.formats.gguf.header import GgufHeader
 from transport.errors import BadCheckpoint, UnsupportedModel
 
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 ROPE_FACTORS = "rope_freqs.weight"
 
 _MODEL_TENSORS = {
@@ -21,7 +21,6 @@ _MODEL_TENSORS = {
     "output.weight": "lm_head.weight",
 }
 _LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -31,37 +30,41 @@ _LAYER_TENSORS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
-# Gemma has four norms a layer: the one before the MLP has a name of its own.
-_GEMMA_LAYER_TENSORS = _LAYER_TENSORS | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def check_architecture(architecture: object) -> None:
-    if architecture not in GGUF_ARCHITECTURES:
+def family_of_gguf(architecture: object) -> Family:
+    """Raises UnsupportedModel for an architecture that can't be read from a GGUF."""
+    family = GGUF_FAMILIES.get(str(architecture))
+    if family is None:
         raise UnsupportedModel(
             f"GGUF files of the architecture {architecture!r} are not supported",
-            hint=f"supported are {', '.join(GGUF_ARCHITECTURES)}; other models work from a Hugging Face folder",
+            hint=f"supported are {', '.join(GGUF_FAMILIES)}; other models work from a Hugging Face folder",
         )
+    return family
 
 
-def hugging_face_name(architecture: str, name: str) -> str:
+def hugging_face_name(family: Family, name: str) -> str:
     """The name transformers gives the tensor. Raises UnsupportedModel for one that it has no place for."""
     if name in _MODEL_TENSORS:
         return _MODEL_TENSORS[name]
-    layers = _GEMMA_LAYER_TENSORS if architecture.startswith("gemma") else _LAYER_TENSORS
+    norms = family.norms
+    layers: dict[str, str | None] = {
+        **_LAYER_TENSORS,
+        "attn_norm": norms.before_attention,
+        "post_attention_norm": norms.after_attention,
+        "ffn_norm": norms.before_mlp,
+        "post_ffw_norm": norms.after_mlp,
+    }
     match = _LAYER_NAME.fullmatch(name)
-    if match is None or match[2] not in layers:
+    found = None if match is None else layers.get(match[2])
+    if match is None or found is None:
         raise UnsupportedModel(
-            f"the GGUF's tensor {name!r} has no place in {architecture} as it is known here",
+            f"the GGUF's tensor {name!r} has no place in {family.model_type} as it is known here",
             hint="it may be a variant (a mixture of experts, an adapter); use the model's Hugging Face folder",
         )
-    return f"model.layers.{match[1]}.{layers[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{found}.{match[3]}"
 
 
 # Every Llama 3.1 to 3.3: the factors in the file do not say these, but they are recomputed and compared.
@@ -115,18 +118,7 @@ def _llama3(theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any] 
     }
 
 
-_HF_CLASSES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-}
-_GEMMA3_LOCAL_THETA = 10_000.0  # llama.cpp's own constant for files that do not say.
-_GEMMA3_PATTERN = 6
-_GEMMA2_WINDOW = 4096
-# llama.cpp scales attention by hidden / heads in the 27B models only, told by their layers.
-_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+_LOCAL_THETA = 10_000.0  # llama.cpp's own constant for files that do not say.
 
 
 class MetadataFields:
@@ -165,10 +157,9 @@ class MetadataFields:
 
 def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str, Any]:
     """`rope_factors` is the tensor rope_freqs.weight, float32, where the file has it. Raises UnsupportedModel."""
-    architecture = header.metadata.get("general.architecture")
-    check_architecture(architecture)
-    assert isinstance(architecture, str)
-    fields = MetadataFields(header.metadata, architecture)
+    family = family_of_gguf(header.metadata.get("general.architecture"))
+    assert family.gguf is not None
+    fields = MetadataFields(header.metadata, family.gguf.architecture)
     if header.metadata.get("split.count", 0) > 1:
         raise UnsupportedModel(
             "the GGUF is one of several parts", hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT"
@@ -180,7 +171,6 @@ def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str
     names = {tensor.name: tensor for tensor in header.tensors}
     if "token_embd.weight" not in names:
         raise BadCheckpoint("the GGUF has no token_embd.weight", hint="it is no language model, or was split in parts")
-    model_type, class_name = _HF_CLASSES[architecture]
     hidden = fields.positive_int("embedding_length")
     heads = fields.positive_int("attention.head_count")
     head_dim = fields.positive_int("attention.key_length", hidden // heads)
@@ -188,8 +178,8 @@ def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str
         raise UnsupportedModel("keys and values of different sizes are not supported", hint="use another model")
     theta = fields.positive_float("rope.freq_base", 10_000.0)
     config: dict[str, Any] = {
-        "architectures": [class_name],
-        "model_type": model_type,
+        "architectures": [family.gguf.hf_class],
+        "model_type": family.model_type,
         "vocab_size": names["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": fields.positive_int("feed_forward_length"),
@@ -208,24 +198,26 @@ def config_from(header: GgufHeader, rope_factors: np.ndarray | None) -> dict[str
         raise UnsupportedModel(
             "a rotary embedding of only a part of each head is not supported", hint="use another model"
         )
-    return config | _family_config(architecture, fields, config, names.keys()) | _token_ids(header.metadata)
+    return config | _family_config(family, family.gguf, fields, config, names.keys()) | _token_ids(header.metadata)
 
 
-def _family_config(architecture: str, fields: MetadataFields, config: dict[str, Any], names: Any) -> dict[str, Any]:
-    if architecture.startswith("gemma"):
-        return _gemma_config(architecture, fields, config)
+def _family_config(
+    family: Family, facts: GgufFacts, fields: MetadataFields, config: dict[str, Any], names: Any
+) -> dict[str, Any]:
+    if facts.large_layers is not None:
+        return _gemma_config(family, facts, fields, config)
     attention_biases = {part for part in ("q", "k", "v", "output") if f"blk.0.attn_{part}.bias" in names}
-    if architecture == "llama":
+    if facts.attention_biases is None:
         return {
-            "hidden_act": "silu",
+            "hidden_act": family.activation,
             "attention_bias": _all_or_none(attention_biases, 4, "attention"),
             "mlp_bias": _all_or_none({p for p in ("gate", "up", "down") if f"blk.0.ffn_{p}.bias" in names}, 3, "MLP"),
         }
-    if attention_biases != ({"q", "k", "v"} if architecture == "qwen2" else set()):
+    if attention_biases != facts.attention_biases:
         raise UnsupportedModel(
-            f"this {architecture} has biases in attention where it should not", hint="use its Hugging Face folder"
+            f"this {facts.architecture} has biases in attention where it should not", hint="use its Hugging Face folder"
         )
-    return {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+    return {"hidden_act": family.activation, "attention_bias": False, "use_sliding_window": False}
 
 
 def _all_or_none(found: set[str], expected: int, where: str) -> bool:
@@ -234,35 +226,34 @@ def _all_or_none(found: set[str], expected: int, where: str) -> bool:
     return bool(found)
 
 
-def _gemma_config(architecture: str, fields: MetadataFields, config: dict[str, Any]) -> dict[str, Any]:
+def _gemma_config(family: Family, facts: GgufFacts, fields: MetadataFields, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
-    large = layers == _GEMMA_27B_LAYERS[architecture]
-    scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
-    pattern = _GEMMA3_PATTERN if architecture == "gemma3" else 2
+    scalar = config["head_dim"]
+    if layers == facts.large_layers:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    pattern = family.window_pattern
     if fields.get("attention.sliding_window_pattern") is not None:
         pattern = fields.positive_int("attention.sliding_window_pattern")
     gemma = {
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": family.activation,
         "query_pre_attn_scalar": scalar,
-        "sliding_window": fields.positive_int(
-            "attention.sliding_window", _GEMMA2_WINDOW if architecture == "gemma2" else None
-        ),
+        "sliding_window": fields.positive_int("attention.sliding_window", facts.default_window),
         "layer_types": [
             "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)
         ],
     }
-    if architecture == "gemma2":
+    if family.caps_attention:
         return gemma | {
             "attn_logit_softcapping": fields.positive_float("attn_logit_softcapping", 50.0),
             "final_logit_softcapping": fields.positive_float("final_logit_softcapping", 30.0),
         }
     if fields.get("final_logit_softcapping"):
         raise UnsupportedModel(
-            "this gemma3 caps its logits, which is not supported", hint="use its Hugging Face folder"
+            f"this {facts.architecture} caps its logits, which is not supported", hint="use its Hugging Face folder"
         )
     return gemma | {
         "sliding_window_pattern": pattern,
-        "rope_local_base_freq": fields.positive_float("rope.freq_base_swa", _GEMMA3_LOCAL_THETA),
+        "rope_local_base_freq": fields.positive_float("rope.freq_base_swa", _LOCAL_THETA),
     }
 
 

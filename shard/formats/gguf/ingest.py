@@ -11,6 +11,7 @@ import numpy as np
 
 from shard.formats.checkpoint import TensorInfo
 from shard.formats.config import spec_from
+from shard.formats.families import Family, family_of
 from shard.formats.gguf.config import ROPE_FACTORS, config_from, hugging_face_name
 from shard.formats.gguf.header import GgufHeader, GgufTensor, Progress, read_header
 from shard.formats.gguf.index import INDEX_VERSION, GgufIndex, IndexedTensor, write_index
@@ -31,13 +32,10 @@ def ingest_gguf(file: Path, folder: Path, *, recorded_as: str, progress: Progres
     before = file.stat()
     header = read_header(file, lambda done, total: progress(done, total + 1))
     config = config_from(header, _rope_factors(file, header))
+    family = family_of(config)
     for form in sorted({tensor.format for tensor in header.tensors}):
         check_format(form)
-    tensors = tuple(
-        _indexed(config["model_type"], header.metadata["general.architecture"], config, tensor)
-        for tensor in header.tensors
-        if tensor.name != ROPE_FACTORS
-    )
+    tensors = tuple(_indexed(family, config, tensor) for tensor in header.tensors if tensor.name != ROPE_FACTORS)
     index = GgufIndex(
         version=INDEX_VERSION, file=recorded_as, size_bytes=before.st_size, mtime_ns=before.st_mtime_ns, tensors=tensors
     )
@@ -67,12 +65,13 @@ def _check_complete(config: dict[str, Any], tensors: tuple[IndexedTensor, ...], 
                 )
 
 
-def _indexed(model_type: str, architecture: str, config: dict[str, Any], tensor: GgufTensor) -> IndexedTensor:
-    name = hugging_face_name(architecture, tensor.name)
+def _indexed(family: Family, config: dict[str, Any], tensor: GgufTensor) -> IndexedTensor:
+    name = hugging_face_name(family, tensor.name)
+    interleaved = family.gguf is not None and family.gguf.interleaved_rotary
     rotary_heads = None
-    if model_type == "llama" and ".self_attn.q_proj." in name:
+    if interleaved and ".self_attn.q_proj." in name:
         rotary_heads = config["num_attention_heads"]
-    elif model_type == "llama" and ".self_attn.k_proj." in name:
+    elif interleaved and ".self_attn.k_proj." in name:
         rotary_heads = config["num_key_value_heads"]
     if rotary_heads is not None and tensor.shape[0] % (2 * rotary_heads):
         raise BadCheckpoint(
@@ -86,7 +85,7 @@ def _indexed(model_type: str, architecture: str, config: dict[str, Any], tensor:
         offset=tensor.offset,
         file_bytes=tensor.file_bytes,
         rotary_heads=rotary_heads,
-        plus_one=architecture.startswith("gemma") and name.endswith("norm.weight"),
+        plus_one=family.norm_plus_one and name.endswith("norm.weight"),
     )
 
 

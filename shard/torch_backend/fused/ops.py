@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from shard.torch_backend.fused.config import Activation
+from shard.formats.families import Activation
 
 if TYPE_CHECKING:
     from shard.torch_backend.cpu.layer_ops import CpuGatedActivation, CpuRmsNorm
