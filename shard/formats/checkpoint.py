@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shard.formats.affine import AffineForm, AffineRows
+from shard.formats.dtypes import check_output
 from shard.formats.spec import ModelSpec
 from transport.messages.ring import DType
 
@@ -66,6 +67,12 @@ def check_rows(name: str, shape: tuple[int, ...], first: int, num_rows: int) -> 
     """Raise ValueError unless the tensor `name` has rows [first, first + num_rows)."""
     if not shape or not 0 <= first <= first + num_rows <= matrix_rows(shape):
         raise ValueError(f"{name} {shape} has no rows [{first}, {first + num_rows})")
+
+
+def check_read(info: TensorInfo, first: int, out: np.ndarray, dtype: DType) -> None:
+    """Raise ValueError unless `out` can take rows of the tensor from `first` on as `dtype`."""
+    check_rows(info.name, info.shape, first, len(out))
+    check_output(info.name, (len(out), info.shape[-1]), out, dtype)
 
 
 def require_affine(info: TensorInfo) -> AffineForm:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shard.formats.affine import AffineForm, AffineRows, quantize_rows
-from shard.formats.checkpoint import Checkpoint, TensorInfo, check_rows, require_affine
+from shard.formats.checkpoint import Checkpoint, TensorInfo, check_read, check_rows, require_affine
 from shard.formats.dtypes import NUMPY_DTYPE, check_output, store_floats
 from shard.formats.families import why_not_fused
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend, ModelSpec, WeightBlock
@@ -41,13 +41,11 @@ def on_load_form(info: TensorInfo, bits: int) -> AffineForm | None:
     return AffineForm(bits=bits, group=64 if info.shape[-1] % 64 == 0 else 32, exact=False)
 
 
-class QuantizeOnLoad:
-    """`checkpoint` with its dense matrices quantized to `bits` when they are read, block by block; what is quantized
-    already stays as it is. Dense reads give the dense numbers. The caller goes on owning `checkpoint`."""
+class CheckpointView:
+    """`checkpoint` as it is; each kind of view changes some of it. The caller goes on owning `checkpoint`."""
 
-    def __init__(self, checkpoint: Checkpoint, bits: int) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._bits = bits
 
     @property
     def spec(self) -> ModelSpec:
@@ -57,12 +55,9 @@ class QuantizeOnLoad:
     def config(self) -> dict[str, Any]:
         return self._checkpoint.config
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: replace(info, affine=on_load_form(info, self._bits))
-            for name, info in self._checkpoint.tensors.items()
-        }
+        return self._checkpoint.tensors
 
     def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
         self._checkpoint.read_into(name, out, dtype)
@@ -71,10 +66,32 @@ class QuantizeOnLoad:
         self._checkpoint.read_rows(name, first, out, dtype)
 
     def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
+        return self._checkpoint.read_affine(name, first, num_rows)
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+class QuantizeOnLoad(CheckpointView):
+    """`checkpoint` with its dense matrices quantized to `bits` when they are read, block by block; what is quantized
+    already stays as it is. Dense reads give the dense numbers."""
+
+    def __init__(self, checkpoint: Checkpoint, bits: int) -> None:
+        super().__init__(checkpoint)
+        self._bits = bits
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {
+            name: replace(info, affine=on_load_form(info, self._bits))
+            for name, info in self._checkpoint.tensors.items()
+        }
+
+    def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
         inner = self._checkpoint.tensors.get(name)
         form = None if inner is None else self.tensors[name].affine
         if inner is None or inner.affine is not None or form is None:
-            return self._checkpoint.read_affine(name, first, num_rows)
+            return super().read_affine(name, first, num_rows)
         columns = inner.shape[-1]
         step = max(1, _BLOCK_ELEMENTS // columns)
         buffer = np.empty((min(step, num_rows), columns), np.float32)
@@ -91,46 +108,23 @@ class QuantizeOnLoad:
             made.fill(done, rows)
         return made
 
-    def close(self) -> None:
-        self._checkpoint.close()
 
-
-class DenseView:
+class DenseView(CheckpointView):
     """`checkpoint` as if nothing in it were quantized: every tensor is read as numbers."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._checkpoint.spec
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._checkpoint.config
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: replace(info, affine=None) for name, info in self._checkpoint.tensors.items()}
 
-    def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
-        self._checkpoint.read_into(name, out, dtype)
-
-    def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
-        self._checkpoint.read_rows(name, first, out, dtype)
-
     def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
         raise ValueError(f"{name} is held dense here: read its rows as numbers")
-
-    def close(self) -> None:
-        self._checkpoint.close()
 
 
 # A prime: no two rows are alike, as those of a router must not be.
 _DRAWN = 65_521
 
 
-class DummyWeights:
+class DummyWeights(CheckpointView):
     """`checkpoint` with small random numbers of the same shapes, formats and affine forms.
 
     Matrices are such that activations neither vanish nor grow from layer to layer, and norms near 1: denormal or
@@ -138,23 +132,11 @@ class DummyWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         draw = np.random.default_rng(0)
         self._normal = draw.standard_normal(_DRAWN, dtype=np.float32)
         self._bytes = draw.integers(0, 256, _DRAWN, np.uint8)
         self._blocks: dict[tuple[DType, float, float], np.ndarray] = {}
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._checkpoint.spec
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._checkpoint.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._checkpoint.tensors
 
     def read_into(self, name: str, out: np.ndarray, dtype: DType) -> None:
         info = self._info(name)
@@ -163,8 +145,7 @@ class DummyWeights:
 
     def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
         info = self._info(name)
-        check_rows(name, info.shape, first, len(out))
-        check_output(name, (len(out), info.shape[-1]), out, dtype)
+        check_read(info, first, out, dtype)
         self._fill(info, out, dtype)
 
     def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:
@@ -179,9 +160,6 @@ class DummyWeights:
         rows.scales.fill(math.sqrt(12 / columns) / levels)
         rows.biases.fill(-math.sqrt(12 / columns) / 2)
         return rows
-
-    def close(self) -> None:
-        self._checkpoint.close()
 
     def _info(self, name: str) -> TensorInfo:
         info = self._checkpoint.tensors.get(name)

@@ -13,7 +13,6 @@ from mlx.utils import tree_map
 from transport.messages.ring import DType
 
 MLX_DTYPE: dict[DType, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-NUMPY_DTYPE: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 def to_mlx(array: np.ndarray, dtype: DType) -> mx.array:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from shard.mlx_backend.kv import MlxDecodeKV, MlxLayerKV, chunk_mask, decode_mask
-from shard.mlx_backend.modules import MLX_DTYPE, NUMPY_DTYPE, StageModules, to_mlx, to_wire
+from shard.formats.dtypes import NUMPY_DTYPE, empty_output
+from shard.mlx_backend.kv import MlxDecodeKV, MlxKVStore, chunk_mask, decode_mask
+from shard.mlx_backend.modules import MLX_DTYPE, StageModules, to_mlx, to_wire
 from shard.stage import Batch, StageSpec
 from transport.errors import BadMessage, StageFailed
-from transport.messages.ring import Entry, SequenceId
+from transport.messages.ring import Entry
 
 
 class MlxShard:
@@ -24,70 +25,21 @@ class MlxShard:
         self.spec = spec
         self.weights_bytes = weights_bytes
         self._modules = modules
-        self._kv_group = kv_group
-        self._sequences: dict[SequenceId, list[MlxLayerKV]] = {}
+        self.kv = MlxKVStore(modules.windows, spec.context_tokens, kv_group)
 
     def forward(self, batch: Batch) -> np.ndarray:
         self._check(batch)
         if not batch.entries:
-            width = self._modules.vocab_size if self.spec.is_last else self._modules.hidden_size
-            return np.empty((0, width), np.float32 if self.spec.is_last else NUMPY_DTYPE[self.spec.next_dtype])
+            return empty_output(self.spec, self._modules.hidden_size, self._modules.vocab_size)
         try:
             return self._forward(batch)
         except (RuntimeError, MemoryError) as error:  # MLX reports allocation failures as RuntimeError
             for entry in batch.entries:
-                self.release(entry.sequence)
+                self.kv.release(entry.sequence)
             raise StageFailed(
                 f"MLX could not run {_num_tokens(batch.entries)} tokens in {len(batch.entries)} sequences: {error}",
                 hint="lower the context or the number of requests at once if memory ran out",
             ) from error
-
-    def length(self, sequence: SequenceId) -> int:
-        slots = self._sequences.get(sequence)
-        return slots[0].offset if slots else 0
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        slots = self._sequences.get(sequence)
-        if slots is None:
-            return 0
-        if length >= slots[0].offset:
-            return slots[0].offset
-        if length <= 0 or not all(slot.can_truncate(length) for slot in slots):
-            self.release(sequence)
-            return 0
-        for slot in slots:
-            slot.truncate(length)
-        return length
-
-    def release(self, sequence: SequenceId) -> None:
-        self._sequences.pop(sequence, None)
-
-    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
-        """See ShardBackend. Out of memory is StageFailed, and nothing is copied."""
-        slots = self._sequences[source]
-        if not all(slot.can_truncate(length) for slot in slots):
-            return False
-        try:
-            copies = [slot.fork(length) for slot in slots]
-            mx.eval([slot.arrays for slot in copies])
-        except (RuntimeError, MemoryError) as error:
-            raise StageFailed(
-                f"MLX could not copy {length} tokens of KV: {error}", hint="lower the context or the number of requests"
-            ) from error
-        self._sequences[target] = copies
-        return True
-
-    def move(self, source: SequenceId, target: SequenceId) -> None:
-        self._sequences[target] = self._sequences.pop(source)
-
-    def kv_bytes(self) -> int:
-        return sum(slot.nbytes for slots in self._sequences.values() for slot in slots)
-
-    def num_kv_tokens(self) -> int:
-        return sum(slots[0].offset for slots in self._sequences.values())
-
-    def num_sequences(self) -> int:
-        return len(self._sequences)
 
     def _forward(self, batch: Batch) -> np.ndarray:
         entries = batch.entries
@@ -106,7 +58,7 @@ class MlxShard:
                 outputs[i] = hidden[row]
         result = self._finish(entries, outputs)
         # One evaluation a step. The KV is named because an entry that wants no logits would leave it uncomputed.
-        mx.eval(result, [slot.arrays for entry in entries for slot in self._sequences[entry.sequence]])
+        mx.eval(result, [slot.arrays for entry in entries for slot in self.kv.layers(entry.sequence)])
         return np.array(result)
 
     def _groups(self, entries: Sequence[Entry]) -> list[list[int]]:
@@ -123,7 +75,7 @@ class MlxShard:
 
     def _layers(self, members: Sequence[Entry], hidden: mx.array) -> mx.array:
         """One chunk [1, tokens, hidden_size], or single tokens [batch, 1, hidden_size], through all layers."""
-        sequences = [self._layer_kvs(entry.sequence) for entry in members]
+        sequences = [self.kv.layers(entry.sequence) for entry in members]
         starts = [slots[0].offset for slots in sequences]
         assert starts == [entry.start for entry in members]
         masks = {window: self._mask(starts, hidden.shape[1], window) for window in set(self._modules.windows)}
@@ -151,13 +103,6 @@ class MlxShard:
             return mx.zeros((0, self._modules.vocab_size), mx.float32)
         return self._modules.logits(mx.concatenate(rows))
 
-    def _layer_kvs(self, sequence: SequenceId) -> list[MlxLayerKV]:
-        slots = self._sequences.get(sequence)
-        if slots is None:
-            slots = [MlxLayerKV(window, self.spec.context_tokens, self._kv_group) for window in self._modules.windows]
-            self._sequences[sequence] = slots
-        return slots
-
     def _check(self, batch: Batch) -> None:
         """What MLX would not notice: an index beyond the embedding reads foreign memory."""
         if any(not entry.token_ids for entry in batch.entries):
@@ -177,7 +122,7 @@ class MlxShard:
         if batch.hidden.shape != shape or batch.hidden.dtype != wanted:
             raise BadMessage(
                 f"hidden states have shape {batch.hidden.shape} of {batch.hidden.dtype}; the step needs {shape} of "
-                f"{np.dtype(wanted)}"
+                f"{wanted}"
             )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from shard.formats.checkpoint import Checkpoint
+from shard.formats.dtypes import NUMPY_DTYPE
 from shard.formats.families import family_of, has_stacked_experts, why_not_fused
 from shard.stage import StageSpec
 from shard.torch_backend.fused.build import build_fused
@@ -16,7 +17,6 @@ from shard.torch_backend.fused.shard import FusedShard
 from shard.torch_backend.library.shard import LibraryShard, build_empty_model
 from shard.torch_backend.memory import translate_load_oom
 from shard.torch_backend.tensors import (
-    NUMPY_DTYPES,
     TensorNames,
     TensorPart,
     read_part,
@@ -32,7 +32,7 @@ TorchPath = Literal["auto", "library", "fused"]
 def build_torch_shard(
     checkpoint: Checkpoint, spec: StageSpec, progress: Callable[[int, int], None], *, path: TorchPath = "auto"
 ) -> LibraryShard | FusedShard:
-    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or as `path` says.
+    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or as requested.
 
     `progress(read_bytes, total_bytes)` counts bytes of the stage's files. Reads the stage's own
     tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint, UnsupportedModel, DoesNotFit,
@@ -95,7 +95,7 @@ class _ParameterReader:
         self._checkpoint = checkpoint
         self._dtype = spec.compute_dtype
         self._device = device
-        self._buffer = np.empty(0, dtype=NUMPY_DTYPES[spec.compute_dtype])
+        self._buffer = np.empty(0, dtype=NUMPY_DTYPE[spec.compute_dtype])
 
     def read(self, part: TensorPart, parameter: torch.Tensor) -> None:
         if self._device.type == "cpu":

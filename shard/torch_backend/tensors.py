@@ -19,11 +19,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-NUMPY_DTYPES: dict[DType, type[np.generic]] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-}
 
 
 def to_torch(array: np.ndarray, dtype: DType) -> torch.Tensor:

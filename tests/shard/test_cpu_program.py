@@ -56,7 +56,7 @@ def test_a_program_is_its_layers(family: str, dtype: str, tmp_path: Path) -> Non
     for step, (one, other) in enumerate(zip(got, wanted, strict=True)):
         assert np.array_equal(one, other), step
     threads = torch.get_num_threads()
-    assert list(shard._programs._made) == [("ChunkProgram", SLICE_TOKENS, threads), ("DecodeProgram", 3, threads)]
+    assert list(shard._programs._made) == [("PrefillProgram", SLICE_TOKENS, threads), ("DecodeProgram", 3, threads)]
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -81,7 +81,7 @@ def test_a_mixed_step_is_its_parts(family: str, tmp_path: Path) -> None:
         assert np.array_equal(got, run_step([plain], entries))
     assert mixed._programs is not None
     kinds = {kind for kind, _, _ in mixed._programs._made}
-    assert kinds == {"DecodeProgram", "ChunkProgram"}
+    assert kinds == {"DecodeProgram", "PrefillProgram"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -138,7 +138,7 @@ def test_sequences_come_and_go_and_threads_change(tmp_path: Path) -> None:
             assert np.array_equal(run_step([shard], entries), run_step([plain], entries))
             if step == 3:
                 for one in (shard, plain):
-                    one.truncate(SequenceId(2), 10)
+                    one.kv.truncate(SequenceId(2), 10)
                 at[SequenceId(2)] = 10
     finally:
         torch.set_num_threads(before)

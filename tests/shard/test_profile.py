@@ -169,7 +169,7 @@ class MadeUpStage:
         self.now.seconds += seconds
         return seconds
 
-    def fresh_chunk(self, num_tokens: int) -> float:
+    def time_first_chunk(self, num_tokens: int) -> float:
         return self.step(self.open(1), num_tokens)
 
 

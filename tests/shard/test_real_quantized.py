@@ -127,7 +127,7 @@ def greedy(ring: Sequence[ShardBackend], prompt: Sequence[int], num_tokens: int)
         start = len(ids)
         ids.append(int(output[0].argmax()))
     for shard in ring:
-        shard.release(ONE)
+        shard.kv.release(ONE)
     return Greedy(tokens=ids[len(prompt) :], logits=np.stack(rows))
 
 

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from shard.formats.dtypes import empty_output
 from shard.stage import Batch, StageSpec
 from shard.torch_backend import attention
 from shard.torch_backend.attention import RaggedStep, Run, kv_transaction
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.library.config import library_config, slice_config
-from shard.torch_backend.tensors import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.tensors import TORCH_DTYPES, to_numpy, to_torch
 from transport.errors import UnsupportedModel
-from transport.messages.ring import SequenceId
 
 
 def build_empty_model(config: dict[str, Any], spec: StageSpec) -> tuple[Any, bool]:
@@ -56,46 +56,23 @@ class LibraryShard:
         self.weights_bytes = weights_bytes
         self._model = model
         self._device = torch.device(spec.device)
-        self._kv = KVCache(spec)
+        self.kv = KVCache(spec)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
         if not batch.entries:
-            return self._no_rows()
+            config = self._model.config
+            return empty_output(self.spec, config.hidden_size, config.vocab_size)
         runs = self._runs(batch)
-        with kv_transaction(self._kv, batch, runs, self.spec.device):
+        with kv_transaction(self.kv, batch, runs, self.spec.device):
             return self._run_model(batch, runs)
-
-    def length(self, sequence: SequenceId) -> int:
-        return self._kv.length(sequence)
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        return self._kv.truncate(sequence, length)
-
-    def release(self, sequence: SequenceId) -> None:
-        self._kv.release(sequence)
-
-    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
-        return self._kv.fork(source, target, length)
-
-    def move(self, source: SequenceId, target: SequenceId) -> None:
-        self._kv.move(source, target)
-
-    def kv_bytes(self) -> int:
-        return self._kv.num_bytes()
-
-    def num_kv_tokens(self) -> int:
-        return self._kv.num_tokens()
-
-    def num_sequences(self) -> int:
-        return self._kv.num_sequences()
 
     def _runs(self, batch: Batch) -> list[Run]:
         runs = []
         offset = 0
         for entry in batch.entries:
-            held = self._kv.sequence(entry.sequence)
+            held = self.kv.sequence(entry.sequence)
             runs.append(Run(kv=held, offset=offset, num_tokens=len(entry.token_ids), start=entry.start))
             offset += len(entry.token_ids)
         return runs
@@ -124,12 +101,6 @@ class LibraryShard:
         if missed:
             raise UnsupportedModel(f"layers {sorted(missed)} of this model did not attend through the ragged attention")
         return to_numpy(output.cpu())
-
-    def _no_rows(self) -> np.ndarray:
-        config = self._model.config
-        if self.spec.is_last:
-            return np.empty((0, config.vocab_size), dtype=np.float32)
-        return np.empty((0, config.hidden_size), dtype=NUMPY_DTYPES[self.spec.next_dtype])
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)

@@ -211,7 +211,7 @@ class TimedStage:
         return self._backend.weights_bytes
 
     def length(self, sequence: SequenceId) -> int:
-        return self._backend.length(sequence)
+        return self._backend.kv.length(sequence)
 
     def open(self, count: int) -> tuple[SequenceId, ...]:
         """New, empty sequences."""
@@ -231,7 +231,8 @@ class TimedStage:
             self._open(full)
         ids = tuple(self._random.integers(0, self._vocab_size, num_tokens).tolist())
         entries = tuple(
-            Entry(sequence, self._backend.length(sequence), ids, min(num_logits, num_tokens)) for sequence in sequences
+            Entry(sequence, self._backend.kv.length(sequence), ids, min(num_logits, num_tokens))
+            for sequence in sequences
         )
         work = StageInput(ops=(), entries=entries, hidden=self._hidden(len(sequences) * num_tokens))
         started = time.perf_counter()

@@ -102,7 +102,7 @@ def test_halves_by_integers_are_the_same(bits: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("shard.torch_backend.cpu.linear._SAMPLE_ROWS", len(scales))
     results = []
     for native in (True, False):
-        found = MatrixKernels(replace(generic, halves=native))
+        found = MatrixKernels(replace(generic, has_float16=native))
         monkeypatch.setattr("shard.torch_backend.cpu.linear.matrix_kernels", lambda found=found: found)
         results.append(linear(rows, bits=bits)(inputs(1, 64 * 32), 1))
     assert torch.equal(*results)
