@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from potluck.measure.child_process import SystemUnderTest
+from shard.formats.spec import Backend
 from shard.pieces.open import open_checkpoint
 from shard.stage import Batch, ShardBackend, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from transport.messages.ring import DType, Entry, SequenceId, WeightsForm
 
 LogitsFunction = Callable[[list[int]], np.ndarray]

@@ -24,8 +24,8 @@ from potluck.store import Store, StoredModel
 from potluck.store.model_details import FormatRow, config_of, details_of, format_rows
 from potluck.store.sources import ALIASES
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS
+from shard.formats.checkpoint import supported_form
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
-from shard.formats.weights_form import supported_form
 from transport.errors import ModelNotFound, NotRunning, PotluckError
 from transport.messages.ring import DTYPE_BYTES, DType, WeightsForm
 

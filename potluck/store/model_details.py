@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from potluck.store.manifest import StoredModel
-from shard.formats.checkpoint import Checkpoint, TensorInfo
+from shard.formats.checkpoint import Checkpoint, TensorInfo, loaded_bytes, supported_form
 from shard.formats.config import model_part, read_config
 from shard.formats.families import backends_of, why_not_fused
-from shard.formats.weights_form import loaded_bytes, supported_form
 from shard.pieces.open import open_checkpoint
 from transport.errors import BadCheckpoint, PotluckError
 from transport.messages.ring import DType

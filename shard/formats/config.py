@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shard.formats.checkpoint import TensorInfo
+from shard.formats.checkpoint import TensorInfo, weight_block
 from shard.formats.families import Family, family_of, has_stacked_experts
 from shard.formats.spec import ModelSpec, ModelWeights, WeightBlock, merge_blocks
-from shard.formats.weights_form import weight_block
 from transport.errors import BadCheckpoint, UnsupportedModel
 
 

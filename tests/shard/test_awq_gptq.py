@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from shard.formats.checkpoint import DenseView
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.formats.weights_form import DenseView
 from tests.shard import tiny
 from tests.shard.ring import Runner, load_stage, run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG

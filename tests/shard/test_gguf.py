@@ -14,9 +14,8 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from shard.formats.gguf.checkpoint import GgufCheckpoint
-from shard.formats.gguf.config import llama3_factors
 from shard.formats.gguf.header import read_header
-from shard.formats.gguf.ingest import ingest_gguf
+from shard.formats.gguf.ingest import ingest_gguf, llama3_factors
 from shard.formats.gguf.quants import dequantize_rows
 from shard.pieces.open import open_checkpoint
 from tests.shard.tiny_gguf import HEAD_DIM, permute, write_gguf

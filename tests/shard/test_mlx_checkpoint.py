@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from shard.formats.checkpoint import DenseView
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.formats.weights_form import DenseView
 from tests.shard import tiny
 from tests.shard.ring import load_stage, run_step, tiny_spec
 from tests.shard.test_safetensors import CONFIG

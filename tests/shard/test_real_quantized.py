@@ -18,9 +18,10 @@ import torch
 import transformers
 
 from shard.formats.checkpoint import Checkpoint
+from shard.formats.spec import Backend
 from shard.pieces.open import open_checkpoint
 from shard.stage import Batch, ShardBackend, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from transport.messages.ring import DType, Entry, SequenceId
 
 NUM_TOKENS = 64

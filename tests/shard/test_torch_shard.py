@@ -14,9 +14,9 @@ import torch
 from shard.formats.families import family_of
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
-from shard.torch_backend.build import _ParameterReader, build_torch_shard
+from shard.torch_backend.build import build_torch_shard
 from shard.torch_backend.kv import ROLLBACK_TOKENS, LayerKV, SequenceKV
-from shard.torch_backend.library.shard import LibraryShard
+from shard.torch_backend.library.shard import LibraryShard, _ParameterReader
 from shard.torch_backend.tensors import TensorNames
 from tests.shard.ring import load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.shard.tiny import WINDOW, MemoryCheckpoint, memory_checkpoint, reference_logits, tiny_config, tiny_model

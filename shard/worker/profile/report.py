@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
-from shard.worker.load import Backend
+from shard.formats.spec import Backend
 from transport.errors import BadMessage
 from transport.messages.ring import DType, WeightsForm
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shard.formats.checkpoint import Checkpoint
-from shard.formats.spec import ModelSpec
-from shard.formats.weights_form import loaded_form
+from shard.formats.checkpoint import Checkpoint, loaded_form
+from shard.formats.spec import Backend, ModelSpec
 from shard.stage import StageInput, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from transport.messages.ring import DType, Entry, Open, Release, Sampling, SequenceId, WeightsForm
 
