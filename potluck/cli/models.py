@@ -20,9 +20,10 @@ from potluck.head.models.search import RemoteModelEntry, RemoteModelList
 from potluck.head.planning import profile_of
 from potluck.host.local_head import running_head
 from potluck.host.piece_cache import read_remote_record
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.store.model_details import FormatRow, config_of, details_of, format_rows
 from potluck.store.sources import ALIASES
+from potluck.store.store import Store
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS
 from shard.formats.checkpoint import supported_form
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
@@ -160,7 +161,7 @@ def _find_model(store: Store, name: str) -> StoredModel:
         if remote is None:
             raise
     raise ModelNotFound(
-        f"{name} is not in this host's store: it lies on {remote.lender}",
+        f"{name} is not in this host's store: it lies on {remote.peer}",
         hint="potluck cache shows what is kept of it here, and potluck cache clear removes that",
     )
 
