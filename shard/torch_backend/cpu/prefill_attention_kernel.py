@@ -290,7 +290,7 @@ class _PrefillTask:
         self._kernel = Kernel(module, "attend_chunk_task", [("fields", PTR), ("index", I64), ("thread", I64)])
 
     def write(self) -> Value:
-        kernel, shape, layout = self._kernel, self._shape, self._layout
+        kernel, shape = self._kernel, self._shape
         builder = kernel.builder
         fields = read_fields(kernel, FIELDS, ("qkv", "out", "scratch", "runs", "cos", "sin", "q_norm"))
         block, head = (op(kernel["index"], i64(shape.kv_heads)) for op in (builder.sdiv, builder.srem))
@@ -326,6 +326,14 @@ class _PrefillTask:
                     builder.store(builder.add(first, i64(count)), done)
                 count //= 2
 
+        self._write_results(fields, packed_row, first_head, rows)
+        kernel.finish()
+        return kernel.function
+
+    def _write_results(self, fields: dict[str, Value], packed_row: Value, first_head: Value, rows: Value) -> None:
+        """Each row's sum of values over its sum of weights."""
+        kernel, shape, layout = self._kernel, self._shape, self._layout
+        builder = kernel.builder
         at = builder.add(builder.mul(packed_row, i64(shape.heads * shape.head_bytes)), first_head)
         out = kernel.at(fields["out"], at)
         with kernel.loop(i64(0), rows) as row:
@@ -338,8 +346,6 @@ class _PrefillTask:
             for part in range(0, shape.head_bytes, VECTOR_BYTES):
                 sums = kernel.load(kernel.at(mine, layout.sums_of_values_at + part), _FLOAT_VECTOR, 4)
                 kernel.store(builder.fmul(sums, inverse), kernel.at(target, part), 4)
-        kernel.finish()
-        return kernel.function
 
     def _find_run(self, fields: dict[str, Value], block: Value) -> tuple[dict[str, Value], Value]:
         """The run that has the block, and which of its own it is."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shard.torch_backend.attention import Run, attend
+from shard.torch_backend.attention import AttentionRules, Run, attend
 from shard.torch_backend.fused.config import FusedConfig, LayerFacts
 from shard.torch_backend.fused.ops import RmsNorm, apply_rope_, decode_attention, rms_norm
 from shard.torch_backend.fused.step import FusedStep, PrefillSlice
@@ -247,9 +247,6 @@ class Attention:
             run,
             first,
             step.ragged,
-            window=window,
-            scale=self._scale,
-            softcap=self._softcap,
-            sinks=None,
+            AttentionRules(window, self._scale, self._softcap, sinks=None),
         )
         return attended.transpose(0, 1)
