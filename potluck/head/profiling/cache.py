@@ -22,8 +22,8 @@ from msgspec.structs import replace
 from devices.hardware.measure import is_noisy, should_remeasure
 from potluck.head.plan_watch import LearnedFactor
 from potluck.store.manifest import StoredModel
-from shard.worker.profile.report import ProfileReport
 from transport.links.link_probe import LinkMeasurement
+from transport.messages.measure import ProfileReport
 from transport.messages.ring import WeightsForm
 
 _VERSION = 4

@@ -57,7 +57,7 @@ def test_logits_are_near_those_of_full_kv(checkpoint: MemoryCheckpoint) -> None:
     full, eight = shard_of(checkpoint, "full"), shard_of(checkpoint, "8-bit")
     wanted, got = (feed(shard, ONE, ids, 40, 41, 60, 320) for shard in (full, eight))
     assert 0 < relative_error(got, wanted) < 0.02
-    assert eight.kv_bytes() == full.kv_bytes() * (HEAD_DIM + 8) // (4 * HEAD_DIM)
+    assert eight.kv.num_bytes() == full.kv.num_bytes() * (HEAD_DIM + 8) // (4 * HEAD_DIM)
     whole = feed(shard_of(checkpoint, "8-bit"), ONE, ids, 320)
     assert relative_error(got, whole) < 2e-3, "what a token sees must not depend on how the prompt was cut"
 
