@@ -25,10 +25,10 @@ from potluck.engine.tokenizer import Tokenizer
 from potluck.head.pool import Pool
 from potluck.host.local_host import ThisHost
 from potluck.host.node import Node
-from shard.formats.spec import ModelSpec
+from shard.formats.spec import Backend, ModelSpec
 from shard.pieces.open import open_checkpoint
 from shard.stage import ShardBackend, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from shard.worker.serve import StageServer
 from transport.codec import EdgeLimits

@@ -159,7 +159,7 @@ class _Run:
                 hidden = output.hidden if isinstance(output, HiddenOutput) else None
             except PotluckError as error:
                 problem = problem or error
-        held = [backend.num_kv_tokens() for backend in self._backends]
+        held = [backend.kv.num_tokens() for backend in self._backends]
         assert max(held) <= _CAPACITY
         if problem is not None:
             self.num_steps_failed += 1
@@ -274,4 +274,4 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
         event(f"uses a prefix: {answer.cached_tokens > 0}")
         assert not answer.is_finished or len(answer.ids) == _ANSWER_TOKENS
     for backend in _ring(family, runners).backends:
-        assert (backend.num_sequences(), backend.num_kv_tokens(), backend.kv_bytes()) == (0, 0, 0)
+        assert (backend.kv.num_sequences(), backend.kv.num_tokens(), backend.kv.num_bytes()) == (0, 0, 0)
