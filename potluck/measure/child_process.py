@@ -72,7 +72,7 @@ class SystemUnderTest:
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             cwd=ROOT,
         )
         self.pid = self._process.pid

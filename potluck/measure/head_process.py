@@ -39,7 +39,7 @@ class CommandProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_output, self._read_errors)]

@@ -60,7 +60,7 @@ def _version(name: str) -> str | None:
 def _commit() -> str:
     root = Path(__file__).parent
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, encoding="utf-8", check=False
     )
     return done.stdout.strip()
 

@@ -15,6 +15,7 @@ from tests.support.simulated.sitecustomize import NOT_YET
 from tests.support.simulated_system import SYSTEMS, environment_of
 
 ROOT = Path(__file__).parents[2]
+assert (ROOT / "pyproject.toml").exists(), "the packages are looked for in a wrong folder"
 PACKAGES = ("transport", "devices", "planner", "shard", "potluck")
 
 POSIX_MODULES = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -95,7 +96,7 @@ ALLOWED = {
 IN_THE_SYSTEMS_ENCODING = {
     "devices/hardware/interfaces.py": "what a tool of the system says",
     "potluck/store/pypi.py": "what pip says",
-    "potluck/store/hub/repository.py": "a commit, which is digits",
+    "potluck/store/hub_repository.py": "a commit, which is digits",
 }
 
 _IMPORTS = """

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
+assert (_ROOT / "pyproject.toml").exists(), "the packages are looked for in a wrong folder"
 _PACKAGES = ("potluck", "shard", "transport", "planner", "devices", "bench")
 
 # Modules whose readers run what they read, or that make code of text.
