@@ -116,7 +116,13 @@ def serve_rings(model_name: str, name: str, address: str, num_stages: str, layer
             return {"stage_s": found.stage_s, "hops_s": hops_s, "groups": filled_ring(found.stage_s, hops_s)}
 
         def filled(count: int) -> dict[str, Any]:
-            rate, steps = run_steadily(ring, prompts, count, seconds=_STEADY_S, most_tokens=_STEADY_TOKENS)
+            rate, steps = run_steadily(
+                ring,
+                prompts,
+                count,
+                lambda chats: ring.client.wait_for_s(_STEADY_S),
+                most_tokens=_STEADY_TOKENS,
+            )
             return {"tokens_per_s": rate, "rows": steps[0].rows, "stage_s": [step.seconds for step in steps]}
 
         stages = [[stage.device, stage.num_layers] for stage in plan.stages]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from bench.ring.driven_ring import DrivenRing, DrivenRun
-from bench.ring.engine_ring import EngineRing
+from bench.ring.engine_ring import EngineRing, PendingRequest
 from bench.targets import (
     STREAMS,
     DecodeSteps,
@@ -103,6 +103,8 @@ def streams(ring: EngineRing, driven: DrivenRing, prompts: Prompts) -> Round:
         if count == 1:
             hops_s = values["hops s"] = sum_of_hops_s(apart[0])
         tokens_per_s, steps = run_streams(ring, prompts, count, _OUTPUT)
+        if tokens_per_s == 0:
+            raise RuntimeError(f"{count} chats never decoded at the same time: give them more tokens")
         groups = count / steps[0].rows
         values |= {
             f"{count} streams": tokens_per_s,
@@ -123,7 +125,7 @@ def filled(ring: EngineRing, driven: DrivenRing, prompts: Prompts) -> Round:
     """4·B* chats against 1 / max stage, by the stages' own clocks."""
     apart = drive(driven, prompts, 1, 1)
     count = 4 * filled_ring(apart.stage_s, sum_of_hops_s(apart))
-    tokens_per_s, steps = run_steadily(ring, prompts, count)
+    tokens_per_s, steps = run_steadily(ring, prompts, count, lambda chats: ring.client.wait_for_s(_STEADY_S))
     return {
         "filled": tokens_per_s,
         "filled bound": min(step.rows / step.seconds for step in steps),
@@ -133,28 +135,31 @@ def filled(ring: EngineRing, driven: DrivenRing, prompts: Prompts) -> Round:
 
 
 def run_streams(ring: EngineRing, prompts: Prompts, count: int, num_tokens: int) -> tuple[float, list[DecodeSteps]]:
-    """Tokens/s while all `count` chats decode, and each stage's steps."""
+    """Tokens/s while all `count` chats decode by this client's clock, 0 if they never do, and each stage's steps."""
     requests = [ring.request(num_tokens, text=text) for text in prompts.texts(count, _PROMPT)]
     before = ring.stats()
     answers = ring.run_requests(requests)
     after = ring.stats()
     tokens = sum(answer.done.completion_tokens for answer in answers)
     rate = decode_tokens_per_s([answer.chunks_s for answer in answers], tokens)
-    if rate == 0:
-        raise RuntimeError(f"{count} chats never decoded at the same time")
     return rate, [busiest(old, new) for old, new in zip(before, after, strict=True)]
 
 
 def run_steadily(
-    ring: EngineRing, prompts: Prompts, count: int, *, seconds: float = _STEADY_S, most_tokens: int = _STEADY_TOKENS
+    ring: EngineRing,
+    prompts: Prompts,
+    count: int,
+    wait: Callable[[list[PendingRequest]], None],
+    *,
+    most_tokens: int = _STEADY_TOKENS,
 ) -> tuple[float, list[DecodeSteps]]:
-    """The same for more chats than can all be read before the first is answered: for some seconds once all of them
-    decode, by the last stage's count. Raises RuntimeError if one is over before with its `most_tokens`."""
+    """The same for more chats than can all be read before the first is answered: while `wait` takes events in, once all
+    of them decode, by the last stage's count. Raises RuntimeError if one is over before with its `most_tokens`."""
     client = ring.client
     chats = [client.start(ring.request(most_tokens, text=text)) for text in prompts.texts(count, _PROMPT)]
     client.wait(lambda: all(chat.chunks_s for chat in chats))
     before, begin_s = ring.stats(), time.perf_counter()
-    client.wait_for_s(seconds)
+    wait(chats)
     after, end_s = ring.stats(), time.perf_counter()
     num_ended = sum(chat.is_over for chat in chats)
     for chat in chats:

@@ -12,6 +12,7 @@ from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRequest
 from potluck.measure.summary import (
     Trial,
     bandwidth_bound_tokens_per_s,
+    decode_tokens_per_s,
     percentile,
     row_of,
     spread,
@@ -55,6 +56,22 @@ def test_many_chats_overlap_so_that_the_wire_can_not_be_told_from_idling() -> No
     (use,) = stage_use_between([stage(0, 4)], [stage(0, 4, 9.0)], 10.0, concurrency=4)
     assert (use.compute, use.wire) == (0.9, None)
     assert use.idle == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "tokens", "rate"),
+    [
+        ([[1.0, 2.0, 3.0]], 5, 2.0),
+        ([[1.0]], 1, 0.0),
+        ([[0.0, 2.0, 4.0, 6.0], [1.0, 3.0, 5.0, 7.0]], 8, 1.0),
+        ([[0.0, 2.0, 4.0, 6.0], [1.0, 3.0, 5.0, 7.0]], 16, 2.0),
+        ([[0.0, 1.0], [2.0, 3.0]], 4, 0.0),
+        ([[2.0, 2.0], [2.0, 2.0]], 4, 0.0),
+    ],
+    ids=["one", "one of one token", "overlap", "two a chunk", "in turn", "one frame"],
+)
+def test_tokens_are_counted_while_all_chats_decode(arrivals: list[list[float]], tokens: int, rate: float) -> None:
+    assert decode_tokens_per_s(arrivals, tokens) == rate
 
 
 def test_the_bound_counts_what_a_token_reads() -> None:
