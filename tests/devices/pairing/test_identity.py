@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from devices.pairing.identity import MAX_PLATFORM_CHARACTERS, fingerprint, format_platform, load_keys, platform_name
+from tests.support.needs import needs_root
 from transport.errors import ConfigError
 from transport.security.curve import KEY_FILE, KeyPair, new_key_pair, write_keys
 
@@ -67,7 +68,7 @@ def test_what_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
     assert tmp_path.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give a file to someone else")
+@needs_root  # It gives a file to someone else.
 def test_a_file_of_someone_else_is_refused(tmp_path: Path) -> None:
     load_keys(tmp_path)
     os.chown(tmp_path / KEY_FILE, 12345, 12345)

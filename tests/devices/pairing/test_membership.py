@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,13 +21,6 @@ from transport.errors import BadMessage, NotRunning
 from transport.security.curve import new_key_pair
 
 OTHER = new_key_pair()
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json")
-    yield made
-    made.door.close()
 
 
 def pool_of(house: House) -> KnownPool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from devices.pairing.client import pair
 from devices.pairing.known_pools import KnownPool
@@ -57,13 +57,6 @@ class House:
         return pair("127.0.0.1", port, credential, keys=keys, name=name, platform="macOS arm64", **options)
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json")
-    yield made
-    made.door.close()
-
-
 def connection(house: House, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection(("127.0.0.1", house.door.port), 60.0, source_address=(source, 0))
 
@@ -78,3 +71,18 @@ def is_hung_up(sock: socket.socket, timeout_s: float = 60.0) -> bool:
     except OSError:
         return True
     return True
+
+
+def other_code(code: str) -> str:
+    return code[:-1] + ("0" if code[-1] != "0" else "1")
+
+
+def guests() -> int:
+    return sum(thread.name == "front-door-guest" for thread in threading.enumerate())
+
+
+def until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_so()

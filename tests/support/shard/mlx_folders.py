@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.safetensors_folders import CONFIG
 
-mx = pytest.importorskip("mlx.core")
-
-
-mx = pytest.importorskip("mlx.core")
+mx = pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 UP = "model.layers.{}.mlp.up_proj"
 COLUMNS = 256
 

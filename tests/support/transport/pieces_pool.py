@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ from typing import Any
 import msgspec
 import zmq
 
-from transport.messages.pieces import LIST_VERSION, ListedFile, Piece, PieceList, PlacedPiece
+from transport.messages.pieces import LIST_VERSION, PART_BYTES, ListedFile, Piece, PieceList, PlacedPiece
 from transport.messages.pool import PieceHint, PiecePeer
 from transport.pieces.fetcher import FetchReport, fetch
-from transport.pieces.piece_source import PieceSource, StoreSource
+from transport.pieces.piece_source import Located, PieceSource, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
 from transport.security.curve import Curve, KeyPair, new_key_pair
@@ -158,3 +159,30 @@ class Pool:
             host.context, endpoint, guard, [StoreSource(host.store)] if sources is None else sources
         )
         return host.server
+
+
+SMALL = Model(3 * PART_BYTES + 5, 1, 1000, PART_BYTES, 2 * PART_BYTES)
+
+
+def sent_bytes(*hosts: Host) -> int:
+    return sum(host.server.sent_bytes for host in hosts if host.server is not None)
+
+
+def spoil(host: Host, piece: Piece) -> None:
+    """One bit."""
+    path = host.store.path(piece.digest)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+class Behind(StoreSource):
+    """Answers nothing until then: who connects sooner makes no difference."""
+
+    def __init__(self, store: PieceStore, then: threading.Event) -> None:
+        super().__init__(store)
+        self._then = then
+
+    def locate(self, digest: str) -> Located | None:
+        assert self._then.wait(120.0)
+        return super().locate(digest)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -40,18 +38,6 @@ from transport.security.curve import Curve, KeyPair, new_key_pair
 MODEL = Model(3 * PART_BYTES, 1000)
 WITHIN_MS = 60_000
 PATHS = ("../../etc/passwd", "/etc/passwd", "", "a" * 63 + "/", MODEL.pieces[0].digest.upper())
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    with Pool(tmp_path) as pool:
-        yield pool
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 class Client:
