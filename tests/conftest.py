@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def pytest_configure() -> None:
     """Under `nohup` a closed terminal is ignored, by all that the tests start too: they are about what it does."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # A process that is started begins without it.
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested here, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        by_reason = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {len(skipped)} ({by_reason})")
 
 
 @pytest.fixture(scope="session")

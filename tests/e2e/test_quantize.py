@@ -13,6 +13,7 @@ import pytest
 
 from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
 from tests.support.e2e.potluck_process import ASK_S, Home, Running, up_arguments
+from tests.support.needs import NEEDS_MLX
 from transport.messages.ring import DTYPE_BYTES
 
 SHAPE = LlamaShape(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=49152, tied=True, context=512)
@@ -45,7 +46,7 @@ def own_home(home: Home, own_data: Path) -> Home:
 
 @pytest.mark.parametrize(("option", "form"), [("stored", "stored"), ("8", "8-bit"), ("4", "4-bit")])
 def test_what_is_planned_is_loaded_and_answers(own_home: Home, dense_model: Path, option: str, form: str) -> None:
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     planned = own_home.run(
         "plan", str(dense_model), *DEVICES, *PLAN, "--estimate", "--quantize", option, "--context", "256", "--json"
     )

@@ -248,9 +248,9 @@ def test_sizes_that_nobody_could_hold(target: Target, announced: int) -> None:
     assert resident_bytes() - before < 16 * MIB
 
 
+@pytest.mark.parametrize("target", [DataEdge, Control], indirect=True, ids=lambda kind: kind.__name__)
 def test_a_member_with_frames_that_are_too_large_loses_its_connection(target: Target) -> None:
-    if isinstance(target, Pieces):
-        pytest.skip("tests/transport/pieces has it")
+    """Of pieces, tests/transport/pieces has it."""
     for num_bytes in (target.max_frame_bytes + 1, 2**24):
         keys = _member(target)
         with dealer(target.endpoint, keys, target.keys.public) as sock:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shard.stage import ShardBackend
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.stage_runner import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.support.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_model
 from transport.errors import StageFailed
@@ -28,7 +29,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
     def load(family: str, runner: Runner) -> ShardBackend:
         if runner == "mlx":
-            pytest.importorskip("mlx.core")
+            pytest.importorskip("mlx.core", reason=NEEDS_MLX)
         if family not in made:
             found = memory_checkpoint(tiny_model(family, 1), tmp_path_factory.mktemp(family))
             config = {**found.config, "max_position_embeddings": 1024}

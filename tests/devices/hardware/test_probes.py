@@ -15,6 +15,7 @@ from devices.hardware.device import DeviceRequest
 from devices.hardware.measure import BandwidthMeasurement, measure
 from devices.hardware.probe import READY
 from devices.hardware.probes import run_probes
+from tests.support.needs import NEEDS_MLX
 from transport.process.child import EXIT_ORPHANED
 
 
@@ -24,7 +25,7 @@ def _request(name: str, backend: str, kind: str) -> DeviceRequest:
 
 def test_probes_of_one_host() -> None:
     """A CPU through both libraries, and a GPU that does not exist: it fails by name and holds nobody up."""
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     started = time.monotonic()
     cpu, mlx, missing = run_probes(
         [_request("a", "torch", "cpu"), _request("b", "mlx", "mlx"), _request("c", "torch", "cuda:63")]

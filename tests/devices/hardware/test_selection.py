@@ -7,6 +7,7 @@ import pytest
 from devices.hardware import selection
 from devices.hardware.memory import Gpu, parse_gpus
 from devices.hardware.selection import default_devices, device_requests, parse_device
+from tests.support.needs import NEEDS_MLX
 from transport.errors import ConfigError
 
 
@@ -99,7 +100,7 @@ def test_a_gpu_is_named_once() -> None:
     ("num_gpus", "apple", "wanted"), [(2, False, ["cuda:0", "cuda:1"]), (0, True, ["mlx"]), (0, False, ["torch:cpu"])]
 )
 def test_defaults(num_gpus: int, apple: bool, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     monkeypatch.setattr(selection, "num_visible_gpus", lambda: num_gpus)
     monkeypatch.setattr(selection, "_is_apple_silicon", lambda: apple)
     assert default_devices() == wanted

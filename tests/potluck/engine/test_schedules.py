@@ -26,6 +26,7 @@ from potluck.engine.tokenizer import Prompt
 from shard.stage import HiddenOutput, ShardBackend, StageInput, TokenOutput
 from shard.worker.local_stage import LocalStage
 from tests.support.engine.fakes import attached_engine
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.stage_runner import Runner, load_stages
 from tests.support.shard.tiny import NUM_LAYERS, VOCAB_SIZE, memory_checkpoint, tiny_model
 from transport.errors import PotluckError
@@ -39,7 +40,7 @@ _ANSWER_TOKENS = 24
 _CONTEXT = 160
 _CAPACITY = 230  # of two long requests, not of all: some wait, some are preempted, prefixes are evicted
 
-pytest.importorskip("mlx_lm")
+pytest.importorskip("mlx_lm", reason=NEEDS_MLX)
 
 
 class _IdTokenizer:

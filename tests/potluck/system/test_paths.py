@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from potluck.system import paths
+from tests.support.needs import needs_root
 from transport.errors import ConfigError
 
 
@@ -61,7 +62,7 @@ def test_a_folder_that_others_could_enter_is_closed(monkeypatch: pytest.MonkeyPa
     assert paths.runtime_dir().stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a file that is another user's")
+@needs_root  # It makes a file that is another user's.
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_another_users_folder_or_link_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()

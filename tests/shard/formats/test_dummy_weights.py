@@ -19,6 +19,7 @@ from shard.stage import StageSpec
 from shard.worker.load import in_weights_form, load_shard
 from shard.worker.profile.process import ProfileProcess
 from shard.worker.profile.report import ProfileSettings
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard import tiny
 from tests.support.shard.model_pieces import stored
 from tests.support.shard.stage_runner import Runner, load_stage, run_step, tiny_spec
@@ -45,7 +46,7 @@ def skeleton_of(folder: Path, scratch: Path) -> Path:
 )
 def test_models_run_without_their_weights(family: str, runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     checkpoint = open_with_dummy_weights(skeleton_of(tiny.save_tiny(family, 0, tmp_path / "model"), tmp_path))
     stages = [load_stage(checkpoint, tiny_spec(*cut), runner) for cut in ((0, 2), (2, 4))]  # type: ignore[arg-type]
     ids = tuple(range(3, 20))
@@ -60,7 +61,7 @@ def test_models_run_without_their_weights(family: str, runner: Runner, tmp_path:
 @pytest.mark.parametrize("backend", get_args(Backend))
 def test_it_takes_the_memory_of_the_real_ones(weights: WeightsForm, backend: Backend, tmp_path: Path) -> None:
     if backend == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     real = tiny.quantized_checkpoint(tiny.tiny_model("llama", 0), tmp_path, bits=8)
     spec = StageSpec(
         first=0,

@@ -16,13 +16,14 @@ from shard.formats.checkpoint import DenseView, QuantizeOnLoad, TensorInfo, on_l
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
 from shard.pieces.open import open_checkpoint
 from shard.worker.load import in_weights_form, load_shard
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.mlx_folders import UP, packed
 from tests.support.shard.mlx_folders import write as write_mlx
 from tests.support.shard.safetensors_folders import write_folder
 from tests.support.shard.tiny import memory_checkpoint, quantized_checkpoint, tiny_model
 from transport.errors import BadCheckpoint
 
-mx = pytest.importorskip("mlx.core")
+mx = pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 
 
 def rms(error: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from shard.formats.config import spec_from
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend, ModelSpec, WeightBlock, merge_blocks
 from shard.stage import StageSpec
 from shard.worker.load import in_weights_form, load_shard
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.tiny import NUM_LAYERS, MemoryCheckpoint, memory_checkpoint, quantized_checkpoint, tiny_model
 from transport.messages.ring import DTYPE_BYTES, DType, WeightsForm
 
@@ -132,7 +133,7 @@ def test_stages_hold_what_is_planned_for_them(
     backend: Backend, family: str, weights: WeightsForm, tmp_path: Path
 ) -> None:
     if backend == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     checkpoint = quantized_checkpoint(tiny_model(family, 0), tmp_path, bits=8)
     dense = memory_checkpoint(tiny_model(family, 0), tmp_path)
     for one in (checkpoint, dense):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core")
+from tests.support.needs import NEEDS_MLX
+
+pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 
 import mlx.core as mx
 from hypothesis import given, settings

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-pytest.importorskip("mlx.core")
+from tests.support.needs import NEEDS_MLX
+
+pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 
 from tests.support.shard.mlx_load_peak import LARGEST_BYTES, LAYER_PARAMS
 

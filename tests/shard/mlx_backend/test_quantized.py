@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core")
+from tests.support.needs import NEEDS_MLX
+
+pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 
 import mlx.core as mx
 import torch

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core")
+from tests.support.needs import NEEDS_MLX
+
+pytest.importorskip("mlx.core", reason=NEEDS_MLX)
 
 from shard.mlx_backend.build import build_mlx_shard
 from shard.mlx_backend.kv import ROLLBACK_TOKENS

@@ -16,6 +16,7 @@ from shard.pieces.cut_files import make_piece_list
 from shard.pieces.metadata import write_metadata_from_store
 from shard.pieces.open import open_checkpoint
 from shard.pieces.piece_list import metadata_pieces, stage_pieces
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard import tiny
 from tests.support.shard.model_pieces import noted_reads, stored
 from tests.support.shard.packed_folders import AWQ, GPTQ, awq, gptq, rounded
@@ -58,7 +59,7 @@ def check(folder: Path, scratch: Path, runner: Runner, cuts: tuple[tuple[int, in
 )
 def test_of_a_hugging_face_folder(family: str, runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     folder = tiny.save_tiny(family, 0, tmp_path / "model")
     check(folder, tmp_path / "scratch", runner)
 
@@ -66,7 +67,7 @@ def test_of_a_hugging_face_folder(family: str, runner: Runner, tmp_path: Path) -
 @pytest.mark.parametrize("runner", ["fused", "mlx"])
 def test_of_a_gguf(runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     write_gguf(tmp_path / "one.gguf")
     (tmp_path / "model").mkdir()
     ingest_gguf(tmp_path / "one.gguf", tmp_path / "model", recorded_as=str(tmp_path / "one.gguf"))
@@ -77,7 +78,7 @@ def test_of_a_gguf(runner: Runner, tmp_path: Path) -> None:
 @pytest.mark.parametrize("runner", ["fused", "mlx"])
 def test_of_packed_weights(method: str, runner: Runner, tmp_path: Path) -> None:
     if runner == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     model = tiny.tiny_model("llama", 0)
     arrays: dict[str, np.ndarray] = {}
     for name, parameter in model.named_parameters():
@@ -99,7 +100,7 @@ def test_of_packed_weights(method: str, runner: Runner, tmp_path: Path) -> None:
 
 
 def test_of_packed_mlx_weights(tmp_path: Path) -> None:
-    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     from tests.support.shard.mlx_folders import written_by_mlx_lm
 
     tiny.save_tiny("qwen3_moe", 0, tmp_path / "original")

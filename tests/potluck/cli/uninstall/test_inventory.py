@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from potluck.head.profiling.cache import ProfileCache
 from potluck.store.store import Store
 from potluck.system import paths
 from shard.pieces.metadata import share_model
+from tests.support.needs import is_root
 from tests.support.shard.safetensors_folders import tensors, write_folder
 from tests.support.shard.tiny_gguf import write_gguf
 from transport.errors import ConfigError
@@ -202,7 +202,7 @@ def test_where_nothing_is_nothing_is_found(places: Locations) -> None:
     assert not places.home.exists()
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may remove everything")
+@pytest.mark.skipif(is_root(), reason="root may remove everything")
 def test_what_can_not_be_removed_is_told_and_the_rest_goes(places: Locations) -> None:
     logs = places.home / "logs"
     logs.mkdir(parents=True)

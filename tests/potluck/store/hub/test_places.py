@@ -14,6 +14,7 @@ from potluck.store.hub_repository import CachedRepository, Hub, HubFile
 from potluck.store.hub_snapshot import FIRST_BYTES
 from potluck.store.sources import HubSource, parse_source
 from potluck.store.store import Store
+from tests.support.needs import NO_MOUNTS, is_root
 from tests.support.store.hub_checks import SOURCE, WEIGHTS, assert_right
 from tests.support.store.hub_server import COMMIT, REPOSITORY, FakeHub
 from transport.errors import BadRequest, NoSpace, PotluckError
@@ -62,8 +63,8 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "full"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("mounting needs root")
+    if sys.platform != "linux" or not is_root() or subprocess.run(mount, check=False).returncode:
+        pytest.skip(NO_MOUNTS)
     try:
         yield folder
     finally:

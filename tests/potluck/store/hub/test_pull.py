@@ -16,6 +16,7 @@ import pytest
 from potluck.store.sources import PullProgress
 from potluck.store.store import Store
 from potluck.store.transfer import present_bytes
+from tests.support.needs import NO_MOUNTS, needs_root
 from tests.support.store.hub_checks import SEGMENT_BYTES, SOURCE, WEIGHTS, assert_right, incomplete, size_of
 from tests.support.store.hub_server import TOKEN, FakeHub, checksum_of
 from transport.errors import DownloadFailed, ModelNotFound, NoSpace, PotluckError, WrongBytes
@@ -163,14 +164,15 @@ def test_a_hub_that_lists_names_alone_is_asked_for_the_rest(hub: FakeHub, reposi
     assert hub.file_bytes == size_of(*repository.iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux does")
 def test_a_disk_that_fills_up_is_told_and_can_be_gone_on_with(
     hub: FakeHub, repository: Path, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cache").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "cache")]
     if subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("no right to mount")
+        pytest.skip(NO_MOUNTS)
     try:
         roomy = shutil.disk_usage(tmp_path)
         with monkeypatch.context() as patch:

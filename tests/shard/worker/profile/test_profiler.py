@@ -27,6 +27,7 @@ from shard.worker.profile.timed_stage import (
     interquartile_mean,
     layer_kinds,
 )
+from tests.support.needs import NEEDS_MLX
 from tests.support.shard.tiny import memory_checkpoint, tiny_model
 from transport.messages.measure import Grid
 from transport.messages.ring import SequenceId
@@ -250,7 +251,7 @@ def test_a_typical_time_of_two_modes_is_their_mean() -> None:
 )
 def test_a_tiny_model_is_profiled(family: str, backend: Backend, tmp_path: Path) -> None:
     if backend == "mlx":
-        pytest.importorskip("mlx.core")
+        pytest.importorskip("mlx.core", reason=NEEDS_MLX)
     checkpoint = memory_checkpoint(tiny_model(family, 0), tmp_path)
     asked = ProfileSettings(backend=backend, device="mlx" if backend == "mlx" else "cpu", dtype="float32", budget_s=0.5)
     said: list[str] = []
