@@ -18,9 +18,10 @@ from transport.messages.pieces import MAX_REPLY_FRAME_BYTES, PART_BYTES, Piece, 
 from transport.messages.pool import PieceHint, PiecePeer
 from transport.pieces.client import measure_link_speed
 from transport.pieces.fetcher import fetch
-from transport.pieces.piece_source import FileStamp, FolderSource, StoreSource
+from transport.pieces.piece_source import FolderSource, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
+from transport.process.files import FileStamp
 from transport.security.curve import Curve, allow_only, new_key_pair
 
 _WAIT_MS = 30_000
@@ -88,8 +89,7 @@ class TransferHost:
         pieces = msgspec.json.decode((model / LIST_FILE).read_bytes(), type=PieceList)
         self._pieces = [Piece(piece.digest, piece.num_bytes) for file in pieces.files for piece in file.pieces]
         if name == "head":
-            found = (model / MODEL_FILE).stat()
-            stamps = {MODEL_FILE: FileStamp(found.st_size, found.st_mtime_ns)}
+            stamps = {MODEL_FILE: FileStamp.of(model / MODEL_FILE)}
             self._server.sources = (FolderSource(model, pieces, model=digest, stamps=stamps),)
 
     def facts(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import platform
 import queue
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from devices.hardware.probe import READY
 from transport.messages.ring import DTYPE_BYTES
 from transport.process.child import detached_popen_kwargs, python_command, python_environment
 from transport.process.cpu_use import share_of_cores
+from transport.process.files import write_atomic
 
 READY_S = 60.0
 """For a probe to load its library and touch its memory: importing torch from a cold disk takes most of it."""
@@ -308,11 +308,5 @@ def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy
         noisy_entries[key] = asdict(noisy)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"version": _VERSION, "entries": entries, "doubts": noisy_entries}, file, indent=1)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        file = {"version": _VERSION, "entries": entries, "doubts": noisy_entries}
+        write_atomic(path, json.dumps(file, indent=1).encode())

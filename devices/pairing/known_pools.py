@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
 
 _VERSION = 1
 _LOCK_TIMEOUT_S = 10.0
@@ -107,7 +107,7 @@ def _ambiguous_pool(text: str | None, pools: tuple[KnownPool, ...], fitting: lis
 
 def _write(path: Path, pools: tuple[KnownPool, ...]) -> None:
     file = _KnownPoolsFile(version=_VERSION, pools=pools)
-    write_private(path, msgspec.json.format(msgspec.json.encode(file), indent=1))
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(file), indent=1))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
 
 ROSTER_VERSION = 1
 MAX_NAME_CHARACTERS = 40
@@ -306,7 +306,7 @@ class RosterFile:
 
     def _write(self, roster: Roster) -> None:
         try:
-            write_private(self.path, msgspec.json.format(msgspec.json.encode(roster), indent=1))
+            write_atomic(self.path, msgspec.json.format(msgspec.json.encode(roster), indent=1))
         except OSError as error:
             raise ConfigError(
                 f"the list of paired devices can't be written to {self.path}: {error.strerror or error}",

@@ -12,7 +12,7 @@ from msgspec import Struct
 from devices.pairing.known_pools import load_known_pools
 from potluck.system.paths import known_pools_file, runtime_dir
 from transport.errors import AlreadyRunning, ConfigError, NotRunning
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
 
 # Whoever only looks holds the lock for a moment; a head holds it from start to end.
 _LOCK_TIMEOUT_S = 0.3
@@ -64,7 +64,7 @@ class HeadFile:
         self._lock.release()
 
     def publish(self, facts: LocalHead) -> None:
-        write_private(_file(), msgspec.json.encode(facts))
+        write_atomic(_file(), msgspec.json.encode(facts))
 
 
 def running_head() -> LocalHead:

@@ -31,7 +31,7 @@ from transport.messages.pool import (
     OfferModel,
     OfferProgress,
 )
-from transport.pieces.piece_source import FileStamp, FolderSource, PieceSource, StoreSource, WholeFiles
+from transport.pieces.piece_source import FolderSource, PieceSource, StoreSource, WholeFiles
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore, is_digest
 from transport.security.curve import Authorizer, Curve
@@ -78,7 +78,7 @@ class HostPieceServer:
                 folder,
                 model.pieces,
                 model=model.digest,
-                stamps={name: FileStamp(stamp.num_bytes, stamp.mtime_ns) for name, stamp in stamps.items()},
+                stamps=stamps,
                 list_file=model.list_file,
             )
             for folder, stamps in ((model.weights, model.weight_stamps), (model.metadata, model.metadata_stamps))

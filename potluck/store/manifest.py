@@ -11,6 +11,7 @@ import msgspec
 from shard.formats.gguf.index import INDEX_FILE, read_index
 from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint
+from transport.process.files import write_atomic
 
 MANIFEST_FILE = "potluck.json"
 MANIFEST_VERSION = 1
@@ -101,9 +102,7 @@ def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> N
         files=model.files,
         spec=model.spec,
     )
-    new = folder / f"{MANIFEST_FILE}.new"
-    new.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-    new.replace(folder / MANIFEST_FILE)  # At once: others may be reading it.
+    write_atomic(folder / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(manifest)), private=False)
 
 
 def read_manifest(folder: Path) -> StoredModel | None:

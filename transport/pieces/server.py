@@ -38,7 +38,8 @@ from transport.messages.pieces import (
     encode,
 )
 from transport.pieces.fair_queue import MAX_CONNECTIONS_PER_KEY, FairQueue, PeerConnection, connection_of
-from transport.pieces.piece_source import OpenFileCache, PieceSource
+from transport.pieces.piece_source import PieceSource
+from transport.process.files import OpenFileCache
 from transport.process.polling import Waker
 from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
 from transport.security.curve import Guard, peer_key

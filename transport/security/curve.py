@@ -17,7 +17,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from transport.errors import BadMessage, ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
 
 Prepare = Callable[["zmq.Socket[bytes]"], None]
 """Sets more options on a socket before it binds or connects."""
@@ -200,4 +200,4 @@ def read_keys(path: Path) -> KeyPair:
 
 def write_keys(path: Path, keys: KeyPair) -> None:
     """For this user alone, at once. Raises OSError."""
-    write_private(path, msgspec.json.encode(keys))
+    write_atomic(path, msgspec.json.encode(keys))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from shard.worker.profile.report import ProfileReport, decode_report
 from transport.errors import BadMessage
 from transport.links.link_probe import LinkMeasurement
 from transport.messages.ring import WeightsForm
+from transport.process.files import write_atomic
 
 _VERSION = 3
 _LINK_HOLDS_S = 86400.0
@@ -155,14 +154,7 @@ class ProfileCache:
         path = self._path(facts)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump({"facts": facts, "found": found}, file)
-                Path(temporary).replace(path)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_atomic(path, json.dumps({"facts": facts, "found": found}).encode())
 
     def _path(self, facts: dict[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
