@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from potluck.system.child_process import ChildProcess, stop_processes
+from transport.process.child_process import ChildProcess, stop_processes
 
 _STUBBORN = """
 import signal, sys, time

@@ -22,12 +22,10 @@ from transport.messages.ring import PROTOCOL_VERSION
 from transport.process.polling import SuspendDetector, Waker
 from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
 from transport.security.curve import Guard, Prepare, address_of, descriptor_of, is_authenticated, peer_key
+from transport.timeouts import CONTROL_CONNECT_S, CONTROL_HEARTBEAT_S, CONTROL_SILENT_S, THREAD_JOIN_S
 
 log = logging.getLogger("potluck.control")
 
-HEARTBEAT_INTERVAL_S = 1.0
-SILENT_AFTER_S = 10.0
-CONNECT_TIMEOUT_S = 20.0
 REVOKED_REASON = "this host was revoked by the head's owner"
 """What a host is told that is out for good."""
 _RETRY_S = 0.02
@@ -45,9 +43,7 @@ Introduction = Register | NodeHello
 
 
 def _set_options(sock: zmq.Socket[bytes], *, on_network: bool, max_bytes: int = MAX_CONTROL_BYTES) -> None:
-    # Patient: a worker that a busy host or network holds up for a moment has weights loaded that would be lost.
-    silent_after_ms = int(SILENT_AFTER_S * 1000)
-    set_options(sock, max_message_bytes=max_bytes, on_network=on_network, silent_after_ms=silent_after_ms)
+    set_options(sock, max_message_bytes=max_bytes, on_network=on_network, silent_after_s=CONTROL_SILENT_S)
 
 
 class ControlClient:
@@ -92,7 +88,7 @@ class ControlClient:
         """Send what is queued and close; waits at most 2 s."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(2.0)
+        self._thread.join(THREAD_JOIN_S)
 
     def _run(self) -> None:
         try:
@@ -110,8 +106,8 @@ class ControlClient:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
-        next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
-        reach_by_s: float | None = time.monotonic() + CONNECT_TIMEOUT_S
+        next_heartbeat_s = time.monotonic() + CONTROL_HEARTBEAT_S
+        reach_by_s: float | None = time.monotonic() + CONTROL_CONNECT_S
         while not self._closing.is_set():
             wait_s = _RETRY_S if self._outbox else next_heartbeat_s - time.monotonic()
             ready = dict(poller.poll(max(1, int(wait_s * 1000))))
@@ -126,7 +122,7 @@ class ControlClient:
                 break
             if time.monotonic() >= next_heartbeat_s:
                 self._outbox.append(Heartbeat())
-                next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+                next_heartbeat_s = time.monotonic() + CONTROL_HEARTBEAT_S
 
     def _flush(self) -> None:
         while self._outbox:
@@ -202,7 +198,7 @@ class ControlServer:
         """Send what is queued and close; waits at most 2 s."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(2.0)
+        self._thread.join(THREAD_JOIN_S)
 
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, guard: Guard | None) -> None:
         on_network = is_tcp(endpoint)
@@ -306,7 +302,7 @@ class ControlServer:
         now_s = time.monotonic()
         for peer in self._peers.values():
             peer.last_heard_s = min(now_s, peer.last_heard_s + suspended_s)
-        for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
+        for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > CONTROL_SILENT_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)
 

@@ -19,13 +19,13 @@ from zeroconf import Error, IPVersion, ServiceBrowser, ServiceInfo, ServiceListe
 from devices.hardware.interfaces import lan_addresses
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
+from transport.timeouts import ADVERTISER_CLOSE_S
 
 SERVICE = "_potluck._tcp.local."
 _RECORD_VERSION = "1"
 _FINGERPRINT = re.compile(r"([0-9a-f]{4}-){3}[0-9a-f]{4}")
 _CHECK_INTERVAL_S = 5.0
 _RETRY_S = 30.0
-_CLOSE_TIMEOUT_S = 3.0
 _POLL_S = 0.05
 _QUERY_S = 0.5
 _MAX_NAMES = 64
@@ -66,7 +66,7 @@ class Advertiser:
     def close(self) -> None:
         """Say goodbye. Takes a second, at most three."""
         self._end.set()
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.join(ADVERTISER_CLOSE_S)
 
     def _run(self) -> None:
         advertised: tuple[str, ...] = ()

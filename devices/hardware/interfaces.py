@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from transport.timeouts import TOOL_S
+
 # An address of the range for documentation: a route towards it is the default route. Nothing is sent there.
 _DOCUMENTATION_ADDRESS = "198.51.100.1"
-_TOOL_TIMEOUT_S = 5.0
 _LINUX_NETWORK = Path("/sys/class/net")
 
 # Networks inside this host (containers, virtual machines) and tunnels: nobody at home can reach it there.
@@ -138,7 +139,7 @@ def wifi_in_hardware_ports(text: str) -> frozenset[str]:
 def _output(*command: str) -> str:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TOOL_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=TOOL_S, check=False
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

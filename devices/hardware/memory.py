@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from transport.timeouts import NVIDIA_SMI_S
+
 _PROC = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 
@@ -57,7 +59,6 @@ def _folder_free(folder: Path, limit: str, used: str, reclaimable: str) -> int |
     return max(0, limit_bytes - used_bytes + int(stat.get(reclaimable, 0)))
 
 
-_DEADLINE_S = 10.0
 _MIB = 2**20
 
 
@@ -72,7 +73,7 @@ def list_gpus() -> list[Gpu]:
     command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_DEADLINE_S, check=True
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return []

@@ -7,10 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import queue
 import socket
-import subprocess
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,18 +20,13 @@ from devices.hardware.measure import BandwidthMeasurement, is_noisy, should_reme
 from devices.hardware.memory import host_free_bytes, list_gpus
 from devices.hardware.probe import READY
 from transport.messages.ring import DTYPE_BYTES
-from transport.process.child import detached_popen_kwargs, python_command, python_environment
+from transport.process.child_process import LineChild
 from transport.process.cpu_use import share_of_cores
 from transport.process.files import write_atomic
-
-READY_S = 60.0
-"""For a probe to load its library and touch its memory: importing torch from a cold disk takes most of it."""
-
-RESULT_S = 15.0
-"""For the measurement itself, about a second on any device that is worth its place."""
+from transport.timeouts import PROBE_READY_S, PROBE_RESULT_S
 
 
-def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> list[BandwidthMeasurement | str]:
+def run_probes(requests: Sequence[DeviceRequest], ready_s: float = PROBE_READY_S) -> list[BandwidthMeasurement | str]:
     """For each request what was measured, or in words why it could not be. No process outlives this call."""
     ready_by = time.monotonic() + ready_s
     probes = [_Probe(request) for request in requests]
@@ -44,7 +36,7 @@ def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> l
         for probe, is_ready in zip(probes, ready, strict=True):
             if is_ready:
                 probe.start()
-        result_by = time.monotonic() + RESULT_S
+        result_by = time.monotonic() + PROBE_RESULT_S
         return [
             probe.result(result_by) if is_ready else probe.why_not(ready_s)
             for probe, is_ready in zip(probes, ready, strict=True)
@@ -56,37 +48,19 @@ def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> l
 
 class _Probe:
     def __init__(self, request: DeviceRequest) -> None:
-        command = [*python_command(), "devices.hardware.probe", "--json", "--wait"]
-        command += ["--backend", request.backend, "--device", request.kind, "--threads", str(request.threads)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            env=os.environ | python_environment(),
-            **detached_popen_kwargs(),
-        )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._errors: list[str] = []
-        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_errors)]
-        for reader in self._readers:
-            reader.start()
+        arguments = ["--json", "--wait", "--backend", request.backend, "--device", request.kind]
+        self._child = LineChild("devices.hardware.probe", [*arguments, "--threads", str(request.threads)])
 
     def wait_until_ready(self, ends_at: float) -> bool:
-        return self._next_line(ends_at) == READY
+        return self._child.next_line(ends_at) == READY
 
     def start(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # It died meanwhile: `result` says so.
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
+        self._child.send("go")
 
     def result(self, ends_at: float) -> BandwidthMeasurement | str:
-        line = self._next_line(ends_at)
+        line = self._child.next_line(ends_at)
         if not line:
-            return self.why_not(RESULT_S)
+            return self.why_not(PROBE_RESULT_S)
         try:
             return BandwidthMeasurement(**json.loads(line))
         except (ValueError, TypeError):
@@ -94,45 +68,16 @@ class _Probe:
 
     def why_not(self, waited_s: float) -> str:
         """Why there is no answer: the probe's own words, how it ended, or that it did not."""
-        try:
-            # It may have closed its output a moment before it ends.
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
+        ended = self._child.ended()
+        if ended is None:
             return f"its probe gave no answer within {waited_s:.0f} s"
-        self._readers[1].join(1.0)
+        code, last_error = ended
         if code < 0:
             return f"its probe was ended by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-        return self._errors[-1] if self._errors else f"its probe ended with exit code {code}"
+        return last_error or f"its probe ended with exit code {code}"
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for reader in self._readers:
-            reader.join(1.0)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _next_line(self, ends_at: float) -> str:
-        """The next line of output; "" at its end or at the deadline."""
-        try:
-            return self._lines.get(timeout=max(0.0, ends_at - time.monotonic()))
-        except queue.Empty:
-            return ""
-
-    def _read_lines(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.strip())
-        # Twice, for whoever waits for "ready" and then for a result.
-        self._lines.put("")
-        self._lines.put("")
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        self._errors.extend(line.strip() for line in self._process.stderr if line.strip())
+        self._child.close()
 
 
 _VERSION = 1

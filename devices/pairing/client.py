@@ -40,10 +40,8 @@ from transport.errors import (
 )
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import KeyPair, is_key
+from transport.timeouts import PAIRING_CONNECT_S, PAIRING_DECISION_S, PAIRING_LINE_S
 
-CONNECT_TIMEOUT_S = 5.0
-_LINE_TIMEOUT_S = 20.0
-_DECISION_TIMEOUT_S = 120.0
 _SOMEONE_BETWEEN = "if it was right, someone between the two hosts answers in the head's place"
 
 
@@ -54,7 +52,7 @@ class _Versions(Struct, frozen=True):
     potluck: str
 
 
-def fetch_pool_info(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) -> PoolInfo:
+def fetch_pool_info(host: str, port: int, timeout: float = PAIRING_CONNECT_S) -> PoolInfo:
     """What the head whose door is there says of itself; unproven.
 
     Raises NotRunning if nobody answers, Busy if the door is full, ConfigError if something else answers, and
@@ -68,7 +66,7 @@ def fetch_pool_info(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) ->
 
 
 def fetch_membership(
-    host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = CONNECT_TIMEOUT_S
+    host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = PAIRING_CONNECT_S
 ) -> tuple[PoolInfo, MembershipStatus]:
     """What the head of `pool`, whose door is there, says of itself and of this host; proven, both.
 
@@ -110,7 +108,7 @@ def pair(
     name: str,
     platform: str,
     on_waiting: Callable[[PoolInfo], object] = lambda facts: None,
-    decision_timeout_s: float = _DECISION_TIMEOUT_S,
+    decision_timeout_s: float = PAIRING_DECISION_S,
 ) -> KnownPool:
     """Pair with the head whose door is there, by an invite or a code; `on_waiting` when its user is being asked.
 
@@ -119,9 +117,9 @@ def pair(
     """
     kind: CredentialKind = "invite" if isinstance(credential, Invite) else "code"
     secret = credential.token if isinstance(credential, Invite) else parse_code(credential)
-    connection = _connect(host, port, CONNECT_TIMEOUT_S)
+    connection = _connect(host, port, PAIRING_CONNECT_S)
     try:
-        info = _receive_pool_info(connection, host, port, _LINE_TIMEOUT_S)
+        info = _receive_pool_info(connection, host, port, PAIRING_LINE_S)
         check_version(info)
         _check_head(info, credential, keys, f"{host}:{port}")
         pake = JoinerPake(secret, info, kind=kind, key=keys.public, name=name, platform=platform)
@@ -233,11 +231,11 @@ def _check_head(info: PoolInfo, credential: Invite | str, keys: KeyPair, where: 
 
 
 def _exchange(connection: JsonLineSocket, pake: JoinerPake, kind: CredentialKind) -> None:
-    connection.send(pake.start, _LINE_TIMEOUT_S)
+    connection.send(pake.start, PAIRING_LINE_S)
     answer = _receive_reply(connection, kind)
     if not isinstance(answer, PakeReply):
         raise BadMessage("another message than the key exchange's")
-    connection.send(pake.confirm(answer), _LINE_TIMEOUT_S)
+    connection.send(pake.confirm(answer), PAIRING_LINE_S)
     confirmed = _receive_reply(connection, kind)
     if not isinstance(confirmed, PakeConfirmed) or not pake.verify(confirmed):
         raise PairingFailed("the head does not know the secret", hint=f"make a new one; {_SOMEONE_BETWEEN}")
@@ -246,7 +244,7 @@ def _exchange(connection: JsonLineSocket, pake: JoinerPake, kind: CredentialKind
 def _decision(connection: JsonLineSocket, pake: JoinerPake, timeout_s: float) -> PairingOutcome:
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
-        message: HeadMessage = connection.receive(HeadMessage, min(left_s, _LINE_TIMEOUT_S))  # type: ignore[arg-type]
+        message: HeadMessage = connection.receive(HeadMessage, min(left_s, PAIRING_LINE_S))  # type: ignore[arg-type]
         if isinstance(message, PairingResult):
             return pake.outcome(message)
         if not isinstance(message, PairingPending):
@@ -271,7 +269,7 @@ def _check_outcome(outcome: PairingOutcome, info: PoolInfo) -> None:
 
 
 def _receive_reply(connection: JsonLineSocket, kind: CredentialKind) -> HeadMessage:
-    message: HeadMessage = connection.receive(HeadMessage, _LINE_TIMEOUT_S)  # type: ignore[arg-type]
+    message: HeadMessage = connection.receive(HeadMessage, PAIRING_LINE_S)  # type: ignore[arg-type]
     if isinstance(message, PairingRefused):
         _raise_refused(message, kind)
     return message

@@ -11,9 +11,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from transport.errors import ConfigError
 from transport.security.curve import is_key
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
-CODE_LIFETIME_S = 120.0
-INVITE_LIFETIME_S = 3600.0
 MAX_GUESSES = 3
 
 CredentialKind = Literal["code", "invite"]

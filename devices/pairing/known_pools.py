@@ -13,9 +13,9 @@ from msgspec import Struct
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
 from transport.process.files import write_atomic
+from transport.timeouts import FILE_LOCK_S
 
 _VERSION = 1
-_LOCK_TIMEOUT_S = 10.0
 _MAX_DOORS = 8
 
 
@@ -114,7 +114,7 @@ def _write(path: Path, pools: tuple[KnownPool, ...]) -> None:
 def _locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+        with FileLock(path.with_suffix(".lock"), timeout=FILE_LOCK_S):
             yield
     except Timeout as error:
         raise ConfigError(f"another process holds the lock of {path}", hint="try again in a moment") from error

@@ -41,19 +41,18 @@ from devices.pairing.pake import (
 from devices.pairing.roster import RosterFile, clean_name, clean_text
 from transport.errors import BadMessage, ConfigError, DeadlineExceeded, PortInUse, PotluckError
 from transport.security.curve import KeyPair, is_key
+from transport.timeouts import PAIRING_SERVER_LINE_S, THREAD_JOIN_S
 
 __all__ = ["Candidate", "PairingServer", "PoolInfo"]
 
 PAIRING_PORT = 11501
 MAX_CONNECTIONS = 16
 MAX_PER_ADDRESS = 4
-LINE_TIMEOUT_S = 10.0
 _KEEPALIVE_S = 2.0
 _POLL_S = 0.2
 _EXCHANGE_SPACING_S = 0.25
 _WARN_EVERY_S = 5.0
 _BACKLOG = 128
-_CLOSE_TIMEOUT_S = 3.0
 
 Approve = Callable[[Candidate], bool]
 """Whether the head's user lets it in. Raises DeadlineExceeded if nobody says. Called in a thread of its own."""
@@ -87,7 +86,7 @@ class PairingServer:
         approve: Approve,
         notify: Callable[[str], object],
         monotonic: Callable[[], float] = time.monotonic,
-        line_timeout_s: float = LINE_TIMEOUT_S,
+        line_timeout_s: float = PAIRING_SERVER_LINE_S,
     ) -> None:
         self._pool_info = pool_info
         self._roster = roster
@@ -132,7 +131,7 @@ class PairingServer:
             for connection in self._connections:
                 connection.interrupt()
         self._wake_write.close()
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + THREAD_JOIN_S
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 

@@ -15,13 +15,13 @@ from potluck.engine.settings import EngineSettings
 from potluck.head.pool import Pool, PoolWorker
 from potluck.host.local_host import ThisHost
 from potluck.store import StoredModel
-from potluck.system.child_process import ChildProcess, stop_processes
 from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
 from transport.links.endpoints import fixed_local_endpoint, free_port, has_ipc, is_tcp, tcp_endpoint
 from transport.links.secure_endpoints import Where
 from transport.messages.control import Connect, Load, Unload
 from transport.messages.pool import SharedModel
 from transport.messages.ring import Fence
+from transport.process.child_process import ChildProcess, stop_processes
 
 MAX_STEP_TOKENS = 2048
 """A bound for what stages accept, more than the scheduler sends: a chunk of a prompt (`EngineLimits`) and decodes."""

@@ -24,6 +24,7 @@ from potluck.system.settings import Settings
 from transport.errors import Busy, ConfigError, NotAllowed, NotRunning, PairingFailed, PotluckError
 from transport.links.endpoints import tcp_endpoint
 from transport.security.curve import KeyPair
+from transport.timeouts import BROWSE_S, POOL_INFO_S
 
 if TYPE_CHECKING:
     from devices.discovery.mdns import AdvertisedPool
@@ -37,8 +38,6 @@ class HeadAddress:
     key: str
 
 
-_BROWSE_S = 4.0
-_POOL_INFO_TIMEOUT_S = 2.0
 _MAX_SHOWN = 8
 _MAX_REASONS = 3
 _MAX_THREADS = 16
@@ -228,7 +227,7 @@ def _prompt_for_code(info: PoolInfo, address: str) -> str:
 def _browse(fingerprint: str | None) -> list[AdvertisedPool]:
     from devices.discovery.mdns import browse_pools  # Here, since zeroconf takes a while to import.
 
-    return browse_pools(_BROWSE_S, pool_fingerprint=fingerprint)
+    return browse_pools(BROWSE_S, pool_fingerprint=fingerprint)
 
 
 def _browse_if_possible(fingerprint: str) -> list[AdvertisedPool]:
@@ -251,7 +250,7 @@ def _responding_address(pool: AdvertisedPool) -> str:
     """Of a head in several networks, not all of which need be this host's."""
     for address in pool.addresses[:-1]:
         try:
-            fetch_pool_info(address, pool.port, _POOL_INFO_TIMEOUT_S)
+            fetch_pool_info(address, pool.port, POOL_INFO_S)
             return address
         except NotRunning:
             continue
@@ -261,6 +260,6 @@ def _responding_address(pool: AdvertisedPool) -> str:
 def _address_and_name(pool: AdvertisedPool) -> tuple[str, str]:
     address = f"{pool.addresses[0]}:{pool.port}"
     try:
-        return address, fetch_pool_info(pool.addresses[0], pool.port, _POOL_INFO_TIMEOUT_S).name
+        return address, fetch_pool_info(pool.addresses[0], pool.port, POOL_INFO_S).name
     except PotluckError:
         return address, "does not answer"

@@ -13,9 +13,7 @@ from devices.pairing.known_pools import load_known_pools
 from potluck.system.paths import known_pools_file, runtime_dir
 from transport.errors import AlreadyRunning, ConfigError, NotRunning
 from transport.process.files import write_atomic
-
-# Whoever only looks holds the lock for a moment; a head holds it from start to end.
-_LOCK_TIMEOUT_S = 0.3
+from transport.timeouts import HEAD_LOCK_S
 
 
 class LocalHead(Struct, frozen=True, kw_only=True):
@@ -52,7 +50,7 @@ class HeadFile:
 
     def __enter__(self) -> HeadFile:
         try:
-            self._lock.acquire(timeout=_LOCK_TIMEOUT_S, poll_interval=0.02)
+            self._lock.acquire(timeout=HEAD_LOCK_S, poll_interval=0.02)
         except Timeout as error:
             raise _already_running() from error
         return self
@@ -70,7 +68,7 @@ class HeadFile:
 def running_head() -> LocalHead:
     """The head of this host. Raises NotRunning; a file left by a crash is not a head, since its lock is free."""
     lock = _lock()
-    for timeout_s in (0.0, _LOCK_TIMEOUT_S):
+    for timeout_s in (0.0, HEAD_LOCK_S):
         try:
             lock.acquire(timeout=timeout_s, poll_interval=0.02)
             break

@@ -13,11 +13,11 @@ import msgspec
 
 from devices.hardware.device import Device
 from potluck.store import Store
-from potluck.system.child_process import ChildProcess, stop_processes
 from potluck.system.paths import pieces_dir, safe_file_name, shared_dir
 from transport.errors import PotluckError, RingDown
 from transport.messages.control import Register
 from transport.messages.ring import PROTOCOL_VERSION
+from transport.process.child_process import ChildProcess, stop_processes
 
 
 def register_of(device: Device, *, address: str | None = None) -> Register:

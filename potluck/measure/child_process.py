@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from transport.process.child import thread_environment
+from transport.process.child_process import ChildProcess
 
 Handlers = Mapping[str, Callable[..., dict[str, Any]]]
 
@@ -38,6 +38,9 @@ PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 """The interpreter that has llama-cpp-python; `make bench-stage` installs it."""
 
 
+_EXIT_S = 20.0
+
+
 class SystemUnderTest:
     """`python -m MODULE ARGUMENTS`, ready when made. Its module ends in `child_loop.serve`."""
 
@@ -48,39 +51,30 @@ class SystemUnderTest:
         arguments: Sequence[str],
         *,
         threads: int,
-        python: str | Path = sys.executable,
+        python: Path | None = None,
     ) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            [str(python), "-P", "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **thread_environment(threads, os.environ),
-                "PYTHONPATH": str(ROOT),
-                "TOKENIZERS_PARALLELISM": "0",
-            },
+        self._child = ChildProcess(
+            module,
+            arguments,
+            errors=None,
+            threads=threads,
+            environment={**os.environ, "PYTHONPATH": str(ROOT)},
+            interpreter=None if python is None else str(python),
         )
-        self.pid = self._process.pid
+        self.pid = self._child.pid
         self.ready = self._read()
 
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:
         """What the child answers. Raises RuntimeError if it ends instead."""
-        assert self._process.stdin is not None
-        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+        self._child.send(json.dumps({"do": do, **arguments}).encode() + b"\n")
         return self._read()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(20.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(OSError):
+            self._child.stdin.close()
+        self._child.wait(_EXIT_S)
+        self._child.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,10 +85,10 @@ class SystemUnderTest:
         self.close()
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}: its last words are above")
+            self._child.wait(_EXIT_S)
+            raise RuntimeError(f"{self.name} ended with {self._child.exit_code()}: its last words are above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

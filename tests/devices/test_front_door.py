@@ -17,7 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from devices.pairing.client import check_version, fetch_pool_info, pair
-from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, parse_invite
+from devices.pairing.credentials import parse_invite
 from devices.pairing.identity import fingerprint
 from devices.pairing.json_lines import ConnectionClosed, JsonLineSocket
 from devices.pairing.known_pools import KnownPool
@@ -35,6 +35,7 @@ from transport.errors import (
 )
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import KeyPair, new_key_pair
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 HEAD, JOINER = new_key_pair(), new_key_pair()
 

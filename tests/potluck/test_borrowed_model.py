@@ -65,8 +65,8 @@ class Pool:
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
     monkeypatch.setattr(remote, "FALLBACK_AFTER_S", 2.0)
-    monkeypatch.setattr(remote, "_SILENT_AFTER_S", 3.0)
-    monkeypatch.setattr(remote, "_STALLED_AFTER_S", 2.0)
+    monkeypatch.setattr(remote, "MODEL_SILENT_S", 3.0)
+    monkeypatch.setattr(remote, "MODEL_STALLED_S", 2.0)
     monkeypatch.setitem(client.fetch_small.__kwdefaults__, "patience_s", 3.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ def test_nobody_has_it(pool: Pool) -> None:
 
 
 def test_who_is_away_is_named_until_the_time_is_over(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MAX_WAIT_S", 1.0)
+    monkeypatch.setattr(remote, "MODEL_WAIT_S", 1.0)
     pool.head.roster.add(new_key_pair().public, "attic", "macOS")
     with pytest.raises(DeadlineExceeded, match="attic"):
         pool.model.find()

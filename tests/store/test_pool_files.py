@@ -89,7 +89,7 @@ def test_a_host_that_is_gone_or_lies_costs_nothing_but_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_files, "_BLOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(pool_files, "BLOCK_S", 1.0)
     gone = guest(head, "beta", BETA, pulled)
     wrong = checksum_of(repository / WEIGHTS)
     liar = guest(head, "gamma", GAMMA, pulled)

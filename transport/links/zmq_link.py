@@ -26,12 +26,15 @@ from transport.messages.ring import PROTOCOL_VERSION, DataMessage, Hello
 from transport.process.polling import Waker
 from transport.security.connection_cap import ENFORCE_INTERVAL_S, ConnectionCap, ConnectionWatch
 from transport.security.curve import Guard, Prepare, descriptor_of, is_authenticated, peer_key
+from transport.timeouts import (
+    BULK_SILENT_S,
+    LINK_CONNECT_S,
+    LINK_HEARTBEAT_S,
+    LINK_SEND_S,
+    LINK_SILENT_S,
+    TCP_CONNECT_S,
+)
 
-CONNECT_TIMEOUT_S = 30.0
-SEND_TIMEOUT_S = 30.0
-_HEARTBEAT_MS = 500
-_HEARTBEAT_TIMEOUT_MS = 1500
-_CONNECT_TIMEOUT_MS = 3000
 _LOCAL_BUFFER_BYTES = 2**20
 # What the kernel may hold back: heartbeats stand behind it in the queue of a slow network.
 _NETWORK_BUFFER_BYTES = 2**18
@@ -54,10 +57,10 @@ def set_options(
     *,
     max_message_bytes: int,
     on_network: bool = False,
-    silent_after_ms: int = _HEARTBEAT_TIMEOUT_MS,
+    silent_after_s: float = LINK_SILENT_S,
 ) -> None:
     """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one, where a peer that gives no sign
-    of life for `silent_after_ms` counts as gone.
+    of life for `silent_after_s` counts as gone.
 
     On one host there are no heartbeats: a process that ends closes its connection, and one that hangs is found by what
     it does not answer. They would only break every connection when the whole host pauses for a moment.
@@ -65,11 +68,11 @@ def set_options(
     buffer_bytes = _NETWORK_BUFFER_BYTES if on_network else _LOCAL_BUFFER_BYTES
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-    sock.setsockopt(zmq.HANDSHAKE_IVL, 3000)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS if on_network else 0)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_after_ms)
-    sock.setsockopt(zmq.HEARTBEAT_TTL, silent_after_ms)
-    sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, int(TCP_CONNECT_S * 1000))
+    sock.setsockopt(zmq.HEARTBEAT_IVL, int(LINK_HEARTBEAT_S * 1000) if on_network else 0)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silent_after_s * 1000))
+    sock.setsockopt(zmq.HEARTBEAT_TTL, int(silent_after_s * 1000))
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, int(TCP_CONNECT_S * 1000))
     sock.setsockopt(zmq.RECONNECT_IVL, 100)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     sock.setsockopt(zmq.SNDBUF, buffer_bytes)
@@ -91,7 +94,7 @@ class ZmqSender:
         limits: EdgeLimits,
         *,
         name: str,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        connect_timeout_s: float = LINK_CONNECT_S,
         prepare: Prepare | None = None,
     ) -> None:
         """Raises NeighbourGone if nobody listens at `endpoint`, or who does has another key, within
@@ -114,7 +117,7 @@ class ZmqSender:
         except NeighbourGone:
             self.close()
             raise
-        self._timeout_s = SEND_TIMEOUT_S
+        self._timeout_s = LINK_SEND_S
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         frames = split_frames(encode(message), buffers, self._frame_bytes)
@@ -335,14 +338,9 @@ class ZmqReceiver:
         return True
 
 
-BULK_SILENT_AFTER_S = 10.0
-"""A heartbeat stands behind whole parts in a slow network's queue."""
-
-
 def set_bulk_options(sock: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
     """For both ends."""
-    silent_after_ms = int(BULK_SILENT_AFTER_S * 1000)
-    set_options(sock, max_message_bytes=max_message_bytes, on_network=True, silent_after_ms=silent_after_ms)
+    set_options(sock, max_message_bytes=max_message_bytes, on_network=True, silent_after_s=BULK_SILENT_S)
     # The system's own sizes grow with the link: 256 KiB would be 200 Mbit/s at 10 ms.
     sock.setsockopt(zmq.SNDBUF, -1)
     sock.setsockopt(zmq.RCVBUF, -1)

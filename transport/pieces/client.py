@@ -30,6 +30,7 @@ from transport.messages.pieces import (
 )
 from transport.messages.pool import PiecePeer
 from transport.security.curve import Curve
+from transport.timeouts import FETCH_PATIENCE_S, PEER_SILENT_S, SPEED_TEST_S
 
 _AUTH_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _FAILED = _AUTH_FAILED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -110,7 +111,6 @@ class PieceConnection:
 
 log = logging.getLogger("potluck.pieces")
 
-_SILENT_AFTER_S = 5.0
 _RETRY_S = 0.5
 _TICK_S = 0.05
 
@@ -128,7 +128,7 @@ def fetch_small(
     context: zmq.Context[zmq.Socket[bytes]],
     what: str,
     stop: Callable[[], bool] = lambda: False,
-    patience_s: float = 30.0,
+    patience_s: float = FETCH_PATIENCE_S,
 ) -> bytes:
     """What has the SHA-256 `digest`, from one of the peers, which are tried in turn until `patience_s` have passed.
     Raises DownloadFailed if none has it, or when it is stopped."""
@@ -184,7 +184,7 @@ def _fetch_from(
 
 
 def _fetch_part(connection: PieceConnection, request: PieceRequest, stop: Callable[[], bool]) -> bytes:
-    silent_at_s = time.monotonic() + _SILENT_AFTER_S
+    silent_at_s = time.monotonic() + PEER_SILENT_S
     is_sent = False
     while time.monotonic() < silent_at_s:
         if stop():
@@ -205,12 +205,10 @@ def _fetch_part(connection: PieceConnection, request: PieceRequest, stop: Callab
                     raise BadMessage("it sent what was not asked for")
         if connection.lost_reason:
             raise _PeerFailed(connection.lost_reason)
-    raise _PeerFailed(f"it was silent for {_SILENT_AFTER_S:.0f} s")
+    raise _PeerFailed(f"it was silent for {PEER_SILENT_S:.0f} s")
 
 
 SPEED_TEST_BYTES = 8 * 2**20
-CONNECT_WITHIN_S = 5.0
-SILENT_AFTER_S = 5.0
 _POLL_S = 0.05
 
 
@@ -220,7 +218,7 @@ def measure_link_speed(
     context: zmq.Context[zmq.Socket[bytes]],
     *,
     num_bytes: int = SPEED_TEST_BYTES,
-    within_s: float = 20.0,
+    within_s: float = SPEED_TEST_S,
 ) -> float:
     """Bytes per second from `peer` to this host, from the first part to the last: what came in `within_s` counts.
 
@@ -255,10 +253,10 @@ def _measure_speed(connection: PieceConnection, peer: PiecePeer, num_bytes: int,
         if connection.is_open and not is_sent:
             is_sent = connection.send(SpeedTest(1, num_bytes))
             last_reply_s = now_s
-        if not connection.is_open and now_s - began_s > CONNECT_WITHIN_S:
+        if not connection.is_open and now_s - began_s > PEER_SILENT_S:
             raise DeadlineExceeded(f"nobody answers at {peer.endpoint}", hint=f"is potluck running on {peer.name}?")
-        if connection.is_open and now_s - last_reply_s > SILENT_AFTER_S:
-            raise DeadlineExceeded(f"{peer.name} was silent for {SILENT_AFTER_S:.0f} s")
+        if connection.is_open and now_s - last_reply_s > PEER_SILENT_S:
+            raise DeadlineExceeded(f"{peer.name} was silent for {PEER_SILENT_S:.0f} s")
         if came_bytes > first_bytes and now_s - began_s > within_s:
             break
     took_s = last_reply_s - first_s

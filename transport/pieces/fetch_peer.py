@@ -19,8 +19,8 @@ from transport.pieces.flow_control import RequestWindow
 from transport.pieces.store import PartialPiece, PieceStore
 from transport.process.polling import PolledExecutor
 from transport.security.curve import Curve
+from transport.timeouts import PEER_SILENT_S
 
-SILENT_AFTER_S = 5.0
 HAVE_INTERVAL_S = 0.5
 """How often a peer that a hint leads to is asked what it has by now."""
 
@@ -136,12 +136,12 @@ class FetchPeer:
                 self.disconnect(connection.lost_reason, now_s)
             return
         if not connection.is_open:
-            if now_s - self._last_reply_s > SILENT_AFTER_S:
+            if now_s - self._last_reply_s > PEER_SILENT_S:
                 self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
             return
-        if now_s - self._last_reply_s > SILENT_AFTER_S and (self._outstanding or not self._has_have_list):
+        if now_s - self._last_reply_s > PEER_SILENT_S and (self._outstanding or not self._has_have_list):
             self._window.note_silence()
-            self.disconnect(f"it was silent for {SILENT_AFTER_S:.0f} s", now_s)
+            self.disconnect(f"it was silent for {PEER_SILENT_S:.0f} s", now_s)
             return
         self._request_have_list(connection, now_s)
         if self._has_have_list:

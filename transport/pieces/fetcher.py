@@ -18,11 +18,10 @@ from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.store import PieceStore
 from transport.process.polling import PolledExecutor, SuspendDetector
 from transport.security.curve import Curve
+from transport.timeouts import FETCH_PATIENCE_S, FETCH_UNAVAILABLE_S
 
 log = logging.getLogger("potluck.pieces")
 
-PATIENCE_S = 30.0
-_UNAVAILABLE_TIMEOUT_S = 5.0
 _UNAVAILABLE_INTERVAL_S = 0.2
 _TICK_S = 0.05
 MAX_UNWRITTEN_BYTES = 4 * 2**20
@@ -64,7 +63,7 @@ def fetch(
     hints: Sequence[PieceHint] = (),
     progress: ReportProgress = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = FETCH_PATIENCE_S,
 ) -> FetchReport:
     """Puts into the store what it lacks of `pieces`, which are by their number in the list of the model with the digest
     `model`; `what` names it to users. The head is the last of the peers. Who will read the pieces has a lease of them.
@@ -237,7 +236,7 @@ class _Fetch:
             self._unavailable_since_s = None
         elif self._unavailable_since_s is None:
             self._unavailable_since_s = now_s
-        elif now_s - self._unavailable_since_s > min(_UNAVAILABLE_TIMEOUT_S, self._patience_s / 2):
+        elif now_s - self._unavailable_since_s > min(FETCH_UNAVAILABLE_S, self._patience_s / 2):
             raise self._failed(f"no host has piece {unavailable.digest[:12]}")
 
     def _failed(self, why: str) -> DownloadFailed:

@@ -16,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from transport.errors import DeadlineExceeded
 from transport.messages.pieces import Piece
+from transport.timeouts import LEASE_LOCK_S
 
 try:
     import fcntl
@@ -124,7 +125,6 @@ def _is_same(fd: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(fd), there)
 
 
-_WAIT_S = 30.0
 _pieces = msgspec.json.Decoder(tuple[Piece, ...])
 
 
@@ -160,10 +160,10 @@ class Leases:
         self._folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._root / "store.lock", thread_local=False)
         try:
-            lock.acquire(timeout=_WAIT_S, poll_interval=0.01)
+            lock.acquire(timeout=LEASE_LOCK_S, poll_interval=0.01)
         except Timeout:
             raise DeadlineExceeded(
-                f"another process has kept {self._root} locked for {_WAIT_S:.0f} s",
+                f"another process has kept {self._root} locked for {LEASE_LOCK_S:.0f} s",
                 hint="is its disk stuck? stop other potluck processes of this host",
             ) from None
         try:

@@ -43,6 +43,7 @@ from transport.process.files import OpenFileCache
 from transport.process.polling import Waker
 from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
 from transport.security.curve import Guard, peer_key
+from transport.timeouts import PEER_STALLED_S, PORT_CLOSED_S, THREAD_JOIN_S
 
 log = logging.getLogger("potluck.pieces")
 
@@ -52,10 +53,8 @@ _QUEUED_PARTS = 4
 _QUEUED_REQUESTS = 64
 _MAX_REQUESTS_AT_ONCE = 64
 _ROUNDS_AT_ONCE = 4
-_STALLED_AFTER_S = 30.0
 _UNREAD_BYTES = 2**20
 _ENFORCE_INTERVAL_S = 0.1
-_UNBOUND_WITHIN_S = 0.5
 
 _MORE = int(zmq.SNDMORE)
 _NO_WAIT = int(zmq.DONTWAIT)
@@ -102,7 +101,7 @@ class PieceServer:
         """Waits at most 2 s. Members notice that the connection ends."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(2.0)
+        self._thread.join(THREAD_JOIN_S)
 
     def _run(self) -> None:
         try:
@@ -122,7 +121,7 @@ class PieceServer:
         """The next server shall find the port free: libzmq closes it in its own thread."""
         with contextlib.suppress(zmq.ZMQError):
             self._socket.unbind(self.endpoint)
-            deadline_s = time.monotonic() + _UNBOUND_WITHIN_S
+            deadline_s = time.monotonic() + PORT_CLOSED_S
             while self._monitor.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
                 if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_CLOSED:
                     return
@@ -157,8 +156,8 @@ class PieceServer:
                 self._peers.remove(peer)
             elif not self._is_authorized(peer.key):
                 self._end(peer, "it is not a member any more")
-            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > _STALLED_AFTER_S:
-                self._end(peer, f"it has taken nothing for {_STALLED_AFTER_S:.0f} s")
+            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > PEER_STALLED_S:
+                self._end(peer, f"it has taken nothing for {PEER_STALLED_S:.0f} s")
 
     def _take(self) -> bool:
         """One message; whether there was one."""

@@ -17,6 +17,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.process.polling import Waker
+from transport.timeouts import THREAD_JOIN_S
 
 MONITORED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 ENFORCE_INTERVAL_S = 0.1
@@ -148,7 +149,6 @@ def _is_at(sock: socket.socket, endpoint: bytes) -> bool:
     return str(port) == endpoint.decode("ascii", "replace").rpartition(":")[2].rstrip("\0")
 
 
-_END_TIMEOUT_S = 2.0
 _watch_numbers = itertools.count(1)
 
 
@@ -201,7 +201,7 @@ class ConnectionWatch:
         """Before the socket."""
         if not self._socket.closed:
             self._socket.disable_monitor()
-        self._thread.join(_END_TIMEOUT_S)
+        self._thread.join(THREAD_JOIN_S)
         self._ended.close()
 
     def _run(self) -> None:

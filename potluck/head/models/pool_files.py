@@ -20,11 +20,8 @@ from transport.messages.pieces import PART_BYTES, PieceMissing, PiecePart, Piece
 from transport.messages.pool import PiecePeer
 from transport.pieces.client import PieceConnection
 from transport.security.curve import Curve, KeyPair
+from transport.timeouts import BLOCK_S, POOL_HEAD_S
 
-_BLOCK_TIMEOUT_S = 10.0
-"""Who takes longer for a megabyte is no better than the internet."""
-
-_HEAD_TIMEOUT_S = 8.0
 _POLL_S = 0.05
 
 
@@ -115,7 +112,7 @@ class PoolFiles:
 
     def _read_from(self, holder: FileHolder, sha256: str, offset: int, out: memoryview) -> None:
         connection = self._connection_to(holder)
-        late_at_s = time.monotonic() + _BLOCK_TIMEOUT_S
+        late_at_s = time.monotonic() + BLOCK_S
         requests = [
             PieceRequest(number, sha256, offset + first, min(PART_BYTES, len(out) - first))
             for number, first in enumerate(range(0, len(out), PART_BYTES))
@@ -123,7 +120,7 @@ class PoolFiles:
         pending = {ask.token: ask for ask in requests}
         while pending:
             if time.monotonic() >= late_at_s:
-                raise DownloadFailed(f"it took more than {_BLOCK_TIMEOUT_S:.0f} s for {len(out):,} bytes")
+                raise DownloadFailed(f"it took more than {BLOCK_S:.0f} s for {len(out):,} bytes")
             connection.poll_monitor()
             if connection.lost_reason:
                 raise DownloadFailed(connection.lost_reason)
@@ -165,6 +162,6 @@ def open_pool_files() -> Iterator[PoolFiles | None]:
 
 def _holders_from_head(sha256: str) -> list[FileHolder]:
     try:
-        return post_to_head("/potluck/files", {"sha256": sha256}, FileHolders, timeout_s=_HEAD_TIMEOUT_S).holders
+        return post_to_head("/potluck/files", {"sha256": sha256}, FileHolders, timeout_s=POOL_HEAD_S).holders
     except PotluckError:  # No head, or one that is busy: then the file comes from where it would otherwise.
         return []

@@ -39,6 +39,7 @@ from transport.messages.measure import (
 )
 from transport.messages.pool import SharedModel
 from transport.messages.ring import Fence, WeightsForm
+from transport.timeouts import LINK_PROBE_SILENT_S
 
 OnMeasuring = Callable[[str, str], None]
 """Called with a device's name and what is being measured of it."""
@@ -192,7 +193,6 @@ def _step_s(reply: MeasureReply | PotluckError) -> float | PotluckError:
     return StageFailed(f"its worker answered with {type(reply).__name__}")
 
 
-_LINK_SILENT_AFTER_S = 60.0
 _NUM_LARGE_LOCAL = 17
 _NUM_LARGE_NETWORK = 5
 _probe_numbers = itertools.count(1)
@@ -267,7 +267,7 @@ class WorkerProbeEnd:
         pass
 
     def _call(self, request: MeasureRequest) -> MeasureReply:
-        (answer,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=_LINK_SILENT_AFTER_S)
+        (answer,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=LINK_PROBE_SILENT_S)
         if isinstance(answer, PotluckError):
             raise answer
         return answer

@@ -190,7 +190,7 @@ def test_one_thread_at_a_time_gets_a_piece(store: PieceStore) -> None:
 RACER = """
 import hashlib, sys, time
 from pathlib import Path
-from transport.pieces.piece import Piece
+from transport.messages.pieces import Piece
 from transport.pieces.store import PieceStore
 store, written = PieceStore(Path(sys.argv[1])), 0
 todo = [hashlib.shake_128(n.to_bytes(4, "little")).digest(3000) for n in range(40)]
@@ -303,7 +303,7 @@ def test_two_processes_get_each_piece_once(store: PieceStore) -> None:
 KILLED = """
 import hashlib, sys
 from pathlib import Path
-from transport.pieces.piece import Piece
+from transport.messages.pieces import Piece
 from transport.pieces.store import PieceStore
 data = hashlib.shake_128((0).to_bytes(4, "little")).digest(1 << 20)
 store = PieceStore(Path(sys.argv[1]))
@@ -358,7 +358,7 @@ def test_a_lease_of_another_process_counts(store: PieceStore) -> None:
     script = """
 import sys
 from pathlib import Path
-from transport.pieces.piece import Piece
+from transport.messages.pieces import Piece
 from transport.pieces.store import PieceStore
 lease = PieceStore(Path(sys.argv[1])).lease([Piece(sys.argv[2], int(sys.argv[3]))])
 print("ready", flush=True)
