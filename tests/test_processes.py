@@ -26,8 +26,8 @@ import sys, time
 from pathlib import Path
 if "slowly" in sys.argv:
     time.sleep(0.5)  # As an import of a large library takes, during which the parent dies.
-from transport.lifeline import hold_lifeline
-hold_lifeline(Path(sys.argv[1]))
+from transport.process.child import start_parent_watch
+start_parent_watch(Path(sys.argv[1]))
 print("ready é", flush=True)
 time.sleep(600)
 """

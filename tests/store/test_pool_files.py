@@ -120,7 +120,7 @@ def test_only_what_a_store_downloaded_is_given_and_only_by_its_checksum(
     untold = FileHolder(name="beta", endpoint=beta.piece_server.endpoint, key=beta.keys.public, num_bytes=8)
     with closing(PoolFiles(lambda sha256: [untold], head[0].here.keys)) as files:
         assert files.holds(wanted)
-        with pytest.raises(DownloadFailed, match="does not have the file"):
+        with pytest.raises(DownloadFailed, match="does not have it"):
             files.read(wanted, 0, memoryview(bytearray(8)))
 
 

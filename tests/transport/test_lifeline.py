@@ -20,9 +20,9 @@ from transport.process.child import EXIT_ORPHANED, lines_from_parent, read_pipe
 _CHILD = """
 import sys, time
 from pathlib import Path
-from transport.lifeline import hold_lifeline
+from transport.process.child import start_parent_watch
 
-hold_lifeline(Path(sys.argv[1]))
+start_parent_watch(Path(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(float(sys.argv[2]))
 """
