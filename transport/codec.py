@@ -30,6 +30,9 @@ from transport.messages.ring import (
 )
 
 FRAME_BYTES = 2**16
+"""On a network no frame is larger, whatever a message holds. A heartbeat can only go between two frames, so that a long
+step is no silence; and a stranger can make a socket keep no more than one frame before it has proved who it is."""
+
 # What CURVE puts around a frame is 33 bytes.
 MAX_FRAME_BYTES = FRAME_BYTES + 256
 # No msgpack message begins with this byte: the frame says in how many pieces the header follows.

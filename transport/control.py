@@ -27,7 +27,7 @@ from transport.timeouts import CONTROL_CONNECT_S, CONTROL_HEARTBEAT_S, CONTROL_S
 log = logging.getLogger("potluck.control")
 
 REVOKED_REASON = "this host was revoked by the head's owner"
-"""What a host is told that is out for good."""
+"""What a host is told that was removed for good."""
 _RETRY_S = 0.02
 _MAX_MESSAGES_AT_ONCE = 1000
 # Who is revoked is out within this time, and what waits is sent.
@@ -150,7 +150,7 @@ class ControlServer:
     times a second or more often `on_tick`, whatever the head does meanwhile.
 
     `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
-    key it admits no more is told why (`eviction_reason`), lost, and not heard again.
+    key is not authorized any more is told why (`eviction_reason`), lost, and ignored from then on.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class ControlServer:
                     self._on_lost(peer)
 
     def _may_send(self, identity: bytes, message: ControlMessage) -> bool:
-        """Whoever is put out, or was never let in, gets no more than that word."""
+        """Whoever was removed, or is no member, gets `Stop` and nothing else."""
         guard = self._guards[identity[0]]
         if guard is None or isinstance(message, Stop):
             return True

@@ -15,7 +15,7 @@ import zmq
 from transport.links.endpoints import tcp_endpoint
 from transport.links.zmq_link import set_bulk_options
 from transport.messages.pieces import MAX_REPLY_FRAME_BYTES, PART_BYTES, Piece, PieceList
-from transport.messages.pool import PieceHint, PiecePeer
+from transport.messages.pool import PieceHint, PiecePeer, SharedModel
 from transport.pieces.client import measure_link_speed
 from transport.pieces.fetcher import fetch
 from transport.pieces.piece_source import FolderSource, StoreSource
@@ -129,12 +129,14 @@ class TransferHost:
         report = fetch(
             {number: self._pieces[number] for number in numbers},
             kept,
-            [PiecePeer(*peer) for peer in peers],
+            SharedModel(
+                name="the bench's model",
+                digest=self._digest,
+                peers=tuple(PiecePeer(*peer) for peer in peers),
+                hints=tuple(PieceHint(*hint) for hint in hints),
+            ),
             curve=self._curve,
             context=self._context,
-            model=self._digest,
-            what="the bench's model",
-            hints=[PieceHint(*hint) for hint in hints],
             progress=progress,
         )
         return {

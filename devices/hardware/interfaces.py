@@ -15,7 +15,7 @@ import psutil
 
 from transport.timeouts import TOOL_S
 
-# An address of the range for documentation: a route towards it is the default route. Nothing is sent there.
+# An address of the range for documentation: a route to it is the default route. Nothing is sent there.
 _DOCUMENTATION_ADDRESS = "198.51.100.1"
 _LINUX_NETWORK = Path("/sys/class/net")
 
@@ -56,7 +56,7 @@ def lan_interfaces() -> tuple[LanInterface, ...]:
 
 
 def lan_addresses() -> tuple[str, ...]:
-    """This host's addresses on them; cheaper, since Wi-Fi is not told apart."""
+    """This host's addresses on them; cheaper, since Wi-Fi is not looked for."""
     return tuple(sorted({address for _, address, _ in _lan_entries()}))
 
 
@@ -66,7 +66,7 @@ def is_internal_interface(name: str) -> bool:
 
 
 def lan_address(target: str | None = None) -> str | None:
-    """This host's address for the others: the one that it would use towards `towards`; else that of the default
+    """This host's address for the others: the one that it would use to reach `target`; else that of the default
     route, or a LAN's if the default route is a tunnel or missing. None without a network. Sends nothing."""
     if target is not None:
         chosen = _source_address(target)

@@ -1,4 +1,8 @@
-"""Free memory of this host within its control groups, and of its NVIDIA GPUs by way of nvidia-smi."""
+"""Free memory of this host within its control groups, and of its NVIDIA GPUs by way of nvidia-smi.
+
+Control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html and /cgroup-v1/memory.html. A group's file cache
+that was not used lately counts as free, as it does in the system's own "available".
+"""
 
 from __future__ import annotations
 

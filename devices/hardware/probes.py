@@ -80,7 +80,7 @@ class _Probe:
         self._child.close()
 
 
-_VERSION = 1
+_VERSION = 2
 
 Prober = Callable[[Sequence[DeviceRequest]], list[BandwidthMeasurement | str]]
 
@@ -144,7 +144,7 @@ def _combine(
     noisy: _NoisyMeasurement | None,
     now_s: float,
 ) -> tuple[list[BandwidthMeasurement], _NoisyMeasurement | None]:
-    """What counts now, and whether it is doubtful. Whatever disturbs makes slower, never faster."""
+    """What counts now, and whether it is noisy. Whatever disturbs makes slower, never faster."""
     others = min(result.busy_cores for result in results) - sum(result.own_cores for result in results)
     if not is_noisy(share_of_cores(others)):
         return results, None
@@ -226,7 +226,7 @@ def _is_plausible(measured: BandwidthMeasurement) -> bool:
 
 
 def _load_noisy(path: Path, key: str) -> _NoisyMeasurement | None:
-    found = _read(path, "doubts").get(key)
+    found = _read(path, "noisy").get(key)
     if not isinstance(found, dict):
         return None
     try:
@@ -248,10 +248,10 @@ def _read(path: Path, part: str = "entries") -> dict[str, Any]:
 def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy: _NoisyMeasurement | None) -> None:
     """Add an entry by replacing the file at once: a reader sees the old or the new one. Failing only costs a probe."""
     entries = _read(path) | {key: [asdict(result) for result in measured]}
-    noisy_entries = {other: found for other, found in _read(path, "doubts").items() if other != key}
+    noisy_entries = {other: found for other, found in _read(path, "noisy").items() if other != key}
     if noisy is not None:
         noisy_entries[key] = asdict(noisy)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = {"version": _VERSION, "entries": entries, "doubts": noisy_entries}
+        file = {"version": _VERSION, "entries": entries, "noisy": noisy_entries}
         write_atomic(path, json.dumps(file, indent=1).encode())

@@ -53,9 +53,9 @@ class _Versions(Struct, frozen=True):
 
 
 def fetch_pool_info(host: str, port: int, timeout: float = PAIRING_CONNECT_S) -> PoolInfo:
-    """What the head whose door is there says of itself; unproven.
+    """What the head whose pairing server is there says of itself; unproven.
 
-    Raises NotRunning if nobody answers, Busy if the door is full, ConfigError if something else answers, and
+    Raises NotRunning if nobody answers, Busy if the server is full, ConfigError if something else answers, and
     VersionMismatch if it is a head that says it in other words.
     """
     connection = _connect(host, port, timeout)
@@ -68,7 +68,7 @@ def fetch_pool_info(host: str, port: int, timeout: float = PAIRING_CONNECT_S) ->
 def fetch_membership(
     host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = PAIRING_CONNECT_S
 ) -> tuple[PoolInfo, MembershipStatus]:
-    """What the head of `pool`, whose door is there, says of itself and of this host; proven, both.
+    """What the head of `pool`, whose pairing server is there, says of itself and of this host; both proven.
 
     Raises NotRunning if it is not there, whoever answers in its place; Busy, ConfigError.
     """
@@ -110,7 +110,8 @@ def pair(
     on_waiting: Callable[[PoolInfo], object] = lambda facts: None,
     decision_timeout_s: float = PAIRING_DECISION_S,
 ) -> KnownPool:
-    """Pair with the head whose door is there, by an invite or a code; `on_waiting` when its user is being asked.
+    """Pair with the head whose pairing server is there, by an invite or a code; `on_waiting` when its user is being
+    asked.
 
     What is returned is proven: the head knows the secret, and its key is the one returned. Raises PairingFailed,
     VersionMismatch, NotRunning, Busy, ConfigError.
@@ -137,7 +138,8 @@ def pair(
         )
     except ConnectionClosed as error:
         raise PairingFailed(
-            f"the head at {host}:{port} hung up: {error}", hint="is it still up? Try again with a new code"
+            f"the head at {host}:{port} closed the connection: {error}",
+            hint="is it still up? Try again with a new code",
         ) from error
     except BadMessage as error:
         raise PairingFailed(
@@ -184,14 +186,15 @@ def _receive_pool_info(connection: JsonLineSocket, host: str, port: int, timeout
 def _receive_pool_info_line(
     connection: JsonLineSocket, host: str, port: int, timeout_s: float
 ) -> tuple[PoolInfo, bytes]:
-    """The facts, and the line that told them."""
+    """The pool's information, and the line that it came in."""
     try:
         connection.send(PairingHello(protocol=PROTOCOL_VERSION, potluck=version("potluck")), timeout_s)
         line = connection.receive_line(timeout_s)
         message = _decode_pool_info(line)
     except ConnectionClosed as error:
         raise NotRunning(
-            f"what listens at {host}:{port} hung up: {error}", hint="is it a head's door? If so, try again in a moment"
+            f"what listens at {host}:{port} closed the connection: {error}",
+            hint="is it a head's pairing port? If so, try again in a moment",
         ) from error
     except (BadMessage, DeadlineExceeded) as error:
         raise ConfigError(
@@ -199,7 +202,7 @@ def _receive_pool_info_line(
             hint="write HOST:PORT as potluck up prints it, and check that both hosts have the same version",
         ) from error
     if isinstance(message, PairingRefused):
-        raise Busy(f"too many hosts knock at {host}:{port}", hint="try again in a moment")
+        raise Busy(f"too many hosts want to pair at {host}:{port}", hint="try again in a moment")
     if not is_key(message.key):
         raise ConfigError(f"what answers at {host}:{port} has no key", hint="is it a head?")
     return message, line
@@ -293,7 +296,7 @@ def _raise_refused(refused: PairingRefused, kind: CredentialKind) -> NoReturn:
         "used": PairingFailed(f"the {kind} was used already", hint=new),
         "expired": PairingFailed(f"the {kind} is too old", hint=new),
         "none": PairingFailed(f"the head has given out no {kind}", hint=new),
-        "busy": Busy("too many hosts knock at the head", hint="try again in a moment"),
+        "busy": Busy("too many hosts want to pair with the head", hint="try again in a moment"),
         "version": VersionMismatch(
             "the head does not understand this host's version of Potluck",
             hint="bring both hosts to the same version of Potluck",

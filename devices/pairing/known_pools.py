@@ -20,8 +20,8 @@ _MAX_DOORS = 8
 
 
 class KnownPool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A pool's id, its head's public key and name, what this host is called there, and where its door has been, the
-    latest place first ("HOST:PORT")."""
+    """A pool's id, its head's public key and name, what this host is called there, and where its pairing server has
+    been, the latest place first ("HOST:PORT")."""
 
     pool: str
     key: str
@@ -34,10 +34,10 @@ class KnownPool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """What the pool is known by on the network."""
         return fingerprint(self.pool)
 
-    def at(self, door: str) -> KnownPool:
-        """The same pool, last seen at `door`."""
-        others = tuple(known for known in self.doors if known != door)
-        return msgspec.structs.replace(self, doors=(door, *others)[:_MAX_DOORS])
+    def at(self, address: str) -> KnownPool:
+        """The same pool, last seen at `address`."""
+        others = tuple(known for known in self.doors if known != address)
+        return msgspec.structs.replace(self, doors=(address, *others)[:_MAX_DOORS])
 
 
 class _KnownPoolsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,7 +16,7 @@ from potluck.store import Store, StoredModel
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.pieces.cut_files import HashProgress
 from shard.pieces.metadata import SharedFolders, share_model
-from transport.errors import ModelNotFound, PotluckError
+from transport.errors import ErrorInfo, ModelNotFound, PotluckError
 from transport.links.endpoints import port_of, tcp_endpoint
 from transport.messages.pool import (
     FindFile,
@@ -139,10 +139,10 @@ class HostModelService:
         try:
             send(self._reply_to(question, send))
         except PotluckError as error:
-            send(HostFault(question.token, error.code, error.message, error.hint))
+            send(HostFault(question.token, ErrorInfo.of(error)))
         except Exception as error:
             log.exception("a question of the head could not be answered")
-            send(HostFault(question.token, PotluckError.code, f"{type(error).__name__}: {error}"))
+            send(HostFault(question.token, ErrorInfo.of(error)))
         finally:
             self._slots.release()
 

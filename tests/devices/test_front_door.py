@@ -86,15 +86,17 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=2.0)
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 2.0)
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()
 
 
 @pytest.fixture
-def patient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=600.0)
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 600.0)
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()
 
@@ -108,7 +110,7 @@ def connection(house: House, source: str = "127.0.0.1") -> socket.socket:
 
 
 def guests() -> int:
-    return sum(thread.name == "front-door-guest" for thread in threading.enumerate())
+    return sum(thread.name == "pairing-connection" for thread in threading.enumerate())
 
 
 def until(is_so: Callable[[], object]) -> None:
@@ -574,10 +576,10 @@ def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
         until(lambda: house.asked)
         house.door.close()
         assert is_hung_up(idle)
-        with pytest.raises(PairingFailed, match="hung up"):
+        with pytest.raises(PairingFailed, match="closed the connection"):
             waiting.result(60.0)
     assert house.asked[0].gone.is_set()
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("front-door")])
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("pairing")])
     socket.create_server(("127.0.0.1", house.door.port)).close()
 
 

@@ -26,7 +26,7 @@ from tests.doctor.small_head import SmallHead
 from tests.potluck.guests import Answer, FakeHost
 from tests.shard.tiny import save_tiny
 from tests.transport.test_control import wait_until
-from transport.errors import DeadlineExceeded, ModelNotFound
+from transport.errors import DeadlineExceeded, ErrorInfo, ModelNotFound
 from transport.messages.control import ControlMessage
 from transport.messages.pool import (
     HostFault,
@@ -177,7 +177,7 @@ def test_nobody_has_it(pool: Pool) -> None:
         pool.stack,
         "gamma",
         GAMMA,
-        lambda question: [HostFault(question.token, "no_space", "\x1bfull[/red]")],
+        lambda question: [HostFault(question.token, ErrorInfo("no_space", "\x1bfull[/red]"))],
     )
     with pytest.raises(ModelNotFound, match="nor has any of the paired hosts: beta, gamma") as raised:
         pool.model.find()
@@ -248,7 +248,7 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: SharedFolders, t
             case "wrong message":
                 return [HostModels(question.token, ())]
             case "fault":
-                return [HostFault(question.token, "no_space", "the disk is full")]
+                return [HostFault(question.token, ErrorInfo("no_space", "the disk is full"))]
         return [ModelOffered(question.token, digest, 1 << 62)]
 
     def stand_still(token: int) -> None:

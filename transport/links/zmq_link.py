@@ -84,7 +84,7 @@ def set_options(
 
 
 class ZmqSender:
-    """Connects to `endpoint` and says Hello. Over TCP `prepare` sets CURVE's keys (`Curve.towards`). Implements
+    """Connects to `endpoint` and says Hello. Over TCP `prepare` sets CURVE's keys (`Curve.client_auth`). Implements
     `transport.links.link.Sender`."""
 
     def __init__(
@@ -229,15 +229,11 @@ class ZmqReceiver:
     def receive(self, timeout_s: float) -> Received | None:
         deadline = time.monotonic() + timeout_s
         while True:
-            remaining_s = deadline - time.monotonic()
-            wait_s = min(remaining_s, _PROBE_INTERVAL_S) if self._probes_left else remaining_s
-            if self._watch is not None:
-                wait_s = min(wait_s, ENFORCE_INTERVAL_S)
-            ready = zmq.zmq_poll(self._poll_items, max(0, int(wait_s * 1000 + 0.999)))
+            ready = zmq.zmq_poll(self._poll_items, max(0, int(self._wait_s(deadline) * 1000 + 0.999)))
             if not ready:
                 if self._probes_left:
                     self._probe()
-            elif (first := ready[0][0]) is self._socket:  # in the order of `_news`: messages before bad news
+            elif (first := ready[0][0]) is self._socket:  # in the order of `_poll_items`: messages before a lost peer
                 received = self._take()
                 if received is not None:
                     if self._watch is not None:
@@ -254,6 +250,12 @@ class ZmqReceiver:
                 self._watch.enforce(now_s)
             if now_s >= deadline:
                 return None
+
+    def _wait_s(self, deadline: float) -> float:
+        wait_s = deadline - time.monotonic()
+        if self._probes_left:
+            wait_s = min(wait_s, _PROBE_INTERVAL_S)
+        return wait_s if self._watch is None else min(wait_s, ENFORCE_INTERVAL_S)
 
     def wake(self) -> None:
         self._wake.set()
@@ -320,7 +322,7 @@ class ZmqReceiver:
             self._watch.clear()
         elif self._monitor is not None:
             self._monitor.recv_multipart()
-        # More than once, because this news can be ahead of ROUTER's.
+        # More than once, because the monitor can be ahead of ROUTER.
         if self._peer is not None:
             self._probes_left = _NUM_PROBES
             self._probe()

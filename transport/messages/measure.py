@@ -6,12 +6,14 @@ from typing import Literal
 
 from msgspec import Struct
 
+from transport.errors import ErrorInfo
 from transport.messages.pool import SharedModel
 from transport.messages.ring import DType, Fence, WeightsForm
 
 
 class Profile(Struct, frozen=True, tag="profile", kw_only=True):
-    """Measure layers of a model (see `shard.worker.profile`); answered by `Doing` now and then, and `Profiled`."""
+    """Measure layers of a model (see `shard.worker.profile`); answered by `ProfileProgress` now and then, and
+    `Profiled`."""
 
     token: int = 0
     model_path: str
@@ -99,9 +101,7 @@ class MeasureFault(Struct, frozen=True, tag="measure_fault"):
     """What was asked for could not be measured."""
 
     token: int
-    code: str
-    message: str
-    hint: str = ""
+    error: ErrorInfo
 
 
 MeasureRequest = Profile | MeasureUnderLoad | LinkListen | LinkProbe

@@ -135,22 +135,28 @@ class FetchPeer:
             if self.connection is connection:
                 self.disconnect(connection.lost_reason, now_s)
             return
-        if not connection.is_open:
-            if now_s - self._last_reply_s > PEER_SILENT_S:
-                self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
-            return
-        if now_s - self._last_reply_s > PEER_SILENT_S and (self._outstanding or not self._has_have_list):
-            self._window.note_silence()
-            self.disconnect(f"it was silent for {PEER_SILENT_S:.0f} s", now_s)
+        if self._is_silent(connection.is_open, now_s) or not connection.is_open:
             return
         self._request_have_list(connection, now_s)
         if self._has_have_list:
             self._fill(connection, now_s, usable)
 
-    def receive(self, now_s: float) -> int:
-        """Take what has come; how many bytes of pieces that were. A peer that breaks the rules is refused."""
+    def _is_silent(self, is_open: bool, now_s: float) -> bool:
+        """For too long while something was due: then it is disconnected."""
+        if now_s - self._last_reply_s <= PEER_SILENT_S:
+            return False
+        if not is_open:
+            self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
+            return True
+        if not self._outstanding and self._has_have_list:
+            return False
+        self._window.note_silence()
+        self.disconnect(f"it was silent for {PEER_SILENT_S:.0f} s", now_s)
+        return True
+
+    def receive(self, now_s: float) -> None:
+        """Take what has come. A peer that breaks the rules is refused."""
         connection = self.connection
-        before = self.num_bytes
         if connection is not None:
             try:
                 for received in connection.replies():
@@ -160,7 +166,6 @@ class FetchPeer:
                         break
             except BadMessage as error:
                 self.refuse(error.message, now_s)
-        return self.num_bytes - before
 
     def slow_pieces(self, now_s: float) -> list[str]:
         """The digests of those that have been coming in for a while, and will take much longer."""

@@ -1,4 +1,9 @@
-"""Locks that end with their process: one writer for a part file, and leases that keep pieces from eviction."""
+"""Locks that end with their process: one writer for a part file, and leases that keep pieces from eviction.
+
+Where the system can lock a file that is then renamed, it is the part itself that is locked, without a lock file beside
+it: to make and remove one for each piece takes more time than all the rest (ext4 looks for an inode that was not freed
+a moment ago, for each file that is made).
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class PieceSource(Protocol):
         ...
 
     def have_bitmap(self, model: str) -> bytes:
-        """Which pieces of the model with this digest are here, as `Held` has it; empty for an unknown model."""
+        """Which pieces of the model with this digest are here, as `HaveList` has it; empty for an unknown model."""
         ...
 
 
@@ -52,7 +52,7 @@ class StoredPieces(Protocol):
 
 
 class StoreSource:
-    """Pieces of a content-addressed store, piece lists included. What `held` says can be a moment old."""
+    """Pieces of a content-addressed store, piece lists included. What `have_bitmap` says can be a moment old."""
 
     def __init__(self, store: StoredPieces, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store

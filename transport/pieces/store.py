@@ -1,4 +1,8 @@
-"""The store keeps pieces of models on this host's disk, whole ones and partial ones, under their SHA-256."""
+"""The store keeps pieces of models on this host's disk, whole ones and partial ones, under their SHA-256.
+
+`ab/abcd….piece` is whole and was checked; `ab/abcd….part` is coming in, by the process that has it locked.
+Several processes use a store at the same time, and any of them may be killed at any moment.
+"""
 
 from __future__ import annotations
 

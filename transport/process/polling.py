@@ -110,7 +110,10 @@ _LATE_S = 0.5
 
 
 class SuspendDetector:
-    """One owner thread, which asks whenever it looks at the clock."""
+    """Tells time that passed from time that this process slept through: a closed lid, a stopped process. After such a
+    pause everybody seems to have been silent for long, although their messages may be waiting to be read.
+
+    One owner thread, which asks whenever it looks at the clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -1,4 +1,11 @@
-"""A cap bounds the connections of a socket on a network, and a thread enforces it while the owner computes."""
+"""A cap bounds the connections of a socket on a network, and a thread enforces it while the owner computes.
+
+libzmq accepts whoever comes and has no such limit. It tells a monitor the descriptor of each connection, and one that
+is shut down there ends like one that its peer has closed.
+
+The socket's owner may compute, or load, for minutes. Meanwhile nobody would hold strangers to the cap; and libzmq
+waits, with all traffic of its context, for whoever gets connections' events from a monitor and does not read them.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +200,7 @@ class ConnectionWatch:
             self._cap.mark_active(descriptor)
 
     def enforce(self, now_s: float) -> None:
-        """As `ConnectionCap.look`."""
+        """As `ConnectionCap.enforce`."""
         with self._lock:
             self._cap.enforce(now_s)
 
