@@ -57,7 +57,7 @@ FUZZ_SECONDS ?= 600
 FUZZ := gguf-header safetensors-header wire-data wire-control chat-body
 fuzz: $(READY)
 	@for target in $(FUZZ); do \
-		$(BIN)/python -m tests.fuzz.run $$target $(FUZZ_SECONDS) .fuzz/$$target || exit 1; done
+		$(BIN)/python -m tests.support.fuzz.run $$target $(FUZZ_SECONDS) .fuzz/$$target || exit 1; done
 
 # Whether every device is kept busy; and over emulated hosts (root).
 bench-scheduling: $(READY)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from potluck.store import Store
+from potluck.store.store import Store
+from tests.support.demo_model import models_home
 
 # The same examples in each run, which pass or fail with the code alone, however slow the machine is; others with
 # POTLUCK_TEST_EXPLORE=1.
@@ -26,11 +27,6 @@ def pytest_configure() -> None:
     """Under `nohup` a closed terminal is ignored, by all that the tests start too: they are about what it does."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # A process that is started begins without it.
-
-
-def models_home() -> Path:
-    """`POTLUCK_TEST_HOME`, or a folder in the user's cache."""
-    return Path(os.environ.get("POTLUCK_TEST_HOME") or Path.home() / ".cache" / "potluck-tests")
 
 
 @pytest.fixture(scope="session")

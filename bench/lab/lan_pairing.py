@@ -32,7 +32,8 @@ from bench.lab.spec import HostSpec, LabSpec, parse_rate
 from bench.targets import Round, Target, judge_targets, ratio
 from potluck.measure.head_process import CLI, CommandProcess
 from potluck.measure.result import hardware_facts
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from shard.pieces.open import open_checkpoint
 from transport.errors import PotluckError
@@ -174,8 +175,8 @@ _NEW_NUMBERS = {BY_INVITE: 22, HEAD: 21}
 # The moment of the change in the roster's file, and the first one at which the head says that it can't serve.
 _REVOKE = """
 import sys, time, httpx
-from devices.roster import RosterFile
-from potluck.paths import roster_file
+from devices.pairing.roster import RosterFile
+from potluck.system.paths import roster_file
 roster = RosterFile(roster_file())
 with httpx.Client(trust_env=False) as client:
     assert client.get(sys.argv[1] + "/health").status_code == 200

@@ -29,7 +29,8 @@ from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
 from potluck.head.planning import profile_of, workload_of
 from potluck.measure.head_process import CommandProcess
 from potluck.measure.result import hardware_facts
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from potluck.system.settings import Settings
 from transport.errors import PotluckError

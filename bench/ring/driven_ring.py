@@ -16,7 +16,7 @@ from bench.ring.engine_ring import BenchPool
 from planner.plan import Plan
 from potluck.head.pool import PoolWorker
 from potluck.head.ring import RingStage
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from transport.codec import EdgeLimits
 from transport.links.secure_endpoints import Where
 from transport.links.zmq_link import ZmqReceiver, ZmqSender

@@ -16,7 +16,6 @@ import msgspec
 import zmq
 
 from planner.plan import Plan
-from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
 from potluck.head.models.source import LocalModel, PublishedModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
@@ -27,12 +26,13 @@ from potluck.host.local_host import ThisHost, isolated_host
 from potluck.host.node import Node
 from potluck.host.piece_server import HostPieceServer
 from potluck.measure.chats import ChatTiming, ChatTimings
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.links.endpoints import port_of
 from transport.links.zmq_link import set_options
 from transport.messages.control import Stats
 from transport.messages.requests import (
+    MAX_CLIENT_MESSAGE_BYTES,
     Aborted,
     Cancel,
     ClientMessage,

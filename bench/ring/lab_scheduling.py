@@ -23,7 +23,7 @@ from bench.targets import LAB_TARGETS, Round, judge_targets, medians_present, ro
 from potluck.measure.child_process import ROOT, SystemUnderTest
 from potluck.measure.head_process import CommandProcess
 from potluck.measure.result import hardware_facts
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import PotluckError
 

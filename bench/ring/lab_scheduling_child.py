@@ -20,7 +20,7 @@ from devices.pairing.identity import load_keys
 from potluck.engine.tokenizer import Tokenizer
 from potluck.host.local_host import ThisHost
 from potluck.measure.child_process import reply_pipe, serve_commands
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir, identity_dir
 from potluck.system.settings import Settings
 

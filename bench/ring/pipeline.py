@@ -22,7 +22,7 @@ import torch
 
 from potluck.measure.result import hardware_facts
 from potluck.measure.ring import PROMPT, BenchRing, RunResult, split_ring, unsplit_ring
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.messages.ring import DType
 

@@ -34,7 +34,8 @@ from bench.targets import SCHEDULING_TARGETS, Round, judge_targets, medians_pres
 from potluck.engine.tokenizer import Tokenizer
 from potluck.measure.result import hardware_facts
 from potluck.measure.ring import unsplit_ring
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from potluck.system.settings import Settings
 from transport.errors import PotluckError

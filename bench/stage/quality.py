@@ -27,7 +27,7 @@ from bench.stage.logits import LogitsFunction, library, llama, load_whole, prefi
 from bench.stage.speed import gguf_of
 from potluck.measure.child_process import SystemUnderTest, llama_python
 from potluck.measure.result import hardware_facts
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from bench.targets import REQUANTIZED, SAME_FILE, Round, agreement, judge_targets, medians
 from potluck.measure.child_process import ROOT, SystemUnderTest, llama_python
 from potluck.measure.result import hardware_facts
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from shard.pieces.open import open_checkpoint
 

@@ -31,7 +31,7 @@ class KeyCheck(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessPolicy:
     """`hosts` are names and addresses as a Host header has them, in lower case, without the port, which is `port`.
-    `origins` are those of pages elsewhere that may ask. `key` None: none is needed."""
+    `origins` are those of pages elsewhere that may use the API. `key` None: none is needed."""
 
     port: int
     hosts: frozenset[str] = LOOPBACK_HOSTS
@@ -87,7 +87,7 @@ HAS_KEY = "potluck.has_key"
 _PUBLIC_PATHS = ("/", "/health")
 _PUBLIC_FOLDER = "/page/"
 _METHODS = "GET, POST"
-# h11 only bounds a head that comes in pieces.
+# h11 only bounds a head that comes in several parts.
 _MAX_HEADER_BYTES = 32 * 2**10
 _MAX_HEADERS = 100
 _PREFLIGHT_S = "600"
@@ -95,7 +95,7 @@ _PREFLIGHT_S = "600"
 _SINGLE_HEADERS = ("host", "origin", "authorization", "x-api-key", "content-type", "sec-fetch-site")
 
 
-log = logging.getLogger("potluck.http")
+log = logging.getLogger("potluck.api")
 
 
 class AccessMiddleware:
@@ -135,7 +135,7 @@ class AccessMiddleware:
             return
         try:
             await self._app(scope, receive, send)
-        except Exception as error:  # noqa: BLE001 - whoever asked has been answered, as far as that went
+        except Exception as error:  # noqa: BLE001 - the client has been answered, as far as that went
             # What it says may be of the prompt, which belongs into no log.
             log.error("a request failed with %s", _error_trace(error))
 
@@ -146,12 +146,17 @@ class AccessMiddleware:
             + sum(len(name) + len(value) for name, value in headers.raw)
         )
         if size > _MAX_HEADER_BYTES or len(headers.raw) > _MAX_HEADERS:
-            raise ApiError(431, "the request's head is too large", code="bad_header")
+            most = f"{_MAX_HEADERS} headers of {_MAX_HEADER_BYTES // 1024} KiB"
+            raise ApiError(
+                431, f"expected at most {most}, got {len(headers.raw)} of {size:,} bytes; send less", code="bad_header"
+            )
         for name in _SINGLE_HEADERS:
-            if len(headers.getlist(name)) > 1:
-                raise ApiError(400, f"more than one {name} header", code="bad_header")
+            if (count := len(headers.getlist(name))) > 1:
+                raise ApiError(400, f"expected one {name} header, got {count}; send it once", code="bad_header")
         if "transfer-encoding" in headers and "content-length" in headers:
-            raise ApiError(400, "a body's length is said in two ways", code="bad_header")
+            raise ApiError(
+                400, "expected content-length or transfer-encoding, got both; send one of them", code="bad_header"
+            )
         host = headers.get("host", "")
         server = scope.get("server")
         if not self._access.allows_host(host, server[0] if server else None):
@@ -162,10 +167,12 @@ class AccessMiddleware:
             )
         # "GET http://elsewhere/ HTTP/1.1": a proxy's form, with a second name.
         if not scope["path"].startswith("/"):
-            raise ApiError(400, "the request's target must be a path", code="bad_target")
+            raise ApiError(
+                400, f"expected a path as target, got {scope['path'][:100]!r}; send GET /v1/models", code="bad_target"
+            )
 
     def _check_origin(self, scope: Scope, headers: Headers) -> str | None:
-        """The origin of a page elsewhere that may ask; None for our own and for programs. Raises ApiError 403."""
+        """The origin of a page elsewhere that is allowed; None for our own and for programs. Raises ApiError 403."""
         origin = headers.get("origin")
         if origin is not None and origin in self._access.origins:
             return origin
@@ -176,7 +183,7 @@ class AccessMiddleware:
         where = repr(origin[:100]) if origin is not None else "another site"
         raise ApiError(
             403,
-            f"pages of {where} may not ask here; if they should: potluck up --allow-origin ORIGIN",
+            f"pages of {where} may not use this endpoint; to allow them: potluck up --allow-origin ORIGIN",
             code="origin_not_allowed",
         )
 
@@ -192,7 +199,7 @@ class AccessMiddleware:
 def _check_content_type(scope: Scope, headers: Headers) -> None:
     """Raises ApiError: 400 for what wants another protocol, 415 for a POST that is not JSON."""
     if "websocket" in headers.get("upgrade", "").lower():
-        raise ApiError(400, "there are no web sockets here", code="no_web_sockets")
+        raise ApiError(400, "expected HTTP, got a web socket; POST with stream set to true", code="no_web_sockets")
     if scope["method"] in ("POST", "PUT", "PATCH"):
         require_json(headers.get("content-type", ""))
 
@@ -234,7 +241,7 @@ def _error_trace(error: BaseException) -> str:
 
 
 def _with_no_store(send: Send) -> Send:
-    """Answers are for who asked, and are what they say: no cache keeps them, no browser guesses another kind."""
+    """No cache keeps answers, and no browser guesses another media type."""
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":

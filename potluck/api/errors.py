@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -43,13 +44,17 @@ class ApiError(Exception):
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.code in _RETRY_AFTER_S:
             headers["Retry-After"] = str(_RETRY_AFTER_S[self.code])
-        return Response(msgspec.json.encode(self.body()), self.status, media_type="application/json", headers=headers)
+        return json_response(self.body(), self.status, headers)
 
     @property
     def _type(self) -> str:
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if 400 <= self.status < 500 else "server_error"
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json", headers=headers)
 
 
 def model_not_found(requested: str, served: str) -> ApiError:

@@ -21,12 +21,12 @@ MAX_DEPTH = 64
 MAX_CONTAINERS = 20_000
 MAX_ITEMS = 200_000
 
-# A whole text, so that what stands in it does not count, or one mark.
+# A complete string, so that what stands in it does not count, or one mark.
 _TEXT_OR_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 
 
 class BodyReader:
-    """Reads bodies; those that are being read hold at most MAX_HELD_BYTES together, beside the beginning of each."""
+    """Reads bodies; those under way hold at most `limit_bytes` together, beside the beginning of each."""
 
     def __init__(self, limit_bytes: int = MAX_BUFFERED_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -35,15 +35,19 @@ class BodyReader:
     async def read(self, request: Request) -> bytes:
         """Raises ApiError: 415 for what is not JSON, 413, and 429 while others hold what there is."""
         require_json(request.headers.get("content-type", ""))
-        too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB", code="body_too_large")
+        too_large = ApiError(
+            413,
+            f"expected a body of at most {MAX_BODY_BYTES // 2**20} MiB, got more; send fewer or shorter messages",
+            code="body_too_large",
+        )
         length = request.headers.get("content-length", "")
         if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
             raise too_large
         body = bytearray()
         counted_bytes = 0
         try:
-            async for piece in request.stream():
-                body += piece
+            async for chunk in request.stream():
+                body += chunk
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
                 grown_bytes = max(len(body) - _SMALL_BYTES, 0) - counted_bytes
@@ -57,10 +61,10 @@ class BodyReader:
 
 
 def require_json(content_type: str) -> None:
-    """Raises ApiError 415: other content types would let any web page post here without asking."""
+    """Raises ApiError 415: other content types would let any web page post here without a preflight."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"content type {kind[:100] or 'none'}; send application/json")
+        raise ApiError(415, f"expected the content type application/json, got {kind[:100] or 'none'}; set that header")
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ApiError(400, "the body must be a JSON object")
+        raise ApiError(400, f"the body must be a JSON object, got {type(fields).__name__}")
     # Parsers differ in which of two they take, and msgspec does not say that there were two.
     json.loads(body, object_pairs_hook=_refuse_duplicate_names, parse_int=_ignore_number, parse_float=_ignore_number)
     return fields
@@ -94,17 +98,21 @@ def _check_shape(body: bytes) -> None:
             # A comma or a text.
             num_items += 1
         if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", code="too_complex")
+            raise ApiError(
+                400,
+                f"expected at most {MAX_DEPTH} levels of nesting, got more",
+                code="too_complex",
+            )
         if num_containers > MAX_CONTAINERS or num_items > MAX_ITEMS:
-            what = f"{MAX_CONTAINERS} lists and objects, or {MAX_ITEMS} values"
-            raise ApiError(400, f"the body has more than {what}", code="too_complex")
+            most = f"{MAX_CONTAINERS} lists and objects, and {MAX_ITEMS} values"
+            raise ApiError(400, f"expected at most {most}, got more; send a smaller body", code="too_complex")
 
 
 def _refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> None:
     seen = set()
     for name, _ in pairs:
         if name in seen:
-            raise ApiError(400, f"the field {name[:100]} stands twice in one object", param=name)
+            raise ApiError(400, f"the field {name[:100]} stands twice in one object; send it once", param=name)
         seen.add(name)
 
 

@@ -21,7 +21,7 @@ MAX_CONCURRENT_REQUESTS = 512
 
 class ConcurrencyLimit:
     """ASGI middleware: 429 for a POST while `limit` others are being answered. One whose body is still coming is not:
-    who sends many of them slowly takes nobody's place."""
+    a client that sends many of them slowly takes nobody's place."""
 
     def __init__(self, app: ASGIApp, limit: int = MAX_CONCURRENT_REQUESTS) -> None:
         self._app = app
@@ -86,8 +86,8 @@ class ConnectionLimiter:
 
 
 class LimitedConnection(H11Protocol):
-    """A connection that is closed when a request's head takes longer than HEAD_WITHIN_S, also if bytes trickle in, or
-    when it takes nothing of what it is sent for TAKEN_WITHIN_S.
+    """A connection that is closed when a request's head takes longer than HEADERS_TIMEOUT_S, also if bytes trickle in,
+    or when it reads nothing for WRITE_TIMEOUT_S.
 
     Beyond `max_connections` the one that has waited longest without a request under way makes room, then the one whose
     request's body has been coming for longest, then the one that has not read for longest; if all are being answered,
@@ -193,8 +193,8 @@ Deadlines = OrderedDict[LimitedConnection, asyncio.TimerHandle]
 
 
 class _RequestParser(h11.Connection):
-    """Reads requests, and takes a body that comes in crumbs for none: a few connections full of them, with no key,
-    would hold up everybody's answers."""
+    """Reads requests, and refuses a body in very small chunks: a few connections full of them, with no key, would hold
+    up everybody's answers."""
 
     def __init__(self, our_role: type[h11.SERVER]) -> None:
         super().__init__(our_role)
@@ -208,5 +208,5 @@ class _RequestParser(h11.Connection):
             self._num_chunks += event.chunk_end
             self._num_bytes += len(event.data)
             if self._num_chunks > _MAX_SMALL_CHUNKS and self._num_bytes < self._num_chunks * _MIN_CHUNK_BYTES:
-                raise h11.RemoteProtocolError("a body in crumbs")
+                raise h11.RemoteProtocolError("the body's chunks are too small")
         return event

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from potluck.api.access import HAS_KEY, AccessMiddleware, AccessPolicy
-from potluck.api.errors import ApiError, model_not_found
+from potluck.api.errors import ApiError, json_response, model_not_found
 from potluck.api.limits import ConcurrencyLimit, ConnectionLimiter, LimitedConnection
 from potluck.api.openai.chat import ChatCompletions, ChatEngine
 
@@ -36,18 +35,18 @@ _PAGE_HEADERS = {
 
 
 def create_app(engine: ChatEngine, *, model: str) -> Starlette:
-    """Serves one model by its name. Whether it can answer is the engine's state, asked anew for each request."""
+    """Serves one model by its name. Whether it can answer is the engine's state at each request."""
     created = int(time.time())
     card = {"id": model, "object": "model", "created": created, "owned_by": "potluck"}
 
     async def list_models(request: Request) -> Response:
-        return _json({"object": "list", "data": [card]})
+        return json_response({"object": "list", "data": [card]})
 
     async def show_model(request: Request) -> Response:
         requested = request.path_params["model"]
         if requested != model:
             raise model_not_found(requested, model)
-        return _json(card)
+        return json_response(card)
 
     async def health(request: Request) -> Response:
         state = engine.state
@@ -57,7 +56,7 @@ def create_app(engine: ChatEngine, *, model: str) -> Starlette:
             body["model"] = model
             if state != "ready":
                 body["reason"] = engine.reason
-        return _json(body, status=200 if state == "ready" else 503)
+        return json_response(body, 200 if state == "ready" else 503)
 
     # Read once: who has no key makes no work for the disk, and a name is looked up, never made a path.
     files = {path.name: path.read_bytes() for path in _PAGE.iterdir()}
@@ -88,10 +87,6 @@ def create_app(engine: ChatEngine, *, model: str) -> Starlette:
     return app
 
 
-def _json(body: Any, *, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
 def _page_file(name: str, data: bytes) -> Response:
     return Response(data, media_type=_MEDIA_TYPES[Path(name).suffix], headers=_PAGE_HEADERS)
 
@@ -103,7 +98,11 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: "there is nothing here", 405: f"{request.method} is not possible here"}
+    allowed = (error.headers or {}).get("Allow", "GET")
+    what = {
+        404: "no such path; use /v1/chat/completions, /v1/models or /health",
+        405: f"expected {allowed}, got {request.method}",
+    }
     message = f"{request.url.path}: {what.get(error.status_code, error.detail)}"
     response = ApiError(error.status_code, message, code="not_found").response()
     response.headers.update(error.headers or {})
@@ -121,7 +120,7 @@ def make_server(app: ASGIApp, access: AccessPolicy) -> uvicorn.Server:
         # Called with keywords, as a class is.
         http=cast(Any, partial(LimitedConnection, limiter=ConnectionLimiter())),
         ws="none",
-        # Whoever asks could say anything of whom they ask for.
+        # A client could name any address as its own.
         proxy_headers=False,
         log_config=None,
         # Each odd request would be a line, and there is no end of them.

@@ -1,4 +1,4 @@
-"""An event stream sends server-sent events until they end or the client leaves."""
+"""An event stream sends server-sent events until they end or the client disconnects."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from starlette.types import Receive, Scope, Send
 from transport.messages.requests import EngineEvent
 
 _KEEPALIVE_S = 10.0
-# A client that takes nothing for this long is gone, whatever its socket says.
+# A client that reads nothing for this long is gone, whatever its socket says.
 _SEND_TIMEOUT_S = 60.0
 
-log = logging.getLogger("potluck.http")
+DONE = b"data: [DONE]\n\n"
+
+log = logging.getLogger("potluck.api")
+
+
+def sse_event(data: bytes, event: bytes = b"") -> bytes:
+    """One server-sent event; `data` is one line."""
+    return (b"event: %s\n" % event if event else b"") + b"data: %s\n\n" % data
 
 
 class EventStream(EventSourceResponse):  # type: ignore[misc]  # sse_starlette is followed as untyped
-    """Sends `pieces`, which are whole events in bytes, as they come, and comments while none comes.
+    """Sends `chunks`, which are complete events in bytes, as they come, and comments while none comes.
 
-    Ends when they do, when the client leaves, and when it has taken nothing for a minute. `events`, where the pieces
-    come from, are closed however it ends, also if the client left before it began.
+    Ends when they do, when the client disconnects, and when it has read nothing for a minute. `events`, where the
+    chunks come from, are closed however it ends, also if the client disconnected before it began.
     """
 
     def __init__(self, chunks: AsyncIterator[bytes], events: AsyncGenerator[EngineEvent]) -> None:

@@ -20,9 +20,10 @@ from potluck.head.models.search import RemoteModelEntry, RemoteModelList
 from potluck.head.planning import profile_of
 from potluck.host.local_head import running_head
 from potluck.host.piece_cache import read_remote_record
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.store.model_details import FormatRow, config_of, details_of, format_rows
 from potluck.store.sources import ALIASES
+from potluck.store.store import Store
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
 from shard.formats.weights_form import supported_form

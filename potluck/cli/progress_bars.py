@@ -18,8 +18,8 @@ from potluck.cli.invitation import show_first_invitation
 from potluck.cli.terminal import format_bytes, show_line
 from potluck.head.pool import PoolWorker
 from potluck.head.progress import HeadProgress
-from potluck.store.progress import STAGE_LABELS, PullProgress, PullStage
-from potluck.store.progress import ProgressCallback as PullCallback
+from potluck.store.sources import STAGE_LABELS, PullProgress, PullStage
+from potluck.store.sources import ProgressCallback as PullCallback
 
 
 @contextmanager

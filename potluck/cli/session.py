@@ -15,8 +15,9 @@ from potluck.cli.models import pull_with_progress
 from potluck.cli.progress_bars import head_progress
 from potluck.head.head import Head
 from potluck.head.models.search import ModelRequest, request_model
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.store.sources import offline_by_environment
+from potluck.store.store import Store
 from potluck.system.paths import home_dir, logs_dir, roster_file
 from potluck.system.settings import Settings
 from transport.errors import ConfigError, DownloadFailed, ModelNotFound, PotluckError

@@ -158,8 +158,8 @@ class TemplateRenderer:
     """Thread-safe. Starts its process at once, so that it is there for the first chat, and again after it was killed.
 
     More are started while others are busy. A chat may take the longer the more it says, at most `within_s` of
-    computing. One chat at a time may take more than a moment: what the template is slow with, by whoever's fault, must
-    not hold up the chats that it is quick with.
+    computing. One chat at a time may take more than a moment: what the template is slow with must not hold up the chats
+    that it is quick with.
     """
 
     def __init__(self, source: str, *, within_s: float = RENDER_TIMEOUT_S) -> None:
@@ -197,24 +197,15 @@ class TemplateRenderer:
                     # Now, so that the next chat does not wait for it.
                     process.start()
         if answer is None:
-            raise BadRequest(
-                f"the model's chat template computed for more than {within_s:.1f} s, or took more memory than it may",
-                hint=_HINT,
-                param="messages",
-            )
-        if answer.failure == "too large":
-            raise BadRequest(
-                f"the model's chat template makes too much of these messages: {answer.text}",
-                hint=_HINT,
-                param="messages",
-            )
-        if answer.failure:
-            raise BadRequest(
-                f"the model's chat template refuses these messages: {answer.text}",
-                hint="check the roles and their order: system first, then user and assistant in turn",
-                param="messages",
-            )
-        return answer.text
+            why, hint = f"computed for more than {within_s:.1f} s, or took more memory than it may", _HINT
+        elif answer.failure == "too large":
+            why, hint = f"makes too much of these messages: {answer.text}", _HINT
+        elif answer.failure:
+            why = f"refuses these messages: {answer.text}"
+            hint = "check the roles and their order: system first, then user and assistant in turn"
+        else:
+            return answer.text
+        raise BadRequest(f"the model's chat template {why}", hint=hint, param="messages")
 
     def _wait_for_reply(self, process: TemplateChild, quick_s: float, within_s: float) -> TemplateReply | None:
         """None if it takes longer than it may. Raises Busy."""
@@ -254,16 +245,12 @@ class TemplateRenderer:
         if not process.is_alive:
             process.start()
         answer = process.load_reply()
-        if answer is None:
-            raise BadCheckpoint(
-                f"the model's chat template took longer than {self._within_s:.0f} s to read, or too much memory",
-                hint="use a model with another chat template",
-            )
-        if answer.failure:
-            raise BadCheckpoint(
-                f"the model's chat template can't be read: {answer.text}", hint="use a model with another chat template"
-            )
-        return answer.text
+        if answer is not None and not answer.failure:
+            return answer.text
+        why = f"took longer than {self._within_s:.0f} s to read, or too much memory"
+        if answer is not None:
+            why = f"can't be read: {answer.text}"
+        raise BadCheckpoint(f"the model's chat template {why}", hint="use a model with another chat template")
 
 
 def _kill_all(processes: list[TemplateChild]) -> None:

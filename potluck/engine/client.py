@@ -9,16 +9,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Literal
 
 import msgspec
 import zmq
 
-from potluck.engine.request_manager import request_failed
-from potluck.engine.server import MAX_CLIENT_MESSAGE_BYTES
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.links.zmq_link import set_options
 from transport.messages.requests import (
+    MAX_CLIENT_MESSAGE_BYTES,
     Aborted,
     Accepted,
     Cancel,
@@ -28,11 +26,13 @@ from transport.messages.requests import (
     EngineDown,
     EngineEvent,
     EngineReady,
+    EngineState,
     Finished,
     Ping,
     Pong,
     RequestFailed,
     Submit,
+    request_failed,
 )
 from transport.process.child import lower_priority
 from transport.process.polling import SuspendDetector, Waker
@@ -115,7 +115,7 @@ class EngineClient:
         self._outbox: deque[bytes] = deque()
         self._inboxes: dict[str, Inbox] = {}
         self._pings: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Pong]]] = []
-        self._state: Literal["starting", "ready", "down"] = "starting"
+        self._state: EngineState = "starting"
         self._ready: EngineReady | None = None
         self._error: PotluckError = RingDown("the engine is starting", hint="try again in a moment")
         self._is_lost_for_good = False
@@ -125,7 +125,7 @@ class EngineClient:
         self._thread.start()
 
     @property
-    def state(self) -> Literal["starting", "ready", "down"]:
+    def state(self) -> EngineState:
         return self._state
 
     @property

@@ -39,7 +39,7 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Lets text through up to the first stop string, wherever the pieces' borders fall.
+    """Lets text through up to the first stop string, wherever the borders of tokens fall.
 
     The first stop string is the one that is complete first, character by character; of two that end together, the
     longer. Text that could still become one is held back, and nothing more than that.

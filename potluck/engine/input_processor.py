@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from potluck.engine.detokenizer import ChoiceOutput, TokenTable
-from potluck.engine.request import Choice, Request
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import Choice, Request, TokenSequence
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Prompt, PromptTooLong
 from transport.errors import BadRequest
-from transport.messages.requests import Priority, Submit
-from transport.messages.ring import Sampling, SequenceId
+from transport.messages.requests import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Submit
+from transport.messages.ring import SequenceId
 
 
 class ChatTokenizer(TokenTable, Protocol):
@@ -42,48 +41,29 @@ class InputProcessor:
         _check(submit, self._limits)
         prompt = self._prompt(submit)
         max_tokens = self._max_tokens(len(prompt.ids), submit.max_tokens)
-        return self.build_request(
-            submit.request,
-            prompt.ids,
-            submit.sampling,
-            max_tokens=max_tokens,
-            stop=(*submit.stop, *prompt.stop),
-            stop_token_ids=self._tokenizer.eos_ids,
-            num_choices=submit.num_choices,
-            priority=submit.priority,
-            now_s=now_s,
-        )
+        return self.build_request(submit, prompt, max_tokens, self._tokenizer.eos_ids, now_s)
 
     def build_request(
-        self,
-        request: str,
-        prompt_ids: tuple[int, ...],
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        stop: tuple[str, ...] = (),
-        stop_token_ids: frozenset[int] = frozenset(),
-        num_choices: int = 1,
-        priority: Priority = "interactive",
-        now_s: float,
+        self, submit: Submit, prompt: Prompt, max_tokens: int, stop_token_ids: frozenset[int], now_s: float
     ) -> Request:
         """A request whose numbers are known to be good."""
         choices = tuple(
             Choice(
+                request_id=submit.request,
                 index=index,
                 sequence=TokenSequence(
                     SequenceId(next(self._sequence_ids)),
-                    prompt_ids,
-                    msgspec.structs.replace(sampling, choice=index),
+                    prompt.ids,
+                    msgspec.structs.replace(submit.sampling, choice=index),
                     max_tokens=max_tokens,
-                    priority=priority,
+                    priority=submit.priority,
                 ),
-                output=ChoiceOutput(self._tokenizer, stop),
+                output=ChoiceOutput(self._tokenizer, (*submit.stop, *prompt.stop)),
                 stop_token_ids=stop_token_ids,
             )
-            for index in range(num_choices)
+            for index in range(submit.num_choices)
         )
-        return Request(id=request, choices=choices, submitted_s=now_s)
+        return Request(id=submit.request, choices=choices, submitted_s=now_s)
 
     def _prompt(self, submit: Submit) -> Prompt:
         match (submit.messages, submit.prompt, submit.prompt_ids):
@@ -94,11 +74,14 @@ class InputProcessor:
             case (None, None, ids) if ids is not None:
                 prompt, param = Prompt(ids=ids), "prompt"
             case _:
-                raise BadRequest("give exactly one of messages, prompt and prompt ids", param="prompt")
+                num_given = sum(each is not None for each in (submit.messages, submit.prompt, submit.prompt_ids))
+                raise BadRequest(f"expected one of messages, prompt and prompt_ids, got {num_given}", param="prompt")
         if not prompt.ids:
             raise BadRequest("the prompt has no tokens", hint="send some text", param=param)
-        if min(prompt.ids) < 0 or max(prompt.ids) >= self._limits.vocab_size:
-            raise BadRequest(f"a token id outside of the vocabulary of {self._limits.vocab_size}", param=param)
+        lowest, highest, size = min(prompt.ids), max(prompt.ids), self._limits.vocab_size
+        if lowest < 0 or highest >= size:
+            got = lowest if lowest < 0 else highest
+            raise BadRequest(f"expected token ids below {size}, got {got}", param=param)
         return prompt
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], requested: int | None) -> Prompt:
@@ -129,34 +112,39 @@ class InputProcessor:
 
 
 def _check(submit: Submit, limits: EngineLimits) -> None:
-    """What would break the engine or a stage is refused here, whatever the HTTP layer checked."""
-    sampling = submit.sampling
-    if submit.max_tokens is not None and submit.max_tokens < 1:
-        raise BadRequest(f"max_tokens is {submit.max_tokens}; at least 1 is needed", param="max_tokens")
-    if not 1 <= submit.num_choices <= limits.max_choices:
-        raise BadRequest(f"n is {submit.num_choices}; 1 to {limits.max_choices} are possible", param="n")
-    if len(submit.stop) > limits.max_stop_strings:
-        raise BadRequest(f"{len(submit.stop)} stop strings; at most {limits.max_stop_strings}", param="stop")
-    if any(not 0 < len(stop) <= limits.max_stop_chars for stop in submit.stop):
-        raise BadRequest(f"a stop string must have 1 to {limits.max_stop_chars} characters", param="stop")
-    if not 0 <= (sampling.top_logprobs or 0) <= limits.max_top_logprobs:
-        raise BadRequest(f"top_logprobs must lie in 0 to {limits.max_top_logprobs}", param="top_logprobs")
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(sampling, name)):
-            raise BadRequest(f"{name} is not a finite number", param=name)
-    for name, is_good in (
-        ("temperature", sampling.temperature >= 0),
-        ("top_p", 0 < sampling.top_p <= 1),
-        ("min_p", 0 <= sampling.min_p <= 1),
-        ("top_k", sampling.top_k >= 0),
-        ("repetition_penalty", sampling.repetition_penalty > 0),
-    ):
+    """Refuse what would break the engine or a stage, whatever the HTTP layer checked. Raises BadRequest."""
+    rules = itertools.chain(_choice_rules(submit, limits), _sampling_rules(submit, limits))
+    for param, value, is_good, expected in rules:
         if not is_good:
-            raise BadRequest(f"{name} is out of range: {getattr(sampling, name)}", param=name)
-    for token_id, bias in sampling.logit_bias.items():
-        if not 0 <= token_id < limits.vocab_size:
-            raise BadRequest(
-                f"token id {token_id} is outside of the vocabulary of {limits.vocab_size}", param="logit_bias"
-            )
-        if not math.isfinite(bias):
-            raise BadRequest(f"the bias of token {token_id} is not a finite number", param="logit_bias")
+            raise BadRequest(f"{param}: expected {expected}, got {value}", param=param)
+
+
+_Rules = Iterator[tuple[str, object, bool, str]]
+"""(field, its value, whether that is good, what is expected)."""
+
+
+def _choice_rules(submit: Submit, limits: EngineLimits) -> _Rules:
+    max_tokens, num_stops, stop_chars = submit.max_tokens, len(submit.stop), [len(stop) for stop in submit.stop]
+    yield "max_tokens", max_tokens, max_tokens is None or max_tokens >= 1, "at least 1"
+    yield "n", submit.num_choices, 1 <= submit.num_choices <= limits.max_choices, f"1 to {limits.max_choices}"
+    yield "stop", num_stops, num_stops <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} strings"
+    good_chars = all(0 < chars <= MAX_STOP_CHARS for chars in stop_chars)
+    yield "stop", stop_chars, good_chars, f"strings of 1 to {MAX_STOP_CHARS} characters"
+
+
+def _sampling_rules(submit: Submit, limits: EngineLimits) -> _Rules:
+    sampling = submit.sampling
+    top_logprobs, top_k, bias_by_id = sampling.top_logprobs, sampling.top_k, sampling.logit_bias
+    yield "top_logprobs", top_logprobs, 0 <= (top_logprobs or 0) <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"
+    yield "top_k", top_k, top_k >= 0, "at least 0"
+    # Comparisons with NaN are false.
+    yield "temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "a finite number, at least 0"
+    yield "top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1"
+    yield "min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "0 to 1"
+    penalty = sampling.repetition_penalty
+    yield "repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number, more than 0"
+    for name in ("presence_penalty", "frequency_penalty"):
+        yield name, getattr(sampling, name), math.isfinite(getattr(sampling, name)), "a finite number"
+    for token_id, bias in bias_by_id.items():
+        yield "logit_bias", token_id, 0 <= token_id < limits.vocab_size, f"token ids below {limits.vocab_size}"
+        yield "logit_bias", f"{bias} for token {token_id}", math.isfinite(bias), "finite numbers"

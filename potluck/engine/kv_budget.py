@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from potluck.engine.request import PrefixReuse
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import PrefixReuse, TokenSequence
 from transport.messages.ring import Fork, Op, Open, Release, SequenceId
 
 MIN_PREFIX_TOKENS = 16
-"""Shorter beginnings are computed again: that is as fast as to ask for them."""
+"""Shorter beginnings are computed again: that is as fast."""
 
 ROLLBACK_TOKENS = 64
 """How far every backend can go back where layers forget what is out of their window."""
@@ -36,7 +35,7 @@ class _IndexedIds:
 
 
 class PrefixCache:
-    """Kept sequences in the order of their last use, and running ones. `has_window`: some layers forget positions, so
+    """Cached sequences in the order of their last use, and running ones. `has_window`: some layers forget positions, so
     that KV can be used only near its end."""
 
     def __init__(self, *, has_window: bool) -> None:
@@ -129,7 +128,7 @@ def _start(ids: Ids) -> bytes:
 
 
 class KVBudget:
-    """`keeps`: what is over stays, as long as nobody needs its memory, for prompts that begin alike."""
+    """`prefix_cache`: what is over stays, as long as nobody needs its memory, for prompts that begin alike."""
 
     def __init__(self, capacity_tokens: int, *, has_window: bool, prefix_cache: bool) -> None:
         self._capacity = capacity_tokens
@@ -150,7 +149,7 @@ class KVBudget:
 
     @property
     def available_tokens(self) -> int:
-        """What running sequences could still claim, if all that is kept went."""
+        """What running sequences could still allocate, if all that is kept went."""
         return self._capacity - self._allocated
 
     def allocate(self, sequence: TokenSequence) -> bool:
@@ -200,7 +199,7 @@ class KVBudget:
             self._prefixes.add_running(sequence)
 
     def free(self, sequence: TokenSequence, *, keep_prefix: bool) -> None:
-        """A sequence that had claimed memory is over; what it computed may be kept, if it `is_good`."""
+        """A sequence that had allocated memory is over; what it computed is kept for others if `keep_prefix`."""
         self._searched.pop(sequence.id, None)
         self._allocated -= sequence.allocated_tokens
         sequence.allocated_tokens = 0

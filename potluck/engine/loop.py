@@ -7,16 +7,26 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from potluck.engine.input_processor import ChatTokenizer, InputProcessor
 from potluck.engine.request import Request
-from potluck.engine.request_manager import RequestManager, request_failed
+from potluck.engine.request_manager import RequestManager
 from potluck.engine.settings import EngineLimits, StepDeadlines
 from potluck.engine.step_channel import StepChannel, StepDone
+from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest, PotluckError, RingDown, error_from_code
 from transport.links.link import Receiver, Sender
-from transport.messages.requests import EngineDown, EngineEvent, EngineReady, Finished, Pong, RequestFailed, Submit
+from transport.messages.requests import (
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    EngineState,
+    Finished,
+    Pong,
+    RequestFailed,
+    Submit,
+    request_failed,
+)
 from transport.messages.ring import Fence, Sampling
 
 # Longer than any wait that matters: commands wake the loop, and the ring's deadlines are its own.
@@ -85,7 +95,7 @@ class Engine:
         self._commands: deque[_Command] = deque()
         self._down: RingDown | None = None
         self._is_stopping = False
-        self._state: Literal["starting", "ready", "down"] = "starting"
+        self._state: EngineState = "starting"
         self._warm_up_error: PotluckError | None = None
 
     def submit(self, submit: Submit) -> None:
@@ -215,13 +225,11 @@ class Engine:
         """Queue a short generation ahead of everyone: first steps are slow, and a broken ring shows at once."""
         text_ids = self._tokenizer.encode_text("Hello! ") or (0,)
         most = max(1, min(_WARM_UP_PROMPT_TOKENS, self._limits.sequence_tokens - _WARM_UP_TOKENS))
-        request = self._input_processor.build_request(
-            _WARM_UP,
-            (text_ids * most)[:most],
-            Sampling(temperature=0.0),
-            max_tokens=_WARM_UP_TOKENS,
-            now_s=self._clock(),
+        submit, prompt = (
+            Submit(request=_WARM_UP, sampling=Sampling(temperature=0.0)),
+            Prompt(ids=(text_ids * most)[:most]),
         )
+        request = self._input_processor.build_request(submit, prompt, _WARM_UP_TOKENS, frozenset(), self._clock())
         self._request_manager.add(request)
 
     def _on_event(self, event: EngineEvent) -> None:

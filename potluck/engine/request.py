@@ -10,7 +10,7 @@ from transport.messages.requests import Priority
 from transport.messages.ring import Entry, Fork, Op, Open, Sampling, SequenceId
 
 KV_ALLOCATION_TOKENS = 32
-"""KV memory is claimed for a sequence in so many positions at a time."""
+"""KV memory is allocated for a sequence in so many positions at a time."""
 
 MIN_TAIL_CHUNK = 8
 
@@ -44,12 +44,12 @@ class PrefixReuse:
     moves: bool
 
 
-class Sequence:
+class TokenSequence:
     """One prompt and what has been committed after it. The ids here are the only truth; KV can be rebuilt from them.
 
     Positions [0, `num_sent`) have been sent into the ring, or their KV was there before. A decoding sequence has at
     most one step in flight, since its next input is that step's result; chunks of ids that are known follow each other
-    without waiting. `due_s` is when its first token is due: who is due first is served first.
+    without waiting. `deadline_s` is when its first token is due: the earliest is served first.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Sequence:
 
     @property
     def wanted_tokens(self) -> int:
-        """KV memory for all known ids and the next one, in whole claims."""
+        """KV memory for all known ids and the next one, in steps of KV_ALLOCATION_TOKENS."""
         return min(self.max_total_tokens, -(-(self.length + 1) // KV_ALLOCATION_TOKENS) * KV_ALLOCATION_TOKENS)
 
     @property
@@ -169,11 +169,12 @@ class Sequence:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One answer of a request. `ends` are the ids that end it; they are not part of its text. `is_reported`: its client
+    """One answer of a request. `stop_token_ids` end it; they are not part of its text. `is_reported`: its client
     knows that it is over. `num_cached` tokens of its prompt were not computed."""
 
+    request_id: str
     index: int
-    sequence: Sequence
+    sequence: TokenSequence
     output: ChoiceOutput
     stop_token_ids: frozenset[int]
     is_reported: bool = False

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from potluck.engine.kv_budget import KVBudget
-from potluck.engine.prefill_budget import PrefillBudget
-from potluck.engine.request import Choice, Phase, Request
-from potluck.engine.request import Sequence as TokenSequence
-from potluck.engine.scheduler import MAX_PROMPTS_PER_STEP, SchedulerState, StepPlan, num_admissible, schedule
+from potluck.engine.request import Choice, Phase, Request, TokenSequence
+from potluck.engine.scheduler import (
+    MAX_PROMPTS_PER_STEP,
+    PrefillBudget,
+    SchedulerState,
+    StepPlan,
+    num_admissible,
+    schedule,
+)
 from potluck.engine.settings import EngineLimits
 from potluck.engine.step_channel import StepDone, StepFailed
 from potluck.engine.step_times import StepTimeModel
@@ -25,7 +30,7 @@ from transport.messages.requests import (
     EngineEvent,
     Finished,
     FinishReason,
-    RequestFailed,
+    request_failed,
 )
 from transport.messages.ring import Fork, Open, SampledToken, SequenceId
 
@@ -38,21 +43,9 @@ _MAX_RETRIES = 1
 _FIRST_RESTARTED_ID = 1 << 40
 
 
-def request_failed(request: str, error: PotluckError) -> RequestFailed:
-    """The terminal event that tells a client of `error`."""
-    return RequestFailed(
-        request=request,
-        code=error.code,
-        message=error.message,
-        hint=error.hint,
-        param=getattr(error, "param", None),
-    )
-
-
 class _PendingOutput(Struct, frozen=True):
     """A token whose text is still to be made; `reason` if it ended its choice."""
 
-    request: Request
     choice: Choice
     token: SampledToken
     reason: FinishReason | None
@@ -61,8 +54,8 @@ class _PendingOutput(Struct, frozen=True):
 class RequestManager:
     """Admits, commits, finishes. Each request that comes in gets exactly one terminal event, and gives back its KV.
 
-    A turn: `plan` and `sent` until there is nothing to send, `tell`, and when a step came back `done`. What a token is
-    as text, and who hears of it, is left to `tell`, behind the next step's back.
+    A turn: `plan` and `step_sent` until there is nothing to send, `flush_outputs`, and when a step came back
+    `step_done`. Tokens become text and events in `flush_outputs`, while the next step is on its way.
     """
 
     def __init__(
@@ -72,8 +65,8 @@ class RequestManager:
         self._emit = emit
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[Request, Choice]] = []
-        self._active: dict[SequenceId, tuple[Request, Choice]] = {}
+        self._waiting: list[Choice] = []
+        self._active: dict[SequenceId, Choice] = {}
         self._decoding: list[TokenSequence] = []
         self._prompts: list[TokenSequence] = []
         self._prompt_steps_in_flight = 0
@@ -90,7 +83,7 @@ class RequestManager:
 
     @property
     def num_queued(self) -> int:
-        # A copy, which is atomic: other threads ask for this number, too.
+        # A copy, which is atomic: other threads read this number, too.
         return sum(request.is_queued for request in list(self._requests.values()))
 
     @property
@@ -116,7 +109,7 @@ class RequestManager:
                 sequence.length
             )
             sequence.deadline_s += _BATCH_EXTRA_S if sequence.priority == "batch" else 0.0
-            self._waiting.append((request, choice))
+            self._waiting.append(choice)
         self._admit()
         return True
 
@@ -132,7 +125,7 @@ class RequestManager:
         self._emit(request_failed(request.id, error))
 
     def fail_all(self, error: PotluckError) -> None:
-        """The ring is gone: so are its KV and the ops it was owed."""
+        """The ring is gone: so are its KV and the ops that were to go there."""
         self._pending_outputs.clear()
         for request in list(self._requests.values()):
             self.fail(request, error)
@@ -143,7 +136,7 @@ class RequestManager:
         self.kv.clear()
 
     def plan(self, num_steps_in_flight: int) -> StepPlan | None:
-        """The next step, if one can go. The caller sends it and says so with `sent`."""
+        """The next step, if one can go. The caller sends it and calls `step_sent`."""
         decoding, prompts = self._decoding, self._prompts
         if not decoding and not prompts and not self.kv.ops:
             return None
@@ -166,7 +159,7 @@ class RequestManager:
     def step_sent(self, plan: StepPlan, step: int) -> None:
         self.kv.ops_sent()
         for entry in plan.entries:
-            sequence = self._active[entry.sequence][1].sequence
+            sequence = self._active[entry.sequence].sequence
             is_new = not sequence.is_opened
             sequence.step_sent(entry, step)
             if is_new:
@@ -181,35 +174,35 @@ class RequestManager:
             self._prefill_budget.consume(plan.share)
 
     def step_done(self, step: StepDone, now_s: float) -> None:
-        """A step came back: commit its tokens. Their text follows with `tell`."""
+        """A step came back: commit its tokens. Their text follows with `flush_outputs`."""
         self._step_returned(step.plan)
         self._pending_times.append(step)
         for result in step.results:
             # A sequence that ended while its step was in flight is not active any more.
-            held = self._active.get(result.sequence)
-            if held is not None:
-                self._commit(*held, result.tokens[0], now_s)
+            choice = self._active.get(result.sequence)
+            if choice is not None:
+                self._commit(choice, result.tokens[0], now_s)
 
     def step_failed(self, step: StepFailed, error: PotluckError) -> None:
         """A stage could not run a step: its sequences begin again from their ids, once; then their requests end."""
         self._step_returned(step.plan)
-        # A stage may have failed before the step's ops: what it was to forget, it forgets now.
+        # A stage may have failed before the step's ops: releases are sent again.
         self.kv.step_failed(step.plan.ops)
         opened = {op.sequence for op in step.plan.ops if isinstance(op, Open | Fork)}
         concerned = opened | {entry.sequence for entry in step.plan.entries}
         for sequence in concerned:
-            held = self._active.get(sequence)
-            if held is None:
+            choice = self._active.get(sequence)
+            if choice is None:
                 self.kv.invalidate(sequence)
-            elif held[1].sequence.num_retries >= _MAX_RETRIES:
-                self.fail(held[0], error)
+            elif choice.sequence.num_retries >= _MAX_RETRIES:
+                self.fail(self._requests[choice.request_id], error)
             else:
-                held[1].sequence.num_retries += 1
-                self._restart(*held)
+                choice.sequence.num_retries += 1
+                self._restart(choice)
         self._admit()
 
     def flush_outputs(self) -> bool:
-        """Turn committed tokens into text and tell the clients, and learn from how long their steps took.
+        """Turn committed tokens into text and events, and record how long their steps took.
 
         Whether a stop string ended somebody.
         """
@@ -220,36 +213,36 @@ class RequestManager:
         was_stopped = False
         while self._pending_outputs:
             committed = self._pending_outputs.popleft()
-            request, choice, reason = committed.request, committed.choice, committed.reason
-            if request.id not in self._requests:
+            choice, reason = committed.choice, committed.reason
+            if choice.request_id not in self._requests:
                 continue
             if reason == "stop":  # a token that ends an answer is no part of its text
-                self._finish_choice(request, choice, reason)
+                self._finish_choice(choice, reason)
                 continue
             text, logprobs, is_stopped = choice.output.push(committed.token)
             if text or logprobs:
-                self._emit(Delta(request.id, choice.index, text, logprobs))
+                self._emit(Delta(choice.request_id, choice.index, text, logprobs))
             if is_stopped:
                 was_stopped = True
                 if reason is None:
                     self._end_sequence(choice, Phase.FINISHED)
-                self._finish_choice(request, choice, "stop")
+                self._finish_choice(choice, "stop")
             elif reason is not None:
-                self._finish_choice(request, choice, reason)
+                self._finish_choice(choice, reason)
         if was_stopped:
             self._admit()
         return was_stopped
 
     def _step_returned(self, plan: StepPlan) -> None:
         for entry in plan.entries:
-            held = self._active.get(entry.sequence)
-            if held is not None:
-                held[1].sequence.step_returned()
+            choice = self._active.get(entry.sequence)
+            if choice is not None:
+                choice.sequence.step_returned()
         if plan.has_prompt:
             self._prompt_steps_in_flight -= 1
 
-    def _commit(self, request: Request, choice: Choice, token: SampledToken, now_s: float) -> None:
-        sequence = choice.sequence
+    def _commit(self, choice: Choice, token: SampledToken, now_s: float) -> None:
+        request, sequence = self._requests[choice.request_id], choice.sequence
         was_prompt = sequence.phase is Phase.PREFILL
         sequence.commit(token.token_id)
         request.last_token_s = now_s
@@ -262,27 +255,28 @@ class RequestManager:
             reason = "stop"
         elif len(sequence.generated) >= sequence.max_tokens:
             reason = "length"
-        self._pending_outputs.append(_PendingOutput(request, choice, token, reason))
+        self._pending_outputs.append(_PendingOutput(choice, token, reason))
         if reason is not None:
             self._end_sequence(choice, Phase.FINISHED)
             self._admit()
         elif sequence.length >= sequence.allocated_tokens and sequence.allocated_tokens < sequence.max_total_tokens:
-            self._allocate_more(request, choice)
+            self._allocate_more(choice)
 
-    def _allocate_more(self, request: Request, choice: Choice) -> None:
-        """Memory for the next tokens: of what is kept, then of those that are due last; at worst this one waits."""
+    def _allocate_more(self, choice: Choice) -> None:
+        """Memory for the next tokens: of what is kept, then of those due last; at worst this one waits."""
         sequence = choice.sequence
         while not self.kv.allocate(sequence):
-            victim = max(self._active.values(), key=lambda held: (held[1].sequence.deadline_s, held[1].sequence.id))
-            self._restart(*victim)
-            if victim[1] is choice:
+            victim = max(self._active.values(), key=lambda active: (active.sequence.deadline_s, active.sequence.id))
+            self._restart(victim)
+            if victim is choice:
                 return
 
-    def _finish_choice(self, request: Request, choice: Choice, reason: FinishReason) -> None:
-        """Tell of the end of a choice that has left."""
+    def _finish_choice(self, choice: Choice, reason: FinishReason) -> None:
+        """Report the end of a choice whose sequence is over."""
+        request = self._requests[choice.request_id]
         text, logprobs = choice.output.finish()
         if text or logprobs:
-            self._emit(Delta(request.id, choice.index, text, logprobs))
+            self._emit(Delta(choice.request_id, choice.index, text, logprobs))
         choice.is_reported = True
         self._emit(ChoiceFinished(request.id, choice.index, reason, len(choice.sequence.generated)))
         if all(each.is_reported for each in request.choices):
@@ -301,7 +295,7 @@ class RequestManager:
     def _end_request(self, request: Request, phase: Phase) -> None:
         """Take a request out, with whatever it holds. The caller emits its terminal event."""
         del self._requests[request.id]
-        self._waiting = [item for item in self._waiting if item[0] is not request]
+        self._waiting = [choice for choice in self._waiting if choice.request_id != request.id]
         for choice in request.choices:
             if not choice.sequence.is_over:
                 self._end_sequence(choice, phase)
@@ -315,7 +309,7 @@ class RequestManager:
             self.kv.free(sequence, keep_prefix=phase is not Phase.FAILED)
             choice.num_cached = min(sequence.num_cached, len(sequence.prompt_ids))
         else:
-            self._waiting = [item for item in self._waiting if item[1] is not choice]
+            self._waiting = [other for other in self._waiting if other is not choice]
         sequence.move_to(phase)
 
     def _remove_active(self, sequence: TokenSequence) -> None:
@@ -325,35 +319,31 @@ class RequestManager:
         elif sequence.num_uncomputed:
             self._prompts.remove(sequence)
 
-    def _restart(self, request: Request, choice: Choice) -> None:
-        """Free a sequence's KV and queue it again: all its ids will be computed anew, under another id."""
+    def _restart(self, choice: Choice) -> None:
+        """Free a sequence's KV and queue it again: all its ids will be computed again, under another id."""
         sequence = choice.sequence
         self._remove_active(sequence)
         self.kv.free(sequence, keep_prefix=False)
         sequence.restart(SequenceId(next(self._restarted_ids)))
-        self._waiting.append((request, choice))
+        self._waiting.append(choice)
 
     def _admit(self) -> None:
         if not self._waiting:
             return
-        self._waiting.sort(key=_deadline)
-        count = self._num_admissible(choice.sequence for _, choice in self._waiting)
+        self._waiting.sort(key=lambda choice: choice.sequence.deadline_s)
+        count = num_admissible(
+            (choice.sequence for choice in self._waiting),
+            free_tokens=self.kv.available_tokens,
+            num_active=len(self._active),
+            limits=self._limits,
+        )
         for _ in range(count):
-            request, choice = self._waiting[0]
+            choice = self._waiting[0]
             sequence = choice.sequence
             if not self.kv.allocate(sequence):
                 break  # what it would take over could not be counted twice
             del self._waiting[0]
             sequence.move_to(Phase.PREFILL)
-            self._active[sequence.id] = (request, choice)
+            self._active[sequence.id] = choice
             self._prompts.append(sequence)
         self._prompts.sort(key=lambda sequence: sequence.deadline_s)
-
-    def _num_admissible(self, waiting: Iterable[TokenSequence]) -> int:
-        return num_admissible(
-            waiting, free_tokens=self.kv.available_tokens, num_active=len(self._active), limits=self._limits
-        )
-
-
-def _deadline(item: tuple[Request, Choice]) -> float:
-    return item[1].sequence.deadline_s

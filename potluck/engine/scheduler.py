@@ -1,15 +1,17 @@
-"""What goes into the ring next. Pure: it reads sequences, times and limits, and returns a step."""
+"""The scheduler chooses the next step from sequences, times and limits; a prefill budget bounds what prompts take.
+
+Pure: what it reads it is given.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from msgspec import Struct
 
-from potluck.engine.prefill_budget import PrefillBudget, PrefillShare, prefill_share, refill_per_token_s
-from potluck.engine.request import KV_ALLOCATION_TOKENS
-from potluck.engine.request import Sequence as TokenSequence
+from potluck.engine.request import KV_ALLOCATION_TOKENS, TokenSequence
 from potluck.engine.settings import EngineLimits
 from potluck.engine.step_times import MicroBatches, StepTimeModel
 from transport.messages.ring import Entry, Op
@@ -24,10 +26,120 @@ _MIN_OVERHEAD_S = 0.0003
 _MAX_CHUNK_S = 0.5
 """A chunk that a slow stage works on for longer would keep everyone who comes meanwhile waiting."""
 
+SLOWDOWN = 1.5
+"""While prompts are worked on, the others' tokens come at most so many times more slowly, on average and in 95 of 100
+gaps."""
+
+LATE_SLOWDOWN = 2.0
+"""The same, once a prompt waits for longer than it should."""
+
+_MIN_BURST_S = 0.2
+MAX_BURST_S = 0.3
+_TOKENS_PER_BURST = 40
+"""A pause that comes once in so many tokens is not among 95 of 100 gaps."""
+
+_CHUNKS_PER_BURST = 4
+_MAX_INEFFICIENCY = 1.25
+_TYPICAL_SHARE_TOKENS = 64
+_MIN_SHARE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShare:
+    """The next chunk's tokens and what it costs the others in seconds, as the first of a burst or behind another;
+    `burst_s`: so much is saved up before it goes, 0 for a chunk between decode steps."""
+
+    tokens: int
+    cost_s: float
+    first_cost_s: float
+    burst_s: float
+
+
+class PrefillBudget:
+    """A token bucket of time that prompts may take from the others: decode steps refill it, chunks consume it.
+
+    Small chunks between decode steps are smooth, but where a small chunk takes nearly as long as a large one, they
+    would hardly get anywhere. There, time is saved up for a burst: some chunks right behind each other, a pause of at
+    most a fraction of a second for the others, once in many tokens. What is saved while no prompt waits lets a short
+    one through at once.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = MAX_BURST_S
+        self._is_in_burst = False
+        self._shares: dict[tuple[float, int, int, bool], PrefillShare] = {}
+        self._version = 0
+
+    @property
+    def is_for_burst(self) -> bool:
+        return self._is_in_burst or self.seconds >= _MIN_BURST_S
+
+    def allows(self, share: PrefillShare) -> bool:
+        """Whether a chunk may go now."""
+        return self.seconds >= (share.cost_s if self._is_in_burst else max(share.burst_s, share.first_cost_s))
+
+    def refill(self, seconds: float, *, is_wanted: bool) -> None:
+        """A decode step went; where no prompt waits for it, no more than a burst is saved."""
+        self.seconds += seconds
+        if not is_wanted:
+            self.seconds = min(self.seconds, MAX_BURST_S)
+
+    def consume(self, share: PrefillShare) -> None:
+        self.seconds -= share.cost_s if self._is_in_burst else share.first_cost_s
+        self._is_in_burst = share.burst_s > 0.0 and self.seconds >= share.cost_s
+        if not share.burst_s and self.seconds < share.cost_s:
+            self.seconds = 0.0  # what is left over would become two chunks between the same two steps, now and then
+
+    def reset(self) -> None:
+        """Nobody decodes: there is no one to slow down."""
+        self.seconds, self._is_in_burst = MAX_BURST_S, False
+
+    def share(
+        self, step_times: StepTimeModel, refill_s: float, left: int, before: int, max_tokens: int
+    ) -> PrefillShare:
+        """What the next chunk of a prompt may be, with `left` tokens to go after `before` of them, while one token of
+        each of the others refills `refill_s`."""
+        if self._version != step_times.version:
+            self._version = step_times.version
+            self._shares.clear()
+        most = min(left, max_tokens)
+        key = (refill_s, most, before, self.is_for_burst)
+        found = self._shares.get(key)
+        if found is None:
+            smooth = None if self.is_for_burst else _interleaved_share(step_times, refill_s, most, before)
+            found = self._shares[key] = smooth or _burst_share(step_times, refill_s, most, before)
+        return found
+
+
+def refill_per_token_s(micro_batches: MicroBatches, *, is_late: bool = False) -> float:
+    """What one token of each of the others refills, in seconds."""
+    return (LATE_SLOWDOWN if is_late else SLOWDOWN) * micro_batches.period_s - micro_batches.busy_s
+
+
+def _interleaved_share(step_times: StepTimeModel, refill_s: float, most: int, before: int) -> PrefillShare | None:
+    """A chunk between decode steps; None where it would be too small to be efficient."""
+    tokens = step_times.largest_chunk(refill_s, before, most)
+    if tokens < min(most, _MIN_SHARE_TOKENS):
+        return None
+    cost_s = step_times.chunk_s(tokens, before)
+    typical_s = step_times.chunk_s(_TYPICAL_SHARE_TOKENS, before)
+    if tokens < most and cost_s / tokens > _MAX_INEFFICIENCY * typical_s / _TYPICAL_SHARE_TOKENS:
+        return None
+    return PrefillShare(tokens, cost_s, cost_s, 0.0)
+
+
+def _burst_share(step_times: StepTimeModel, refill_s: float, most: int, before: int) -> PrefillShare:
+    burst_s = min(max(_MIN_BURST_S, _TOKENS_PER_BURST * refill_s), MAX_BURST_S)
+    chunk_s = max(burst_s / (_CHUNKS_PER_BURST + step_times.num_stages - 1), refill_s)
+    tokens = max(min(_MIN_SHARE_TOKENS, most), step_times.largest_chunk(chunk_s, before, most))
+    cost_s = step_times.chunk_s(tokens, before)
+    # The first chunk of a burst is waited for at every stage, those behind it only at one.
+    return PrefillShare(tokens, cost_s, step_times.num_stages * cost_s, burst_s)
+
 
 class StepPlan(Struct, frozen=True, kw_only=True):
     """A step that is not numbered yet. `share` is what it takes from others that decode, if it has part of a prompt;
-    `refill_s` what its decodes earn for prompts."""
+    `refill_s` what its decodes refill for prompts."""
 
     ops: tuple[Op, ...]
     entries: tuple[Entry, ...]
@@ -42,7 +154,7 @@ class StepPlan(Struct, frozen=True, kw_only=True):
 
 class SchedulerState(Struct, frozen=True, kw_only=True):
     """What the scheduler looks at. `decoding` and `prompts` are the admitted sequences, prompts those with ids left to
-    compute, first due first. `ops` wait to be sent and go ahead of everything."""
+    compute, earliest deadline first. `ops` wait to be sent and go ahead of everything."""
 
     decoding: Sequence[TokenSequence]
     prompts: Sequence[TokenSequence]
@@ -75,26 +187,21 @@ def schedule(state: SchedulerState, step_times: StepTimeModel, limits: EngineLim
     """The next step, or None if there is nothing to send or the ring has enough.
 
     Decodes go first, in as many groups as fill the ring (`StepTimeModel.micro_batches`), and in no more: a part of a
-    group waits
-    for the rest, since a stage reads its weights for each step anew, whoever is in it. Prompts go in chunks, first due
-    first; several that are short share a step. Chunks follow each other without waiting, as many as keep every stage
-    busy; while others decode, as `PrefillBudget` allows. With one stage a chunk joins the decodes' step.
+    group waits for the rest, since a stage reads its weights again for each step, whoever is in it. Prompts go in
+    chunks, earliest deadline first; several that are short share a step. Chunks follow each other without waiting, as
+    many as keep every stage busy; while others decode, as `PrefillBudget` allows. With one stage a
+    chunk joins the decodes' step.
     """
     if state.steps_in_flight >= limits.max_steps_in_flight:
         return None
-    decoding, prompts = state.decoding, state.prompts
-    is_late = bool(prompts) and state.now_s > prompts[0].deadline_s
-    micro_batches: MicroBatches | None = None
-    decodes: tuple[Entry, ...] = ()
-    if decoding:
-        micro_batches = step_times.micro_batches(len(decoding), limits.max_steps_in_flight)
-        decodes = _decodes(decoding, micro_batches)
+    decodes, refill_s, num_groups = _decodes(state, step_times, limits)
     chunk: list[TokenSequence] = []
     entries: tuple[Entry, ...] = ()
     share: PrefillShare | None = None
+    prompts = state.prompts
     if prompts and (not decodes or (step_times.num_stages == 1 and not prompts[0].num_retries)):
-        if micro_batches is not None:
-            share = _prefill_share(state, step_times, micro_batches, limits, is_late=is_late)
+        if state.decoding:
+            share = _prefill_share(state, step_times, refill_s, limits)
             tokens = share.tokens if state.prefill_budget.allows(share) else 0
         else:
             tokens = _chunk_without_decodes(state, step_times, limits)
@@ -104,19 +211,29 @@ def schedule(state: SchedulerState, step_times: StepTimeModel, limits: EngineLim
         # Ops ride with a step; they need one of their own only where none is to come.
         return StepPlan(ops=tuple(state.ops), entries=()) if state.ops and not state.steps_in_flight else None
     opening = tuple(op for sequence in chunk for op in sequence.opening_ops())
-    refill_s = 0.0
-    if decodes and micro_batches is not None:
-        refill_s = refill_per_token_s(micro_batches, is_late=is_late) / micro_batches.count
     return StepPlan(
         ops=(*state.ops, *opening),
         entries=(*decodes, *entries),
         has_prompt=bool(chunk),
         share=share if chunk else None,
-        refill_s=refill_s,
+        refill_s=refill_s / num_groups if decodes else 0.0,
     )
 
 
-def _decodes(decoding: Sequence[TokenSequence], micro_batches: MicroBatches) -> tuple[Entry, ...]:
+def _decodes(
+    state: SchedulerState, step_times: StepTimeModel, limits: EngineLimits
+) -> tuple[tuple[Entry, ...], float, int]:
+    """The decodes of the next step, what one token of each refills, and in how many groups they go."""
+    decoding = state.decoding
+    if not decoding:
+        return (), 0.0, 1
+    is_late = bool(state.prompts) and state.now_s > state.prompts[0].deadline_s
+    micro_batches = step_times.micro_batches(len(decoding), limits.max_steps_in_flight)
+    refill_s = refill_per_token_s(micro_batches, is_late=is_late)
+    return _decode_entries(decoding, micro_batches), refill_s, micro_batches.count
+
+
+def _decode_entries(decoding: Sequence[TokenSequence], micro_batches: MicroBatches) -> tuple[Entry, ...]:
     ready = [sequence for sequence in decoding if sequence.num_in_flight == 0]
     if not ready:
         return ()
@@ -129,22 +246,13 @@ def _decodes(decoding: Sequence[TokenSequence], micro_batches: MicroBatches) -> 
 
 
 def _prefill_share(
-    state: SchedulerState,
-    step_times: StepTimeModel,
-    micro_batches: MicroBatches,
-    limits: EngineLimits,
-    *,
-    is_late: bool,
+    state: SchedulerState, step_times: StepTimeModel, refill_s: float, limits: EngineLimits
 ) -> PrefillShare:
     first = state.prompts[0]
-    return prefill_share(
-        step_times,
-        refill_per_token_s(micro_batches, is_late=is_late),
-        sum(sequence.num_uncomputed for sequence in state.prompts),
-        first.length - first.num_uncomputed,
-        limits.fixed_chunk_tokens or limits.max_chunk_tokens,
-        is_for_burst=state.prefill_budget.is_for_burst,
-    )
+    left = sum(sequence.num_uncomputed for sequence in state.prompts)
+    before = first.length - first.num_uncomputed
+    max_tokens = limits.fixed_chunk_tokens or limits.max_chunk_tokens
+    return state.prefill_budget.share(step_times, refill_s, left, before, max_tokens)
 
 
 def _chunk_without_decodes(state: SchedulerState, step_times: StepTimeModel, limits: EngineLimits) -> int:
@@ -177,7 +285,7 @@ def _pipelined_chunk(step_times: StepTimeModel, left: int, before: int, max_toke
 
 
 def _prompt_entries(prompts: Sequence[TokenSequence], tokens: int) -> tuple[list[TokenSequence], tuple[Entry, ...]]:
-    """The first prompt's next chunk, and others that fit as a whole behind the first one's end."""
+    """The first prompt's next chunk, and others that fit completely behind the first one's end."""
     first = prompts[0]
     chosen, entries = [first], [first.prefill_entry(tokens)]
     tokens -= len(entries[0].token_ids)

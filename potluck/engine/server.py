@@ -14,10 +14,10 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from potluck.engine.request_manager import request_failed
 from transport.errors import Busy
 from transport.links.zmq_link import set_options
 from transport.messages.requests import (
+    MAX_CLIENT_MESSAGE_BYTES,
     Aborted,
     Cancel,
     ClientMessage,
@@ -30,12 +30,12 @@ from transport.messages.requests import (
     Pong,
     RequestFailed,
     Submit,
+    request_failed,
 )
 from transport.process.child import lower_priority
 from transport.process.polling import Waker
 from transport.security.curve import Guard
 
-MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
 _MAX_PREPARING = 256
 _MAX_PREPARING_BYTES = 64 * 2**20
 _SHORT_BYTES = 64 * 2**10

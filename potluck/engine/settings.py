@@ -68,9 +68,6 @@ class EngineLimits:
     max_active_sequences: int = 128
     max_queued_requests: int = 256
     max_choices: int = 16
-    max_stop_strings: int = 16
-    max_stop_chars: int = 1024
-    max_top_logprobs: int = 20
 
     @property
     def sequence_tokens(self) -> int:

@@ -1,6 +1,6 @@
-"""How long steps take: what the plan expects of each stage, corrected by what the stages report.
+"""The step time model predicts how long steps take: what the plan expects of each stage, corrected by reports.
 
-The scheduler asks it how many groups fill the ring, and how large a chunk of a prompt may be.
+From it follow how many groups fill the ring, and how large a chunk of a prompt may be.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from planner.plan import StageTimes
-
-if TYPE_CHECKING:
-    from potluck.engine.prefill_budget import PrefillShare
 
 _GUESSED_STEP_S = 0.01
 _MIN_S = 1e-6
@@ -33,7 +29,7 @@ Curve = Callable[[int, int], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatches:
-    """`groups` decode steps in flight of at most `size` sequences. `period_s`: between two tokens of one sequence.
+    """`count` decode steps in flight of at most `size` sequences. `period_s`: between two tokens of one sequence.
     `busy_s`: what the slowest stage works in that time."""
 
     count: int
@@ -86,12 +82,12 @@ class StepTimeModel:
         self._decode = [_CorrectedTimes(_decode_curve(each)) for each in times]
         self._chunk = [_CorrectedTimes(_chunk_curve(each)) for each in times]
         self._micro_batches: dict[int, MicroBatches] = {}
-        self.shares: dict[object, PrefillShare] = {}
-        """What `prompt_share` has worked out from these times."""
+        self.version = 0
+        """Goes up when what follows from the times is to be worked out again."""
         self._num_records = 0
 
     def record(self, sizes: Sequence[tuple[int, int]], seconds: Sequence[float], round_trip_s: float | None) -> None:
-        """A step came back: (tokens, positions before) of its entries, what each stage computed, and the whole trip if
+        """A step came back: (tokens, positions before) of its entries, what each stage computed, and the round trip if
         nothing else was in the ring."""
         if len(seconds) != self.num_stages or not sizes:
             return
@@ -106,7 +102,7 @@ class StepTimeModel:
         self._num_records += 1
         if self._num_records % _REFRESH_EVERY == 0:
             self._micro_batches.clear()
-            self.shares.clear()
+            self.version += 1
 
     def _record_hops(self, hops_s: float) -> None:
         """The median of the last: first steps are slow, and so is one that somebody else's work held up."""
@@ -131,7 +127,7 @@ class StepTimeModel:
         return num_tokens / size * self.chunk_s(size, num_tokens // 2) + self.chunk_trip_s(size, 0)
 
     def largest_chunk(self, seconds: float, before: int, max_tokens: int) -> int:
-        """The most tokens, at most `most`, that no stage works on longer than that; 0 if not even one."""
+        """The most tokens, at most `max_tokens`, that no stage works on longer than that; 0 if not even one."""
         low, high = 0, max_tokens
         while low < high:
             middle = (low + high + 1) // 2

@@ -34,7 +34,7 @@ _BYTE_LEVEL = _byte_level_table()
 
 def _byte_level_bytes(piece: str) -> bytes:
     values = [_BYTE_LEVEL.get(char) for char in piece]
-    # The decoder falls back on a token as a whole: one foreign character and all of it is taken literally.
+    # The decoder takes a token literally if it has one foreign character.
     return piece.encode() if None in values else bytes(value for value in values if value is not None)
 
 
@@ -132,8 +132,8 @@ class Tokenizer:
         return self._renderer is not None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None) -> Prompt:
-        """Raises BadRequest where the model's template refuses the messages, and LongPrompt where they have many times
-        `most_tokens`: eight million characters would take half a minute, and all other chats would wait.
+        """Raises BadRequest where the model's template refuses the messages, and PromptTooLong where they have many
+        times `most_tokens`: eight million characters would take half a minute, and all other chats would wait.
 
         Marks like `<|im_end|>` inside a message are encoded as text: a user can't forge a turn.
         """
@@ -151,7 +151,7 @@ class Tokenizer:
                 ids = encode_marked_chat(self._tokenizer, rendered)
         except ValueError as error:
             raise BadRequest(
-                f"the chat can't be told from the marks around it: {error}",
+                f"expected text without the model's control tokens: {error}",
                 hint="leave the model's control tokens out of the messages",
                 param="messages",
             ) from error
@@ -172,7 +172,7 @@ class Tokenizer:
         return token_id in self._special
 
     def _count(self, text: str, most_tokens: int | None) -> None:
-        """Raises LongPrompt. Others may encode between two parts."""
+        """Raises PromptTooLong. Others may encode between two parts."""
         if most_tokens is None or len(text) <= _COUNTED_FROM * most_tokens:
             return
         num_tokens = 0

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
-from typing import Literal
 
 import uvicorn
 import zmq
@@ -20,11 +19,10 @@ from potluck.api.access import AccessPolicy
 from potluck.api.limits import MAX_CONNECTIONS
 from potluck.api.server import create_app, make_server
 from potluck.engine.client import EngineClient
-from potluck.engine.request_manager import request_failed
 from potluck.head.api_access import local_url
 from potluck.head.routes import HeadControl, head_routes
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
-from transport.messages.requests import EngineEvent, Pong, Submit
+from transport.messages.requests import EngineEvent, EngineState, Pong, Submit, request_failed
 from transport.process.child import lower_priority
 from transport.security.curve import Prepare
 
@@ -65,7 +63,7 @@ class EngineSwitch:
         self._error: PotluckError = RingDown("the ring is starting", hint="try again in a moment")
 
     @property
-    def state(self) -> Literal["starting", "ready", "down"]:
+    def state(self) -> EngineState:
         return "starting" if self._client is None else self._client.state
 
     @property

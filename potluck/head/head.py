@@ -35,7 +35,7 @@ from potluck.host.local_head import HeadFile, LocalHead
 from potluck.host.local_host import NO_NETWORK_TEXT, this_host
 from potluck.host.node import Node
 from potluck.host.piece_server import HostPieceServer
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.errors import (

@@ -22,7 +22,7 @@ from potluck.head.profiling.measure import pool_times_for, save_deviation
 from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.paths import logs_dir
 from potluck.system.settings import Settings
 from transport.errors import DownloadFailed, PotluckError, RingDown

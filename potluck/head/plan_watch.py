@@ -17,7 +17,7 @@ from potluck.head.profiling.calibration import (
     scale_times,
     update_deviation,
 )
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.errors import PotluckError
 from transport.messages.control import Stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 from devices.hardware.device import Device, UnavailableDevice
@@ -13,7 +13,7 @@ from planner.options import Workload, parse_layers
 from planner.plan import Plan
 from planner.relaxation import SearchProgress
 from planner.solve import any_ring_fits, make_plan
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.store.model_details import config_of
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS, Settings
 from shard.formats.spec import Backend
@@ -146,7 +146,15 @@ def _weight_sizes(
     taken = model.spec.part_bytes(
         backend, dtype, supported_form(backend, config, weights, stacked_experts=model.spec.stacked_experts)
     )
-    return WeightSizes(weights=weights, backend=backend, dtype=dtype, **asdict(taken))
+    return WeightSizes(
+        weights=weights,
+        backend=backend,
+        dtype=dtype,
+        layers=taken.layers,
+        embed=taken.embed,
+        norm=taken.norm,
+        head=taken.lm_head,
+    )
 
 
 def device_of(register: Register) -> Device:

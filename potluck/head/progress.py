@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from potluck.store.progress import ProgressCallback as PullCallback
-from potluck.store.progress import ignore_progress
+from potluck.store.sources import ProgressCallback as PullCallback
+from potluck.store.sources import ignore_progress
 
 if TYPE_CHECKING:
     from devices.pairing.pake import Code, Invite
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProgress:
-    """`say` a line (rich markup); `doing(device, what)` what a device is being measured for; `tick` draws the loading
-    of the stages, some times a second; `invite` shows how other hosts come in; `pulling` how far a download is."""
+    """`say` a line (rich markup); `measuring(device, what)` what a device is being measured for; `tick` draws the
+    loading of the stages, some times a second; `invite` shows how other hosts join; `pulling` how far a download is."""
 
     say: Callable[[str], None]
     measuring: Callable[[str, str], None]

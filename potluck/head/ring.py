@@ -14,7 +14,7 @@ from planner.plan import Plan
 from potluck.engine.settings import EngineSettings
 from potluck.head.pool import Pool, PoolWorker
 from potluck.host.local_host import ThisHost
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from transport.errors import ConfigError, NeighbourGone, PotluckError, RingDown
 from transport.links.endpoints import fixed_local_endpoint, free_port, has_ipc, is_tcp, tcp_endpoint
 from transport.links.secure_endpoints import Where

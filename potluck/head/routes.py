@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from potluck.api.api_key import SECRET_HEADER
-from potluck.api.errors import ApiError
+from potluck.api.errors import ApiError, json_response
 from potluck.head.models.search import FileHolders, RemoteModelList
 from potluck.head.plan_watch import BetterPlan
 from potluck.head.status import StatusReport, better_report
@@ -69,11 +69,11 @@ def head_routes(head: HeadControl, secret: str) -> list[Route]:
             )
 
     async def status(request: Request) -> Response:
-        return _json(await asyncio.to_thread(head.report))
+        return json_response(await asyncio.to_thread(head.report))
 
     async def replan(request: Request) -> Response:
         check(request)
-        return _json({"better_plan": better_report(head.request_replan())})
+        return json_response({"better_plan": better_report(head.request_replan())})
 
     async def invite(request: Request) -> Response:
         check(request)
@@ -81,7 +81,7 @@ def head_routes(head: HeadControl, secret: str) -> list[Route]:
             made, code = await asyncio.to_thread(head.invite)
         except PotluckError as error:
             raise ApiError.from_error(error) from error
-        return _json(
+        return json_response(
             {
                 "invite": made,
                 "code": code,
@@ -94,18 +94,18 @@ def head_routes(head: HeadControl, secret: str) -> list[Route]:
         check(request)
         asked = await _body(request, CandidateDecision)
         try:
-            return _json({"name": head.decide_candidate(asked.name, asked.allow)})
+            return json_response({"name": head.decide_candidate(asked.name, asked.allow)})
         except PotluckError as error:
             raise ApiError.from_error(error) from error
 
     async def files(request: Request) -> Response:
         check(request)
         wanted = await _body(request, FileQuery)
-        return _json(await asyncio.to_thread(head.find_file, wanted.sha256))
+        return json_response(await asyncio.to_thread(head.find_file, wanted.sha256))
 
     async def models(request: Request) -> Response:
         check(request)
-        return _json(await asyncio.to_thread(head.list_models))
+        return json_response(await asyncio.to_thread(head.list_models))
 
     return [
         Route("/potluck/status", status),
@@ -131,7 +131,3 @@ async def _body(request: Request, kind: type[Body]) -> Body:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body can't be read: {error}") from error
-
-
-def _json(facts: Any) -> Response:
-    return Response(msgspec.json.encode(facts), media_type="application/json")

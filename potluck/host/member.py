@@ -24,7 +24,7 @@ from potluck.host.local_host import this_host
 from potluck.host.node import Node
 from potluck.host.piece_server import HostModelService, HostPieceServer
 from potluck.host.worker_log import WorkerEventLog
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.control import REVOKED_REASON, ControlClient

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from devices.hardware.device import Device
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import pieces_dir, safe_file_name, shared_dir
 from transport.errors import PotluckError, RingDown
 from transport.messages.control import Register

@@ -12,7 +12,8 @@ import zmq
 from rich.markup import escape
 
 from potluck.host.local_host import ThisHost
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.pieces.cut_files import HashProgress
 from shard.pieces.metadata import SharedFolders, share_model

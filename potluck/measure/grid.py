@@ -34,7 +34,8 @@ from potluck.measure.chats import ChatLoad, ChatTimings
 from potluck.measure.head_process import CommandProcess, status_of
 from potluck.measure.result import hardware_facts
 from potluck.measure.summary import StageUse, bandwidth_bound_tokens_per_s, stage_use_between
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, PotluckError
 

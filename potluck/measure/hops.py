@@ -29,7 +29,7 @@ from typing import Any, Self
 from potluck.measure.child_process import SystemUnderTest
 from potluck.measure.hop_process import CARRIERS, LINK_KINDS, Carrier, LinkKind
 from potluck.measure.result import hardware_facts
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import PotluckError
 

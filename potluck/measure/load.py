@@ -39,7 +39,7 @@ from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRun, LoadWindow
 from potluck.measure.result import hardware_facts
 from potluck.measure.summary import Trial, row_of, trial_of
 from potluck.measure.workload import ChatGenerator, ChatMix, WordsOf, by_tokenizer, by_usage, tokenizer_of
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, ModelNotFound, PotluckError
 

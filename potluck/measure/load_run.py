@@ -67,7 +67,7 @@ class LoadRequest:
 class LoadOutcome:
     """What a spell of load gave. The window is [begin_s, end_s); `cut_s` is when requests without an answer were left.
     `cpu_s` is this process's in the window. `statuses` are a Potluck head's at the window's ends, with their times.
-    `trouble` is why requests failed, if nothing else happened to them."""
+    `failure` is why requests failed, if nothing else happened to them."""
 
     requests: list[LoadRequest]
     begin_s: float

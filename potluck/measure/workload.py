@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potluck.measure.endpoint import LoadEndpoint, chat_once
-from potluck.store import Store
+from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, ModelNotFound
 

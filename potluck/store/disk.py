@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Protocol
 
 from filelock import FileLock, Timeout
 
-from potluck.store.progress import ProgressCallback, PullProgress
+from potluck.store.sources import ProgressCallback, PullProgress
 from transport.errors import NoSpace, PotluckError
 
+BLOCK_BYTES = 1 << 20
 # Room for the index, the tokenizer and the file system's own book-keeping.
 MARGIN_BYTES = 32 << 20
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -32,7 +34,7 @@ def require_space(folder: Path, need_bytes: int, what: str, *, setting: str = "P
     """Raise NoSpace unless `folder` has room for `need_bytes` more and a margin. `setting` says where it lies."""
     free_bytes = _free_bytes(folder)
     if need_bytes + MARGIN_BYTES > free_bytes:
-        raise _no_space(folder, f"{what} needs {_mb(need_bytes + MARGIN_BYTES)}", free_bytes, setting)
+        raise _no_space(folder, f"{what} needs {mb(need_bytes + MARGIN_BYTES)}", free_bytes, setting)
 
 
 @contextmanager
@@ -58,13 +60,26 @@ def _free_bytes(folder: Path) -> int:
 
 def _no_space(folder: Path, what: str, free_bytes: int, setting: str) -> NoSpace:
     return NoSpace(
-        f"{what}; {folder} has {_mb(free_bytes)} free",
+        f"{what}; {folder} has {mb(free_bytes)} free",
         hint=f"free some space (potluck rm removes models), or set {setting} to a folder on another disk",
     )
 
 
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+def mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 10e6 else f"{count / 1e6:,.0f} MB"
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+def hash_stream(stream: IO[bytes], digest: _Hash, count: Callable[[int], None], copy: IO[bytes] | None = None) -> None:
+    """Read to the end, feed `digest` and write `copy`; `count` takes each block's size."""
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+        if copy is not None:
+            copy.write(block)
+        count(len(block))
 
 
 _POLL_S = 0.5

@@ -19,7 +19,7 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """`sha256` is None for files that were never downloaded: of those, the time tells whether they changed."""
+    """`sha256` is None for files that were never downloaded: of those, the time shows whether they changed."""
 
     name: str
     num_bytes: int
@@ -51,7 +51,7 @@ class StoredModel:
         return (self.path / "config.json").is_file() and all(path.is_file() for path in paths)
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """False also if one of them has another size than when it was pulled."""
         return self.is_present and all(
             path.stat().st_size == file.num_bytes for path, file in zip(self._paths(), self.files, strict=True)
@@ -94,14 +94,7 @@ class _Manifest:
 
 def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> None:
     """`recorded_path` is "." for a model that lies in its own folder, so that a store can be moved."""
-    manifest = _Manifest(
-        version=MANIFEST_VERSION,
-        name=model.name,
-        source=model.source,
-        path=recorded_path,
-        files=model.files,
-        spec=model.spec,
-    )
+    manifest = {"version": MANIFEST_VERSION, **model.to_json(), "path": recorded_path}
     write_atomic(folder / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(manifest)), private=False)
 
 

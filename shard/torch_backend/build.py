@@ -32,7 +32,7 @@ TorchPath = Literal["auto", "library", "fused"]
 def build_torch_shard(
     checkpoint: Checkpoint, spec: StageSpec, progress: Callable[[int, int], None], *, path: TorchPath = "auto"
 ) -> LibraryShard | FusedShard:
-    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or by the one asked for.
+    """Layers [first, last) on spec.device, by the fused path where it runs this model ("auto"), or as requested.
 
     `progress(read_bytes, total_bytes)` counts bytes of the stage's files. Reads the stage's own
     tensors only; never holds two copies of more than one tensor. Raises BadCheckpoint, UnsupportedModel, DoesNotFit,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.known_devices import know_devices
-from tests.e2e.potluck_process import Home, Running, up_arguments
+from tests.support.e2e.known_devices import know_devices
+from tests.support.e2e.potluck_process import Home, Running, make_home, up_arguments
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +19,6 @@ def data_home(smollm2_path: Path) -> Path:
     home = smollm2_path.parents[1]
     know_devices(home / "probe.json")
     return home
-
-
-def make_home(data: Path) -> Home:
-    # A socket's path is short: pytest's own temporary folders are not.
-    return Home(data=data, runtime=Path(tempfile.mkdtemp(prefix="plt-")))
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """The whole program where its modules see Windows: no ipc, few signals, no descriptors handed on, a lifeline that is
-looked at instead of read. What Windows itself does is not proven (see `tests/simulated/sitecustomize.py`)."""
+looked at instead of read. What Windows itself does is not proven (see `tests/support/simulated/sitecustomize.py`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.potluck_process import ASK_S, GONE_S, Home, Running, up_arguments, wait_until
-from tests.simulated_system import environment_of
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, Home, Running, up_arguments, wait_until
+from tests.support.simulated_system import environment_of
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.potluck_process import Home, Running
+from tests.support.e2e.potluck_process import Home, Running
 
 GRID = ("--prompt", "24", "--output", "8", "--concurrency", "1", "2", "--rounds", "1")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.e2e.potluck_process import Home
+from tests.support.e2e.potluck_process import Home
 
 
 def test_the_demo_answers_and_leaves_nothing(home: Home) -> None:

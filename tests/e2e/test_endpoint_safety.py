@@ -16,9 +16,9 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.known_devices import know_devices
-from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments, wait_until
-from tests.http.raw import Raw, send
+from tests.support.api.raw_http import Raw, send
+from tests.support.e2e.known_devices import know_devices
+from tests.support.e2e.potluck_process import ASK_S, Home, Running, up_arguments, wait_until
 
 _PLAIN: Any = {"trust_env": False, "timeout": ASK_S}
 _ONE_DEVICE = ("--device", "torch:cpu")

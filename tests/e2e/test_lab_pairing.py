@@ -9,7 +9,7 @@ import pytest
 
 from bench.lab import why_not
 from bench.lab.lan_pairing import PairingExperiment, lab_of_three, start_twice
-from potluck.store import Store
+from potluck.store.store import Store
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pytest
 
-from tests.e2e.lan_hosts import (
+from tests.support.e2e.lan_hosts import (
     LOADED_S,
     answer,
     hosts_of,
@@ -26,7 +26,7 @@ from tests.e2e.lan_hosts import (
     stages,
     up,
 )
-from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, wait_until
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, wait_until
 
 HEAD, BETA, GAMMA = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, up_arguments, wait_until
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, up_arguments, wait_until
 
 ONE_DEVICE = ("--device", "torch:cpu")
 # They start in half the time that torch takes.

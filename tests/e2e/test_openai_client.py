@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.potluck_process import ASK_S, GONE_S, wait_until
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, wait_until
 
 QUESTION: Any = [{"role": "user", "content": "Name three fruits."}]
 

@@ -16,8 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import make_home
-from tests.e2e.potluck_process import ASK_S, GONE_S, Home, Running, up_arguments, wait_until
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, Home, Running, make_home, up_arguments, wait_until
 
 _NUM_REQUESTS = 1000
 _MOST_GROWTH_BYTES = 150 * 2**20

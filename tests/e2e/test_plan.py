@@ -10,8 +10,8 @@ import pytest
 
 from planner.measurements import estimated_pool
 from potluck.cli.plan_inputs import save_pool
-from tests.e2e.potluck_process import Done, run_here
-from tests.planner.pool import device, model
+from tests.support.e2e.potluck_process import Done, run_here
+from tests.support.planner.pool import device, model
 
 
 @pytest.fixture

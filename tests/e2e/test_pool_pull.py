@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.lan_hosts import new_home
-from tests.e2e.paired_hosts import Pair
-from tests.shard.test_safetensors import tensors, write_folder
-from tests.store.hub_checks import SOURCE, WEIGHTS, assert_right, size_of
-from tests.store.hub_server import TOKEN, FakeHub, serve_hub
+from tests.support.e2e.lan_hosts import new_home
+from tests.support.e2e.paired_hosts import Pair
+from tests.support.shard.safetensors_folders import tensors, write_folder
+from tests.support.store.hub_checks import SOURCE, WEIGHTS, assert_right, size_of
+from tests.support.store.hub_server import TOKEN, FakeHub, serve_hub
 
 
 @pytest.fixture

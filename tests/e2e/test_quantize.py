@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
-from tests.e2e.potluck_process import ASK_S, Home, Running, up_arguments
+from tests.support.e2e.potluck_process import ASK_S, Home, Running, up_arguments
 from transport.messages.ring import DTYPE_BYTES
 
 SHAPE = LlamaShape(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=49152, tied=True, context=512)

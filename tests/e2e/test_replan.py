@@ -14,15 +14,17 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.known_devices import know_devices
-from tests.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
+from tests.support.e2e.known_devices import know_devices
+from tests.support.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Running, wait_until
 
 # The command itself, with less patience: minutes are for people.
 IMPATIENT = """
-import sys, potluck.head.profiling.calibration, potluck.head.head, potluck.cli.app
-potluck.head.profiling.calibration.PERSISTS_S, potluck.head.profiling.calibration.PERSISTS_STEPS,
-potluck.head.head._WATCH_INTERVAL_S = 3.0, 50, 0.5
-sys.exit(potluck.cli.app.main())
+import sys
+from potluck.cli import app
+from potluck.head import head
+from potluck.head.profiling import calibration
+calibration.PERSISTS_S, calibration.PERSISTS_STEPS, head._WATCH_INTERVAL_S = 3.0, 50, 0.5
+sys.exit(app.main())
 """
 ARGUMENTS = ("--use-all", "--estimate", "--objective", "latency", "--concurrency", "1", "--threads", "1", "--port", "0")
 DEVICES = ("torch:cpu", "torch:cpu")

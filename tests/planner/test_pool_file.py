@@ -9,7 +9,7 @@ import pytest
 
 from planner.measurements import estimated_pool
 from planner.pool_file import pool_from_json, pool_to_json
-from tests.planner.pool import device, model
+from tests.support.planner.pool import device, model
 from transport.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import pytest
 from planner.cost import Assignment, CostModel, Objective, PlacedStage, objective_s
 from planner.exact import solve_exactly
 from planner.problem import whole_pool
-from tests.planner.random_pools import random_pool, random_profile, random_workload
+from tests.support.planner.random_pools import random_pool, random_profile, random_workload
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "auto")
 

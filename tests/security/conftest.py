@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.ring.hostile import LoopbackHosts, loopback_hosts
-from tests.security.capture import Capture, why_not
+from tests.support.security.capture import Capture, why_not
 
 
 @pytest.fixture(scope="package")

@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from devices.pairing.roster import RosterFile
-from tests.security.attackers import (
+from tests.support.security.attackers import (
     CHOSEN,
     RecordingRelay,
     dealer,
@@ -28,8 +28,8 @@ from tests.security.attackers import (
     raw,
     ready,
 )
-from tests.security.endless import CUT_OFF, start_endless
-from tests.security.targets import KINDS, Control, DataEdge, Pieces, Setting, Target, is_served, resident_bytes
+from tests.support.security.endless import CUT_OFF, start_endless
+from tests.support.security.targets import KINDS, Control, DataEdge, Pieces, Setting, Target, is_served, resident_bytes
 from transport.messages.pieces import PieceRequest
 from transport.messages.pieces import encode as encode_request
 from transport.security.curve import KeyPair, new_key_pair

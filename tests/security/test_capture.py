@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from bench.ring.hostile import LoopbackHosts, listening
-from tests.security.capture import Capture, Windows
-from tests.security.targets import wait_until
+from tests.support.security.capture import Capture, Windows
+from tests.support.security.targets import wait_until
 from transport.codec import encode
 from transport.messages.ring import Entry, Fence, SequenceId, Tokens
 

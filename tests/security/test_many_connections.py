@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from bench.ring.hostile import MOST_GROWTH_BYTES, LoopbackHosts, attack
-from tests.security.capture import why_not
+from tests.support.security.capture import why_not
 
 
 def test_service_goes_on_and_memory_does_not_grow(hosts: LoopbackHosts, request: pytest.FixtureRequest) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from shard.stage import ShardBackend
-from tests.shard.ring import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
-from tests.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_model
+from tests.support.shard.stage_runner import Runner, load_stage, random_prompts, relative_error, run_step, tiny_spec
+from tests.support.shard.tiny import MemoryCheckpoint, memory_checkpoint, tiny_model
 from transport.errors import StageFailed
 from transport.messages.ring import Entry, SequenceId
 

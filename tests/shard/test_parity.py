@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shard.formats.families import why_not_fused
-from tests.shard.ring import (
+from tests.support.shard.stage_runner import (
     Prompts,
     Runner,
     load_stages,
@@ -22,7 +22,7 @@ from tests.shard.ring import (
     random_steps,
     relative_error,
 )
-from tests.shard.tiny import (
+from tests.support.shard.tiny import (
     CORE_FAMILIES,
     FAMILIES,
     NUM_LAYERS,

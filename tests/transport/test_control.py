@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,38 +12,15 @@ import msgspec
 import pytest
 import zmq
 
+from tests.support.transport.introductions import ARRIVE, REGISTER, wait_until
 from transport import control
 from transport.control import ControlClient, ControlPeer, ControlServer, Introduction
 from transport.errors import ConfigError
-from transport.messages.control import ControlMessage, Register, StatsRequest, Stop
+from transport.messages.control import ControlMessage, StatsRequest, Stop
 from transport.messages.measure import ProfileProgress
-from transport.messages.pool import MembersChanged, NodeHello
+from transport.messages.pool import MembersChanged
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import Curve, Guard, KeyPair, new_key_pair
-
-WITHIN_S = 60.0
-REGISTER = Register(
-    version=PROTOCOL_VERSION,
-    device="cpu",
-    backend="torch",
-    kind="cpu",
-    host="a host",
-    pid=1,
-    threads=1,
-    free_bytes=1,
-    total_bytes=1,
-    memory_pool="ram",
-    bandwidth_bytes_per_s=1.0,
-    compute_dtype="float32",
-)
-ARRIVE = NodeHello(version=PROTOCOL_VERSION, potluck="1", platform="linux", address="127.0.0.1", pieces="")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not true():
-        assert time.monotonic() < deadline, f"not within {WITHIN_S} s"
-        time.sleep(0.005)
 
 
 class Head:

@@ -9,10 +9,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from transport.errors import PotluckError
 from transport.messages.ring import Sampling
 
+MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
+MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_TOP_LOGPROBS = 16, 1024, 20
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
+EngineState = Literal["starting", "ready", "down"]
 
 
 class Submit(Struct, frozen=True, tag="submit", kw_only=True):
@@ -94,6 +98,12 @@ class RequestFailed(Struct, frozen=True, tag="request_failed", kw_only=True):
     param: str | None = None
 
 
+def request_failed(request: str, error: PotluckError) -> RequestFailed:
+    """The terminal event that reports `error` to a client."""
+    param = getattr(error, "param", None)
+    return RequestFailed(request=request, code=error.code, message=error.message, hint=error.hint, param=param)
+
+
 class EngineReady(Struct, frozen=True, tag="engine_ready", kw_only=True):
     """The ring is warm. Sent to each client that connects, too."""
 
@@ -114,7 +124,7 @@ class Ping(Struct, frozen=True, tag="ping"):
 
 
 class Pong(Struct, frozen=True, tag="pong", kw_only=True):
-    state: Literal["starting", "ready", "down"]
+    state: EngineState
     active_requests: int
     queued_requests: int
     steps_in_flight: int

@@ -1,4 +1,4 @@
-"""The chat handler answers POST /v1/chat/completions, as a whole or as a stream."""
+"""The chat handler answers POST /v1/chat/completions, at once or as a stream."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from potluck.api.errors import ApiError, model_not_found
+from potluck.api.errors import ApiError, json_response, model_not_found
 from potluck.api.json_body import BodyReader
 from potluck.api.openai.chat_request import ChatRequest, decode_chat_request
-from potluck.api.openai.chat_response import DONE, ChunkEncoder, CompletionBuilder, CompletionHeader, error_event
-from potluck.api.streaming import EventStream, wait_for_disconnect
+from potluck.api.openai.chat_response import ChunkEncoder, CompletionBuilder, CompletionHeader
+from potluck.api.streaming import DONE, EventStream, sse_event, wait_for_disconnect
 from transport.errors import RingDown
 from transport.messages.requests import (
     Aborted,
@@ -26,11 +26,13 @@ from transport.messages.requests import (
     ChoiceFinished,
     Delta,
     EngineEvent,
+    EngineState,
     Finished,
     RequestFailed,
     Submit,
 )
 
+# Shorter than the connection's own, so that a slow body gets an answer before it is cut.
 _BODY_TIMEOUT_S = 30.0
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -39,7 +41,7 @@ class ChatEngine(Protocol):
     """What the API needs of `potluck.engine.client.EngineClient`."""
 
     @property
-    def state(self) -> Literal["starting", "ready", "down"]: ...
+    def state(self) -> EngineState: ...
 
     @property
     def reason(self) -> str: ...
@@ -61,7 +63,7 @@ class ChatCompletions:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
                 chat = decode_chat_request(await self._body_reader.read(request))
         except TimeoutError:
-            raise ApiError(408, f"the request's body did not come within {_BODY_TIMEOUT_S:.0f} s") from None
+            raise ApiError(408, f"expected the body within {_BODY_TIMEOUT_S:.0f} s; send it faster, or less") from None
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         if chat.model != self._model:
@@ -98,7 +100,7 @@ async def _full_response(
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        return Response(msgspec.json.encode(answer.result()), media_type="application/json")
+        return json_response(answer.result())
     finally:
         for task in (answer, gone):
             task.cancel()
@@ -118,7 +120,7 @@ async def _encode_chunks(
                 yield (chunks.usage(event) if with_usage else b"") + DONE
             case RequestFailed() | Aborted():
                 # No finish_reason and no [DONE]: a client must not take what it has for the whole answer.
-                yield error_event(_api_error(event).body())
+                yield sse_event(msgspec.json.encode(_api_error(event).body()), b"error")
             case _:
                 pass
 
@@ -130,7 +132,7 @@ def _api_error(event: RequestFailed | Aborted) -> ApiError:
 
 
 async def _collect_completion(completion: CompletionBuilder, events: AsyncGenerator[EngineEvent]) -> dict[str, Any]:
-    """The whole answer. Raises ApiError."""
+    """The complete answer. Raises ApiError."""
     async with aclosing(events):
         async for event in events:
             match event:

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from potluck.api.errors import ApiError
 from potluck.api.json_body import decode_object
-from transport.messages.requests import Submit
+from transport.messages.requests import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Submit
 from transport.messages.ring import Sampling
 
 # Fields that Potluck does not support (yet), with the values that ask for nothing: OpenAI's documented defaults.
@@ -48,7 +48,6 @@ _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 _REFUSED_IN_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
-_REFUSED_IN_PART: dict[str, tuple[Any, ...]] = {}
 
 # OpenAI's newer name for the system's role; templates know only the older one.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -60,14 +59,12 @@ _MAX_INT = 2**31 - 1
 _MAX_NAME_CHARS = 256
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 1024
-_MAX_STOPS = 16
-_MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
-# An answer's parts are made for as many before the engine has said a word.
+# An answer's parts are made for as many before the engine has answered.
 _MAX_CHOICES = 128
 
 
-_Stop = Annotated[str, Meta(max_length=_MAX_STOP_CHARS)]
+_Stop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
 
 
 class TextPart(Struct, frozen=True):
@@ -100,7 +97,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INT)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=_MAX_INT)] | None = None
     n: Annotated[int, Meta(ge=1, le=_MAX_CHOICES)] = 1
-    stop: _Stop | Annotated[list[_Stop], Meta(max_length=_MAX_STOPS)] = []
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=MAX_STOP_STRINGS)] = []
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -114,7 +111,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
         Meta(max_length=_MAX_BIASES),
     ] = {}
     logprobs: bool = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
 
     @property
@@ -175,19 +172,17 @@ def _cleaned_message(message: Any, path: str) -> Any:
         return message
     cleaned = _check_fields(message, ChatMessage, _REFUSED_IN_MESSAGE, path)
     if isinstance(parts := cleaned.get("content"), list):
-        for index, part in enumerate(parts):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise ApiError(
-                    400, f"content of type {kind!r} is not supported; send text", param=f"{path}content[{index}].type"
-                )
-        cleaned["content"] = [
-            _check_fields(part, TextPart, _REFUSED_IN_PART, f"{path}content[{index}].")
-            if isinstance(part, dict)
-            else part
-            for index, part in enumerate(parts)
-        ]
+        cleaned["content"] = [_cleaned_part(part, f"{path}content[{index}].") for index, part in enumerate(parts)]
     return cleaned
+
+
+def _cleaned_part(part: Any, path: str) -> Any:
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if isinstance(kind, str) and kind != "text":
+        raise ApiError(400, f"content of type {kind!r} is not supported; send text", param=f"{path}type")
+    return _check_fields(part, TextPart, {}, path)
 
 
 def _check_fields(

@@ -1,4 +1,4 @@
-"""Chat responses turn engine events into OpenAI's bodies: one whole completion, or chunks in bytes."""
+"""Chat responses turn engine events into OpenAI's bodies: one complete answer, or chunks in bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompletionHeader:
 
 
 class CompletionBuilder:
-    """One request's answer under way, to be sent as a whole."""
+    """One request's answer under way, to be sent at once."""
 
     def __init__(self, head: CompletionHeader, *, num_choices: int, wants_logprobs: bool) -> None:
         self._head = head
@@ -80,7 +80,6 @@ def _token_body(token: str, token_bytes: bytes, logprob: float) -> dict[str, Any
     return {"token": token, "logprob": logprob, "bytes": list(token_bytes)}
 
 
-DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -118,7 +117,3 @@ class ChunkEncoder:
     def _chunk(self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._opening + _encode([choice]) + self._closing
-
-
-def error_event(body: dict[str, Any]) -> bytes:
-    return b"event: error\ndata: " + _encode(body) + b"\n\n"

@@ -16,8 +16,8 @@ from potluck.cli.service.manager import ServiceManager, ServiceOutcome, make_job
 from potluck.cli.service.systemd import Systemd
 from potluck.cli.service.task_scheduler import TaskScheduler
 from potluck.cli.terminal import show_line, stderr, stdout
-from potluck.store import Store
 from potluck.store.sources import parse_source
+from potluck.store.store import Store
 from potluck.system.paths import known_pools_file
 from transport.errors import ConfigError, ModelNotFound
 

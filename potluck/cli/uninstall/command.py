@@ -19,7 +19,8 @@ from potluck.cli.terminal import format_bytes, show_line, show_table, stderr, st
 from potluck.cli.uninstall.inventory import Inventory, Locations, Removed, remove, remove_if_empty, take_inventory
 from potluck.cli.uninstall.rules import DOWNLOADS, HUB_PARTS, MODELS, PIECES, RUNTIME, SERVICE
 from potluck.host.local_head import HeadFile
-from potluck.store import Store, StoredModel
+from potluck.store.manifest import StoredModel
+from potluck.store.store import Store
 from potluck.system.paths import config_file, home_dir, known_pools_file, runtime_path
 from transport.errors import ConfigError, PotluckError
 

@@ -18,8 +18,7 @@ from potluck.head.ring import RingStage
 from potluck.host.local_host import ThisHost
 from potluck.host.piece_cache import RemoteModelRecord, read_remote_record, write_remote_record
 from potluck.host.piece_server import HostPieceServer
-from potluck.store import StoredModel
-from potluck.store.manifest import StoredFile
+from potluck.store.manifest import StoredFile, StoredModel
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.pieces.metadata import read_complete_list, read_list
 from shard.pieces.model_fetch import ModelFetcher, PieceFolders

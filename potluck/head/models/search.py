@@ -9,8 +9,8 @@ from msgspec import Struct
 from rich.markup import escape
 
 from potluck.head.hosts import PoolHost, PoolHosts
-from potluck.store import StoredModel
-from potluck.store.progress import ProgressCallback as PullCallback
+from potluck.store.manifest import StoredModel
+from potluck.store.sources import ProgressCallback as PullCallback
 from potluck.store.sources import check_name, looks_like_path, parse_source
 from transport.errors import ModelNotFound, PotluckError
 from transport.messages.pool import FindFile, HostFile, HostModel, HostModels, ListHostModels

@@ -16,7 +16,7 @@ from potluck.head.progress import HeadProgress
 from potluck.head.ring import RingStage
 from potluck.host.local_host import ThisHost
 from potluck.host.piece_server import HostPieceServer, share_stored_model
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from shard.pieces.metadata import SharedFolders
 from shard.pieces.piece_list import stage_pieces
 from transport.messages.pool import PiecePeer, SharedModel

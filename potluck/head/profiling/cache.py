@@ -17,7 +17,7 @@ import msgspec
 
 from devices.hardware.measure import is_noisy, should_remeasure
 from potluck.head.profiling.calibration import LearnedFactor
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from shard.worker.profile.report import ProfileReport, decode_report
 from transport.errors import BadMessage
 from transport.links.link_probe import LinkMeasurement

@@ -36,7 +36,7 @@ from potluck.head.profiling.probes import (
     measure_links,
 )
 from potluck.host.local_host import ThisHost, isolated_host
-from potluck.store import StoredModel
+from potluck.store.manifest import StoredModel
 from potluck.system.paths import profiles_dir
 from shard.worker.profile.report import GridReport, ProfileReport
 from transport.errors import ConfigError, PotluckError

@@ -17,7 +17,7 @@ BUDGET_S = 5.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSettings:
     """`budget_s` is the time for measuring, after loading; `memory_bytes` what weights may take (None: no bound),
-    `weights` how they are held. `dummy_weights`: with made-up weights, of a model whose own need not be on this host."""
+    `weights` how they are held. `dummy_weights`: random ones, of a model whose own need not be on this host."""
 
     backend: Backend
     device: str

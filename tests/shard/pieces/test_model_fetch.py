@@ -14,9 +14,9 @@ from shard.pieces.metadata import is_metadata_folder
 from shard.pieces.model_fetch import ModelFetcher, PieceFolders
 from shard.pieces.open import open_checkpoint
 from shard.pieces.piece_list import encode_piece_list, list_digest
-from tests.shard.pieces.given import stored
-from tests.shard.tiny import save_tiny
-from tests.transport.pieces.pool import Pool
+from tests.support.shard.model_pieces import stored
+from tests.support.shard.tiny import save_tiny
+from tests.support.transport.pieces_pool import Pool
 from transport.links.secure_endpoints import SecureEndpoints
 from transport.messages.pool import SharedModel
 from transport.pieces.piece_source import StoreSource

@@ -14,23 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from shard.formats.gguf.ingest import ingest_gguf
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
 from shard.pieces.cut_files import make_piece_list
 from shard.pieces.piece_list import decode_piece_list, encode_piece_list
-from tests.shard.pieces.given import contents
-from tests.shard.tiny import save_tiny
-from tests.shard.tiny_gguf import write_gguf
+from tests.support.shard.model_pieces import contents, ingested
+from tests.support.shard.tiny import save_tiny
+from tests.support.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint, BadMessage
 from transport.messages.pieces import LIST_VERSION, MAX_LIST_BYTES, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
-
-
-def ingested(file: Path, folder: Path) -> Path:
-    folder.mkdir()
-    ingest_gguf(file, folder, recorded_as=str(file))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from shard.pieces.cut_files import make_piece_list
 from shard.pieces.metadata import write_metadata_from_store
 from shard.pieces.open import open_checkpoint
 from shard.pieces.piece_list import metadata_pieces, stage_pieces
-from tests.shard import tiny
-from tests.shard.pieces.given import noted_reads, stored
-from tests.shard.ring import Runner, load_stage, tiny_spec
-from tests.shard.test_awq_gptq import AWQ, GPTQ, awq, gptq, rounded
-from tests.shard.tiny_gguf import write_gguf
+from tests.support.shard import tiny
+from tests.support.shard.model_pieces import noted_reads, stored
+from tests.support.shard.packed_folders import AWQ, GPTQ, awq, gptq, rounded
+from tests.support.shard.stage_runner import Runner, load_stage, tiny_spec
+from tests.support.shard.tiny_gguf import write_gguf
 from transport.errors import BadCheckpoint
 
 CUTS = ((0, 4), (0, 1), (1, 3), (3, 4))
@@ -100,7 +100,7 @@ def test_of_packed_weights(method: str, runner: Runner, tmp_path: Path) -> None:
 
 def test_of_packed_mlx_weights(tmp_path: Path) -> None:
     pytest.importorskip("mlx.core")
-    from tests.shard.test_mlx_checkpoint import written_by_mlx_lm
+    from tests.support.shard.mlx_folders import written_by_mlx_lm
 
     tiny.save_tiny("qwen3_moe", 0, tmp_path / "original")
     written_by_mlx_lm("qwen3_moe", tmp_path / "original", tmp_path / "mlx")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.transport.pieces.pool import Host, Model, Pool, digest_of
+from tests.support.transport.pieces_pool import Host, Model, Pool, digest_of
 from transport.errors import DownloadFailed, NoSpace
 from transport.messages.pieces import MAX_PIECE_BYTES, PART_BYTES, Piece
 from transport.messages.pool import PieceHint, PiecePeer
@@ -175,7 +175,7 @@ def start_child(stack: ExitStack, role: str, host: Host, **told: Any) -> Any:
     """With the host's keys and store."""
     told |= {"public": host.keys.public, "secret": host.keys.secret, "folder": str(host.store.root)}
     child = subprocess.Popen(
-        [sys.executable, "-m", "tests.transport.pieces.pieces_child", role, json.dumps(told)],
+        [sys.executable, "-m", "tests.support.transport.pieces_child", role, json.dumps(told)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.transport.pieces.pool import Model, Pool
+from tests.support.transport.pieces_pool import Model, Pool
 from transport.messages.pieces import has_piece
 from transport.pieces.piece_source import FolderSource, StoreSource
 from transport.pieces.store import PieceStore

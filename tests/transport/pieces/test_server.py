@@ -13,7 +13,7 @@ import psutil
 import pytest
 import zmq
 
-from tests.transport.pieces.pool import Host, Model, Pool
+from tests.support.transport.pieces_pool import Host, Model, Pool
 from transport.errors import DeadlineExceeded, NotAllowed
 from transport.links.zmq_link import set_bulk_options
 from transport.messages.pieces import (
