@@ -22,7 +22,7 @@ from transport.security.curve import Curve
 from transport.timeouts import PEER_SILENT_S
 
 HAVE_INTERVAL_S = 0.5
-"""How often a peer that a hint leads to is asked what it has by now."""
+"""How often a peer that a hint leads to is requested what it has by now."""
 
 SLOW_AFTER_S = 2.0
 SLOW_LEFT_S = 3.0
@@ -35,12 +35,12 @@ _MAX_RETRY_S = 5.0
 
 @dataclass(slots=True)
 class _Active:
-    """A piece that is being asked for, up to `asked`, and has come up to `received`. `is_its_own`: all of it is from
+    """A piece that is being requested for, up to `requested`, and has come up to `received`. `is_its_own`: all of it is from
     this peer, by this connection."""
 
     piece: Piece
     partial: PartialPiece
-    asked: int
+    requested: int
     received: int
     is_its_own: bool
     had_bytes: int
@@ -182,7 +182,7 @@ class FetchPeer:
         return not bytes_per_s or _MIN_SPEEDUP * left_bytes / bytes_per_s < active.left_s(now_s)
 
     def release_piece(self, digest: str) -> None:
-        """Somebody else gets on with this piece. What was asked of it comes, and is thrown away."""
+        """Somebody else gets on with this piece. What was requested of it comes, and is thrown away."""
         self._shared.plan.mark_slow(self.peer.key, digest)
         self._drop(self._active[digest])
 
@@ -239,16 +239,16 @@ class FetchPeer:
             active = self._requesting or self._begin(now_s, usable)
             if active is None:
                 return
-            count = min(self._window.part_bytes, active.piece.num_bytes - active.asked)
+            count = min(self._window.part_bytes, active.piece.num_bytes - active.requested)
             token = next(self._tokens)
-            if not connection.send(PieceRequest(token, active.piece.digest, active.asked, count)):
+            if not connection.send(PieceRequest(token, active.piece.digest, active.requested, count)):
                 return
             if not self._outstanding:
                 self._last_reply_s = now_s
-            self._outstanding[token] = _Outstanding(active, active.asked, count)
+            self._outstanding[token] = _Outstanding(active, active.requested, count)
             self._outstanding_bytes += count
-            active.asked += count
-            self._requesting = active if active.asked < active.piece.num_bytes else None
+            active.requested += count
+            self._requesting = active if active.requested < active.piece.num_bytes else None
         self._window.note_full()
 
     def _begin(self, now_s: float, usable: Collection[str]) -> _Active | None:
@@ -271,7 +271,7 @@ class FetchPeer:
             active = _Active(
                 piece,
                 partial,
-                asked=had_bytes,
+                requested=had_bytes,
                 received=had_bytes,
                 is_its_own=not had_bytes,
                 had_bytes=had_bytes,
@@ -305,17 +305,17 @@ class FetchPeer:
             case PiecePart(token=token, digest=digest, offset=offset):
                 outstanding = self._take_outstanding(token, now_s)
                 if digest != outstanding.active.piece.digest or offset != outstanding.offset:
-                    raise BadMessage("it sent another part than was asked for")
+                    raise BadMessage("it sent another part than was requested for")
                 if len(received.buffer) != outstanding.num_bytes:
                     raise BadMessage(
-                        f"it sent {len(received.buffer)} bytes where {outstanding.num_bytes} were asked for"
+                        f"it sent {len(received.buffer)} bytes where {outstanding.num_bytes} were requested for"
                     )
                 self._write(outstanding.active, received.buffer, now_s)
 
     def _take_outstanding(self, token: int, now_s: float) -> _Outstanding:
         outstanding = self._outstanding.pop(token, None)
         if outstanding is None:
-            raise BadMessage("it sent what was not asked for")
+            raise BadMessage("it sent what was not requested for")
         self._outstanding_bytes -= outstanding.num_bytes
         if not self._outstanding:
             self._idle_since_s = now_s
@@ -345,7 +345,7 @@ class FetchPeer:
         shared.plan.note_useful(self.peer.key, num_bytes, now_s)
 
     def _end(self, active: _Active) -> None:
-        """Nothing more is asked for, or written."""
+        """Nothing more is requested for, or written."""
         active.is_over = True
         del self._active[active.piece.digest]
 

@@ -40,6 +40,13 @@ from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 
 @pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path / "roster.json")
+    yield made
+    made.door.close()
+
+
+@pytest.fixture
 def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 2.0)
     made = House(tmp_path / "roster.json")
