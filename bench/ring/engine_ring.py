@@ -16,10 +16,10 @@ import msgspec
 import zmq
 
 from planner.plan import Plan
-from potluck.head.models.source import LocalModel, PublishedModel
+from potluck.head.models.source import LocalModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
-from potluck.head.profiling.measure import pool_times_for
+from potluck.head.profiling.measure import MeasureOptions, pool_times_for
 from potluck.head.ring import Ring
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import ThisHost, isolated_host
@@ -79,16 +79,14 @@ class BenchPool:
             self.here,
             run_dir=self.run_dir,
             say=lambda line: None,
-            in_turn=in_turn,
+            options=MeasureOptions(in_turn=in_turn),
             shared=self.share(model).share_for_worker,
         )
         return plan_for(model, times, settings)
 
-    def share(self, model: StoredModel) -> LocalModel | PublishedModel:
-        """Of the model with the other hosts. Raises PotluckError."""
-        if self.piece_server is None:
-            return LocalModel(model)
-        share = PublishedModel(model, self.here, self.piece_server, self.pool)
+    def share(self, model: StoredModel) -> LocalModel:
+        """Share the model with the other hosts. Raises PotluckError."""
+        share = LocalModel(model, self.here, self.pool, self.piece_server)
         share.prepare(lambda line: None, for_others=True)
         return share
 

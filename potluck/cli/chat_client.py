@@ -6,19 +6,15 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-import msgspec
 
-from potluck.api.api_key import auth_headers, control_headers
-from potluck.host.local_head import LocalHead
+from potluck.api.api_key import auth_headers
 from transport.errors import DeadlineExceeded, NotRunning, PotluckError, RingDown, error_from_code
 
 # Between two events of a stream: a long prompt on slow devices may take minutes, and keepalives come meanwhile.
 _STREAM_TIMEOUT_S = 600.0
-_CALL_TIMEOUT_S = 10.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +26,6 @@ class ChatAnswer:
     finish_reason: str
     ttft_s: float
     tokens_per_s: float
-
-
-def call_head(head: LocalHead, method: str, path: str, answer: type[T]) -> T:
-    """What this user's head answers to a command. Raises what it says, and NotRunning if it says nothing."""
-    try:
-        response = httpx.request(
-            method,
-            f"{head.url}{path}",
-            json={} if method == "POST" else None,
-            headers=control_headers(head),
-            timeout=_CALL_TIMEOUT_S,
-            trust_env=False,
-        )
-        if response.status_code != 200:
-            raise _error(json.loads(response.content))
-        return msgspec.json.decode(response.content, type=answer)
-    except (httpx.HTTPError, json.JSONDecodeError, msgspec.DecodeError) as error:
-        raise NotRunning(
-            f"the head (process {head.pid}) does not answer at {head.url}: {error}", hint="is it still starting?"
-        ) from error
 
 
 def stream_chat(

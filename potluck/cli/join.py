@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,9 +34,8 @@ from potluck.host.find_head import locate_head, pool_to_join
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_head import LocalHead, running_head
 from potluck.host.local_host import keys_file
-from potluck.host.member import JoinOptions, run_member, worker_end_reason
-from potluck.host.node import Node
-from potluck.host.worker_log import WorkerEventLog
+from potluck.host.member import JoinOptions, run_member
+from potluck.host.node import Node, relay_worker_log
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.errors import AlreadyRunning, ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
@@ -107,7 +107,7 @@ def _local_head() -> LocalHead | None:
 
 def _join_remote_head(address_or_invite: str | None, code: str | None, settings: Settings, prefix: str | None) -> None:
     """Until the user ends it, or the head for good; while the head is away, wait for it."""
-    pool = pool_to_join(address_or_invite, code, settings, say=_say)
+    pool = pool_to_join(address_or_invite, code, settings, say=_say, prompt=_prompt)
     options = JoinOptions(settings=settings, prefix=prefix)
     if address_or_invite is None and code is None:
         _say(f"Joining the pool of {escape(pool.name)}")
@@ -149,13 +149,11 @@ def _join_local_head(head: LocalHead, settings: Settings, prefix: str | None) ->
             "this host has the name and the address that its head gave it",
             hint="leave out --host-name and --lan-host, or say which other head with --head HOST:PORT",
         )
-    lost: list[PotluckError] = []
     run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=runtime_dir()))
     node = Node(
         control=head.control,
         logs=logs_dir(),
         run_dir=run_dir,
-        on_exit=lambda pid, error: lost.append(error),
         address=head.address,
         keys_file=keys_file(exposed=head.address is not None),
     )
@@ -164,15 +162,17 @@ def _join_local_head(head: LocalHead, settings: Settings, prefix: str | None) ->
         node.start(devices)
         for device in devices:
             _say(f"Joined {head.url} with {escape(device.name)} ({format_bytes(device.free_bytes)} free)")
-        worker_log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
-        while not node.all_exited():
-            time.sleep(0.2)
-            for line in worker_log.read_new():
-                _say(line)
-        raise NotRunning("the head let go of this host's devices", hint=worker_end_reason(node, lost))
+        raise NotRunning("the head let go of this host's devices", hint=relay_worker_log(node, say=_say))
     finally:
         node.stop()
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _prompt(question: str) -> str | None:
+    try:
+        return input(question) if sys.stdin.isatty() else None
+    except EOFError:
+        return None
 
 
 def _say(line: str) -> None:

@@ -161,7 +161,7 @@ def _find_model(store: Store, name: str) -> StoredModel:
         if remote is None:
             raise
     raise ModelNotFound(
-        f"{name} is not in this host's store: it lies on {remote.lender}",
+        f"{name} is not in this host's store: it lies on {remote.peer}",
         hint="potluck cache shows what is kept of it here, and potluck cache clear removes that",
     )
 

@@ -36,7 +36,7 @@ from potluck.cli.plan_inputs import add_hypothetical, load_pool, parse_hypotheti
 from potluck.cli.session import stored_model
 from potluck.cli.terminal import format_bytes, show_line, show_table, stderr, stdout
 from potluck.head.planning import choose_weights, estimate_times, kv_of, plan_with, profile_of, workload_of
-from potluck.head.profiling.measure import local_times_for
+from potluck.head.profiling.measure import MeasureOptions, local_times_for
 from potluck.host.local_devices import find_local_devices
 from potluck.system.settings import Settings
 from transport.errors import ConfigError
@@ -141,8 +141,7 @@ def _measure_local_devices(
             devices,
             say=_say,
             measuring=lambda device, what: status.update(f"Measuring {device}: {what}"),
-            weights=weights,
-            fresh=settings.fresh,
+            options=MeasureOptions(weights=weights, fresh=settings.fresh),
         )
     return profile, times, left_out
 

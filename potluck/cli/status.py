@@ -8,17 +8,15 @@ from collections.abc import Iterator
 import msgspec
 from rich.markup import escape
 
-from potluck.cli.chat_client import call_head
 from potluck.cli.options import JsonOption
 from potluck.cli.terminal import format_bytes, show_line, show_stages, stdout
+from potluck.head.client import get_from_head, post_to_head
 from potluck.head.status import BetterPlanReport, EngineReport, StatusReport
-from potluck.host.local_head import running_head
 
 
 def status(json_output: JsonOption = False) -> None:
     """Show the running head: its model, stages, memory, and times."""
-    head = running_head()
-    report = call_head(head, "GET", "/potluck/status", StatusReport)
+    report = get_from_head("/potluck/status", StatusReport)
     if json_output:
         stdout.file.write(json.dumps(msgspec.to_builtins(report)) + "\n")
         return
@@ -102,8 +100,7 @@ class ReplanReply(msgspec.Struct, frozen=True):
 
 def replan(json_output: JsonOption = False) -> None:
     """Apply the better plan, if there is one, as soon as nobody waits for an answer."""
-    head = running_head()
-    answer = call_head(head, "POST", "/potluck/replan", ReplanReply)
+    answer = post_to_head("/potluck/replan", {}, ReplanReply)
     if json_output:
         stdout.file.write(json.dumps(msgspec.to_builtins(answer)) + "\n")
     elif answer.better_plan is None:

@@ -1,4 +1,4 @@
-"""A client for commands: it asks the running head of this host, over its endpoint."""
+"""A client for commands: it sends a request to the running head of this host, over its endpoint."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class _ErrorBody(msgspec.Struct, frozen=True):
 
 
 def get_from_head(path: str, reply_type: type[Answer], *, timeout_s: float = _TIMEOUT_S) -> Answer:
-    """What the head says at `path`. Raises NotRunning, and the error that the head answers with."""
+    """The head's answer to GET `path`. Raises NotRunning, and the error that the head answers with."""
     return _request("GET", path, None, reply_type, timeout_s)
 
 
 def post_to_head(path: str, body: dict[str, Any], reply_type: type[Answer], *, timeout_s: float = _TIMEOUT_S) -> Answer:
-    """What the head answers to `body`. Raises NotRunning, and the error that the head answers with."""
+    """The head's answer to POST `body`. Raises NotRunning, and the error that the head answers with."""
     return _request("POST", path, body, reply_type, timeout_s)
 
 

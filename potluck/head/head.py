@@ -175,7 +175,7 @@ class Head:
 
     def hosts(self) -> list[PoolHost]:
         """The other hosts that are connected, but for those that only visit (`potluck doctor`). Thread-safe."""
-        return [host for host in self._pool.hosts.connected() if host.hello.pieces]
+        return self._pool.hosts.with_pieces()
 
     def pending_candidates(self) -> tuple[Candidate, ...]:
         """The hosts that wait to be let in. Thread-safe."""

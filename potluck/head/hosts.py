@@ -27,15 +27,9 @@ from transport.messages.pool import (
     NodeAccepted,
     NodeHello,
     OfferProgress,
-    PiecePeer,
     ProbeConnection,
     ProbeResult,
 )
-
-
-def piece_peers(hosts: PoolHosts) -> list[PiecePeer]:
-    """The other hosts that give pieces, by name."""
-    return [PiecePeer(host.name, host.hello.pieces, host.key) for host in hosts.connected() if host.hello.pieces]
 
 
 class HasPeer(Protocol):
@@ -58,10 +52,10 @@ class _PendingCall(Generic[Callee, RpcReply, RpcProgress]):
 
 
 class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
-    """The open ones. Thread-safe.
+    """Calls that wait for a reply. Thread-safe.
 
-    `send` puts a message on its way; `answers` and `news` are the messages that end a question, and that only say what
-    is going on; `why_gone` says why nobody will answer, once whoever is asked is not there any more.
+    `send` queues a message; `reply_types` are the messages that end a call, `progress_types` those that report progress
+    of it; `lost_error` says why no reply will come, once the callee is gone.
     """
 
     def __init__(
@@ -85,20 +79,23 @@ class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
         requests: Sequence[tuple[Callee, RpcRequest]],
         *,
         silence_s: float,
-        on_progress: Callable[[Callee, RpcProgress], None] = lambda who, news: None,
+        on_progress: Callable[[Callee, RpcProgress], None] = lambda callee, progress: None,
     ) -> list[RpcReply | PotluckError]:
-        """Ask all at once, and wait for the answers, in order; an error in place of one that did not come.
+        """Send all requests at once, and wait for the replies, in order; an error in place of one that did not come.
 
-        `on_progress` is called with what is said meanwhile; who says nothing for `silence_s` is given up.
+        `on_progress` is called with the progress reported meanwhile; a callee that is silent for `silence_s` is given
+        up.
         """
         now_s = time.monotonic()
-        pending = {next(self._tokens): _PendingCall[Callee, RpcReply, RpcProgress](who, now_s) for who, _ in requests}
+        pending = {
+            next(self._tokens): _PendingCall[Callee, RpcReply, RpcProgress](callee, now_s) for callee, _ in requests
+        }
         with self._changed:
             self._pending.update(pending)
         try:
-            for token, (who, question) in zip(pending, requests, strict=True):
-                message: Any = msgspec.structs.replace(question, token=token)
-                self._send(who.peer, message)
+            for token, (callee, request) in zip(pending, requests, strict=True):
+                message: Any = msgspec.structs.replace(request, token=token)
+                self._send(callee.peer, message)
             return self._wait(list(pending.values()), silence_s, on_progress)
         finally:
             with self._changed:
@@ -106,7 +103,7 @@ class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
                     del self._pending[token]
 
     def on_message(self, peer: ControlPeer, message: ControlMessage) -> None:
-        """Take what `peer` says; what it was not asked, or nobody waits for any more, is ignored."""
+        """Take a message of `peer`; one that no pending call of that peer waits for is ignored."""
         with self._changed:
             call = self._pending.get(getattr(message, "token", 0))
             if call is None or call.callee.peer.identity != peer.identity:
@@ -130,7 +127,7 @@ class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
             with self._changed:
                 for one in pending:
                     self._check_silence(one, silence_s)
-                progress = [(one.callee, news) for one in pending for news in one.progress]
+                progress = [(one.callee, message) for one in pending for message in one.progress]
                 for one in pending:
                     one.progress.clear()
                 replies = [one.reply for one in pending if one.reply is not None]
@@ -138,8 +135,8 @@ class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
                     return replies
                 if not progress:
                     self._changed.wait(0.2)
-            for who, news in progress:
-                on_progress(who, news)
+            for callee, message in progress:
+                on_progress(callee, message)
 
     def _check_silence(self, one: _PendingCall[Callee, RpcReply, RpcProgress], silence_s: float) -> None:
         if one.reply is not None:
@@ -155,7 +152,7 @@ _PROBE_TIMEOUT_S = 5.0
 
 
 class HostRoster(Protocol):
-    """Who may be in the pool, by public key; a name is a host's alone."""
+    """Who may be in the pool, by public key; a name belongs to one host."""
 
     def admits(self, key: str) -> bool: ...
 
@@ -170,7 +167,7 @@ class HostRoster(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolHost:
-    """Another host that has arrived, at `connected_s` since 1970. Its workers register by themselves."""
+    """Another host that has connected, at `connected_s` since 1970. Its workers register by themselves."""
 
     peer: ControlPeer
     name: str
@@ -183,7 +180,7 @@ class PoolHost:
 
 
 class PoolHosts:
-    """Those that have arrived. Thread-safe; `send` puts a message on its way."""
+    """Those that have connected. Thread-safe; `send` queues a message."""
 
     def __init__(
         self,
@@ -194,8 +191,8 @@ class PoolHosts:
         pieces: Callable[[], str],
         send: Callable[[ControlPeer, ControlMessage], None],
     ) -> None:
-        """Only hosts of the `roster` are let in; `pool` is the id that they are told, `pieces` where the head's own
-        host, which has the key `own_key`, gives them pieces of models."""
+        """Only hosts of the `roster` are accepted; `pool` is the id that they get, `pieces` the piece server of the
+        head's own host, which has the key `own_key`."""
         self._own_key = own_key
         self._roster = roster
         self._pool = pool
@@ -215,8 +212,12 @@ class PoolHosts:
             found = [replace(host, name=self._current_name(host)) for host in self._hosts.values()]
         return sorted(found, key=lambda host: host.name)
 
+    def with_pieces(self) -> list[PoolHost]:
+        """Those that are connected and serve pieces; `potluck doctor` on another host does not."""
+        return [host for host in self.connected() if host.hello.pieces]
+
     def member_names(self) -> list[str]:
-        """Names of all that may come, whether or not they are there; in order."""
+        """Names of all that may connect, whether or not they have; in order."""
         keys = self._roster.keys() if self._roster is not None else ()
         return sorted(name for key in keys if self._roster and (name := self._roster.name_of(key)) is not None)
 
@@ -238,7 +239,7 @@ class PoolHosts:
             self.send_members()
 
     def send_members(self, *, force: bool = False) -> None:
-        """Tell the hosts who may take pieces of models from them, if that has changed (or `anew`)."""
+        """Send the hosts who may get pieces of models from them, if that has changed (or `force`)."""
         if self._roster is None:
             return
         members = (self._own_key, *self._roster.keys())
@@ -248,7 +249,7 @@ class PoolHosts:
                 self._send(host.peer, MembersChanged(members))
 
     def _current_name(self, host: PoolHost) -> str:
-        """It may have been renamed since it arrived."""
+        """It may have been renamed since it connected."""
         return (self._roster.name_of(host.key) if self._roster is not None else None) or host.name
 
     def _lost_error(self, host: PoolHost) -> PotluckError | None:
@@ -280,13 +281,13 @@ class PoolHosts:
         threading.Thread(target=self._probe_connection, args=(peer, address, port), name="reach", daemon=True).start()
 
     def _probe_connection(self, peer: ControlPeer, address: str, port: int) -> None:
-        """Try to connect to a host that asked for it, at the address that it says is its own."""
+        """Try to connect to a host at its request, at the address that it claims."""
         problem = ""
         try:
             if not is_host_endpoint(tcp_endpoint(address, port)):
                 raise OSError(f"{address[:80]!r} is no address")
             if not _may_belong_to_peer(address, peer.address):
-                raise OSError(f"this host comes from {peer.address}, and says that it is at {address}")
+                raise OSError(f"this host connects from {peer.address}, and claims the address {address}")
             socket.create_connection((address, port), _PROBE_TIMEOUT_S).close()
         except OSError as error:
             problem = error.strerror or str(error) or "no answer in time"
@@ -296,7 +297,7 @@ class PoolHosts:
 
 
 def _may_belong_to_peer(address: str, comes_from: str) -> bool:
-    """Else a device could look by the head's eyes at what only that reaches: its own loopback, or behind its VPN."""
+    """Else a device could probe through the head what only the head reaches: its loopback, or behind its VPN."""
     if address == comes_from:
         return True
     if ipaddress.ip_address(address).is_loopback:

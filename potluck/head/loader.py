@@ -13,12 +13,11 @@ from rich.markup import escape
 from devices.hardware.device import UnavailableDevice
 from planner.measurements import PoolTimes
 from potluck.head.endpoint import HttpEndpoint
-from potluck.head.models.remote import RemoteModel
-from potluck.head.models.source import ModelSource
+from potluck.head.models.source import ModelSource, RemoteModel
 from potluck.head.plan_watch import PlanWatch
 from potluck.head.planning import choose_weights, device_of, estimate_times, plan_for, profile_of
 from potluck.head.pool import Pool, PoolWorker
-from potluck.head.profiling.measure import pool_times_for, save_deviation
+from potluck.head.profiling.measure import MeasureOptions, pool_times_for, save_deviation
 from potluck.head.progress import HeadProgress
 from potluck.head.ring import Ring
 from potluck.host.local_host import ThisHost
@@ -188,9 +187,9 @@ class RingLoader:
             run_dir=self._run_dir,
             say=self._progress.say,
             measuring=self._progress.measuring,
-            weights=self._weights,
-            fresh=self._settings.fresh,
-            in_turn=self._settings.measure_in_turn,
+            options=MeasureOptions(
+                weights=self._weights, fresh=self._settings.fresh, in_turn=self._settings.measure_in_turn
+            ),
             shared=self._source.share_for_worker,
         )
         order = {worker.register.device: index for index, worker in enumerate(workers)}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from devices.hardware.interfaces import lan_addresses
 from devices.pairing.pake import Code, Invite
 from devices.pairing.roster import RosterFile
 from devices.pairing.server import PairingServer, PoolInfo
@@ -26,8 +27,8 @@ PIECES_PORT = PAIRING_PORT + 2
 
 
 class Network:
-    """Of a head whose host has an address. `here` is that host as the pool calls it. `control` is the endpoint to bind
-    for other hosts; `open` once it is."""
+    """Of a head whose host has an address. `here` is that host as the pool calls it. Bind `control_endpoint` for other
+    hosts, then `open`."""
 
     def __init__(self, here: ThisHost, settings: Settings, *, say: Say) -> None:
         assert here.address is not None and here.keys is not None
@@ -36,7 +37,7 @@ class Network:
         # At all addresses, so that the head is still there when its own one changes.
         self.bind_address = here.address if settings.lan_host is not None else "*"
         self.roster = RosterFile(roster_file(), name=here.name)
-        # What its owner has called it counts, unless the settings say otherwise.
+        # The owner's name for this host holds, unless the settings have another.
         self.here = here if settings.host_name is not None else replace(here, name=self.roster.read().name)
         self.approvals = Approvals(say, allow_all=settings.approve_all)
         self._pairing_server: PairingServer | None = None
@@ -44,7 +45,6 @@ class Network:
 
     @property
     def pool_id(self) -> str:
-        """Its id."""
         return self.roster.read().pool
 
     @property
@@ -57,15 +57,15 @@ class Network:
 
     @property
     def pairing_address(self) -> str | None:
-        """ "ADDRESS:PORT" where other hosts knock."""
+        """ "ADDRESS:PORT" of the pairing server."""
         return f"{self.here.address}:{self._pairing_server.port}" if self._pairing_server is not None else None
 
     def open(self, control_port: int) -> None:
-        """Let others knock. Raises PortInUse, ConfigError."""
+        """Start the pairing server and advertise it. Raises PortInUse, ConfigError."""
         keys, address = self.here.keys, self.here.address
         assert keys is not None and address is not None
 
-        def facts() -> PoolInfo:
+        def pool_info() -> PoolInfo:
             return PoolInfo(
                 pool=self.pool_id,
                 name=self.here.name,
@@ -78,7 +78,7 @@ class Network:
         self._pairing_server = PairingServer(
             "0.0.0.0" if self.bind_address == "*" else self.bind_address,
             self._settings.lan_port,
-            pool_info=facts,
+            pool_info=pool_info,
             roster=self.roster,
             keys=keys,
             approve=self.approvals.wait_for_decision,
@@ -87,13 +87,12 @@ class Network:
         if self._settings.discovery and not is_loopback(address):
             from devices.discovery.mdns import Advertiser  # Here, since zeroconf takes a while to import.
 
-            if self._settings.lan_host is not None:
-                self._advertiser = Advertiser(self._pairing_server.port, self.pool_id, addresses=lambda: (address,))
-            else:
-                self._advertiser = Advertiser(self._pairing_server.port, self.pool_id)
+            addresses = lan_addresses if self._settings.lan_host is None else lambda: (address,)
+
+            self._advertiser = Advertiser(self._pairing_server.port, self.pool_id, addresses=addresses)
 
     def invite(self) -> tuple[Invite, Code]:
-        """Fresh ones; those before are void."""
+        """Fresh ones; the earlier ones are void."""
         assert self._pairing_server is not None and self.here.address is not None
         return self._pairing_server.new_invite(self.here.address), self._pairing_server.new_code()
 
@@ -108,6 +107,6 @@ class Network:
             self._pairing_server.close()
 
     def _endpoint(self, port: int) -> str:
-        """At its usual port if that is free, and if the door was not moved from its own."""
+        """At its usual port if that is free, and the pairing server has its own usual one."""
         usual = self._settings.lan_port in (None, PAIRING_PORT)
         return tcp_endpoint(self.bind_address, port_or_zero(self.bind_address, port) if usual else 0)

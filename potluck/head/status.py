@@ -10,7 +10,6 @@ from msgspec import Struct
 
 from devices.pairing.identity import fingerprint
 from devices.pairing.roster import clean_text
-from potluck.head.profiling.calibration import Deviation
 from potluck.system.paths import logs_dir
 from transport.messages.requests import Pong
 from transport.messages.ring import KVForm, WeightsForm
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from planner.plan import Plan, StagePlan
     from potluck.head.head import Head
     from potluck.head.hosts import PoolHost
-    from potluck.head.plan_watch import BetterPlan
+    from potluck.head.plan_watch import BetterPlan, Deviation
     from potluck.head.pool import PoolWorker
     from potluck.head.ring import Ring, RingStage
 
@@ -187,7 +186,7 @@ def better_report(better: BetterPlan | None) -> BetterPlanReport | None:
     )
 
 
-def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation) -> StageReport:
+def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation | None) -> StageReport:
     worker, register = stage.worker, stage.worker.register
     stats, loaded = worker.stats, worker.loaded
     return StageReport(
@@ -213,8 +212,8 @@ def stage_report(stage: RingStage, planned: StagePlan, deviation: Deviation) -> 
         prefill_s=stats.prefill_s if stats else 0.0,
         ms_per_token=stats.decode_p50_s * 1000 if stats and stats.decode_steps else None,
         predicted_ms_per_token=planned.decode_s * 1000,
-        ratio=deviation.ratio,
-        is_off_s=time.time() - deviation.since_s if deviation.since_s is not None else None,
+        ratio=deviation.ratio if deviation is not None else 1.0,
+        is_off_s=time.time() - deviation.since_s if deviation is not None and deviation.since_s is not None else None,
         pid=register.pid,
         fault=worker.fault.message if worker.fault else None,
         fetched=loaded.fetched if loaded else {},
@@ -253,7 +252,7 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Po
         plan=plan_report(ring.plan) if ring is not None else None,
         better_plan=better_report(watch.better) if watch is not None else None,
         stages=[
-            stage_report(stage, ring.plan.stages[stage.index], watch.deviations[stage.index] if watch else Deviation())
+            stage_report(stage, ring.plan.stages[stage.index], watch.deviations[stage.index] if watch else None)
             for stage in stages
             if ring
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,7 +44,10 @@ _NOT_AT_ADDRESS = (NotRunning, ConfigError, Busy)
 """The head is not where it was looked for; it may be in another place."""
 Say = Callable[[str], object]
 Address = tuple[str, int]
-"""A door's address and port."""
+"""A pairing server's address and port."""
+PromptForCode = Callable[[str], str | None]
+"""Asks the user a question; None where nobody can answer."""
+Place = TypeVar("Place")
 Answer = TypeVar("Answer")
 
 
@@ -58,9 +60,16 @@ class DiscoveredPool:
     head: HeadAddress
 
 
-def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say: Say) -> KnownPool:
-    """The pool that the user means, paired with if this host is not yet. `where` is an invite, a door's HOST:PORT, or
-    None: any that is found. Raises PotluckError."""
+def pool_to_join(
+    where: str | None,
+    code: str | None,
+    settings: Settings,
+    *,
+    say: Say,
+    prompt: PromptForCode = lambda question: None,
+) -> KnownPool:
+    """The pool that the user means, paired with if this host is not yet. `where` is an invite, a pairing address
+    HOST:PORT, or None: any that is found. Raises PotluckError."""
     if where is not None and is_invite(where):
         invite = parse_invite(where)
         before = _known_by_key(invite.key)
@@ -74,31 +83,31 @@ def pool_to_join(where: str | None, code: str | None, settings: Settings, *, say
             return before
     if where is not None:
         host, port = parse_pairing_address(where)
-        return _pool_at_address(host, port, code, settings, say)
+        return _pool_at_address(host, port, code, settings, say, prompt)
     known = load_known_pools(known_pools_file())
     if known and code is None:
         return known[0]
     if not settings.discovery:
         raise ConfigError(
             "no head runs on this host, and no head is named",
-            hint="say potluck join INVITE, or potluck join --head HOST:PORT",
+            hint="name one: potluck join INVITE, or potluck join --head HOST:PORT",
         )
     say("Looking for a pool on this network")
     pools = _browse(None)
     if not pools:
         raise NotRunning(
             "no pool was found on this network",
-            hint="is the head up, and on the same network? Some networks keep devices apart: then say potluck join "
+            hint="is the head up, and on the same network? Some networks keep devices apart: then use potluck join "
             "--head HOST:PORT as the head prints it; potluck doctor looks for the reason",
         )
     if len(pools) > 1:
-        raise ConfigError(f"{len(pools)} pools were found", hint=f"say which with --head: {_describe_pools(pools)}")
-    return _pool_at_address(_responding_address(pools[0]), pools[0].port, code, settings, say)
+        raise ConfigError(f"{len(pools)} pools were found", hint=f"name one with --head: {_describe_pools(pools)}")
+    return _pool_at_address(_responding_address(pools[0]), pools[0].port, code, settings, say, prompt)
 
 
 def locate_head(pool: KnownPool, settings: Settings) -> DiscoveredPool:
-    """Where the pool's head is now. Raises NotRunning if it is nowhere, VersionMismatch, and NotAllowed if it has put
-    this host out."""
+    """Where the pool's head is now. Raises NotRunning if it is nowhere, VersionMismatch, and NotAllowed if it has
+    removed this host."""
     keys = load_keys(identity_dir())
     problems: list[PotluckError] = []
     known = _known_addresses(pool, problems)
@@ -108,27 +117,27 @@ def locate_head(pool: KnownPool, settings: Settings) -> DiscoveredPool:
         if found is not None:
             return found
     if settings.discovery:
-        seen = [(address, one.port) for one in _browse_if_possible(pool.fingerprint) for address in one.addresses]
-        found = _find_first(pool, seen, keys, problems)
+        advertised = [(address, one.port) for one in _browse_if_possible(pool.fingerprint) for address in one.addresses]
+        found = _find_first(pool, advertised, keys, problems)
         if found is not None:
             return found
     busy = [problem for problem in problems if isinstance(problem, Busy)]
     if busy:
         raise busy[0]
-    said = list(dict.fromkeys(problem.message for problem in problems))
+    reasons = list(dict.fromkeys(problem.message for problem in problems))
     elsewhere = ", and nowhere else on this network" if settings.discovery else ""
     raise NotRunning(
         f"the head {pool.name} is not found at {', '.join(pool.doors)}{elsewhere}",
-        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(said[:_MAX_REASONS])})",
+        hint=f"is it up, and on the same network? See: potluck doctor ({'; '.join(reasons[:_MAX_REASONS])})",
     )
 
 
 def _known_addresses(pool: KnownPool, problems: list[PotluckError]) -> list[Address]:
-    """Where its door has been; names that nobody knows now are problems."""
+    """Where its pairing server has been; names that nobody knows now are problems."""
     addresses = []
-    for door in pool.doors:
+    for address in pool.doors:
         try:
-            addresses.append(parse_pairing_address(door))
+            addresses.append(parse_pairing_address(address))
         except ConfigError as problem:
             problems.append(problem)
     return addresses
@@ -137,28 +146,28 @@ def _known_addresses(pool: KnownPool, problems: list[PotluckError]) -> list[Addr
 def _find_first(
     pool: KnownPool, addresses: list[Address], keys: KeyPair, problems: list[PotluckError]
 ) -> DiscoveredPool | None:
-    """Where the head is of `places`, some of which strangers may have named. Why it is not at the others is added to
-    `problems`."""
+    """At which of the addresses, some of which strangers may have named, the head is. Why it is not at the others is
+    added to `problems`."""
 
-    def asked(place: Address) -> tuple[PoolInfo, MembershipStatus] | PotluckError:
+    def fetch(place: Address) -> tuple[PoolInfo, MembershipStatus] | PotluckError:
         try:
             return fetch_membership(*place, pool, keys=keys)
         except _NOT_AT_ADDRESS as problem:
             return problem
 
-    for place, answer in zip(addresses, _map_concurrently(asked, addresses), strict=True):
+    for place, answer in zip(addresses, _map_concurrently(fetch, addresses), strict=True):
         if not isinstance(answer, PotluckError):
             return _discovered(pool, *place, *answer)
         problems.append(answer)
     return None
 
 
-def _map_concurrently(call: Callable[[Address], Answer], addresses: list[Address]) -> list[Answer]:
+def _map_concurrently(call: Callable[[Place], Answer], places: list[Place]) -> list[Answer]:
     """One that does not answer takes seconds, and there may be many. Ctrl-C need not wait for a single one."""
-    if len(addresses) < 2:
-        return [call(place) for place in addresses]
+    if len(places) < 2:
+        return [call(place) for place in places]
     with ThreadPoolExecutor(_MAX_THREADS) as threads:
-        return list(threads.map(call, addresses))
+        return list(threads.map(call, places))
 
 
 def _discovered(pool: KnownPool, host: str, port: int, info: PoolInfo, status: MembershipStatus) -> DiscoveredPool:
@@ -173,19 +182,28 @@ def _discovered(pool: KnownPool, host: str, port: int, info: PoolInfo, status: M
 
 
 def eviction_error(pool: KnownPool, status: MembershipStatus) -> NotAllowed:
-    """What a host is told that is no member of a pool it has joined."""
+    """The error of a host that is no member of a pool it has joined."""
     name = pool.name
     what = f"{name} has revoked this host" if status == "revoked" else f"{name} does not know this host any more"
     return NotAllowed(what, hint="pair again: potluck invite there shows a code for potluck join CODE")
 
 
-def _pool_at_address(host: str, port: int, code: str | None, settings: Settings, say: Say) -> KnownPool:
+def _pool_at_address(
+    host: str, port: int, code: str | None, settings: Settings, say: Say, prompt: PromptForCode
+) -> KnownPool:
     info = fetch_pool_info(host, port)
     check_version(info)
     known = _known_by_key(info.key)
     if known is not None and code is None:
         return known.at(f"{host}:{port}")
-    return _pair(host, port, code or _prompt_for_code(info, f"{host}:{port}"), settings, say)
+    if code is None:
+        code = prompt(f"Pairing code of {info.name} ({host}:{port}): ")
+    if code is None:
+        raise NotAllowed(
+            f"this host is not paired with {info.name} at {host}:{port}",
+            hint=f"potluck invite there shows a code: potluck join --head {host}:{port} --code CODE",
+        )
+    return _pair(host, port, code, settings, say)
 
 
 def _pair(host: str, port: int, credential: Invite | str, settings: Settings, say: Say) -> KnownPool:
@@ -214,16 +232,6 @@ def _known_by_key(key: str) -> KnownPool | None:
     return next((pool for pool in load_known_pools(known_pools_file()) if pool.key == key), None)
 
 
-def _prompt_for_code(info: PoolInfo, address: str) -> str:
-    what = f"this host is not paired with {info.name} at {address}"
-    if not sys.stdin.isatty():
-        raise NotAllowed(what, hint=f"potluck invite there shows a code: potluck join --head {address} --code CODE")
-    try:
-        return input(f"The code that {info.name} shows ({address}): ")
-    except EOFError:
-        raise NotAllowed(what, hint="potluck invite there shows a code") from None
-
-
 def _browse(fingerprint: str | None) -> list[AdvertisedPool]:
     from devices.discovery.mdns import browse_pools  # Here, since zeroconf takes a while to import.
 
@@ -231,7 +239,7 @@ def _browse(fingerprint: str | None) -> list[AdvertisedPool]:
 
 
 def _browse_if_possible(fingerprint: str) -> list[AdvertisedPool]:
-    """None without a network or multicast: then the head is as little to be found as if nobody had answered."""
+    """Nothing without a network or multicast, as if nobody had answered."""
     try:
         return _browse(fingerprint)
     except ConfigError:
@@ -239,27 +247,24 @@ def _browse_if_possible(fingerprint: str) -> list[AdvertisedPool]:
 
 
 def _describe_pools(pools: list[AdvertisedPool]) -> str:
-    """And what their heads say that they are called; of the first ones, since anyone can make up more."""
-    shown = pools[:_MAX_SHOWN]
-    with ThreadPoolExecutor(len(shown)) as threads:
-        descriptions = [f"{door} ({name})" for door, name in threads.map(_address_and_name, shown)]
-    return ", ".join([*descriptions, "…"] if len(pools) > len(shown) else descriptions)
+    """Addresses and the names that their heads claim; of the first ones, since anyone can make up more."""
+
+    def describe(pool: AdvertisedPool) -> str:
+        return f"{pool.addresses[0]}:{pool.port} ({_name_at((pool.addresses[0], pool.port)) or 'does not answer'})"
+
+    more = ["…"] if len(pools) > _MAX_SHOWN else []
+    return ", ".join(_map_concurrently(describe, pools[:_MAX_SHOWN]) + more)
 
 
 def _responding_address(pool: AdvertisedPool) -> str:
     """Of a head in several networks, not all of which need be this host's."""
-    for address in pool.addresses[:-1]:
-        try:
-            fetch_pool_info(address, pool.port, POOL_INFO_S)
-            return address
-        except NotRunning:
-            continue
-    return pool.addresses[-1]
+    answers = _map_concurrently(_name_at, [(address, pool.port) for address in pool.addresses[:-1]])
+    responding = (address for address, name in zip(pool.addresses, answers, strict=False) if name is not None)
+    return next(responding, pool.addresses[-1])
 
 
-def _address_and_name(pool: AdvertisedPool) -> tuple[str, str]:
-    address = f"{pool.addresses[0]}:{pool.port}"
+def _name_at(place: Address) -> str | None:
     try:
-        return address, fetch_pool_info(pool.addresses[0], pool.port, POOL_INFO_S).name
+        return fetch_pool_info(*place, POOL_INFO_S).name
     except PotluckError:
-        return address, "does not answer"
+        return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import zmq
 
+from devices.hardware.interfaces import lan_address
 from devices.pairing.identity import load_keys
 from devices.pairing.roster import default_host_name
 from potluck.system.paths import identity_dir
@@ -39,12 +40,6 @@ class ThisHost:
         return SecureEndpoints(context, run_dir, keys=self.keys, address=self.address)
 
 
-def lan_address(target: str | None) -> str | None:
-    from devices.hardware.interfaces import lan_address as find
-
-    return find(target)
-
-
 def keys_file(*, exposed: bool) -> Path | None:
     """The file with the keys that processes of this host need, if they need any: `exposed` to other hosts, or without
     ipc."""
@@ -57,7 +52,7 @@ def isolated_host(name: str) -> ThisHost:
 
 
 def this_host(settings: Settings, *, target: str | None = None) -> ThisHost:
-    """By the settings; `towards` is the address of a head on another host. Raises ConfigError."""
+    """By the settings; `target` is the address of a head on another host. Raises ConfigError."""
     name = settings.host_name or default_host_name()
     if not settings.lan and target is None:
         return isolated_host(name)
@@ -68,7 +63,7 @@ def this_host(settings: Settings, *, target: str | None = None) -> ThisHost:
         address = lan_address(target)
     if address is None:
         if target is not None:
-            raise ConfigError(NO_NETWORK_TEXT, hint="say its IPv4 address with --lan-host; there is no IPv6 yet")
+            raise ConfigError(NO_NETWORK_TEXT, hint="set its IPv4 address with --lan-host; there is no IPv6 yet")
         return isolated_host(name)
     return ThisHost(name=name, address=address, keys=load_keys(identity_dir()))
 

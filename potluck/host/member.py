@@ -1,4 +1,4 @@
-"""A pool member gives this host's devices to another host's head, until the head or the user ends it."""
+"""A pool member runs this host's devices for another host's head, until the head or the user ends it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from rich.markup import escape
 
 from devices.hardware.interfaces import lan_interfaces
 from devices.pairing.identity import platform_name
-from potluck.cli.terminal import format_bytes
 from potluck.host.find_head import DiscoveredPool, HeadAddress
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import this_host
-from potluck.host.node import Node
+from potluck.host.node import Node, relay_worker_log
 from potluck.host.piece_server import HostModelService, HostPieceServer
-from potluck.host.worker_log import WorkerEventLog
 from potluck.store.store import Store
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.control import REVOKED_REASON, ControlClient
@@ -38,7 +37,7 @@ from transport.timeouts import CONTROL_ACCEPT_S
 
 
 class KnownMembers:
-    """Who is in the pool, as far as the head has said."""
+    """Who is in the pool, as of the head's last message."""
 
     def __init__(self) -> None:
         self.keys: frozenset[str] = frozenset()
@@ -48,7 +47,7 @@ class KnownMembers:
 
 
 class PoolMember:
-    """The node's own connection to the head; what it says of the pool's members goes into `known_members`."""
+    """The membership client: the node's own connection to the head, which updates `known_members`."""
 
     def __init__(
         self,
@@ -58,17 +57,20 @@ class PoolMember:
         *,
         known_members: KnownMembers,
         address: str,
-        platform: str,
         pieces: str,
         model_service: HostModelService | None = None,
+        on_end: Callable[[], object] = lambda: None,
     ) -> None:
-        """`address` is this host's, `pieces` where it gives pieces of models; `answers` says what models it has."""
+        """`address` is this host's, `pieces` where its piece server is; `model_service` says what models it has.
+        `on_end` is called from another thread when `end_error` is set."""
         self._changed = threading.Condition()
-        # The door, which is always asked first, has just said that this host is paired.
+        # The pairing server, which always comes first, has just said that this host is paired.
+        port = port_of(head.control)
         self._blocked_hint = (
-            f"its door does: does a firewall block TCP port {port_of(head.control)} of the head? See: potluck doctor"
+            f"its pairing server does: is TCP port {port} blocked by a firewall there? See: potluck doctor"
         )
         self._known_members = known_members
+        self._on_end = on_end
         self._model_service = model_service
         self._accepted: NodeAccepted | None = None
         self._probe_result: ProbeResult | None = None
@@ -76,7 +78,7 @@ class PoolMember:
         hello = NodeHello(
             version=PROTOCOL_VERSION,
             potluck=version("potluck"),
-            platform=platform,
+            platform=platform_name(),
             address=address,
             pieces=pieces,
             is_wifi=any(one.is_wifi and one.address == address for one in lan_interfaces()),
@@ -92,7 +94,7 @@ class PoolMember:
         )
 
     def wait_accepted(self) -> NodeAccepted:
-        """Raises what the head says instead, RingDown if it can't be reached or has another key, DeadlineExceeded."""
+        """Raises the head's error, RingDown if it can't be reached or has another key, DeadlineExceeded."""
         with self._changed:
             known = self._changed.wait_for(
                 lambda: self._accepted is not None or self._end_error is not None, CONTROL_ACCEPT_S
@@ -107,8 +109,8 @@ class PoolMember:
             raise self._end_error
 
     def probe_connection(self, port: int, timeout_s: float) -> str:
-        """Ask the head to connect to a port of this host; why it can't, or nothing. Raises DeadlineExceeded, or what
-        has ended the stay."""
+        """Ask the head to connect to a port of this host; returns why it can't, or nothing. Raises DeadlineExceeded,
+        or `end_error`."""
         with self._changed:
             self._probe_result = None
             self._control.send(ProbeConnection(port))
@@ -116,12 +118,12 @@ class PoolMember:
             if self._probe_result is not None:
                 return self._probe_result.problem
             raise self._end_error or DeadlineExceeded(
-                f"the head did not say within {timeout_s:.0f} s", hint="try again"
+                f"the head did not answer within {timeout_s:.0f} s", hint="try again"
             )
 
     @property
     def end_error(self) -> PotluckError | None:
-        """Why it is over, if it is: NotAllowed and VersionMismatch for good, RingDown until the head is back."""
+        """Why this host is no member now: NotAllowed and VersionMismatch are final, RingDown until the head is back."""
         with self._changed:
             return self._end_error
 
@@ -145,6 +147,8 @@ class PoolMember:
                 case Stop(reason=reason):
                     self._end_error = _stop_error(reason)
             self._changed.notify_all()
+        if isinstance(message, Stop):
+            self._on_end()
 
     def _on_lost(self) -> None:
         with self._changed:
@@ -155,6 +159,7 @@ class PoolMember:
                 lost = RingDown("the head does not let this host in", hint=self._blocked_hint)
             self._end_error = self._end_error or lost
             self._changed.notify_all()
+        self._on_end()
 
 
 def _stop_error(reason: str) -> PotluckError:
@@ -166,19 +171,19 @@ def _stop_error(reason: str) -> PotluckError:
 
 
 Say = Callable[[str], object]
-_POLL_S = 0.2
+_LAST_MESSAGE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """What `potluck join` was told. `prefix` is that of the devices' names; None: the host's name."""
+    """The options of `potluck join`. `prefix` is that of the devices' names; None: the host's name."""
 
     settings: Settings
     prefix: str | None
 
 
 def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) -> PotluckError:
-    """Give this host's devices to the head at `found`. Returns why it is over; raises what keeps this host out."""
+    """Run this host's devices for the head at `discovered`. Returns why that has ended; raises why it can't begin."""
     settings = options.settings
     here = this_host(settings, target=discovered.address)
     assert here.keys is not None and here.address is not None
@@ -189,6 +194,14 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
         stack.callback(context.destroy, 0)
         curve = Curve(context, here.keys)
         stack.callback(curve.close)
+        node = Node(
+            control=discovered.head.control,
+            logs=logs_dir(),
+            run_dir=run_dir,
+            address=here.address,
+            keys_file=here.keys_file,
+            head_key=discovered.head.key,
+        )
         known_members = KnownMembers()
         piece_server = HostPieceServer(here, tcp_endpoint(here.address), known_members.admits)
         stack.callback(piece_server.close)
@@ -198,24 +211,14 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
             discovered.head,
             known_members=known_members,
             address=here.address,
-            platform=platform_name(),
             pieces=piece_server.endpoint,
             model_service=HostModelService(Store(), piece_server, say=say),
+            on_end=node.ended.set,
         )
         stack.callback(member.close)
         accepted = member.wait_accepted()
         here = replace(here, name=accepted.name)
         devices = find_local_devices(settings, say=say, prefix=options.prefix or accepted.name, host=accepted.name)
-        lost: list[PotluckError] = []
-        node = Node(
-            control=discovered.head.control,
-            logs=logs_dir(),
-            run_dir=run_dir,
-            on_exit=lambda pid, error: lost.append(error),
-            address=here.address,
-            keys_file=here.keys_file,
-            head_key=discovered.head.key,
-        )
         stack.callback(node.stop)
         node.start(devices)
         for device in devices:
@@ -223,23 +226,7 @@ def run_member(discovered: DiscoveredPool, options: JoinOptions, *, say: Say) ->
                 f"Joined {escape(discovered.pool.name)} with {escape(device.name)} ({format_bytes(device.free_bytes)} "
                 "free)"
             )
-        worker_log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
-        while member.end_error is None and not node.all_exited():
-            time.sleep(_POLL_S)
-            for line in worker_log.read_new():
-                say(line)
-        time.sleep(_POLL_S)  # The node's connection may say more than its workers' ends.
-        return member.end_error or NotRunning("this host's workers have ended", hint=worker_end_reason(node, lost))
-
-
-def worker_end_reason(node: Node, lost: list[PotluckError]) -> str:
-    """Why its workers ended: what the head said or what went wrong, as the end of a worker's log has it; else how its
-    process ended."""
-    said = [why for worker in node.workers if (why := _reason_in_log_line(worker.child.last_log_line()))]
-    return said[0] if said else str(lost[0]) if lost else ""
-
-
-def _reason_in_log_line(line: str) -> str:
-    """Of a log's last line; empty if that is about something else, as where the process was killed."""
-    _, stopped, reason = line.partition(" INFO stopping: ")
-    return reason if stopped else "" if " INFO " in line else line
+        reason = relay_worker_log(node, say=say)
+        if member.end_error is None:
+            time.sleep(_LAST_MESSAGE_S)  # The node's connection may say more than its workers' ends.
+        return member.end_error or NotRunning("this host's workers have ended", hint=reason)

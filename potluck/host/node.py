@@ -1,15 +1,16 @@
-"""The node runs one worker process for each of a host's devices. Part of `up`, all of `join`."""
+"""The node runs one worker process for each of a host's devices, and reads their logs. Part of `up`, all of `join`."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from rich.markup import escape
 
 from devices.hardware.device import Device
 from potluck.store.store import Store
@@ -18,6 +19,12 @@ from transport.errors import PotluckError, RingDown
 from transport.messages.control import Register
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.process.child_process import ChildProcess, stop_processes
+
+_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?P<level>[A-Z]+) (?P<text>.*)")
+_HOLDS = re.compile(r"stage \d+ holds layers \[(?P<first>\d+), (?P<last>\d+)\)")
+_HINT = "hint: "
+_MAX_LOG_BYTES = 1 << 16
+_LOG_INTERVAL_S = 1.0
 
 
 def register_of(device: Device, *, address: str | None = None) -> Register:
@@ -39,9 +46,6 @@ def register_of(device: Device, *, address: str | None = None) -> Register:
     )
 
 
-_WATCH_INTERVAL_S = 0.1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWorker:
     device: Device
@@ -49,7 +53,8 @@ class NodeWorker:
 
 
 class Node:
-    """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself."""
+    """Starts workers and watches them; `on_exit(pid, error)` is called from a thread when one ends by itself. Starts
+    once."""
 
     def __init__(
         self,
@@ -57,7 +62,7 @@ class Node:
         control: str,
         logs: Path,
         run_dir: Path,
-        on_exit: Callable[[int, PotluckError], None],
+        on_exit: Callable[[int, PotluckError], object] = lambda pid, error: None,
         address: str | None = None,
         keys_file: Path | None = None,
         head_key: str = "",
@@ -73,6 +78,10 @@ class Node:
         self._on_exit = on_exit
         self._stopping = threading.Event()
         self.workers: list[NodeWorker] = []
+        self.exit_errors: list[PotluckError] = []
+        """Of workers that have ended by themselves, in order."""
+        self.ended = threading.Event()
+        """Set once all workers have ended; whoever waits for that may set it for other reasons too."""
 
     def start(self, devices: Sequence[Device]) -> None:
         """One worker a device."""
@@ -91,24 +100,24 @@ class Node:
                 log.unlink(missing_ok=True)
             child = ChildProcess("shard.worker", arguments, log=log, threads=device.threads)
             self.workers.append(NodeWorker(device=device, child=child))
-        threading.Thread(target=self._watch, name="node", daemon=True).start()
+        for worker in self.workers:
+            threading.Thread(target=self._watch, args=(worker,), name=f"node-{worker.child.pid}", daemon=True).start()
 
     def stop(self) -> None:
         self._stopping.set()
         stop_processes(worker.child for worker in self.workers)
 
-    def all_exited(self) -> bool:
-        return all(worker.child.exit_code() is not None for worker in self.workers)
-
-    def _watch(self) -> None:
-        running = list(self.workers)
-        while running and not self._stopping.is_set():
-            for worker in list(running):
-                code = worker.child.exit_code()
-                if code is not None and not self._stopping.is_set():
-                    running.remove(worker)
-                    self._on_exit(worker.child.pid, _exit_error(worker, code))
-            time.sleep(_WATCH_INTERVAL_S)
+    def _watch(self, worker: NodeWorker) -> None:
+        """Blocks in the system until the process ends: an idle node takes no time."""
+        worker.child.wait()
+        code = worker.child.exit_code()
+        if code is None or self._stopping.is_set():
+            return
+        error = _exit_error(worker, code)
+        self.exit_errors.append(error)
+        self._on_exit(worker.child.pid, error)
+        if all(one.child.exit_code() is not None for one in self.workers):
+            self.ended.set()
 
 
 def _exit_error(worker: NodeWorker, code: int) -> PotluckError:
@@ -117,3 +126,67 @@ def _exit_error(worker: NodeWorker, code: int) -> PotluckError:
     if code == -9:
         hint = f"if you did not kill it, the system was out of memory: lower --context or --memory; {hint}"
     return RingDown(f"the worker of {worker.device.name} {how}", hint=hint)
+
+
+def relay_worker_log(node: Node, *, say: Callable[[str], object]) -> str:
+    """Pass on what a user should know of the workers' logs, until `node.ended`. Returns why they ended: what the
+    head said or what went wrong, as the end of a worker's log has it; else how its process ended."""
+    log = WorkerEventLog([(worker.device.name, worker.child.log) for worker in node.workers])
+    is_over = False
+    while not is_over:
+        is_over = node.ended.wait(_LOG_INTERVAL_S)
+        for line in log.read_new():
+            say(line)
+    said = [why for worker in node.workers if (why := _reason_in_log_line(worker.child.last_log_line()))]
+    return said[0] if said else str(node.exit_errors[0]) if node.exit_errors else ""
+
+
+def _reason_in_log_line(line: str) -> str:
+    """Of a log's last line; empty if that is about something else, as where the process was killed."""
+    _, stopped, reason = line.partition(" INFO stopping: ")
+    return reason if stopped else "" if " INFO " in line else line
+
+
+@dataclass(slots=True)
+class _Log:
+    device: str
+    path: Path
+    read_bytes: int = 0
+
+
+class WorkerEventLog:
+    """What this host's user should know of workers with these devices and logs: what went wrong with them, and which
+    layers they hold. They talk to their head, which may be on another host; here their logs are read as they grow."""
+
+    def __init__(self, logs: Sequence[tuple[str, Path]]) -> None:
+        self._logs = [_Log(device, path) for device, path in logs]
+
+    def read_new(self) -> list[str]:
+        """Lines in rich markup, of what was logged since the last call."""
+        return [line for log in self._logs for line in _event_lines(log.device, _new_lines(log))]
+
+
+def _new_lines(log: _Log) -> list[str]:
+    try:
+        with log.path.open("rb") as file:
+            file.seek(log.read_bytes)
+            data = file.read(_MAX_LOG_BYTES)
+    except OSError:
+        return []
+    complete = data[: data.rfind(b"\n") + 1]
+    log.read_bytes += len(complete)
+    return complete.decode(errors="replace").splitlines()
+
+
+def _event_lines(device: str, lines: Sequence[str]) -> Iterator[str]:
+    is_wrong = False
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is not None:
+            is_wrong = found["level"] == "ERROR"
+            if is_wrong:
+                yield f"[yellow]{escape(device)}: {escape(found['text'])}[/yellow]"
+            elif (holds := _HOLDS.fullmatch(found["text"])) is not None:
+                yield f"{escape(device)} holds layers {holds['first']}–{int(holds['last']) - 1}"
+        elif is_wrong and line.startswith(_HINT):
+            yield f"[dim]{escape(line)}[/dim]"

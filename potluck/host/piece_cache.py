@@ -23,11 +23,11 @@ _RECORDS_FOLDER = "borrowed"
 
 
 class RemoteModelRecord(Struct, frozen=True, kw_only=True):
-    """`digest` is the model's, `lender` and `key` are of the host that had it."""
+    """`digest` is the model's, `peer` (the name) and `key` are of the host that had it."""
 
     name: str
     digest: str
-    lender: str
+    peer: str = msgspec.field(name="lender")
     key: str
 
 
@@ -105,7 +105,7 @@ def clear_cache() -> int:
     pieces freed. Raises PotluckError."""
     store = PieceStore(pieces_dir())
     freed_bytes = store.clear()
-    # The model that this host itself offers would have to be read anew.
+    # The model that this host itself offers would have to be read again.
     offered = shared_digests(shared_dir())
     for digest, folder in _metadata_folders().items():
         pieces = _read_list_or_none(folder)

@@ -1,4 +1,4 @@
-"""This host's piece server, and what the host tells its head of the models of its own store."""
+"""This host's piece server, and its replies to the head about the models of its own store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from rich.markup import escape
 from potluck.host.local_host import ThisHost
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.pieces.cut_files import HashProgress
 from shard.pieces.metadata import SharedFolders, share_model
-from transport.errors import ErrorInfo, ModelNotFound, PotluckError
+from transport.errors import Busy, ErrorInfo, ModelNotFound, PotluckError
 from transport.links.endpoints import port_of, tcp_endpoint
 from transport.messages.pool import (
     FindFile,
@@ -73,7 +74,7 @@ class HostPieceServer:
         return self._server.sent_bytes
 
     def share_model(self, model: SharedFolders) -> None:
-        """Give pieces of that model too, from where its files lie."""
+        """Serve pieces of that model too, from where its files lie."""
         folders: tuple[PieceSource, ...] = tuple(
             FolderSource(
                 folder,
@@ -89,11 +90,11 @@ class HostPieceServer:
             self._shared[model.digest] = folders
             while len(self._shared) > _MAX_SHARED:
                 del self._shared[next(iter(self._shared))]
-            given = [source for sources in self._shared.values() for source in sources]
-            self._server.sources = (*given, self._files, self._store)
+            folders = tuple(source for sources in self._shared.values() for source in sources)
+            self._server.sources = (*folders, self._files, self._store)
 
     def share_file(self, sha256: str, path: Path) -> int:
-        """Give the whole file with that checksum too; how many bytes it has. Raises OSError."""
+        """Serve the whole file with that checksum too; returns how many bytes it has. Raises OSError."""
         return self._files.add(sha256, path)
 
     def close(self) -> None:
@@ -102,8 +103,20 @@ class HostPieceServer:
         self._context.destroy(0)
 
 
-def share_stored_model(model: StoredModel, progress: HashProgress = lambda done, total: None) -> SharedFolders:
-    """That model of the store, in pieces: its files are read, if that is not done yet. Raises PotluckError."""
+def share_stored_model(
+    model: StoredModel, say: Callable[[str], object], on_progress: HashProgress = lambda done, total: None
+) -> SharedFolders:
+    """Cut that model of the store into pieces: its files are read, which `say` announces, unless they were before.
+    Raises PotluckError."""
+    is_announced = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal is_announced
+        if not is_announced:
+            say(f"Reading {escape(model.name)} once, to share it with other hosts ({format_bytes(total)})")
+        is_announced = True
+        on_progress(done, total)
+
     checksums = {Path(file.name).name: file.sha256 for file in model.files if file.sha256 is not None}
     return share_model(model.path, model.name, shared_dir(), progress, checksums=checksums)
 
@@ -118,9 +131,10 @@ Send = Callable[[HostReply | OfferProgress], object]
 
 
 class HostModelService:
-    """Of a host whose store is `store`; what it offers is given by `giver`, and `say` tells its user.
+    """Replies to the head about the models of this host's `store`; `piece_server` serves what is offered, and `say`
+    tells this host's user.
 
-    Whoever asks may be answered from another thread, and late: a model is read once in full before it can be offered.
+    A reply may come from another thread, and late: a model is read once in full before it can be offered.
     """
 
     def __init__(self, store: Store, piece_server: HostPieceServer, *, say: Callable[[str], object]) -> None:
@@ -132,77 +146,79 @@ class HostModelService:
         self._slots = threading.BoundedSemaphore(_MAX_CONCURRENT_REQUESTS)
 
     def on_request(self, request: HostRequest, send: Send) -> None:
-        """Does not wait. More questions at once than a head has are not answered."""
+        """Does not wait. More requests at once than a head has are refused."""
         if self._slots.acquire(blocking=False):
-            threading.Thread(target=self._reply, args=(request, send), name="answers", daemon=True).start()
+            threading.Thread(target=self._reply, args=(request, send), name="replies", daemon=True).start()
+        else:
+            text = f"expected at most {_MAX_CONCURRENT_REQUESTS} requests at once"
+            send(HostFault(request.token, ErrorInfo(Busy.code, text, "try again when one of them has been answered")))
 
-    def _reply(self, question: HostRequest, send: Send) -> None:
+    def _reply(self, request: HostRequest, send: Send) -> None:
         try:
-            send(self._reply_to(question, send))
+            send(self._reply_to(request, send))
         except PotluckError as error:
-            send(HostFault(question.token, ErrorInfo.of(error)))
+            send(HostFault(request.token, ErrorInfo.of(error)))
         except Exception as error:
-            log.exception("a question of the head could not be answered")
-            send(HostFault(question.token, ErrorInfo.of(error)))
+            log.exception("a request of the head has failed")
+            send(HostFault(request.token, ErrorInfo.of(error)))
         finally:
             self._slots.release()
 
-    def _reply_to(self, question: HostRequest, send: Send) -> HostReply:
-        match question:
+    def _reply_to(self, request: HostRequest, send: Send) -> HostReply:
+        match request:
             case ListHostModels(token=token):
                 return HostModels(token, tuple(map(_host_model, self._models()[:MAX_MODELS])))
             case OfferModel():
-                return self._share(question, send)
+                return self._share(request, send)
             case FindFile(token=token, sha256=sha256):
                 return HostFile(token, self._file_bytes(sha256))
 
     def _models(self) -> list[StoredModel]:
         return [model for model in self._store.list() if model.is_present and len(model.name) <= MAX_NAME_CHARACTERS]
 
-    def _share(self, question: OfferModel, send: Send) -> ModelOffered:
-        found = [model for model in self._models() if model.name == question.model]
+    def _share(self, request: OfferModel, send: Send) -> ModelOffered:
+        found = [model for model in self._models() if model.name == request.model]
         if not found:
-            raise ModelNotFound(f"this host has no model {question.model[:MAX_NAME_CHARACTERS]!r}")
+            raise ModelNotFound(f"this host has no model {request.model[:MAX_NAME_CHARACTERS]!r}")
         while not self._sharing.acquire(timeout=_PROGRESS_INTERVAL_S):  # Another one is being read.
-            send(OfferProgress(question.token, 0, 0))
+            send(OfferProgress(request.token, 0, 0))
         try:
             model = self._store.resolve(found[0].name)
-            offered = share_stored_model(model, self._progress_sender(question, send))
+            offered = share_stored_model(model, self._say, _progress_sender(request, send))
             self._piece_server.share_model(offered)
             if offered.digest not in self._announced:
                 self._announced.add(offered.digest)
-                self._say(f"Giving {escape(model.name)} to the pool")
+                self._say(f"Sharing {escape(model.name)} with the pool")
         finally:
             self._sharing.release()
-        return ModelOffered(question.token, offered.digest, model.num_bytes)
-
-    def _progress_sender(self, question: OfferModel, send: Send) -> Callable[[int, int], None]:
-        next_s = 0.0
-
-        def tell(done: int, total: int) -> None:
-            nonlocal next_s
-            if not next_s:
-                name = escape(question.model)
-                self._say(f"Reading {name} once, to share it with other hosts ({total / 1e6:,.0f} MB)")
-            if time.monotonic() >= next_s:
-                next_s = time.monotonic() + _PROGRESS_INTERVAL_S
-                send(OfferProgress(question.token, done, total))
-
-        return tell
+        return ModelOffered(request.token, offered.digest, model.num_bytes)
 
     def _file_bytes(self, sha256: str) -> int:
-        """Of the file with that checksum, which is given from now on; 0 if there is none."""
+        """Of the file with that checksum, which is served from now on; 0 if there is none."""
         if not is_digest(sha256):
             return 0
         for path in self._store.local_copies(sha256):
             try:
                 return self._piece_server.share_file(sha256, path)
             except OSError as error:
-                log.warning("%s can't be given: %s", path, error)
+                log.warning("%s can't be served: %s", path, error)
         return 0
 
 
 def _host_model(model: StoredModel) -> HostModel:
-    """A path says something about this host, and would be of no use elsewhere."""
+    """Without a path as its source: that reveals something about this host, and is of no use elsewhere."""
     source = "" if model.source.startswith("file:") or len(model.source) > MAX_NAME_CHARACTERS else model.source
     return HostModel(model.name, source, model.num_bytes)
+
+
+def _progress_sender(request: OfferModel, send: Send) -> HashProgress:
+    """Sends how far hashing is every `_PROGRESS_INTERVAL_S`: the head takes a host for silent otherwise."""
+    next_s = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + _PROGRESS_INTERVAL_S
+            send(OfferProgress(request.token, done, total))
+
+    return progress

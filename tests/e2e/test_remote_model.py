@@ -73,7 +73,7 @@ def test_the_head_serves_a_model_that_only_another_host_has(pair: Pair) -> None:
     head, beta = pair.up("--offline", "--wait-for", "2"), pair.join()
     assert stages(head) == [("alpha", "cpu"), ("beta", "beta/cpu")]
     assert "smollm2 is not in this host's store" in head.said()
-    assert "Giving smollm2 to the pool" in beta.said()
+    assert "Sharing smollm2 with the pool" in beta.said()
     text = answer(head)
 
     # Of all that came to the head: its own tensors, what opens the model, and the tokenizer.
@@ -110,7 +110,7 @@ def test_a_head_goes_on_with_what_it_has_and_waits_only_for_what_lacks(
     monkeypatch.setenv("POTLUCK_HOME", str(pair.alpha.data))
     made = share_model(smollm2_path, "smollm2", shared_dir())
     key = load_keys(pair.beta.data / "identity").public
-    write_remote_record(RemoteModelRecord(name="smollm2", digest=made.digest, lender="beta", key=key))
+    write_remote_record(RemoteModelRecord(name="smollm2", digest=made.digest, peer="beta", key=key))
     spec = open_checkpoint(smollm2_path).spec
     keep(made, smollm2_path, pair.alpha.data / "pieces", stage_pieces(made.pieces, spec, 0, 20).values())
     shutil.rmtree(shared_dir() / "offers")

@@ -22,7 +22,7 @@ from transport.security.curve import Curve
 from transport.timeouts import PEER_SILENT_S
 
 HAVE_INTERVAL_S = 0.5
-"""How often a peer that a hint leads to is requested what it has by now."""
+"""How often a peer that a hint leads to is asked what it has by now."""
 
 SLOW_AFTER_S = 2.0
 SLOW_LEFT_S = 3.0
@@ -35,8 +35,8 @@ _MAX_RETRY_S = 5.0
 
 @dataclass(slots=True)
 class _Active:
-    """A piece that is being requested for, up to `requested`, and has come up to `received`. `is_its_own`: all of it is from
-    this peer, by this connection."""
+    """A piece that is coming in: requested up to `requested`, come up to `received`. `is_its_own`: all of it is from this
+    peer, by this connection."""
 
     piece: Piece
     partial: PartialPiece
@@ -182,7 +182,7 @@ class FetchPeer:
         return not bytes_per_s or _MIN_SPEEDUP * left_bytes / bytes_per_s < active.left_s(now_s)
 
     def release_piece(self, digest: str) -> None:
-        """Somebody else gets on with this piece. What was requested of it comes, and is thrown away."""
+        """Somebody else gets on with this piece. What was asked of it comes, and is thrown away."""
         self._shared.plan.mark_slow(self.peer.key, digest)
         self._drop(self._active[digest])
 
@@ -305,17 +305,17 @@ class FetchPeer:
             case PiecePart(token=token, digest=digest, offset=offset):
                 outstanding = self._take_outstanding(token, now_s)
                 if digest != outstanding.active.piece.digest or offset != outstanding.offset:
-                    raise BadMessage("it sent another part than was requested for")
+                    raise BadMessage("it sent another part than was asked for")
                 if len(received.buffer) != outstanding.num_bytes:
                     raise BadMessage(
-                        f"it sent {len(received.buffer)} bytes where {outstanding.num_bytes} were requested for"
+                        f"it sent {len(received.buffer)} bytes where {outstanding.num_bytes} were asked for"
                     )
                 self._write(outstanding.active, received.buffer, now_s)
 
     def _take_outstanding(self, token: int, now_s: float) -> _Outstanding:
         outstanding = self._outstanding.pop(token, None)
         if outstanding is None:
-            raise BadMessage("it sent what was not requested for")
+            raise BadMessage("it sent what was not asked for")
         self._outstanding_bytes -= outstanding.num_bytes
         if not self._outstanding:
             self._idle_since_s = now_s
@@ -345,7 +345,7 @@ class FetchPeer:
         shared.plan.note_useful(self.peer.key, num_bytes, now_s)
 
     def _end(self, active: _Active) -> None:
-        """Nothing more is requested for, or written."""
+        """Nothing more is requested, or written."""
         active.is_over = True
         del self._active[active.piece.digest]
 

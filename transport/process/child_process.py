@@ -111,9 +111,10 @@ class ChildProcess:
         if self.exit_code() is None:
             self._process.kill()
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has ended; None waits for as long as that takes."""
         try:
-            self._process.wait(max(0.0, timeout_s))
+            self._process.wait(None if timeout_s is None else max(0.0, timeout_s))
         except subprocess.TimeoutExpired:
             return False
         return True

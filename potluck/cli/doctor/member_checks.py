@@ -15,7 +15,7 @@ import zmq
 
 from devices.hardware.interfaces import lan_interfaces
 from devices.pairing.client import check_version, fetch_membership, fetch_pool_info
-from devices.pairing.identity import load_keys, platform_name
+from devices.pairing.identity import load_keys
 from devices.pairing.known_pools import KnownPool
 from devices.pairing.pake import PoolInfo
 from potluck.cli.doctor.check import Check, clock_check, failed_check, measure_link, speed_check, version_check
@@ -256,7 +256,6 @@ def probe_membership(head: HeadAddress, here: ThisHost, name: str) -> Membership
             head,
             known_members=KnownMembers(),
             address=here.address,
-            platform=platform_name(),
             pieces="",
         )
         stack.callback(pool_member.close)

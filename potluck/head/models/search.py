@@ -9,6 +9,7 @@ from msgspec import Struct
 from rich.markup import escape
 
 from potluck.head.hosts import PoolHost, PoolHosts
+from potluck.host.piece_server import MAX_NAME_CHARACTERS
 from potluck.store.manifest import StoredModel
 from potluck.store.sources import ProgressCallback as PullCallback
 from potluck.store.sources import check_name, looks_like_path, parse_source
@@ -18,7 +19,6 @@ from transport.pieces.store import is_digest
 from transport.timeouts import FIND_FILE_S, HOST_REPLY_S
 
 _MAX_MODELS = 1000
-_MAX_NAME_CHARACTERS = 256
 _MAX_MODEL_BYTES = 1 << 44
 _MAX_LISTED = 8
 
@@ -41,20 +41,20 @@ class ModelRequest:
 def request_model(
     text: str, missing: PotluckError, pull: Callable[[PullCallback], StoredModel] | None
 ) -> ModelRequest | None:
-    """None for what other hosts can't know by that name: a path, or no name at all. `pull` is kept if the text says
-    where from."""
+    """None for what other hosts can't know by that name: a path, or no name at all. `pull` is kept if the text names
+    a source."""
     if looks_like_path(text) or text.startswith("file:"):
         return None
     try:
         source = parse_source(text)
-        name, said, known = source.name, source.text, True
+        name, source_text, known = source.name, source.text, True
     except PotluckError:
-        name, said, known = text, "", False
+        name, source_text, known = text, "", False
     try:
         check_name(name)
     except ModelNotFound:
         return None
-    return ModelRequest(text=text, name=name, source=said, missing=missing, pull=pull if known else None)
+    return ModelRequest(text=text, name=name, source=source_text, missing=missing, pull=pull if known else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class ModelPeer:
 
 
 class ModelSearch:
-    """Asks hosts as they come, each once; `say` tells the user what each of them has."""
+    """Queries hosts as they connect, each once; `say` shows the user what each of them has."""
 
     def __init__(self, request: ModelRequest, hosts: PoolHosts, say: Callable[[str], object]) -> None:
         self._request = request
@@ -75,10 +75,8 @@ class ModelSearch:
         self._queried: dict[bytes, str] = {}
 
     def poll(self) -> list[ModelPeer]:
-        """Those that have it among the hosts that were not asked yet. Waits for their answers, some seconds at most."""
-        hosts = [
-            host for host in self._hosts.connected() if host.hello.pieces and host.peer.identity not in self._queried
-        ]
+        """Those that have it among the hosts not queried yet. Waits for their replies, some seconds at most."""
+        hosts = [host for host in self._hosts.with_pieces() if host.peer.identity not in self._queried]
         if not hosts:
             return []
         answers = self._hosts.rpc.call_all([(host, ListHostModels()) for host in hosts], silence_s=HOST_REPLY_S)
@@ -86,8 +84,8 @@ class ModelSearch:
         for host, answer in zip(hosts, answers, strict=True):
             self._queried[host.peer.identity] = host.name
             if not isinstance(answer, HostModels):
-                why = answer.message if isinstance(answer, PotluckError) else "it answered something else"
-                self._say(f"[yellow]{host.name} did not say what it has:[/yellow] {printable(why)}")
+                why = answer.message if isinstance(answer, PotluckError) else f"it sent {type(answer).__name__}"
+                self._say(f"[yellow]{host.name} did not list its models:[/yellow] {printable(why)}")
                 continue
             models = plausible_models(answer)
             meant = [model for model in models if self._request.matches(model)]
@@ -102,7 +100,7 @@ class ModelSearch:
         return sorted(set(self._queried.values()))
 
     def absent_hosts(self) -> list[str]:
-        """Hosts of the pool that are not there."""
+        """Hosts of the pool that are not connected."""
         there = {host.name for host in self._hosts.connected()}
         return [name for name in self._hosts.member_names() if name not in there]
 
@@ -112,8 +110,8 @@ def plausible_models(answer: HostModels) -> list[HostModel]:
     return [
         model
         for model in answer.models[:_MAX_MODELS]
-        if 0 < len(model.name) <= _MAX_NAME_CHARACTERS
-        and len(model.source) <= _MAX_NAME_CHARACTERS
+        if 0 < len(model.name) <= MAX_NAME_CHARACTERS
+        and len(model.source) <= MAX_NAME_CHARACTERS
         and model.name.isprintable()
         and model.source.isprintable()
         and 0 <= model.num_bytes <= _MAX_MODEL_BYTES
@@ -121,8 +119,8 @@ def plausible_models(answer: HostModels) -> list[HostModel]:
 
 
 def printable(text: str) -> str:
-    """Words of another host, without what would command a terminal or be taken for markup."""
-    return escape("".join(char for char in text if char.isprintable())[:_MAX_NAME_CHARACTERS])
+    """Text of another host, without control characters and markup."""
+    return escape("".join(char for char in text if char.isprintable())[:MAX_NAME_CHARACTERS])
 
 
 def _list_names(models: Sequence[HostModel]) -> str:
@@ -134,7 +132,7 @@ def _list_names(models: Sequence[HostModel]) -> str:
 
 
 class FileHolder(Struct, frozen=True, kw_only=True):
-    """A host that gives the file, of so many bytes, under its SHA-256."""
+    """A host that serves the file, of so many bytes, under its SHA-256."""
 
     name: str
     endpoint: str
@@ -160,10 +158,10 @@ class RemoteModelList(Struct, frozen=True, kw_only=True):
 
 
 def find_file_holders(hosts: PoolHosts, sha256: str) -> FileHolders:
-    """Asks all that are there; who does not answer within a few seconds has it not."""
+    """Queries all that are connected; one that does not reply within a few seconds counts as without it."""
     if not is_digest(sha256):
         return FileHolders(holders=[])
-    queried = _hosts_with_pieces(hosts)
+    queried = hosts.with_pieces()
     answers = hosts.rpc.call_all([(host, FindFile(sha256=sha256)) for host in queried], silence_s=FIND_FILE_S)
     return FileHolders(
         holders=[
@@ -176,7 +174,7 @@ def find_file_holders(hosts: PoolHosts, sha256: str) -> FileHolders:
 
 def list_remote_models(hosts: PoolHosts) -> RemoteModelList:
     """By host, then as each of them lists its own."""
-    queried = _hosts_with_pieces(hosts)
+    queried = hosts.with_pieces()
     answers = hosts.rpc.call_all([(host, ListHostModels()) for host in queried], silence_s=FIND_FILE_S)
     return RemoteModelList(
         models=[
@@ -186,7 +184,3 @@ def list_remote_models(hosts: PoolHosts) -> RemoteModelList:
             for model in plausible_models(answer)
         ]
     )
-
-
-def _hosts_with_pieces(hosts: PoolHosts) -> list[PoolHost]:
-    return [host for host in hosts.connected() if host.hello.pieces]

@@ -19,10 +19,10 @@ from rich.markup import escape
 from devices.hardware.device import Device, UnavailableDevice
 from devices.hardware.measure import is_noisy
 from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from potluck.head.plan_watch import factor_at, is_deviating, learn, scale_times
 from potluck.head.planning import device_of
 from potluck.head.pool import Pool, PoolWorker
 from potluck.head.profiling.cache import DeviceKey, ProfileCache, model_identity
-from potluck.head.profiling.calibration import factor_at, is_deviating, learn, scale_times
 from potluck.head.profiling.probes import (
     ChildProfiler,
     DeviceProfiler,
@@ -44,6 +44,8 @@ from transport.links.link_probe import LinkMeasurement
 from transport.messages.pool import SharedModel
 from transport.messages.ring import WeightsForm
 
+Say = Callable[[str], object]
+MeasuredPool = tuple[PoolTimes, tuple[UnavailableDevice, ...]]
 _UNDER_LOAD_S = 1.0
 
 
@@ -62,7 +64,7 @@ def device_key(model: StoredModel, device: Device, machine: str, weights: Weight
 
 
 def device_times(device: Device, report: ProfileReport, slowdown: float = 1.0) -> DeviceTimes:
-    """The planner's words for a report."""
+    """A report as the planner's structs."""
     return DeviceTimes(
         device=device,
         kinds=report.kinds,
@@ -78,17 +80,26 @@ def _grid(report: GridReport) -> Grid:
     return Grid(rows=report.rows, contexts=report.contexts, seconds=report.seconds)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureOptions:
+    """How a pool is measured: with matrices in the form `weights`; `fresh`: whatever is remembered; `in_turn`: one
+    device at a time, for hosts that share a machine."""
+
+    weights: WeightsForm = "stored"
+    fresh: bool = False
+    in_turn: bool = False
+
+
 @dataclass(slots=True)
-class DeviceMeasurement:
-    """One round of measuring devices, with what was remembered."""
+class PoolMeasurement:
+    """One round of measuring, with what was remembered."""
 
     model: StoredModel
-    weights: WeightsForm
     cache: ProfileCache
     probes: DeviceProfiler
-    say: Callable[[str], object]
+    say: Say
     measuring: OnMeasuring
-    fresh: bool
+    options: MeasureOptions = MeasureOptions()
     _keys: dict[str, DeviceKey] = field(default_factory=dict)
     _known: dict[str, ProfileReport] = field(default_factory=dict)
     _to_remeasure: dict[str, ProfileReport] = field(default_factory=dict)
@@ -97,46 +108,56 @@ class DeviceMeasurement:
     _errors: dict[str, str] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
 
-    def run(self, devices: Sequence[Device], *, in_turn: bool) -> tuple[list[DeviceTimes], list[UnavailableDevice]]:
+    def run(self, devices: Sequence[Device], own: ProbeEnd, ends: Sequence[ProbeEnd]) -> MeasuredPool:
         """The times of all that could be measured, and why the others could not. See `pool_times_for`."""
+        links, unreachable = self._links(own, ends)
+        for device in devices:
+            if device.host in unreachable:
+                self._errors[device.name] = f"its host can't be reached: {unreachable[device.host]}"
+        times = self._measure_devices([device for device in devices if device.host not in unreachable])
+        left_out = tuple(UnavailableDevice(name=name, reason=reason) for name, reason in self._errors.items())
+        if not times:
+            raise ConfigError(
+                f"no device could be measured with {self.model.name}",
+                hint="; ".join(f"{one.name}: {one.reason}" for one in left_out) or "is a device in the pool?",
+            )
+        return PoolTimes(head=own.host, devices=tuple(times), links=tuple(links)), left_out
+
+    def _measure_devices(self, devices: Sequence[Device]) -> list[DeviceTimes]:
         self._keys = {
-            device.name: device_key(self.model, device, self.probes.machine(device), self.weights) for device in devices
+            one.name: device_key(self.model, one, self.probes.machine(one), self.options.weights) for one in devices
         }
-        if not self.fresh:
-            reports = {device.name: self.cache.report(self._keys[device.name]) for device in devices}
-            known = {name: report for name, report in reports.items() if report is not None}
-            now_s = time.time()
-            self._to_remeasure = {
-                name: one for name, one in known.items() if self.cache.should_remeasure(self._keys[name], now_s)
-            }
-            self._known = {name: report for name, report in known.items() if name not in self._to_remeasure}
-        groups = _groups(devices)
-        for batch in _batches([group for group in groups if not self._is_known(group)], in_turn=in_turn):
+        now_s = time.time()
+        for name, key in self._keys.items():
+            report = None if self.options.fresh else self.cache.report(key)
+            if report is not None:
+                (self._to_remeasure if self.cache.should_remeasure(key, now_s) else self._known)[name] = report
+        unknown = [group for group in _groups(devices) if not self._is_known(group)]
+        for batch in _batches(unknown, in_turn=self.options.in_turn):
             self._measure(batch)
         if self._noisy:
             most, names = max(self._noisy.values()), ", ".join(sorted(self._noisy))
             what = f"Other programs had up to {100 * most:.0f} % of the processors meanwhile"
             self.say(escape(f"{what}; measured again at a later start, or with potluck up --fresh: {names}"))
         now_s = time.time()
-        return (
-            [self._times(device, now_s) for device in devices if device.name in self._known],
-            [UnavailableDevice(name=name, reason=reason) for name, reason in self._errors.items()],
-        )
+        return [self._times(device, now_s) for device in devices if device.name in self._known]
 
     def _times(self, device: Device, now_s: float) -> DeviceTimes:
         times = device_times(device, self._known[device.name], self._slowdowns.get(device.name, 1.0))
-        learned = None if self.fresh else self.cache.learned(self._keys[device.name])
+        learned = None if self.options.fresh else self.cache.learned(self._keys[device.name])
         factor = factor_at(learned, now_s)
         if is_deviating(factor):
             words = f"{device.name} took {factor:.2f}× what was measured of it when it was in use, and is planned so"
-            self.say(escape(f"{words}; --fresh measures it anew"))
+            self.say(escape(f"{words}; --fresh measures it again"))
         return scale_times(times, factor)
 
     def _is_known(self, group: Sequence[Device]) -> bool:
         """Whether all of the group, and what its devices do to each other, is remembered."""
         if not all(device.name in self._known for device in group):
             return False
-        factors = (1.0,) if len(group) == 1 else None if self.fresh else self.cache.slowdowns(self._keys_of(group))
+        factors = (
+            (1.0,) if len(group) == 1 else None if self.options.fresh else self.cache.slowdowns(self._keys_of(group))
+        )
         if factors is not None:
             self._slowdowns.update({device.name: factor for device, factor in zip(group, factors, strict=True)})
         return factors is not None
@@ -159,7 +180,7 @@ class DeviceMeasurement:
     def _profile(self, groups: Sequence[Sequence[Device]]) -> None:
         for column in zip_longest(*groups):
             batch = [device for device in column if device is not None]
-            results = self.probes.profile(batch, self.model.path, self.weights, self.measuring)
+            results = self.probes.profile(batch, self.model.path, self.options.weights, self.measuring)
             for device, result in zip(batch, results, strict=True):
                 if isinstance(result, PotluckError):
                     self._errors[device.name] = result.message
@@ -169,8 +190,8 @@ class DeviceMeasurement:
                     self._save(device, result)
 
     def _save(self, device: Device, report: ProfileReport) -> None:
-        """Devices that are alike get equal times, those of the one that was disturbed least: the planner need not
-        tell them apart then. Of what was disturbed twice, the better counts."""
+        """Devices that are alike get equal times, the least noisy ones, so that the planner need not tell them apart.
+        Of two noisy measurements the better one counts."""
         self._done.add(device.name)
         earlier = self._to_remeasure.get(device.name)
         if is_noisy(report.others_share):
@@ -200,6 +221,41 @@ class DeviceMeasurement:
 
     def _keys_of(self, group: Sequence[Device]) -> tuple[DeviceKey, ...]:
         return tuple(self._keys[device.name] for device in group)
+
+    def _links(self, own: ProbeEnd, ends: Sequence[ProbeEnd]) -> tuple[list[LinkTimes], dict[str, str]]:
+        """What is known of links, and the hosts that the head can't reach, with the reason."""
+        found: list[LinkTimes] = []
+        unreachable: dict[str, str] = {}
+        for pair in host_pairs(own, ends):
+            hosts = (pair.leader.host, pair.follower.host)
+            if unreachable.keys() & set(hosts):
+                continue
+            try:
+                there, back = self._link(pair)
+            except PotluckError as error:
+                self.say(f"[yellow]No link between {hosts[0]} and {hosts[1]}:[/yellow] {escape(error.message)}")
+                if own.host in hosts and hosts[0] != hosts[1]:
+                    unreachable[hosts[1]] = error.message
+                continue
+            found.append(_link_times(*hosts, there))
+            if hosts[0] != hosts[1]:
+                found.append(_link_times(hosts[1], hosts[0], back))
+        return found, unreachable
+
+    def _link(self, pair: HostPair) -> tuple[LinkMeasurement, LinkMeasurement]:
+        source, target = pair.leader.host, pair.follower.host
+        how = f"{pair.where} {self.model.spec.hidden_size}"
+        now_s = time.time()
+        there, back = self.cache.link(source, target, how, now_s), self.cache.link(target, source, how, now_s)
+        if there is not None and back is not None and not self.options.fresh:
+            return there, back
+        self.measuring(source, f"the link to {target}" if source != target else "the link between its devices")
+        there, back = measure_links(pair, self.model.spec.hidden_size)
+        self.cache.save_link(source, target, how, there, now_s)
+        if source == target:
+            return there, there
+        self.cache.save_link(target, source, how, back, now_s)
+        return there, back
 
 
 def _slowdown(alone_s: float | PotluckError, together_s: float | PotluckError) -> float:
@@ -233,10 +289,6 @@ def _batches(groups: Sequence[list[Device]], *, in_turn: bool) -> Iterator[list[
         yield [group for group in column if group is not None]
 
 
-Say = Callable[[str], object]
-MeasuredPool = tuple[PoolTimes, tuple[UnavailableDevice, ...]]
-
-
 def pool_times_for(
     model: StoredModel,
     pool: Pool,
@@ -245,27 +297,21 @@ def pool_times_for(
     run_dir: Path,
     say: Say,
     measuring: OnMeasuring = lambda device, what: None,
-    weights: WeightsForm = "stored",
-    fresh: bool = False,
-    in_turn: bool = False,
-    probes: DeviceProfiler | None = None,
+    options: MeasureOptions = MeasureOptions(),
     shared: Callable[[PoolWorker], SharedModel | None] = lambda worker: None,
 ) -> MeasuredPool:
-    """All devices and hosts of a running pool, with matrices in the form `weights`. `here` is the head's host;
-    `run_dir` is for its sockets; `shared` says where a worker gets the model from, if it does not lie on its host.
+    """All devices and hosts of a running pool. `here` is the head's host; `run_dir` is for its sockets; `shared` says
+    where a worker gets the model from, if it does not lie on its host.
 
     What can't be measured is left out and named. Hosts are measured at the same time, a host's devices one after
-    another; `in_turn`: one device at a time, for hosts that are none (several on one machine).
-    Raises ConfigError if no device is left.
+    another. Raises ConfigError if no device is left.
     """
     devices = [device_of(worker.register) for worker in pool.workers()]
-    measurement = _PoolMeasurement(
-        model, ProfileCache(profiles_dir()), probes or WorkerProfiler(pool, shared), say, measuring, fresh, weights
-    )
+    probes = WorkerProfiler(pool, shared)
+    measurement = PoolMeasurement(model, ProfileCache(profiles_dir()), probes, say, measuring, options)
     with zmq.Context() as context, closing(here.secure_endpoints(context, run_dir)) as edges:
         own = LocalProbeEnd(context, here.name, edges)
-        ends = [WorkerProbeEnd(pool, worker) for worker in pool.workers()]
-        return measurement.run(devices, own, ends, in_turn=in_turn)
+        return measurement.run(devices, own, [WorkerProbeEnd(pool, worker) for worker in pool.workers()])
 
 
 def local_times_for(
@@ -274,14 +320,10 @@ def local_times_for(
     *,
     say: Say,
     measuring: OnMeasuring = lambda device, what: None,
-    weights: WeightsForm = "stored",
-    fresh: bool = False,
-    probes: DeviceProfiler | None = None,
+    options: MeasureOptions = MeasureOptions(),
 ) -> MeasuredPool:
     """Devices of this host, without a pool: children of this process measure them. See `pool_times_for`."""
-    measurement = _PoolMeasurement(
-        model, ProfileCache(profiles_dir()), probes or ChildProfiler(), say, measuring, fresh, weights
-    )
+    measurement = PoolMeasurement(model, ProfileCache(profiles_dir()), ChildProfiler(), say, measuring, options)
     here = isolated_host(devices[0].host if devices else socket.gethostname())
     with (
         zmq.Context() as context,
@@ -289,82 +331,7 @@ def local_times_for(
         closing(here.secure_endpoints(context, Path(folder))) as edges,
     ):
         own, other = (LocalProbeEnd(context, here.name, edges) for _ in range(2))
-        return measurement.run(devices, own, [other], in_turn=False)
-
-
-@dataclass(slots=True)
-class _PoolMeasurement:
-    """One round of measuring, with what was remembered."""
-
-    model: StoredModel
-    cache: ProfileCache
-    probes: DeviceProfiler
-    say: Say
-    measuring: OnMeasuring
-    fresh: bool
-    weights: WeightsForm = "stored"
-
-    def run(self, devices: Sequence[Device], own: ProbeEnd, ends: Sequence[ProbeEnd], *, in_turn: bool) -> MeasuredPool:
-        links, unreachable = self._links(own, ends)
-        left_out = [
-            UnavailableDevice(name=device.name, reason=f"its host can't be reached: {unreachable[device.host]}")
-            for device in devices
-            if device.host in unreachable
-        ]
-        measurement = DeviceMeasurement(
-            model=self.model,
-            weights=self.weights,
-            cache=self.cache,
-            probes=self.probes,
-            say=self.say,
-            measuring=self.measuring,
-            fresh=self.fresh,
-        )
-        times, failed = measurement.run(
-            [device for device in devices if device.host not in unreachable], in_turn=in_turn
-        )
-        left_out += failed
-        if not times:
-            raise ConfigError(
-                f"no device could be measured with {self.model.name}",
-                hint="; ".join(f"{one.name}: {one.reason}" for one in left_out) or "is a device in the pool?",
-            )
-        return PoolTimes(head=own.host, devices=tuple(times), links=tuple(links)), tuple(left_out)
-
-    def _links(self, own: ProbeEnd, ends: Sequence[ProbeEnd]) -> tuple[list[LinkTimes], dict[str, str]]:
-        """What is known of links, and the hosts that the head can't reach, with the reason."""
-        found: list[LinkTimes] = []
-        unreachable: dict[str, str] = {}
-        for pair in host_pairs(own, ends):
-            hosts = (pair.leader.host, pair.follower.host)
-            if unreachable.keys() & set(hosts):
-                continue
-            try:
-                there, back = self._link(pair)
-            except PotluckError as error:
-                self.say(f"[yellow]No link between {hosts[0]} and {hosts[1]}:[/yellow] {escape(error.message)}")
-                if own.host in hosts and hosts[0] != hosts[1]:
-                    unreachable[hosts[1]] = error.message
-                continue
-            found.append(_link_times(*hosts, there))
-            if hosts[0] != hosts[1]:
-                found.append(_link_times(hosts[1], hosts[0], back))
-        return found, unreachable
-
-    def _link(self, pair: HostPair) -> tuple[LinkMeasurement, LinkMeasurement]:
-        source, target = pair.leader.host, pair.follower.host
-        how = f"{pair.where} {self.model.spec.hidden_size}"
-        now_s = time.time()
-        there, back = self.cache.link(source, target, how, now_s), self.cache.link(target, source, how, now_s)
-        if there is not None and back is not None and not self.fresh:
-            return there, back
-        self.measuring(source, f"the link to {target}" if source != target else "the link between its devices")
-        there, back = measure_links(pair, self.model.spec.hidden_size)
-        self.cache.save_link(source, target, how, there, now_s)
-        if source == target:
-            return there, there
-        self.cache.save_link(target, source, how, back, now_s)
-        return there, back
+        return measurement.run(devices, own, [other])
 
 
 def _link_times(source: str, target: str, figures: LinkMeasurement) -> LinkTimes:
@@ -378,8 +345,8 @@ def _link_times(source: str, target: str, figures: LinkMeasurement) -> LinkTimes
 
 
 def save_deviation(model: StoredModel, pool: Pool, device: str, ratio: float, weights: WeightsForm) -> None:
-    """A device took `ratio` times what was predicted of it in use: the next plans know. What was faster than measured
-    was disturbed when it was measured, and is measured again."""
+    """A device took `ratio` times what was predicted of it in use: learn that for the next plans. If it was faster than
+    measured, the measurement was noisy, and is taken again."""
     found = [worker for worker in pool.workers() if worker.register.device == device]
     cache = ProfileCache(profiles_dir())
     for worker in found:

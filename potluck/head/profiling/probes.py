@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import zmq
 
@@ -41,6 +41,7 @@ from transport.messages.pool import SharedModel
 from transport.messages.ring import Fence, WeightsForm
 from transport.timeouts import LINK_PROBE_SILENT_S
 
+Result = TypeVar("Result")
 OnMeasuring = Callable[[str, str], None]
 """Called with a device's name and what is being measured of it."""
 
@@ -53,10 +54,10 @@ class DeviceProfiler(Protocol):
     def profile(
         self, devices: Sequence[Device], model: Path, weights: WeightsForm, measuring: OnMeasuring
     ) -> list[ProfileReport | PotluckError]:
-        """All at once: they must not be in each other's way."""
+        """All at once: they must not share memory or cores."""
 
     def measure_under_load(self, devices: Sequence[Device], seconds: float) -> list[float | PotluckError]:
-        """All at once, to be in each other's way. After `profile`."""
+        """All at once, so that they slow each other down. After `profile`."""
 
     def end(self, devices: Sequence[Device]) -> None: ...
 
@@ -94,7 +95,7 @@ class WorkerProfiler:
             # The worker gives up first, and knows more.
             requests,
             silence_s=1.2 * self.silence_s,
-            on_progress=lambda worker, news: measuring(worker.register.device, news.what),
+            on_progress=lambda worker, progress: measuring(worker.register.device, progress.what),
         )
         return [_report(answer) for answer in replies]
 
@@ -141,21 +142,17 @@ class ChildProfiler:
             )
             child = ProfileProcess(model, settings, threads=device.threads, silence_s=self.silence_s)
             self._children[device.name] = child
-            try:
-                return child.report(lambda what: measuring(device.name, what))
-            except PotluckError as error:
+            result = _or_error(lambda: child.report(lambda what: measuring(device.name, what)))
+            if isinstance(result, PotluckError):
                 self.end([device])
-                return error
+            return result
 
         with ThreadPoolExecutor(max_workers=len(devices)) as threads:
             return list(threads.map(one, devices))
 
     def measure_under_load(self, devices: Sequence[Device], seconds: float) -> list[float | PotluckError]:
         def one(device: Device) -> float | PotluckError:
-            try:
-                return self._children[device.name].measure_under_load(seconds)
-            except PotluckError as error:
-                return error
+            return _or_error(lambda: self._children[device.name].measure_under_load(seconds))
 
         with ThreadPoolExecutor(max_workers=len(devices)) as threads:
             return list(threads.map(one, devices))
@@ -177,11 +174,8 @@ def _report(reply: MeasureReply | PotluckError) -> ProfileReport | PotluckError:
         case PotluckError():
             return reply
         case Profiled(report=report):
-            try:
-                return decode_report(report)
-            except PotluckError as error:
-                return error
-    return StageFailed(f"its worker answered a profile with {type(reply).__name__}")
+            return _or_error(lambda: decode_report(report))
+    return StageFailed(f"expected a profile from its worker, got {type(reply).__name__}")
 
 
 def _step_s(reply: MeasureReply | PotluckError) -> float | PotluckError:
@@ -190,7 +184,15 @@ def _step_s(reply: MeasureReply | PotluckError) -> float | PotluckError:
             return reply
         case UnderLoadTime(step_s=step_s) if 0.0 < step_s < math.inf:
             return step_s
-    return StageFailed(f"its worker answered with {type(reply).__name__}")
+    got = reply.step_s if isinstance(reply, UnderLoadTime) else type(reply).__name__
+    return StageFailed(f"expected a positive step time from its worker, got {got}")
+
+
+def _or_error(call: Callable[[], Result]) -> Result | PotluckError:
+    try:
+        return call()
+    except PotluckError as error:
+        return error
 
 
 _NUM_LARGE_LOCAL = 17
@@ -241,7 +243,7 @@ class LocalProbeEnd:
 
 
 class WorkerProbeEnd:
-    """A worker of the pool. What it listens at is closed by its worker, with the probe or before the next one."""
+    """A worker of the pool, which closes its socket itself: after the probe, or before the next one."""
 
     def __init__(self, pool: Pool, worker: PoolWorker) -> None:
         self.host = worker.register.host
@@ -250,27 +252,26 @@ class WorkerProbeEnd:
         self._worker = worker
 
     def listen(self, where: Where, shape: LinkShape, upstream: str) -> str:
-        answer = self._call(LinkListen(listen=where, shape=shape, upstream=upstream))
-        if not isinstance(answer, LinkListening):
-            raise StageFailed(f"{self._worker.register.device} answered with {type(answer).__name__}")
-        if where == "network" and not is_host_endpoint(answer.endpoint):
-            raise BadMessage(f"{self._worker.register.device} listens at {answer.endpoint[:80]!r}")
-        return answer.endpoint
+        endpoint = self._call(LinkListen(listen=where, shape=shape, upstream=upstream), LinkListening).endpoint
+        if where == "network" and not is_host_endpoint(endpoint):
+            device = self._worker.register.device
+            raise BadMessage(f"expected an endpoint for other hosts from {device}, got {endpoint[:80]!r}")
+        return endpoint
 
     def probe(self, next_endpoint: str, key: str, *, leads: bool) -> LinkProbed:
-        answer = self._call(LinkProbe(next=next_endpoint, leads=leads, key=key))
-        if not isinstance(answer, LinkProbed):
-            raise StageFailed(f"{self._worker.register.device} answered with {type(answer).__name__}")
-        return answer
+        return self._call(LinkProbe(next=next_endpoint, leads=leads, key=key), LinkProbed)
 
     def close(self) -> None:
         pass
 
-    def _call(self, request: MeasureRequest) -> MeasureReply:
-        (answer,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=LINK_PROBE_SILENT_S)
-        if isinstance(answer, PotluckError):
-            raise answer
-        return answer
+    def _call(self, request: MeasureRequest, expected: type[Result]) -> Result:
+        (reply,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=LINK_PROBE_SILENT_S)
+        if isinstance(reply, PotluckError):
+            raise reply
+        if not isinstance(reply, expected):
+            device = self._worker.register.device
+            raise StageFailed(f"expected {expected.__name__} from {device}, got {type(reply).__name__}")
+        return reply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,11 +314,7 @@ def measure_links(pair: HostPair, hidden_size: int) -> tuple[LinkMeasurement, Li
         with ThreadPoolExecutor(max_workers=2) as threads:
             leading = threads.submit(pair.leader.probe, at_follower, pair.follower.key, leads=True)
             following = threads.submit(pair.follower.probe, at_leader, pair.leader.key, leads=False)
-            return link_measurements(*_results((leading.result, following.result)))
+            return link_measurements(leading.result(), following.result())
     finally:
         for end in ends:
             end.close()
-
-
-def _results(waits: Sequence[Callable[[], LinkProbed]]) -> list[LinkProbed]:
-    return [wait() for wait in waits]

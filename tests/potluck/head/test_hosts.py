@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,12 +19,13 @@ from devices.pairing.identity import load_keys
 from devices.pairing.roster import RosterFile
 from potluck.head import hosts, pool
 from potluck.host.member import _stop_error
+from potluck.host.piece_server import _MAX_CONCURRENT_REQUESTS, HostModelService
 from tests.support.doctor.small_head import SmallHead
 from tests.support.transport.introductions import ARRIVE, REGISTER, wait_until
 from transport.control import ControlClient
 from transport.errors import NotAllowed, RingDown
 from transport.messages.control import Stop
-from transport.messages.pool import MembersChanged, NodeAccepted
+from transport.messages.pool import HostFault, ListHostModels, MembersChanged, NodeAccepted
 from transport.security.curve import Curve, new_key_pair
 
 
@@ -95,6 +99,22 @@ def test_a_device_does_not_look_around_by_the_heads_eyes(
 def test_a_device_whose_numbers_are_none_is_no_part_of_any_plan(lie: dict[str, Any]) -> None:
     assert pool._is_plausible(REGISTER)
     assert not pool._is_plausible(msgspec.structs.replace(REGISTER, **lie))
+
+
+def test_a_head_that_asks_for_too_much_at_once_is_told_so() -> None:
+    """A request that nobody answers would keep the head waiting until it takes the host for silent."""
+    go_on, replies = threading.Event(), queue.SimpleQueue[Any]()
+    store: Any = SimpleNamespace(list=lambda: go_on.wait(10.0) and [])
+    piece_server: Any = None
+    service = HostModelService(store, piece_server, say=lambda line: None)
+    for token in range(1, _MAX_CONCURRENT_REQUESTS + 2):
+        service.on_request(ListHostModels(token=token), replies.put)
+    refused = replies.get(timeout=5.0)
+    assert isinstance(refused, HostFault)
+    assert (refused.code, refused.token) == ("busy", _MAX_CONCURRENT_REQUESTS + 1)
+    go_on.set()
+    answered = [replies.get(timeout=5.0) for _ in range(_MAX_CONCURRENT_REQUESTS)]
+    assert {answer.token for answer in answered} == set(range(1, _MAX_CONCURRENT_REQUESTS + 1))
 
 
 def test_loopback_is_no_lan() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.host.member import _reason_in_log_line
+from potluck.host.node import _reason_in_log_line
 from transport.errors import HostRevoked, RingDown, error_from_code
 
 

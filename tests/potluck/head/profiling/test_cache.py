@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from potluck.head.plan_watch import LearnedFactor
 from potluck.head.profiling.cache import DeviceKey, ProfileCache, model_identity
-from potluck.head.profiling.calibration import LearnedFactor
 from tests.support.head.profiles import model, report
 from transport.links.link_probe import LinkMeasurement
 

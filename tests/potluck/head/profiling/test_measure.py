@@ -16,10 +16,10 @@ from msgspec import structs
 from devices.hardware.device import Device
 from devices.pairing.identity import load_keys
 from planner.measurements import PoolTimes
+from potluck.head.plan_watch import LearnedFactor
 from potluck.head.pool import Pool
 from potluck.head.profiling.cache import ProfileCache
-from potluck.head.profiling.calibration import LearnedFactor
-from potluck.head.profiling.measure import _PoolMeasurement, device_key, local_times_for, pool_times_for
+from potluck.head.profiling.measure import MeasureOptions, PoolMeasurement, device_key, local_times_for, pool_times_for
 from potluck.head.profiling.probes import host_pairs
 from potluck.host.local_host import ThisHost
 from potluck.host.node import Node
@@ -61,20 +61,19 @@ class MadeUpEnd:
 
 def measuring(
     tmp_path: Path, probes: MadeUpProbes, *, fresh: bool = False, weights: WeightsForm = "stored"
-) -> _PoolMeasurement:
-    return _PoolMeasurement(
+) -> PoolMeasurement:
+    return PoolMeasurement(
         model=model(tmp_path),
         cache=ProfileCache(tmp_path / "profiles"),
         probes=probes,
         say=lambda words: None,
         measuring=lambda device, what: None,
-        fresh=fresh,
-        weights=weights,
+        options=MeasureOptions(fresh=fresh, weights=weights),
     )
 
 
-def run(one: _PoolMeasurement, devices: list[Device], *ends: Any) -> tuple[PoolTimes, dict[str, str]]:
-    times, left_out = one.run(devices, MadeUpEnd("here"), ends, in_turn=False)
+def run(one: PoolMeasurement, devices: list[Device], *ends: Any) -> tuple[PoolTimes, dict[str, str]]:
+    times, left_out = one.run(devices, MadeUpEnd("here"), ends)
     return times, {gone.name: gone.reason for gone in left_out}
 
 

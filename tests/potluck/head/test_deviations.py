@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.measurements import DeviceTimes, Grid, LayerTimes
-from potluck.head.profiling.calibration import (
+from potluck.head.plan_watch import (
     PERSISTS_S,
     PERSISTS_STEPS,
     Deviation,

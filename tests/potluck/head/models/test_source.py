@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from potluck.head.models import remote
-from potluck.head.models.remote import RemoteModel
+from potluck.head.models import source
 from potluck.head.models.search import ModelRequest
+from potluck.head.models.source import RemoteModel
 from potluck.head.ring import RingStage
 from potluck.host.piece_cache import read_remote_record
 from potluck.system.paths import shared_dir
@@ -64,9 +64,9 @@ class Pool:
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
-    monkeypatch.setattr(remote, "FALLBACK_AFTER_S", 2.0)
-    monkeypatch.setattr(remote, "MODEL_SILENT_S", 3.0)
-    monkeypatch.setattr(remote, "MODEL_STALLED_S", 2.0)
+    monkeypatch.setattr(source, "FALLBACK_AFTER_S", 2.0)
+    monkeypatch.setattr(source, "MODEL_SILENT_S", 3.0)
+    monkeypatch.setattr(source, "MODEL_STALLED_S", 2.0)
     monkeypatch.setitem(client.fetch_small.__kwdefaults__, "patience_s", 3.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
@@ -121,7 +121,7 @@ def test_the_first_host_that_has_it_lends_it(pool: Pool, tiny: SharedFolders, tm
     assert written(tmp_path / "head") == {"identity", "run", "roster.json", "roster.lock", "pieces", "shared"}
 
     record = read_remote_record("tiny")
-    assert record is not None and (record.digest, record.lender, record.key) == (
+    assert record is not None and (record.digest, record.peer, record.key) == (
         tiny.digest,
         "gamma",
         gamma.keys.public,
@@ -186,7 +186,7 @@ def test_nobody_has_it(pool: Pool) -> None:
 
 
 def test_who_is_away_is_named_until_the_time_is_over(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MODEL_WAIT_S", 1.0)
+    monkeypatch.setattr(source, "MODEL_WAIT_S", 1.0)
     pool.head.roster.add(new_key_pair().public, "attic", "macOS")
     with pytest.raises(DeadlineExceeded, match="attic"):
         pool.model.find()
@@ -267,7 +267,7 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: SharedFolders, t
         "identity", "run", "roster.json", "roster.lock", "pieces", "shared"
     }  # fmt: skip
     if lie != "wrong list":
-        assert any("beta could not give tiny" in line for line in pool.said), pool.said
+        assert any("beta could not serve tiny" in line for line in pool.said), pool.said
 
 
 def test_only_who_was_asked_answers(pool: Pool, tiny: SharedFolders) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from potluck.host.worker_log import WorkerEventLog
+from potluck.host.node import WorkerEventLog
 
 
 def test_errors_and_layers_are_told_once_and_nothing_else(tmp_path: Path) -> None:
