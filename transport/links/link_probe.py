@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from transport.codec import EdgeLimits
+from transport.codec import EdgeLimits, Received
 from transport.errors import BadMessage, DeadlineExceeded, NeighbourGone
-from transport.links.link import Received
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.measure import LinkProbed, LinkShape
 from transport.messages.ring import DTYPE_BYTES, Entry, Hidden, SequenceId

@@ -14,6 +14,7 @@ from transport.codec import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     EdgeLimits,
+    Received,
     decode_data,
     encode,
     join_frames,
@@ -21,7 +22,6 @@ from transport.codec import (
 )
 from transport.errors import BadMessage, ConfigError, NeighbourGone
 from transport.links.endpoints import bind, is_tcp
-from transport.links.link import Received
 from transport.messages.ring import PROTOCOL_VERSION, DataMessage, Hello
 from transport.process.polling import Waker
 from transport.security.connection_cap import ENFORCE_INTERVAL_S, ConnectionCap, ConnectionWatch

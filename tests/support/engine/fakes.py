@@ -8,7 +8,7 @@ from typing import Any
 
 from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest
-from transport.links.memory_link import MemoryReceiver, MemorySender, memory_link
+from transport.links.link import MemoryReceiver, MemorySender, memory_link
 from transport.messages.ring import (
     Entry,
     EntryResult,
