@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from planner.measurements import DeviceTimes, Grid, LinkTimes, PoolTimes
+from planner.measurements import DeviceTimes, LinkTimes, PoolTimes
 from planner.memory import MemoryModel, ModelProfile, pool_totals
 from planner.options import Workload
+from transport.messages.measure import Grid
 from transport.messages.ring import DTYPE_BYTES, DType
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from devices.hardware.device import UnavailableDevice
 from planner.cost import Assignment, CostModel, Objective, PlacedStage, fits, objective_s, predict
@@ -19,45 +19,21 @@ from planner.problem import whole_pool
 from planner.relaxation import SearchProgress
 
 _LEFT_OUT_WORK = 3e8
+_PLACED = ("device", "backend", "compute_dtype", "first", "last", "num_layers")
+_STAGE_FACTS = (*_PLACED, "weights_bytes", "kv_bytes", "memory_bytes")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageRow:
-    """One stage. `layers` is half-open in `first` and `last`; `share` is its part of the stages' time of a token."""
-
-    stage: int
-    device: str
-    backend: str
-    compute_dtype: str
-    first: int
-    last: int
-    num_layers: int
-    weights_bytes: int
-    kv_bytes: int
-    memory_bytes: int
-    predicted_ms_per_token: float
-    hop_ms: float
-    share: float
-
-
-def stage_rows(plan: Plan) -> list[StageRow]:
+def stage_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Each stage as `potluck plan --json` prints it; `share` is its part of the stages' time of a token."""
     total_s = sum(stage.decode_s for stage in plan.stages)
     return [
-        StageRow(
-            stage=index,
-            device=stage.device,
-            backend=stage.backend,
-            compute_dtype=stage.compute_dtype,
-            first=stage.first,
-            last=stage.last,
-            num_layers=stage.num_layers,
-            weights_bytes=stage.weights_bytes,
-            kv_bytes=stage.kv_bytes,
-            memory_bytes=stage.memory_bytes,
-            predicted_ms_per_token=stage.decode_s * 1e3,
-            hop_ms=stage.hop_s * 1e3,
-            share=stage.decode_s / total_s if total_s else 0.0,
-        )
+        {
+            "stage": index,
+            **{name: getattr(stage, name) for name in _STAGE_FACTS},
+            "predicted_ms_per_token": stage.decode_s * 1e3,
+            "hop_ms": stage.hop_s * 1e3,
+            "share": stage.decode_s / total_s if total_s else 0.0,
+        }
         for index, stage in enumerate(plan.stages)
     ]
 

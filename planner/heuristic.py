@@ -2,7 +2,7 @@
 
 Start with the twelve fastest that hold the model (the largest take the place of the slowest until they do). Search them
 exactly. Then let each device that was not looked at take the place of one that was not used (or of the one used least),
-and search again, until none brings anything. Never better than `bound_s`, never worse than its first twelve.
+and search again, until none brings anything. Never worse than its first twelve.
 """
 
 from __future__ import annotations
@@ -45,14 +45,6 @@ def find_best_ring(
             best = found
         chosen = candidates
     return replace(best, is_exact=False) if best else None
-
-
-def latency_bound_s(costs: CostModel) -> float:
-    """No ring has a lower `latency`: each layer on the device that is fastest for it, memory shared out as if layers
-    could be cut anywhere, no hops."""
-    devices = range(len(costs.pool.devices))
-    layers = np.array([np.diff(costs.decode(device, 1).cumulative_s) for device in devices])
-    return float(layers.min(axis=0).sum())
 
 
 def _solve_subset(

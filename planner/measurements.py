@@ -7,25 +7,8 @@ from dataclasses import dataclass
 
 from devices.hardware.device import Device
 from planner.memory import WINDOW_SLACK_TOKENS, ModelProfile
+from transport.messages.measure import Grid, LayerTimes
 from transport.messages.ring import DTYPE_BYTES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """seconds[i][j] at rows[i] (sequences of a decode step, or tokens of a prefill chunk) and contexts[j] (tokens of
-    KV before it). Both axes ascend. Between points times are bilinear; beyond them they go on with the last slope."""
-
-    rows: tuple[int, ...]
-    contexts: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTimes:
-    """One kind of layer (layers of a kind have the same shapes, window and experts): seconds of one such layer."""
-
-    decode: Grid
-    prefill: Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +57,15 @@ class PoolTimes:
     devices: tuple[DeviceTimes, ...]
     links: tuple[LinkTimes, ...]
     shared_links: tuple[tuple[tuple[str, str], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds of one stage. `decode`: (sequences in the step, seconds), by number of sequences. `prefill`: (tokens of
+    the chunk, positions before it, seconds), for every pair of some numbers of tokens and some of positions."""
+
+    decode: tuple[tuple[int, float], ...]
+    prefill: tuple[tuple[int, int, float], ...]
 
 
 STEP_S = 2e-4

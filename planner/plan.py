@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from devices.hardware.device import UnavailableDevice
 from planner.cost import Assignment, CostModel, Prediction, slowdown_factors
-from transport.messages.ring import DType, KVForm, WeightsForm
+from planner.measurements import StageTimes
+from transport.messages.ring import DType, KVForm, StageSpec, WeightsForm
 
 _DECODE_SEQUENCES = (1, 2, 4, 8, 16, 32)
 _CHUNK_TOKENS = (8, 16, 32, 64, 128, 256, 512)
 _CONTEXT_QUARTERS = (0, 1, 2, 4)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageTimes:
-    """Seconds of one stage. `decode`: (sequences in the step, seconds), by number of sequences. `prefill`: (tokens of
-    the chunk, positions before it, seconds), for every pair of some numbers of tokens and some of positions."""
-
-    decode: tuple[tuple[int, float], ...]
-    prefill: tuple[tuple[int, int, float], ...]
 
 
 def stage_times(costs: CostModel, assignment: Assignment) -> tuple[StageTimes, ...]:
@@ -51,7 +42,7 @@ def stage_times(costs: CostModel, assignment: Assignment) -> tuple[StageTimes, .
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """Layers [first, last) on the device called `device`.
+    """What the device called `device` runs.
 
     `memory_bytes` is weights, KV for all sequences, and the worker's reserve. `decode_s` is predicted for a decode
     step of one sequence, `group_decode_s` for one of the plan's group while the other stages work too; `hop_s` is the
@@ -60,9 +51,7 @@ class StagePlan:
 
     device: str
     backend: str
-    first: int
-    last: int
-    compute_dtype: DType
+    spec: StageSpec
     weights_bytes: int
     kv_bytes: int
     memory_bytes: int
@@ -71,8 +60,20 @@ class StagePlan:
     hop_s: float
 
     @property
+    def first(self) -> int:
+        return self.spec.first
+
+    @property
+    def last(self) -> int:
+        return self.spec.last
+
+    @property
     def num_layers(self) -> int:
         return self.last - self.first
+
+    @property
+    def compute_dtype(self) -> DType:
+        return self.spec.compute_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +130,3 @@ class Plan:
             [self.wire_dtype, self.context_tokens, self.kv_capacity_tokens, self.strategy, self.weights, self.kv],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"id": self.id, **asdict(self)}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from planner.measurements import DeviceTimes, Grid, PoolTimes
+from planner.measurements import DeviceTimes, PoolTimes
 from planner.memory import ModelProfile
 from transport.errors import ConfigError
+from transport.messages.measure import is_time
 
 POOL_FILE_FORMAT = "potluck-pool"
 POOL_FILE_VERSION = 2
@@ -81,8 +81,8 @@ def _problem(saved: SavedPool) -> str | None:
     ):
         return "the model has a negative size"
     for link in times.links:
-        if not (_is_time(link.hop_s) and _is_time(link.hop_p95_s) and link.bytes_per_s > 0):
-            return f"the link {link.source} → {link.target} has a time or rate that can't be"
+        if not (is_time(link.hop_s) and is_time(link.hop_p95_s) and link.bytes_per_s > 0):
+            return f"the link {link.source} → {link.target} needs finite times ≥ 0 and a rate > 0"
     return next(filter(None, (_device_problem(device, profile) for device in times.devices)), None)
 
 
@@ -95,18 +95,8 @@ def _device_problem(times: DeviceTimes, profile: ModelProfile) -> str | None:
     if len(times.kinds) != profile.num_layers or not all(0 <= kind < len(times.layers) for kind in times.kinds):
         return f"{device.name}'s kinds of layers are not those of the model"
     if not device.free_bytes >= 0 or not device.total_bytes >= 0 or not device.bandwidth_bytes_per_s > 0:
-        return f"{device.name} has memory or a bandwidth that can't be"
+        return f"{device.name}: memory must be ≥ 0 bytes and bandwidth_bytes_per_s > 0"
     grids = [times.embed, times.head, *(grid for layer in times.layers for grid in (layer.decode, layer.prefill))]
-    if not _is_time(times.step_s) or times.busy < 1 or not all(_is_grid(grid) for grid in grids):
-        return f"{device.name} has times that can't be"
+    if not is_time(times.step_s) or times.busy < 1 or not all(grid.is_plausible() for grid in grids):
+        return f"{device.name}: times must be finite and ≥ 0, busy ≥ 1, and grids whole with ascending axes"
     return None
-
-
-def _is_time(seconds: float) -> bool:
-    return math.isfinite(seconds) and seconds >= 0
-
-
-def _is_grid(grid: Grid) -> bool:
-    axes_ascend = all(axis and list(axis) == sorted(set(axis)) for axis in (grid.rows, grid.contexts))
-    is_whole = len(grid.seconds) == len(grid.rows) and all(len(row) == len(grid.contexts) for row in grid.seconds)
-    return axes_ascend and is_whole and all(_is_time(seconds) for row in grid.seconds for seconds in row)

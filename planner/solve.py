@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from devices.hardware.device import UnavailableDevice
-from planner.cost import Assignment, CostModel, Objective, objective_s, predict, slowdown_factors
+from devices.hardware.device import Device, UnavailableDevice
+from planner.cost import Assignment, CostModel, Objective, PlacedStage, objective_s, predict, slowdown_factors
 from planner.exact import Solution, solve_exactly
 from planner.explain import why_left_out
 from planner.feasible import GIB, check_request, feasible_devices
@@ -20,7 +20,7 @@ from planner.problem import whole_pool
 from planner.relaxation import SearchProgress
 from planner.split import Rule, follow_rule, place_by_hand
 from transport.errors import ConfigError, DoesNotFit
-from transport.messages.ring import DTYPE_BYTES, DType
+from transport.messages.ring import DTYPE_BYTES, DType, StageSpec
 
 _SMALLEST_CONTEXT = 256
 _MOST_CHOICES = 64
@@ -102,9 +102,7 @@ def build_plan(
             StagePlan(
                 device=device.name,
                 backend=device.backend,
-                first=placed.first,
-                last=placed.last,
-                compute_dtype=device.compute_dtype,
+                spec=stage_spec(costs, device, placed),
                 weights_bytes=costs.memory_model.weights_bytes(device, *span),
                 kv_bytes=costs.memory_model.kv_bytes(device, *span),
                 memory_bytes=costs.memory_model.memory_bytes(device, *span),
@@ -125,6 +123,22 @@ def build_plan(
         times=stage_times(costs, assignment),
         left_out=tuple(left_out),
         is_exact=is_exact,
+    )
+
+
+def stage_spec(costs: CostModel, device: Device, placed: PlacedStage) -> StageSpec:
+    return StageSpec(
+        first=placed.first,
+        last=placed.last,
+        num_layers=costs.profile.num_layers,
+        device=device.kind,
+        compute_dtype=device.compute_dtype,
+        wire_dtype=costs.wire_dtype,
+        next_dtype=costs.wire_dtype,
+        context_tokens=costs.workload.context_tokens,
+        kv_capacity_tokens=costs.workload.context_tokens * costs.workload.concurrency,
+        weights=costs.profile.weights,
+        kv=costs.profile.kv,
     )
 
 

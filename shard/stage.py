@@ -5,43 +5,13 @@ What is made anew for every step is a Struct: a frozen dataclass takes 15 µs to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from msgspec import Struct
 
-from transport.messages.ring import DType, Entry, EntryResult, KVForm, Op, SequenceId, WeightsForm
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSpec:
-    """Which layers of which model run where, and in what precision.
-
-    `kv_capacity_tokens` bounds the tokens of KV that all sequences together may hold; `context_tokens` those of one.
-    Hidden states come in as `wire_dtype` and go out as `next_dtype`. `weights` and `kv` are the forms in which
-    matrices and KV are held; a backend that can't hold KV in 8 bits refuses it when it loads (UnsupportedModel).
-    """
-
-    first: int
-    last: int
-    num_layers: int
-    device: str
-    compute_dtype: DType
-    wire_dtype: DType
-    next_dtype: DType
-    context_tokens: int
-    kv_capacity_tokens: int
-    weights: WeightsForm = "stored"
-    kv: KVForm = "full"
-
-    @property
-    def is_first(self) -> bool:
-        return self.first == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.last == self.num_layers
+from transport.messages.ring import Entry, EntryResult, Op, SequenceId
+from transport.messages.ring import StageSpec as StageSpec
 
 
 class Batch(Struct, frozen=True, kw_only=True):

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench.lab.lab import Lab, remove_leftovers
+from bench.lab.lab import Lab, launch_command, remove_leftovers, running_lab
 from bench.lab.spec import LabError, load_spec
-from bench.lab.state import launch_command, running_lab
 from transport.errors import PotluckError
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

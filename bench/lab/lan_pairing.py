@@ -31,7 +31,7 @@ from bench.lab.lab import Lab, home_of
 from bench.lab.spec import HostSpec, LabSpec, parse_rate
 from bench.targets import Round, Target, judge_targets, ratio
 from potluck.measure.head_process import CLI, CommandProcess
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, say
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
@@ -358,9 +358,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(arguments)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     try:
         rate = parse_rate(options.rate)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potluck.system.settings import parse_bytes
+from potluck.system.byte_sizes import parse_bytes
 from transport.errors import ConfigError, PotluckError
 
 

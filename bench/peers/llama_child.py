@@ -1,4 +1,4 @@
-"""llama.cpp as a contestant, by its low-level Python binding. Run by an interpreter that has llama-cpp-python.
+"""llama.cpp as a system under test, by its low-level Python binding. Run by an interpreter that has llama-cpp-python.
 
 python -m bench.peers.llama_child FILE.gguf THREADS           serve
 python -m bench.peers.llama_child --quantize IN OUT TYPE      write IN in the type (Q4_0, Q8_0) to OUT

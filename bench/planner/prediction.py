@@ -3,7 +3,7 @@
 python -m bench.planner.prediction [--lab FILE] [--model smollm2 | --random-1b FOLDER] [--rounds 3] [--chats 8]
                            [--context 1024] --json FILE
 
-Each visit to a plan starts the pool anew in the lab, measures devices and links anew, notes what the plan promises
+Each visit to a plan starts the pool anew in the lab, measures devices and links anew, notes what the plan predicts
 before anything has run, and then measures one chat and many. Visits to different plans take turns, round after round,
 because the machine drifts. The chats are those that are planned for. The first host of the lab is the head; clients are
 on its network, without its limits.
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from bench.lab import Lab, LabError, LabSpec, head_options, join_options, load_s
 from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
 from potluck.head.planning import profile_of, workload_of
 from potluck.measure.head_process import CommandProcess
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, say, write_result
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
@@ -38,7 +37,7 @@ from transport.errors import PotluckError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTrial:
-    """One plan, once. `promised` was noted before `measured` (one chat, many chats); `failed` says why there is none.
+    """One plan, once. `predicted` was noted before `measured` (one chat, many chats); `failed` says why there is none.
 
     `stages` are (device, first, last)."""
 
@@ -46,14 +45,14 @@ class PlanTrial:
     round: int
     started: float
     stages: list[list[Any]] = field(default_factory=list)
-    promised: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
 
     @property
-    def promised_rates(self) -> tuple[float, float]:
+    def predicted_rates(self) -> tuple[float, float]:
         """Tokens per second of one chat and of many."""
-        return self.promised["tokens_per_s"], self.promised["tokens_per_s_many"]
+        return self.predicted["tokens_per_s"], self.predicted["tokens_per_s_many"]
 
     @property
     def measured_rates(self) -> tuple[float, float]:
@@ -62,13 +61,13 @@ class PlanTrial:
 
     @property
     def with_prompts(self) -> tuple[float, float]:
-        """Tokens per second of many chats, prompts included, which is what throughput is after: promised, measured."""
-        return self.promised["workload_tokens_per_s"], self.measured[1]["tokens_per_s"]
+        """Tokens per second of many chats, prompts included, which is what throughput is after: predicted, measured."""
+        return self.predicted["workload_tokens_per_s"], self.measured[1]["tokens_per_s"]
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Promised over measured, less one."""
-        one, many = (p / m - 1 for p, m in zip(self.promised_rates, self.measured_rates, strict=True))
+        """Predicted over measured, less one."""
+        one, many = (p / m - 1 for p, m in zip(self.predicted_rates, self.measured_rates, strict=True))
         return one, many
 
 
@@ -106,13 +105,13 @@ def _plan(layout: str, visits: Sequence[PlanTrial]) -> dict[str, Any]:
         "stages": layout,
         "asked": _unique(lambda visit: visit.plan, visits),
         "visits": len(visits),
-        "promised_one": median(lambda visit: visit.promised_rates[0]),
+        "predicted_one": median(lambda visit: visit.predicted_rates[0]),
         "measured_one": median(lambda visit: visit.measured_rates[0]),
         "error_one": median(lambda visit: visit.errors[0]),
-        "promised_many": median(lambda visit: visit.promised_rates[1]),
+        "predicted_many": median(lambda visit: visit.predicted_rates[1]),
         "measured_many": median(lambda visit: visit.measured_rates[1]),
         "error_many": median(lambda visit: visit.errors[1]),
-        "promised_with_prompts": median(lambda visit: visit.with_prompts[0]),
+        "predicted_with_prompts": median(lambda visit: visit.with_prompts[0]),
         "measured_with_prompts": median(lambda visit: visit.with_prompts[1]),
         "error_with_prompts": median(lambda visit: visit.with_prompts[0] / visit.with_prompts[1] - 1),
     }
@@ -182,16 +181,13 @@ def plan_choices(devices: Sequence[str], num_layers: int) -> list[PlanChoice]:
 class PredictionExperiment:
     """The lab that is up, and visits to plans in it."""
 
-    def __init__(
-        self, lab: Lab, spec: LabSpec, model: StoredModel, *, chats: int, context: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, lab: Lab, spec: LabSpec, model: StoredModel, *, chats: int, context: int) -> None:
         self._context = context
         self._lab = lab
         self._names = [host.name for host in spec.hosts]
         self._pairing_address = pair_hosts(lab, self._names[0], self._names[1:])
         self._model = model
         self._chats = chats
-        self._say = say
 
     @property
     def devices(self) -> list[str]:
@@ -203,19 +199,17 @@ class PredictionExperiment:
         try:
             with ExitStack() as stack:
                 head = self._start(stack, choice)
-                promised = head["plan"]
+                predicted = head["plan"]
                 stages = [[stage["device"], stage["first"], stage["last"]] for stage in head["stages"]]
-                self._say(
-                    f"  {stages}: promises {promised['tokens_per_s']:.2f} and {promised['tokens_per_s_many']:.2f}"
-                )
+                say(f"  {stages}: predicts {predicted['tokens_per_s']:.2f} and {predicted['tokens_per_s_many']:.2f}")
                 rows = self._measure()
         except RuntimeError as error:
-            self._say(f"  failed: {error}")
+            say(f"  failed: {error}")
             return PlanTrial(plan=choice.name, round=number, started=started, failed=str(error))
         one, many = rows
-        self._say(f"  measured {one['decode_tokens_per_s']:.2f} and {many['decode_tokens_per_s']:.2f}")
+        say(f"  measured {one['decode_tokens_per_s']:.2f} and {many['decode_tokens_per_s']:.2f}")
         return PlanTrial(
-            plan=choice.name, round=number, started=started, stages=stages, promised=promised, measured=rows
+            plan=choice.name, round=number, started=started, stages=stages, predicted=predicted, measured=rows
         )
 
     def _start(self, stack: ExitStack, choice: PlanChoice) -> dict[str, Any]:
@@ -231,10 +225,7 @@ class PredictionExperiment:
         return head.wait_for_facts(_UP_WITHIN_S)
 
     def _command(self, stack: ExitStack, host: str, arguments: Sequence[str]) -> CommandProcess:
-        def popen(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-            return self._lab.popen(host, command, **options)
-
-        process = CommandProcess(arguments, popen)
+        process = CommandProcess(arguments, partial(self._lab.popen, host))
         stack.callback(process.stop)
         return process
 
@@ -242,7 +233,7 @@ class PredictionExperiment:
         """One chat, then many."""
         # The chats that `up` plans for: the last one begins before the first one has ended, and a token has as much
         # context on average as a predicted one.
-        chat = workload_of(profile_of(self._model), Settings(context_tokens=self._context, concurrency=self._chats))
+        chat = workload_of(profile_of(self._model), Settings(context=self._context, concurrency=self._chats))
         lengths = ("--prompt", str(chat.prompt_tokens), "--output", str(chat.output_tokens))
         grid = (*lengths, "--concurrency", "1", str(self._chats), "--rounds", "1")
         command = [sys.executable, "-P", "-m", "potluck.measure", *grid]
@@ -282,9 +273,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="written after every visit")
     options = parser.parse_args()
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     try:
         store = Store(home_dir())
         model = store.pull(options.model) if options.random_1b is None else random_model(LLAMA_1B, options.random_1b)
@@ -293,7 +281,7 @@ def main() -> int:
             raise LabError(f"{options.lab} has {len(spec.hosts)} hosts", hint="this experiment is for three")
         with Lab(spec) as lab:
             _configure(lab, [host.name for host in spec.hosts])
-            experiment = PredictionExperiment(lab, spec, model, chats=options.chats, context=options.context, say=say)
+            experiment = PredictionExperiment(lab, spec, model, chats=options.chats, context=options.context)
             choices = plan_choices(experiment.devices, model.spec.num_layers)
             choices = [choice for choice in choices if options.plans is None or choice.name in options.plans]
             about = {
@@ -308,7 +296,7 @@ def main() -> int:
                 for choice in choices:
                     say(f"round {number + 1} of {options.rounds}: {choice.name}")
                     visits.append(experiment.run_trial(choice, number))
-                    _write(options.json, {**about, **summary(visits)})
+                    write_result({**about, **summary(visits)}, options.json, shown="")
     except PotluckError as error:
         say(f"error: {error}")
         return 1
@@ -316,12 +304,6 @@ def main() -> int:
         return 130
     print(json.dumps(summary(visits)["medians"], indent=2))
     return 0
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as draft:
-        draft.write(json.dumps(result, indent=2) + "\n")
-    Path(draft.name).replace(file)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A ring without an engine: steps sent straight to its stages, in the simplest order there is. It says what stages
-take at a batch, what hops cost, and what a prompt takes in chunks of a fixed size, or in one step."""
+"""A ring without an engine: steps sent straight to its stages, in the simplest order there is. It shows what
+stages take at a batch, and what hops cost."""
 
 from __future__ import annotations
 
@@ -57,20 +57,6 @@ class DrivenRing:
         self._receiver = receiver
         self._num_steps = 0
         self._num_sequences = 0
-
-    def prefill(self, ids: Sequence[int], chunk_tokens: int) -> float:
-        """Seconds to the first token of a prompt whose chunks follow each other without waiting."""
-        (sequence,) = self._new(1)
-        started_s = time.perf_counter()
-        for start in range(0, len(ids), chunk_tokens):
-            chunk = tuple(ids[start : start + chunk_tokens])
-            is_last = start + len(chunk) == len(ids)
-            ops = (_open(sequence, ids),) if start == 0 else ()
-            last = self._send(ops, (Entry(sequence, start, chunk, int(is_last)),))
-        self._wait_for(last)
-        seconds = time.perf_counter() - started_s
-        self._wait_for(self._send((Release(sequence),), ()))
-        return seconds
 
     def decode(self, groups: int, rows: int, *, prompts: Sequence[Sequence[int]], steps: int) -> DrivenRun:
         """Every group goes round `steps` times; each has `rows` of the prompts, of which there are groups · rows."""
@@ -180,18 +166,10 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
         Load(
             fence=fence,
             stage=index,
-            first=stage.first,
-            last=stage.last,
-            num_layers=model.spec.num_layers,
+            spec=stage.spec,
             model_path=str(model.path),
-            compute_dtype=stage.compute_dtype,
-            wire_dtype=plan.wire_dtype,
-            next_dtype=plan.wire_dtype,
-            context_tokens=plan.context_tokens,
-            kv_capacity_tokens=plan.kv_capacity_tokens,
             max_step_tokens=max_step_tokens,
             listen=where,
-            weights=plan.weights,
             upstream=upstream,
             shared=shared.get(index),
         )
@@ -203,8 +181,8 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
         [(worker, Connect(fence, next, key)) for worker, (next, key) in zip(workers, following, strict=True)]
     )
     pool.pool.wait_until_loaded(workers, on_loading=lambda _: None)
-    towards = edges.client_auth(endpoints[0], keys[1])
-    sender = ZmqSender(context, endpoints[0], limits, name="the bench", prepare=towards)
+    client_auth = edges.client_auth(endpoints[0], keys[1])
+    sender = ZmqSender(context, endpoints[0], limits, name="the bench", prepare=client_auth)
     try:
         yield DrivenRing(pool, workers, fence, sender, receiver)
     finally:

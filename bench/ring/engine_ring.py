@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -23,9 +22,8 @@ from potluck.head.profiling.measure import MeasureOptions, pool_times_for
 from potluck.head.ring import Ring
 from potluck.host.local_devices import find_local_devices
 from potluck.host.local_host import ThisHost, isolated_host
-from potluck.host.node import Node
 from potluck.host.piece_server import HostPieceServer
-from potluck.measure.chats import ChatTiming, ChatTimings
+from potluck.measure.ring import worker_pool
 from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.links.endpoints import port_of
@@ -48,15 +46,12 @@ from transport.messages.requests import (
 from transport.messages.ring import Sampling
 from transport.security.curve import Prepare
 
-if TYPE_CHECKING:
-    from potluck.head.network import Network
-
 _STARTS_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPool:
-    """One pool with all its devices; `run_dir` is for sockets and logs. Other hosts get the model from the `giver`."""
+    """One pool with all its devices. `run_dir` is for sockets and logs; other hosts get models from `piece_server`."""
 
     context: zmq.Context[zmq.Socket[bytes]]
     pool: Pool
@@ -100,7 +95,7 @@ class BenchPool:
         self.pool.request_stats(workers)
         found = tuple(worker.stats for worker in workers if worker.stats is not None)
         if len(found) < len(workers):
-            raise RuntimeError("a worker does not answer: see the logs")
+            raise RuntimeError("a worker did not answer a request for its counters: see the logs in the run folder")
         return found
 
 
@@ -111,64 +106,41 @@ def pool_of_hosts(here: ThisHost, pairing_port: int) -> Iterator[BenchPool]:
 
     settings = Settings(lan_host=here.address, lan_port=pairing_port, discovery=False)
     network = Network(here, settings, say=lambda line: None)
-    with _pool(here, network) as found, ExitStack() as stack:
-        control = found.pool.control
-        assert control is not None
+    run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        stack.callback(context.destroy, 0)
+        piece_server = HostPieceServer(here, network.piece_endpoint, network.roster.admits)
+        stack.callback(piece_server.close)
+        pool = Pool(
+            context,
+            run_dir,
+            on_fault=lambda worker, error: None,
+            on_joined=lambda worker: None,
+            here=here,
+            roster=network.roster,
+            control=network.control_endpoint,
+            pool=network.pool_id,
+            pieces=lambda: piece_server.endpoint,
+        )
+        stack.callback(pool.close)
+        stack.callback(pool.stop_workers, "the bench is over")
+        assert pool.control is not None
         stack.callback(network.close)
-        network.open(port_of(control))
-        yield found
+        network.open(port_of(pool.control))
+        yield BenchPool(context, pool, here, run_dir, piece_server)
 
 
 @contextmanager
 def pool_of_processes(num_stages: int) -> Iterator[BenchPool]:
     """Of worker processes on this host's CPU, one thread each."""
     here = isolated_host("bench")
-    settings = Settings(devices=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
+    settings = Settings(device=("torch:cpu",) * num_stages, threads=None if num_stages > 1 else 1)
     devices = find_local_devices(settings, say=lambda line: None, host=here.name, is_head=True)
     one_thread = [replace(device, threads=1) for device in devices]
-    with _pool(here, None) as found, ExitStack() as stack:
-        node = Node(
-            control=found.pool.endpoint,
-            logs=found.run_dir,
-            run_dir=found.run_dir,
-            on_exit=found.pool.on_worker_exit,
-            keys_file=here.keys_file,
-        )
-        stack.callback(node.stop)
-        node.start(one_thread)
-        found.pool.wait_for_devices([device.name for device in one_thread], num_stages, _STARTS_WITHIN_S)
-        yield found
-
-
-@contextmanager
-def _pool(here: ThisHost, network: Network | None) -> Iterator[BenchPool]:
-    run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        piece_server = None if network is None else HostPieceServer(here, network.piece_endpoint, network.roster.admits)
-        try:
-            pool = Pool(
-                context,
-                run_dir,
-                on_fault=lambda worker, error: None,
-                on_joined=lambda worker: None,
-                here=here,
-                roster=network.roster if network is not None else None,
-                control=network.control_endpoint if network is not None else None,
-                pool=network.pool_id if network is not None else "",
-                pieces=(lambda: "") if piece_server is None else (lambda: piece_server.endpoint),
-            )
-            try:
-                yield BenchPool(context, pool, here, run_dir, piece_server)
-            finally:
-                pool.stop_workers("the bench is over")
-                pool.close()
-        finally:
-            if piece_server is not None:
-                piece_server.close()
-    finally:
-        context.destroy(0)
-        shutil.rmtree(run_dir, ignore_errors=True)
+    with worker_pool(one_thread, here) as (context, pool, run_dir):
+        yield BenchPool(context, pool, here, run_dir)
 
 
 _READY_WITHIN_S = 300.0
@@ -202,16 +174,6 @@ class PendingRequest:
         """By the engine's clock."""
         return (self.done.completion_tokens - 1) / self.done.decode_s
 
-    @property
-    def timing(self) -> ChatTiming:
-        return ChatTiming(
-            started_s=self.started_s,
-            ended_s=self.ended_s,
-            chunks_s=tuple(self.chunks_s),
-            prompt_tokens=self.done.prompt_tokens,
-            tokens=self.done.completion_tokens,
-        )
-
 
 class BenchClient:
     """One client of an engine. Not thread-safe."""
@@ -233,12 +195,12 @@ class BenchClient:
         self.wait(lambda: self._is_ready, _READY_WITHIN_S)
 
     def start(self, submit: Submit) -> PendingRequest:
-        asked = self._pending[submit.request] = PendingRequest(submit.request)
+        pending = self._pending[submit.request] = PendingRequest(submit.request)
         self._send(submit)
-        return asked
+        return pending
 
-    def cancel(self, asked: PendingRequest) -> None:
-        self._send(Cancel(asked.request))
+    def cancel(self, pending: PendingRequest) -> None:
+        self._send(Cancel(pending.request))
 
     def wait(self, until: Callable[[], bool], timeout_s: float = _ANSWERED_WITHIN_S) -> None:
         """Take events in until it is so. Raises RuntimeError if a request fails, or after `timeout_s`."""
@@ -265,12 +227,12 @@ class BenchClient:
     def _take(self, event: EngineEvent, now_s: float) -> None:
         match event:
             case Delta(request=request, text=text):
-                asked = self._pending[request]
-                asked.chunks_s.append(now_s)
-                asked.text += text
+                pending = self._pending[request]
+                pending.chunks_s.append(now_s)
+                pending.text += text
             case Finished(request=request):
-                asked = self._pending.pop(request)
-                asked.finished, asked.ended_s = event, now_s
+                pending = self._pending.pop(request)
+                pending.finished, pending.ended_s = event, now_s
             case Aborted(request=request):
                 self._pending.pop(request).ended_s = now_s
             case EngineReady():
@@ -303,7 +265,7 @@ class EngineRing:
         ids: Sequence[int] = (),
         may_end: bool = False,
     ) -> Submit:
-        """A greedy one, of exactly one of a user's text, messages and token ids. Its answer is as long as asked for,
+        """A greedy one, of exactly one of a user's text, messages and token ids. Its answer is as long as pending for,
         unless it `may_end`."""
         if text is not None:
             messages = ({"role": "user", "content": text},)
@@ -317,13 +279,9 @@ class EngineRing:
 
     def run_requests(self, requests: Sequence[Submit]) -> list[PendingRequest]:
         """All at once, until the last one is answered. Raises RuntimeError if one fails."""
-        asked = [self.client.start(request) for request in requests]
-        self.client.wait(lambda: all(one.is_over for one in asked))
-        return asked
-
-
-def timings_of(answers: Sequence[PendingRequest]) -> ChatTimings:
-    return ChatTimings(chats=tuple(answer.timing for answer in answers))
+        pending = [self.client.start(request) for request in requests]
+        self.client.wait(lambda: all(one.is_over for one in pending))
+        return pending
 
 
 @contextmanager
@@ -343,12 +301,12 @@ def engine_ring(
     )
     try:
         ring.start(lambda workers: None)
-        door = BenchClient(pool.context, ring.api_endpoint, pool.pool.client_auth(ring.api_endpoint))
+        client = BenchClient(pool.context, ring.api_endpoint, pool.pool.client_auth(ring.api_endpoint))
         try:
-            door.wait_ready()
-            yield EngineRing(name, pool, plan, door, eos_ids)
+            client.wait_ready()
+            yield EngineRing(name, pool, plan, client, eos_ids)
         finally:
-            door.close()
+            client.close()
     finally:
         # Workers take an engine that leaves before them for a fault; nobody listens any more.
         ring.stop_engine()

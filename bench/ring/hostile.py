@@ -4,7 +4,7 @@ python -m bench.ring.hostile [--seconds 10] [--connections 200] [--model smollm2
 
 A ring of two hosts on loopback addresses, so that the edges of worker and engine are attacked too. Meanwhile chat
 requests are answered one after the other, and a third host of the pool comes in from another address than the hostile
-ones': it knocks, arrives at control, and takes bytes from the piece server.
+ones': it says hello to the pairing server, is accepted at control, and reads bytes from the piece server.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PLAN = ("--use-all", "--estimate", "--objective", "proportional")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopbackHosts:
-    """`door` is "ADDRESS:PORT"; `member` has the keys of the other host, and `key` is the head's."""
+    """`pairing_address` is "ADDRESS:PORT"; `member` has the keys of the other host, and `key` is the head's."""
 
     head: CommandProcess
     other: CommandProcess
@@ -124,7 +124,7 @@ def _wait_for_pairing_server(head: CommandProcess) -> None:
     deadline = time.monotonic() + _UP_WITHIN_S
     while "potluck join" not in head.output:
         if time.monotonic() > deadline or head.exit_code() is not None:
-            raise RuntimeError(f"it lets nobody in: {head.last_lines()}")
+            raise RuntimeError(f"the head did not open pairing within {_UP_WITHIN_S:.0f} s: {head.last_lines()}")
         time.sleep(0.1)
 
 
@@ -150,8 +150,8 @@ class ChatLatencies:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostileReport:
     """`growth_bytes` is how much more memory all processes together held at most, and at the end. `joined_s` is what
-    the door, control and the pieces took to serve a host that came in during the attack, each tried `num_joins` times
-    and at its slowest."""
+    pairing, control and the piece server took to serve a host that came in during the attack, each tried `num_joins`
+    times and at its slowest."""
 
     ports: int
     connections: int
@@ -204,7 +204,7 @@ def _attack(target: _Target, seconds: float, connections: int) -> HostileReport:
         time.sleep(_WARM_UP_S)
         before_chats = chatting.take()
         resident, descriptors = target.resident_bytes(), target.descriptors()
-        joins: dict[str, list[float]] = {"door": [], "control": [], "pieces": []}
+        joins: dict[str, list[float]] = {"pairing": [], "control": [], "pieces": []}
         growth: dict[str, int] = dict.fromkeys(resident, 0)
         most_growth, most_descriptors = 0, 0
         joining = threading.Thread(target=_join_repeatedly, args=(target, joins, time.monotonic() + seconds))
@@ -321,7 +321,7 @@ def _join_repeatedly(target: _Target, joins: dict[str, list[float]], until_s: fl
     while time.monotonic() < until_s:
         started = time.monotonic()
         _send_hello(THIRD_ADDRESS, target.pairing_port)
-        joins["door"].append(time.monotonic() - started)
+        joins["pairing"].append(time.monotonic() - started)
         started = time.monotonic()
         _connect_control(target)
         joins["control"].append(time.monotonic() - started)
@@ -332,7 +332,7 @@ def _join_repeatedly(target: _Target, joins: dict[str, list[float]], until_s: fl
 
 
 def _send_hello(source: str, port: int) -> bytes:
-    """What the door says to one who asks from `source`."""
+    """The pairing server's reply to a client at `source`."""
     with _connection(source, port) as sock:
         sock.sendall(b'{"type":"hello","protocol":%d,"potluck":"0"}\n' % PROTOCOL_VERSION)
         answer: bytes = sock.makefile("rb").readline()
@@ -351,8 +351,8 @@ def _from_elsewhere(port: int) -> str:
 
 
 def _connect_control(target: _Target) -> None:
-    """Raises TimeoutError if the head does not welcome it."""
-    welcomed = threading.Event()
+    """Raises TimeoutError if the head does not accept it."""
+    accepted = threading.Event()
     context: Any = zmq.Context()
     arrive = NodeHello(
         version=PROTOCOL_VERSION,
@@ -365,13 +365,13 @@ def _connect_control(target: _Target) -> None:
         context,
         _from_elsewhere(target.control),
         arrive,
-        on_message=lambda message: welcomed.set() if isinstance(message, NodeAccepted) else None,
+        on_message=lambda message: accepted.set() if isinstance(message, NodeAccepted) else None,
         on_lost=lambda: None,
         prepare=Curve(context, target.member).client_auth(target.key),
     )
     try:
-        if not welcomed.wait(_IN_WITHIN_S):
-            raise TimeoutError(f"no welcome within {_IN_WITHIN_S:.0f} s")
+        if not accepted.wait(_IN_WITHIN_S):
+            raise TimeoutError(f"not accepted within {_IN_WITHIN_S:.0f} s")
     finally:
         client.close()
         context.destroy(0)

@@ -11,7 +11,6 @@ A hop's software cost is (a step's round trip - the stages' compute) / (stages +
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, write_result
 from potluck.measure.ring import PROMPT, BenchRing, RunResult, split_ring, unsplit_ring
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
@@ -78,9 +77,7 @@ def main() -> int:
         max_stages=options.stages,
     )
     result = {**hardware_facts(), **found}
-    print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.json)
     return 0
 
 

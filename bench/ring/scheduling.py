@@ -1,21 +1,19 @@
 """Is every device kept busy? Schedules over two stages of one thread each, at the engine's own socket.
 
-python -m bench.ring.scheduling [--model smollm2] [--rounds 5] [--only single streams filled prefill intrusion turns]
+python -m bench.ring.scheduling [--model smollm2] [--rounds 5] [--only single streams filled intrusion]
                            [--layers 15,15] [--json FILE]
 
 single: one chat over two stages and over the engine unsplit. streams: 1 to 8 chats against what their steps allow.
-filled: 4·B* chats against the slowest stage. prefill: a prompt of 2,048 tokens in chunks and in one step. intrusion:
-one of 4,096 beside 4 chats. turns: a chat's second turn.
+filled: 4·B* chats against the slowest stage. intrusion: a prompt of 4,096 tokens beside 4 chats.
 
 Everything is up first and then measured in turns, round after round, because machines drift; ratios are taken within a
 round, and the medians over rounds are judged. Engines have processes of their own, as in `potluck up`. Rings driven
-without an engine say what stages take, what hops cost, and what a prompt takes in one step.
+without an engine show what stages take and what hops cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,10 +27,10 @@ import torch
 
 from bench.ring.driven_ring import driven_ring
 from bench.ring.engine_ring import engine_ring, pool_of_processes
-from bench.ring.sections import PREFILL_TOKENS, Prompts, filled, intrusion, prefill, single, streams, turns
-from bench.targets import SCHEDULING_TARGETS, Round, judge_targets, medians_present, rounded
+from bench.ring.sections import Prompts, filled, intrusion, single, streams
+from bench.targets import SCHEDULING_TARGETS, Round, run_rounds
 from potluck.engine.tokenizer import Tokenizer
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, say, write_result
 from potluck.measure.ring import unsplit_ring
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
@@ -40,10 +38,11 @@ from potluck.system.paths import home_dir
 from potluck.system.settings import Settings
 from transport.errors import PotluckError
 
-SECTIONS = ("single", "streams", "filled", "prefill", "intrusion", "turns")
+SECTIONS = ("single", "streams", "filled", "intrusion")
 _NUM_STAGES = 2
 _CONTEXT_TOKENS = 8192
 _CONCURRENCY = 4
+_MAX_STEP_TOKENS = 2048
 
 Section = Callable[[int], Round]
 
@@ -64,13 +63,12 @@ def build_bench(stack: ExitStack, model: StoredModel, wanted: Sequence[str], lay
     split = [stage.num_layers for stage in plan.stages]
     sections: dict[str, Section] = {}
     ring = stack.enter_context(engine_ring("2 stages", pool, model, plan, prompts.eos_ids))
-    if set(wanted) & {"streams", "filled", "prefill"}:
-        apart = stack.enter_context(pool_of_processes(_NUM_STAGES))
+    if set(wanted) & {"streams", "filled"}:
+        driven_pool = stack.enter_context(pool_of_processes(_NUM_STAGES))
         # Its workers have the same names: the same plan will do.
-        driven = stack.enter_context(driven_ring(apart, model, plan, max_step_tokens=PREFILL_TOKENS))
+        driven = stack.enter_context(driven_ring(driven_pool, model, plan, max_step_tokens=_MAX_STEP_TOKENS))
         sections["streams"] = lambda number: streams(ring, driven, prompts)
         sections["filled"] = lambda number: filled(ring, driven, prompts)
-        sections["prefill"] = lambda number: prefill(ring, driven, prompts, number)
     if "single" in wanted:
         alone = stack.enter_context(pool_of_processes(1))
         one = stack.enter_context(
@@ -80,7 +78,6 @@ def build_bench(stack: ExitStack, model: StoredModel, wanted: Sequence[str], lay
         unsplit = stack.enter_context(unsplit_ring(model.path, plan.stages[0].compute_dtype))
         sections["single"] = lambda number: single(unsplit, one, ring, number)
     sections["intrusion"] = lambda number: intrusion(ring, prompts)
-    sections["turns"] = lambda number: turns(ring, prompts)
     return SchedulingBench(
         sections={name: sections[name] for name in SECTIONS if name in wanted},
         about={"model": model.name, "layers": split, "dtype": plan.stages[0].compute_dtype},
@@ -90,10 +87,10 @@ def build_bench(stack: ExitStack, model: StoredModel, wanted: Sequence[str], lay
 def settings(num_stages: int, layers: str | None) -> Settings:
     """Of a ring that uses all its devices, each a CPU worker, for chats of up to 8,192 tokens."""
     return Settings(
-        devices=("torch:cpu",) * num_stages,
-        context_tokens=_CONTEXT_TOKENS,
+        device=("torch:cpu",) * num_stages,
+        context=_CONTEXT_TOKENS,
         concurrency=_CONCURRENCY,
-        use_all_devices=True,
+        use_all=True,
         objective="throughput",
         layers=layers,
     )
@@ -106,15 +103,15 @@ def by_hand(layers: Sequence[int]) -> str | None:
     return ",".join(f"cpu-{number}={count}" for number, count in enumerate(layers, start=1)) or None
 
 
-def run(bench: SchedulingBench, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(bench: SchedulingBench, rounds: int) -> dict[str, Any]:
     """All sections, round after round. One that fails is noted and left out of its round."""
-    found: list[Round] = []
     failed: list[str] = []
-    for number in range(rounds):
+
+    def measure(number: int) -> Round:
         values: Round = {}
         began_s, before = time.perf_counter(), cpu_seconds()
         for name, section in bench.sections.items():
-            say(f"round {number + 1} of {rounds}: {name}")
+            say(f"  {name}")
             try:
                 values |= section(number)
             except (RuntimeError, ValueError) as error:
@@ -122,19 +119,13 @@ def run(bench: SchedulingBench, rounds: int, say: Callable[[str], None]) -> dict
                 failed.append(f"round {number + 1}, {name}: {error}")
         everyone, ours = (new - old for old, new in zip(before, cpu_seconds(), strict=True))
         values["cores used by others"] = max(0.0, everyone - ours) / (time.perf_counter() - began_s)
-        found.append(values)
-    return {
-        **bench.about,
-        "rounds": rounds,
-        "targets": judge_targets(found, SCHEDULING_TARGETS),
-        "failed": failed,
-        "medians": rounded(medians_present(found)),
-        "values": [rounded(values) for values in found],
-    }
+        return values
+
+    return {**bench.about, **run_rounds(measure, rounds, "scheduling", SCHEDULING_TARGETS), "failed": failed}
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """Of CPU time so far: this machine's, and that of this process with its children. What others took in a round says
+    """Of CPU time so far: this machine's, and that of this process with its children. What others took in a round shows
     whether it can be trusted."""
     times = psutil.cpu_times()
     me = psutil.Process()
@@ -152,22 +143,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
     options = parser.parse_args()
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     try:
         layers = [int(count) for count in options.layers.split(",") if count]
         with ExitStack() as stack:
             model = Store(home_dir()).pull(options.model, lambda _: None)
             bench = build_bench(stack, model, options.only, layers)
             say(f"{model.name}: layers {bench.about['layers']}, {bench.about['dtype']}")
-            result = {**hardware_facts(), **run(bench, options.rounds, say)}
+            result = {**hardware_facts(), **run(bench, options.rounds)}
     except (PotluckError, RuntimeError, OSError) as error:
         say(f"error: {error}")
         return 1
-    print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.json)
     return 0
 
 

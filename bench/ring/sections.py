@@ -1,4 +1,4 @@
-"""Sections measure one chat, many chats, a filled ring and long prompts on rings that are up."""
+"""Sections measure one chat, many chats, a filled ring and a long prompt on rings that are up."""
 
 from __future__ import annotations
 
@@ -7,35 +7,23 @@ import time
 from collections.abc import Callable
 
 from bench.ring.driven_ring import DrivenRing, DrivenRun
-from bench.ring.engine_ring import EngineRing, timings_of
+from bench.ring.engine_ring import EngineRing
 from bench.targets import (
     STREAMS,
     DecodeSteps,
     Round,
+    alternated,
     bound_tokens_per_s,
     busiest,
     filled_ring,
     gaps_between,
-    percentile_s,
 )
 from potluck.engine.input_processor import ChatTokenizer
+from potluck.measure.load_run import fit, prompt_words
 from potluck.measure.ring import BenchRing
+from potluck.measure.summary import decode_tokens_per_s, percentile
 
-_WORDS = "the keeper of the old lighthouse wrote down how the storm came in from the sea and what it left behind "
-_FIRST_WORDS = (
-    "amber",
-    "brick",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "heron",
-    "ivory",
-    "jewel",
-    "karst",
-    "lotus",
-)
+_MAX_WORD_LETTERS = 9
 
 
 class Prompts:
@@ -63,18 +51,17 @@ class Prompts:
         )
 
     def _text(self, num_tokens: int) -> str:
-        begin = " ".join(self._random.choice(_FIRST_WORDS) for _ in range(4))
-        words = _WORDS.split() * (num_tokens // 10 + 1)
+        tag = f"{self._random.randrange(10**6):06d}"
+        # No long ones: a prompt is then as long as it should be to within a few letters, whatever the tokenizer.
+        words = [word for word in prompt_words(2 * num_tokens, self._random) if len(word) <= _MAX_WORD_LETTERS]
 
         def text(count: int) -> str:
-            return f"{begin}: tell a long story of {' '.join(words[:count])}"
+            return " ".join([tag, *words[:count]])
 
-        low, high = 0, num_tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            length = len(self._tokenizer.encode_chat([{"role": "user", "content": text(middle)}]).ids)
-            low, high = (middle, high) if length <= num_tokens else (low, middle - 1)
-        return text(low)
+        def length(count: int) -> int:
+            return len(self._tokenizer.encode_chat([{"role": "user", "content": text(count)}]).ids)
+
+        return text(fit(num_tokens, length))
 
 
 _STORY = "Write a long story about a lighthouse keeper and a storm. " * 8
@@ -102,7 +89,7 @@ def single(unsplit: BenchRing, one: EngineRing, two: EngineRing, number: int) ->
         lambda: of(one, "1 stage, one stream"),
         lambda: of(two, "2 stages, one stream"),
     ]
-    for turn in turns if number % 2 == 0 else turns[::-1]:
+    for turn in alternated(turns, number):
         turn()
     return values
 
@@ -151,7 +138,8 @@ def run_streams(ring: EngineRing, prompts: Prompts, count: int, num_tokens: int)
     before = ring.stats()
     answers = ring.run_requests(requests)
     after = ring.stats()
-    rate = timings_of(answers).decode_tokens_per_s
+    tokens = sum(answer.done.completion_tokens for answer in answers)
+    rate = decode_tokens_per_s([answer.chunks_s for answer in answers], tokens)
     if rate == 0:
         raise RuntimeError(f"{count} chats never decoded at the same time")
     return rate, [busiest(old, new) for old, new in zip(before, after, strict=True)]
@@ -162,16 +150,16 @@ def run_steadily(
 ) -> tuple[float, list[DecodeSteps]]:
     """The same for more chats than can all be read before the first is answered: for some seconds once all of them
     decode, by the last stage's count. Raises RuntimeError if one is over before with its `most_tokens`."""
-    door = ring.client
-    chats = [door.start(ring.request(most_tokens, text=text)) for text in prompts.texts(count, _PROMPT)]
-    door.wait(lambda: all(chat.chunks_s for chat in chats))
+    client = ring.client
+    chats = [client.start(ring.request(most_tokens, text=text)) for text in prompts.texts(count, _PROMPT)]
+    client.wait(lambda: all(chat.chunks_s for chat in chats))
     before, begin_s = ring.stats(), time.perf_counter()
-    door.wait_for_s(seconds)
+    client.wait_for_s(seconds)
     after, end_s = ring.stats(), time.perf_counter()
     num_ended = sum(chat.is_over for chat in chats)
     for chat in chats:
-        door.cancel(chat)
-    door.wait(lambda: all(chat.is_over for chat in chats))
+        client.cancel(chat)
+    client.wait(lambda: all(chat.is_over for chat in chats))
     if num_ended:
         raise RuntimeError(f"{num_ended} of {count} chats ended while they were measured")
     rate = (after[-1].decode_tokens - before[-1].decode_tokens) / (end_s - begin_s)
@@ -187,75 +175,33 @@ def sum_of_hops_s(alone: DrivenRun) -> float:
     return max(0.0, alone.round_trip_s - sum(alone.stage_s))
 
 
-PREFILL_TOKENS = 2048
-_CHUNK_TOKENS = 256
 _LONG_TOKENS = 4096
-TURN_TOKENS = 2000
 _CHATS = 4
 _CHAT_PROMPT, _CHAT_OUTPUT = 64, 1800
 _BEFORE_S = 6.0
 
 
-def prefill(ring: EngineRing, driven: DrivenRing, prompts: Prompts, number: int) -> Round:
-    """Seconds to the first token of 2,048: the engine's chunks, chunks of 256, and one step."""
-    values: Round = {}
-
-    def chunked() -> None:
-        (answer,) = ring.run_requests([ring.request(1, ids=prompts.ids(PREFILL_TOKENS))])
-        values["prefill"] = answer.done.ttft_s
-
-    def of(name: str, chunk_tokens: int) -> None:
-        values[name] = driven.prefill(prompts.ids(PREFILL_TOKENS), chunk_tokens)
-
-    turns: list[Callable[[], None]] = [
-        chunked,
-        lambda: of("prefill one step", PREFILL_TOKENS),
-        lambda: of(f"prefill {_CHUNK_TOKENS}", _CHUNK_TOKENS),
-    ]
-    for turn in turns if number % 2 == 0 else turns[::-1]:
-        turn()
-    return values
-
-
 def intrusion(ring: EngineRing, prompts: Prompts) -> Round:
     """A prompt of 4,096 tokens, alone and then beside 4 chats: how long it takes, and what becomes of their gaps."""
-    door = ring.client
+    client = ring.client
     alone_text, beside_text = prompts.texts(2, _LONG_TOKENS)
     (alone,) = ring.run_requests([ring.request(4, text=alone_text)])
-    chats = [door.start(ring.request(_CHAT_OUTPUT, text=text)) for text in prompts.texts(_CHATS, _CHAT_PROMPT)]
-    door.wait(lambda: all(chat.chunks_s for chat in chats))
+    chats = [client.start(ring.request(_CHAT_OUTPUT, text=text)) for text in prompts.texts(_CHATS, _CHAT_PROMPT)]
+    client.wait(lambda: all(chat.chunks_s for chat in chats))
     begin_s = time.perf_counter()
-    door.wait_for_s(_BEFORE_S)
-    beside = door.start(ring.request(4, text=beside_text))
-    door.wait(lambda: bool(beside.chunks_s))
+    client.wait_for_s(_BEFORE_S)
+    beside = client.start(ring.request(4, text=beside_text))
+    client.wait(lambda: bool(beside.chunks_s))
     num_ended = sum(chat.is_over for chat in chats)
     for chat in chats:
-        door.cancel(chat)
-    door.wait(lambda: beside.is_over and all(chat.is_over for chat in chats))
+        client.cancel(chat)
+    client.wait(lambda: beside.is_over and all(chat.is_over for chat in chats))
     if num_ended:
         raise RuntimeError(f"{num_ended} chats ended before the long prompt was through")
     values: Round = {"long alone": alone.done.ttft_s, "long beside": beside.done.ttft_s}
     spans = {"before": (begin_s, beside.started_s), "during": (beside.started_s, beside.chunks_s[0])}
     for name, (begin, end) in spans.items():
         gaps = [gap for chat in chats for gap in gaps_between(chat.chunks_s, begin, end)]
-        values |= {f"gap p{percent} {name}": percentile_s(gaps, percent) for percent in (50, 95, 99)}
+        values |= {f"gap p{percent} {name}": percentile(gaps, percent) or 0.0 for percent in (50, 95, 99)}
         values |= {f"gap max {name}": max(gaps), f"chat tokens/s {name}": len(gaps) / (end - begin)}
     return values
-
-
-def turns(ring: EngineRing, prompts: Prompts, num_tokens: int = TURN_TOKENS) -> Round:
-    """The second turn of a chat that began with so many."""
-    (text,) = prompts.texts(1, num_tokens)
-    (first,) = ring.run_requests([ring.request(32, text=text)])
-    said = [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": first.text},
-        {"role": "user", "content": "Go on, and say how it ended."},
-    ]
-    (second,) = ring.run_requests([ring.request(8, messages=said)])
-    return {
-        "first turn": first.done.ttft_s,
-        "second turn": second.done.ttft_s,
-        "second turn prompt tokens": second.done.prompt_tokens,
-        "second turn cached tokens": second.done.cached_tokens,
-    }

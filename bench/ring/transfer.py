@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ import msgspec
 from bench.lab import Lab, LabError, parse_spec
 from bench.lab.spec import parse_rate
 from bench.ring.transfer_child import LIST_FILE, MODEL_FILE
-from bench.targets import Round, Target, judge_targets, medians, ratio
-from potluck.measure.child_process import ROOT
-from potluck.measure.result import hardware_facts
+from bench.targets import Round, Target, ratio, run_rounds
+from potluck.measure.child_process import ChildEnded, SystemUnderTest
+from potluck.measure.result import hardware_facts, say, write_result
 from transport.errors import PotluckError
 from transport.messages.pieces import LIST_VERSION, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
 from transport.pieces.assignment import assign_pieces
@@ -37,51 +36,19 @@ _MODULE = "bench.ring.transfer_child"
 _SMALL_BYTES = 4096
 _NUM_SMALL = 20
 
-Start = Callable[..., subprocess.Popen[str]]
 
+class HostProcess(SystemUnderTest):
+    """A host of the bench; `peer` is how others reach it: name, endpoint, key."""
 
-class ChildEnded(RuntimeError):
-    """A child that ended instead of answering."""
-
-
-class HostProcess:
-    """A child process; `peer` is how others reach it: name, endpoint, key."""
-
-    def __init__(self, stack: ExitStack, start: Start, name: str, address: str, model: Path, digest: str) -> None:
-        self.name = name
-        self._process = start(
-            [sys.executable, "-P", "-m", _MODULE, name, address, str(model), digest],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
+    def __init__(self, stack: ExitStack, name: str, address: str, model: RandomModel, start: Any = None) -> None:
+        arguments = [name, address, str(model.folder), model.digest]
+        super().__init__(name, _MODULE, arguments, threads=1, start=start)
         stack.callback(self.kill)
-        self.peer: list[str] = self.read_answer()["peer"]
+        self.peer: list[str] = self.ready["peer"]
 
     @property
     def key(self) -> str:
         return self.peer[2]
-
-    def send(self, do: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
-        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-
-    def read_answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ChildEnded(f"{self.name} ended with {self._process.wait()}: its last words are above")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def call(self, do: str, **arguments: Any) -> dict[str, Any]:
-        self.send(do, **arguments)
-        return self.read_answer()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 class RandomModel:
@@ -209,10 +176,7 @@ class TransferBench:
         return sum(self.sent_to().values())
 
     def _host(self, name: str) -> HostProcess:
-        def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-            return self._lab.popen(name, command, environment={"PYTHONPATH": str(ROOT)}, **options)
-
-        return HostProcess(self._stack, start, name, self._lab.address(name), self.model.folder, self.model.digest)
+        return HostProcess(self._stack, name, self._lab.address(name), self.model, partial(self._lab.popen, name))
 
 
 def lab_round(bench: TransferBench, uplink_bytes_per_s: float) -> Round:
@@ -226,11 +190,11 @@ def load_round(bench: TransferBench, uplink_bytes_per_s: float) -> Round:
     all_bytes = sum(model.sizes)
     for number, stage in enumerate(model.stages):
         bench.start_fetch(number, stage)
-        found[f"stage {number} alone s"] = bench.hosts[number].read_answer()["seconds"]
+        found[f"stage {number} alone s"] = bench.hosts[number].read_reply()["seconds"]
     counts = bench.sent_to()
     for number, stage in enumerate(model.stages):
         bench.start_fetch(number, stage, store=stores[number])
-    answers = [host.read_answer() for host in bench.hosts]
+    answers = [host.read_reply() for host in bench.hosts]
     found["at once s"] = max(answer["seconds"] for answer in answers)
     found["uplink s"] = all_bytes / uplink_bytes_per_s
     found["at least s"] = max(found["uplink s"], *(found[f"stage {number} alone s"] for number in range(3)))
@@ -241,7 +205,7 @@ def load_round(bench: TransferBench, uplink_bytes_per_s: float) -> Round:
     before = bench.sent()
     for number, stage in enumerate(model.stages):
         bench.start_fetch(number, stage, store=stores[number])
-        bench.hosts[number].read_answer()
+        bench.hosts[number].read_reply()
     found["second run bytes"] = bench.sent() - before
     return found
 
@@ -256,7 +220,7 @@ def shared_round(bench: TransferBench) -> Round:
     for number, (host, other) in enumerate(zip(pair, pair[::-1], strict=True)):
         given = [[hint.peer, hint.first, hint.last] for hint in hints[host.key]]
         bench.start_fetch(number, numbers, peers=[other.peer, bench.head.peer], hints=given)
-    answers = [host.read_answer() for host in pair]
+    answers = [host.read_reply() for host in pair]
     found["shared s"] = max(answer["seconds"] for answer in answers)
     found["shared head ratio"] = (bench.sent() - before) / model.num_bytes(numbers)
     for host, answer in zip(pair, answers, strict=True):
@@ -264,7 +228,7 @@ def shared_round(bench: TransferBench) -> Round:
             found[f"shared: to {host.name} from {name} MB"] = count / 1e6
     for number in range(2):
         bench.start_fetch(number, numbers)
-    found["shared without hints s"] = max(host.read_answer()["seconds"] for host in pair)
+    found["shared without hints s"] = max(host.read_reply()["seconds"] for host in pair)
     return found
 
 
@@ -275,10 +239,10 @@ def cut_round(bench: TransferBench) -> Round:
     before = bench.sent()
     for hold_at in _CUTS:
         bench.start_fetch(2, numbers, store=store, hold_at=hold_at)
-        bench.hosts[2].read_answer()
+        bench.hosts[2].read_reply()
         bench.restart(2)
     bench.start_fetch(2, numbers, store=store)
-    bench.hosts[2].read_answer()
+    bench.hosts[2].read_reply()
     return {"cut ratio": (bench.sent() - before) / sum(model.sizes)}
 
 
@@ -316,11 +280,9 @@ def main() -> int:
             if "speed" in options.only:
                 result["speed"] = _speed(Path(folder), options.rounds)
     except (PotluckError, LabError, ChildEnded) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
-    print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.json)
     return 0
 
 
@@ -330,32 +292,19 @@ def _lab(folder: Path, uplink: str, stage_bytes: int, rounds: int) -> dict[str, 
         lab = stack.enter_context(Lab(parse_spec({"hosts": hosts}), store=folder))
         (folder / "lab").mkdir()
         bench = TransferBench(stack, lab, RandomModel(folder / "lab", [stage_bytes] * len(_HOSTS)), folder / "stores")
-        return _report(lambda number: lab_round(bench, parse_rate(uplink) / 8), rounds, "lab")
+        return run_rounds(lambda number: lab_round(bench, parse_rate(uplink) / 8), rounds, "lab", TARGETS)
 
 
 def _speed(folder: Path, rounds: int) -> dict[str, Any]:
     (folder / "speed").mkdir()
     model = RandomModel(folder / "speed", [_SPEED_BYTES])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with ExitStack() as stack:
-
-        def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-            return subprocess.Popen(command, env=environment, **options)
-
-        giver, taker = (
-            HostProcess(stack, start, name, "127.0.0.1", model.folder, model.digest) for name in ("head", "one")
-        )
+        giver, taker = (HostProcess(stack, name, "127.0.0.1", model) for name in ("head", "one"))
         for host in (giver, taker):
             host.call("members", keys=[giver.key, taker.key])
-        return _report(lambda number: speed_round(giver, taker, model, folder / f"got-{number}"), rounds, "speed")
-
-
-def _report(measure: Callable[[int], Round], rounds: int, name: str) -> dict[str, Any]:
-    found: list[Round] = []
-    for number in range(rounds):
-        print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        found.append(measure(number))
-    return {"targets": judge_targets(found, TARGETS), "medians": medians(found), "rounds": found}
+        return run_rounds(
+            lambda number: speed_round(giver, taker, model, folder / f"got-{number}"), rounds, "speed", TARGETS
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from potluck.measure.child_process import reply_pipe, send_reply, serve_commands
 from transport.links.endpoints import tcp_endpoint
 from transport.links.zmq_link import set_bulk_options
 from transport.messages.pieces import MAX_REPLY_FRAME_BYTES, PART_BYTES, Piece, PieceList
@@ -77,7 +77,8 @@ LIST_FILE = "list.json"
 
 
 class TransferHost:
-    def __init__(self, name: str, address: str, model: Path, digest: str) -> None:
+    def __init__(self, name: str, address: str, model: Path, digest: str, replies: int) -> None:
+        self._replies = replies
         self._name = name
         self._model = model
         self._digest = digest
@@ -122,7 +123,7 @@ class TransferHost:
 
         def progress(done: int, total: int) -> None:
             if done >= hold_at * total:
-                print(json.dumps({"holds": done}), flush=True)
+                send_reply(self._replies, {"holds": done})
                 sys.stdin.read()
 
         before = _received_bytes()
@@ -153,11 +154,10 @@ def _received_bytes() -> int:
 
 
 def main() -> None:
-    host = TransferHost(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4])
-    print(json.dumps(host.facts()), flush=True)
-    for line in sys.stdin:
-        told = json.loads(line)
-        print(json.dumps(getattr(host, told.pop("do"))(**told)), flush=True)
+    replies = reply_pipe()
+    host = TransferHost(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], replies)
+    names = ("members", "sent", "speed", "bare_give", "bare_take", "get")
+    serve_commands({name: getattr(host, name) for name in names}, host.facts(), replies)
 
 
 if __name__ == "__main__":

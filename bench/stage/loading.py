@@ -9,22 +9,33 @@ What a token reads, over its time, is held against the bandwidth of reading 1 Gi
 from __future__ import annotations
 
 import argparse
-import json
+import cProfile
+import gc
+import os
+import pstats
 import statistics
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.stage.random_checkpoint import LlamaShape, forget_pages, write_quantized
-from potluck.measure.child_process import SystemUnderTest
-from potluck.measure.result import hardware_facts
+from bench.targets import Target, judge_targets
+from potluck.measure.child_process import SystemUnderTest, reply_pipe, serve_commands
+from potluck.measure.result import hardware_facts, write_result
+from potluck.measure.ring import load_whole
+from shard.stage import Batch, ShardBackend
+from transport.messages.ring import Entry, SequenceId
 
 _EVERY_S = 0.004
+_CHILD = "--child"
 
 
 def status_bytes(pid: int | str, field: str) -> int:
@@ -37,7 +48,7 @@ def parse_status(text: str, field: str) -> int:
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc tells no {field}")
+    raise RuntimeError(f"/proc/PID/status has no field {field}")
 
 
 @dataclass(slots=True)
@@ -96,21 +107,20 @@ def parts_of(spent_s: Mapping[str, float], total_s: float) -> dict[str, Any]:
     }
 
 
-def verdicts(peak_over_stage: float, share_of_bandwidth: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "what": "anonymous peak while loading, over the stage's size",
-            "value": round(peak_over_stage, 3),
-            "at most": MOST_MEMORY,
-            "met": peak_over_stage <= MOST_MEMORY,
-        },
-        {
-            "what": "bytes a token reads over its time, as a share of the memory's bandwidth",
-            "value": round(share_of_bandwidth, 3),
-            "at least": LEAST_BANDWIDTH,
-            "met": share_of_bandwidth >= LEAST_BANDWIDTH,
-        },
-    ]
+TARGETS = (
+    Target(
+        name="anonymous peak while loading, over the stage's size",
+        limit=MOST_MEMORY,
+        sense="at most",
+        value=lambda found: found["peak over stage"],
+    ),
+    Target(
+        name="bytes a token reads over its time, as a share of the memory's bandwidth",
+        limit=LEAST_BANDWIDTH,
+        sense="at least",
+        value=lambda found: found["share of bandwidth"],
+    ),
+)
 
 
 LLAMA_3B = LlamaShape(
@@ -127,7 +137,7 @@ def measure(shape: LlamaShape, folder: Path, *, bits: int, group: int, threads: 
     warm_up = write_quantized(_WARM_UP, folder / "warm-up", bits=bits, group=group)
     file_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     with SystemUnderTest(
-        "loading", "bench.stage.loading_child", [str(model), str(warm_up), str(threads)], threads=threads
+        "loading", "bench.stage.loading", [_CHILD, str(model), str(warm_up), str(threads)], threads=threads
     ) as child:
         forget_pages(model)
         read_s = child.call("read_files")["read_s"]
@@ -166,12 +176,108 @@ def measure(shape: LlamaShape, folder: Path, *, bits: int, group: int, threads: 
         "read_gb_per_s": round(stage_bytes / statistics.median(steps_s) / 1e9, 2),
         "memory_gb_per_s": round(statistics.median(bandwidths) / 1e9, 2),
         "share_of_bandwidth_min_max": [round(min(shares), 3), round(max(shares), 3)],
-        "targets": verdicts(peak.above_before() / stage_bytes, share),
+        "targets": judge_targets(
+            [{"peak over stage": peak.above_before() / stage_bytes, "share of bandwidth": share}], TARGETS
+        ),
         "one_thread_load": profile,
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+_ONE = SequenceId(1)
+_READ_BYTES = 1 << 23
+_BANDWIDTH_ELEMENTS = 1 << 28
+_RESET_PEAK = "5"
+
+
+class LoadingProbe:
+    def __init__(self, model: Path, warm_up: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._model = model
+        self._threads = threads
+        self._shard: ShardBackend | None = load_whole(warm_up, "bfloat16")
+        self.decode(2, 2)
+        self.unload()
+        self._much: torch.Tensor | None = None
+
+    def load(self) -> dict[str, Any]:
+        """Seconds, the stage's bytes, and the growth of the resident peak."""
+        before = status_bytes("self", "VmRSS")
+        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        started = time.perf_counter()
+        shard = load_whole(self._model, "bfloat16")
+        load_s = time.perf_counter() - started
+        self._shard = shard
+        grown = status_bytes("self", "VmHWM") - before
+        return {"load_s": load_s, "weights_bytes": shard.weights_bytes, "resident_peak_bytes": grown}
+
+    def unload(self) -> dict[str, Any]:
+        self._shard = None
+        gc.collect()
+        return {}
+
+    def decode(self, num_prompt: int, num_tokens: int) -> dict[str, Any]:
+        """Median seconds of a greedy step after a prompt of so many tokens, and the bytes of KV at the end."""
+        shard = self._shard
+        assert shard is not None
+        prompt = tuple(range(2, 2 + num_prompt))
+        token = int(shard.forward(Batch(entries=(Entry(_ONE, 0, prompt, 1),), hidden=None))[0].argmax())
+        steps_s = []
+        for position in range(num_prompt, num_prompt + num_tokens):
+            started = time.perf_counter()
+            logits = shard.forward(Batch(entries=(Entry(_ONE, position, (token,), 1),), hidden=None))
+            token = int(logits[0].argmax())
+            steps_s.append(time.perf_counter() - started)
+        kv_bytes = shard.kv_bytes()
+        shard.release(_ONE)
+        return {"step_s": statistics.median(steps_s), "kv_bytes": kv_bytes}
+
+    def bandwidth(self) -> dict[str, Any]:
+        """Bytes per second of reading 1 GiB, the median of three: the largest of its numbers, by all threads."""
+        if self._much is None:
+            self._much = torch.full((_BANDWIDTH_ELEMENTS,), 0.01)
+            self._much.max()
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            self._much.max()
+            seconds.append(time.perf_counter() - started)
+        return {"bytes_per_s": self._much.nbytes / statistics.median(seconds)}
+
+    def read_files(self) -> dict[str, Any]:
+        """Seconds to read the files and do nothing with them."""
+        buffer = bytearray(_READ_BYTES)
+        started = time.perf_counter()
+        for path in sorted(self._model.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        return {"read_s": time.perf_counter() - started}
+
+    def profile(self) -> dict[str, Any]:
+        """Where a load on one thread spends its time."""
+        torch.set_num_threads(1)
+        profile = cProfile.Profile()
+        shard = profile.runcall(load_whole, self._model, "bfloat16")
+        torch.set_num_threads(self._threads)
+        del shard
+        stats = pstats.Stats(profile)
+        spent = {name: times[3] for (_, _, name), times in stats.stats.items()}  # type: ignore[attr-defined]
+        return parts_of(spent, stats.total_tt)  # type: ignore[attr-defined]
+
+
+def serve_probe(model: str, warm_up: str, threads: str) -> None:
+    """The child. The warm-up model is loaded first and let go: libraries and compiled kernels are not the stage's."""
+    replies = reply_pipe()
+    probe = LoadingProbe(Path(model), Path(warm_up), int(threads))
+    names = ("load", "unload", "decode", "bandwidth", "read_files", "profile")
+    handlers = {name: getattr(probe, name) for name in names}
+    serve_commands(handlers, {"threads": torch.get_num_threads(), "pid": os.getpid()}, replies)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == [_CHILD]:
+        serve_probe(*arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, choices=[2, 3, 4, 5, 6, 8], default=4)
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=64)
@@ -192,11 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=options.rounds,
         )
     result = {**hardware_facts(), **found}
-    print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,10 +9,10 @@ the text, mean and 99th percentile over positions of the Kullback-Leibler diverg
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,14 @@ import torch
 import transformers
 
 from bench.peers.transformers_child import reference_model
-from bench.stage.logits import LogitsFunction, library, llama, load_whole, prefill, token_by_token
 from bench.stage.speed import gguf_of
 from potluck.measure.child_process import SystemUnderTest, llama_python
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, write_result
+from potluck.measure.ring import load_whole
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
+from shard.stage import Batch, ShardBackend
+from transport.messages.ring import Entry, SequenceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,59 @@ def _perplexity(nll: Sequence[float]) -> float:
 
 def _logprobs(logits: np.ndarray) -> torch.Tensor:
     return torch.log_softmax(torch.from_numpy(logits).double(), dim=-1)
+
+
+LogitsFunction = Callable[[list[int]], np.ndarray]
+_ONE = SequenceId(1)
+
+
+def prefill(shard: ShardBackend) -> LogitsFunction:
+    """The window in one step, as a prompt."""
+
+    def logits(ids: list[int]) -> np.ndarray:
+        found = shard.forward(Batch(entries=(Entry(_ONE, 0, tuple(ids), len(ids)),), hidden=None))
+        shard.release(_ONE)
+        return found
+
+    return logits
+
+
+def token_by_token(shard: ShardBackend) -> LogitsFunction:
+    """The window by decode steps."""
+
+    def logits(ids: list[int]) -> np.ndarray:
+        rows = [
+            shard.forward(Batch(entries=(Entry(_ONE, start, (token,), 1),), hidden=None))
+            for start, token in enumerate(ids)
+        ]
+        shard.release(_ONE)
+        return np.concatenate(rows)
+
+    return logits
+
+
+def library(model: Any) -> LogitsFunction:
+    """transformers' model."""
+
+    @torch.inference_mode()
+    def logits(ids: list[int]) -> np.ndarray:
+        found: np.ndarray = model(torch.tensor([ids])).logits[0].float().numpy()
+        return found
+
+    return logits
+
+
+def llama(child: SystemUnderTest) -> LogitsFunction:
+    """llama.cpp in a process of its own, the window as one prompt."""
+
+    def logits(ids: list[int]) -> np.ndarray:
+        with tempfile.TemporaryDirectory(prefix="potluck-quality-") as folder:
+            file = Path(folder) / "logits.npy"
+            child.call("logits", ids=ids, file=str(file))
+            found: np.ndarray = np.load(file)
+        return found
+
+    return logits
 
 
 TEXT = Path(__file__).parents[1] / "texts" / "prose-and-code.txt"
@@ -181,9 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=options.threads,
     )
     result = {**hardware_facts(), **found}
-    print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.json)
     return 0
 
 

@@ -11,12 +11,14 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from devices.hardware.device import HOST_MEMORY, Device, DeviceRequest, ProbedDevices, UnavailableDevice
-from devices.hardware.measure import BandwidthMeasurement, is_noisy, should_remeasure
+from devices.hardware.measure import BandwidthMeasurement, NoisyMeasurement, is_noisy
 from devices.hardware.memory import host_free_bytes, list_gpus
 from devices.hardware.probe import READY
 from transport.messages.ring import DTYPE_BYTES
@@ -106,7 +108,7 @@ def probe_devices(
     measured = None if fresh else _load(cache_path, key, len(requests))
     noisy = _load_noisy(cache_path, key) if measured is not None else None
     earlier: list[BandwidthMeasurement] | None = None
-    if noisy is not None and should_remeasure(noisy.kept_s, noisy.num_tries, now()):
+    if noisy is not None and noisy.is_due(now()):
         earlier, measured = measured, None
     if measured is None:
         on_measuring()
@@ -130,27 +132,19 @@ def probe_devices(
     return ProbedDevices(devices=tuple(_with_shared_memory(devices)), left_out=tuple(left_out))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NoisyMeasurement:
-    """A measurement was disturbed, at `kept_s`, for the `num_tries`th time."""
-
-    kept_s: float
-    num_tries: int
-
-
 def _combine(
     results: list[BandwidthMeasurement],
     earlier: list[BandwidthMeasurement] | None,
-    noisy: _NoisyMeasurement | None,
+    noisy: NoisyMeasurement | None,
     now_s: float,
-) -> tuple[list[BandwidthMeasurement], _NoisyMeasurement | None]:
+) -> tuple[list[BandwidthMeasurement], NoisyMeasurement | None]:
     """What counts now, and whether it is noisy. Whatever disturbs makes slower, never faster."""
     others = min(result.busy_cores for result in results) - sum(result.own_cores for result in results)
     if not is_noisy(share_of_cores(others)):
         return results, None
     if earlier is not None:
         results = [max(pair, key=lambda one: one.bandwidth_bytes_per_s) for pair in zip(results, earlier, strict=True)]
-    return results, _NoisyMeasurement(kept_s=now_s, num_tries=1 if noisy is None else noisy.num_tries + 1)
+    return results, NoisyMeasurement(kept_s=now_s, num_tries=1 if noisy is None else noisy.num_tries + 1)
 
 
 def _device(
@@ -225,15 +219,12 @@ def _is_plausible(measured: BandwidthMeasurement) -> bool:
     )
 
 
-def _load_noisy(path: Path, key: str) -> _NoisyMeasurement | None:
-    found = _read(path, "noisy").get(key)
-    if not isinstance(found, dict):
-        return None
+def _load_noisy(path: Path, key: str) -> NoisyMeasurement | None:
     try:
-        noisy = _NoisyMeasurement(**found)
-        return noisy if noisy.kept_s >= 0 and noisy.num_tries >= 1 else None
-    except TypeError:
+        noisy = msgspec.convert(_read(path, "noisy").get(key), NoisyMeasurement)
+    except msgspec.ValidationError:
         return None
+    return noisy if noisy.kept_s >= 0 and noisy.num_tries >= 1 else None
 
 
 def _read(path: Path, part: str = "entries") -> dict[str, Any]:
@@ -245,12 +236,12 @@ def _read(path: Path, part: str = "entries") -> dict[str, Any]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy: _NoisyMeasurement | None) -> None:
+def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy: NoisyMeasurement | None) -> None:
     """Add an entry by replacing the file at once: a reader sees the old or the new one. Failing only costs a probe."""
     entries = _read(path) | {key: [asdict(result) for result in measured]}
     noisy_entries = {other: found for other, found in _read(path, "noisy").items() if other != key}
     if noisy is not None:
-        noisy_entries[key] = asdict(noisy)
+        noisy_entries[key] = msgspec.to_builtins(noisy)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = {"version": _VERSION, "entries": entries, "noisy": noisy_entries}

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from potluck.host.local_head import LocalHead, running_head
 from potluck.system.paths import home_dir
-from transport.errors import ConfigError, NotRunning
+from transport.errors import ConfigError
 from transport.process.files import write_atomic
 
 PREFIX = "sk-potluck-"
@@ -61,26 +60,6 @@ def make_key() -> str:
             f"{path} can't be written: {error.strerror}", hint="set POTLUCK_HOME to a folder that you can write"
         ) from error
     return key
-
-
-def auth_headers() -> dict[str, str]:
-    """What this user's programs send to the head of this host to be answered. Raises ConfigError."""
-    key = read_key()
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-
-def control_headers(head: LocalHead) -> dict[str, str]:
-    """What this user's commands send to the head of this host to be obeyed. Raises ConfigError."""
-    return {**auth_headers(), SECRET_HEADER: head.secret}
-
-
-def key_for_url(url: str) -> str:
-    """The key, if this user's head answers at `url`; "" for everybody else's endpoint: they must not learn it."""
-    try:
-        is_ours = running_head().url == url.rstrip("/").removesuffix("/v1")
-    except NotRunning:
-        return ""
-    return (read_key() or "") if is_ours else ""
 
 
 class KeyWatch:

@@ -37,6 +37,7 @@ COMMANDS = {
     "show": "models:show",
     "rm": "models:remove",
     "cache": "cache:cache_app",
+    "config": "config:config",
     "key": "key:key",
     "doctor": "doctor.command:doctor",
     "service": "service.command:service_app",

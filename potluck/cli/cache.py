@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from potluck.cli.options import JsonOption
-from potluck.cli.terminal import format_bytes, stderr, stdout
+from potluck.cli.terminal import stderr, stdout
 from potluck.host.piece_cache import CacheReport, clear_cache, report_cache
+from potluck.system.byte_sizes import format_bytes, parse_bytes
 from potluck.system.paths import pieces_dir
-from potluck.system.settings import parse_bytes
 from transport.errors import ConfigError
 from transport.pieces.disk_space import write_limit
 from transport.pieces.store import PieceStore

@@ -4,65 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
 from potluck.cli.chat_client import stream_chat
-from potluck.cli.options import (
-    DEFAULT_TEMPERATURE,
-    ConfigOption,
-    ContextOption,
-    DeviceOption,
-    JsonOption,
-    KVCacheOption,
-    MemoryOption,
-    NoPrefixCacheOption,
-    OfflineOption,
-    QuantizeOption,
-    TemperatureOption,
-    ThreadsOption,
-    settings_with,
-)
+from potluck.cli.options import DEFAULT_TEMPERATURE, JsonOption, TemperatureOption, with_settings
 from potluck.cli.session import running_head_of, stored_model
 from potluck.cli.terminal import show_text, stderr, stdout
 from potluck.host.local_head import running_head
+from potluck.system.settings import Settings
 from transport.errors import BadRequest, Busy, NotRunning
 
 
+@with_settings("offline", "device", "memory", "threads", "quantize", "kv_cache", "prefix_cache", "context")
 def run(
+    settings: Settings,
     model: Annotated[str, typer.Argument(help="A model of the store, or a source to pull.")],
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, chat.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer, in tokens.")] = None,
     temperature: TemperatureOption = DEFAULT_TEMPERATURE,
-    offline: OfflineOption = False,
-    device: DeviceOption = None,
-    memory: MemoryOption = None,
-    threads: ThreadsOption = None,
-    quantize: QuantizeOption = None,
-    kv_cache: KVCacheOption = None,
-    no_prefix_cache: NoPrefixCacheOption = False,
-    context: ContextOption = None,
-    config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Ask MODEL something and print the answer."""
-    settings = settings_with(
-        config,
-        model=model,
-        offline=offline,
-        devices=device,
-        memory=memory,
-        threads=threads,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        no_prefix_cache=no_prefix_cache,
-        context=context,
-        # For this answer alone, whatever the config file opens.
-        host="127.0.0.1",
-        port=0,
-    )
+    # For this answer alone, whatever the config file opens.
+    settings = replace(settings, model=model, host="127.0.0.1", port=0)
     options = {"max_tokens": max_tokens, "temperature": temperature}
     try:
         head = running_head()

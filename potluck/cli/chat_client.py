@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from potluck.api.api_key import auth_headers
+from potluck.head.client import auth_headers
 from transport.errors import DeadlineExceeded, NotRunning, PotluckError, RingDown, error_from_code
 
 # Between two events of a stream: a long prompt on slow devices may take minutes, and keepalives come meanwhile.

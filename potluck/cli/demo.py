@@ -3,58 +3,46 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from potluck.cli.chat_client import ChatAnswer, stream_chat
-from potluck.cli.options import (
-    JsonOption,
-    KVCacheOption,
-    NoPrefixCacheOption,
-    PortOption,
-    QuantizeOption,
-    ThreadsOption,
-    settings_with,
-)
+from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.session import running_head_of
-from potluck.cli.terminal import show_stages, show_text, stderr, stdout
+from potluck.cli.status import show_stages
+from potluck.cli.terminal import show_text, stderr, stdout
 from potluck.head.head import Head
 from potluck.head.status import StatusReport
+from potluck.system.settings import Settings
 
 DEMO_MODEL = "smollm2"
-DEMO_DEVICES = ["torch:cpu", "mlx", "torch:cpu"]
+DEMO_DEVICES = ("torch:cpu", "mlx", "torch:cpu")
 DEMO_QUESTION = "What is a potluck dinner? Answer in two sentences."
 _MAX_TOKENS = 80
 
 
+@with_settings("port", "threads", "quantize", "kv_cache", "prefix_cache")
 def demo(
+    settings: Settings,
     once: Annotated[bool, typer.Option("--once", help="Exit after the answer instead of serving on.")] = False,
-    port: PortOption = None,
-    threads: ThreadsOption = None,
-    quantize: QuantizeOption = None,
-    kv_cache: KVCacheOption = None,
-    no_prefix_cache: NoPrefixCacheOption = False,
     json_output: JsonOption = False,
     question: Annotated[str, typer.Option("--question", help="What to ask.")] = DEMO_QUESTION,
 ) -> None:
     """Pool three workers on this machine (torch, MLX, torch), serve SmolLM2 over them, and ask it something."""
     console = stderr if json_output else stdout
-    # In the order given, torch, MLX, torch: the best ring would have another.
-    settings = settings_with(
+    settings = replace(
+        settings,
         model=DEMO_MODEL,
-        devices=DEMO_DEVICES,
-        threads=threads,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        no_prefix_cache=no_prefix_cache,
+        # In the order given, torch, MLX, torch: the best ring would have another.
+        device=DEMO_DEVICES,
+        use_all=True,
+        objective="proportional",
         # For this computer alone, whatever the config file opens.
         host="127.0.0.1",
-        port=port,
-        use_all_devices=True,
-        objective="proportional",
-        no_lan=True,
+        lan=False,
     )
     with running_head_of(settings, console) as head:
         answer = _ask_question(head, question, console)

@@ -15,20 +15,10 @@ from rich.markup import escape
 
 from devices.pairing.credentials import is_invite, parse_code
 from devices.pairing.roster import checked_name
-from potluck.cli.options import (
-    ConfigOption,
-    DeviceOption,
-    HostNameOption,
-    LanHostOption,
-    MemoryOption,
-    NoDiscoveryOption,
-    OfflineOption,
-    ThreadsOption,
-    settings_with,
-)
+from potluck.cli.options import with_settings
 from potluck.cli.running_processes import joining_processes
 from potluck.cli.session import ending_signals
-from potluck.cli.terminal import format_bytes, show_line, stdout
+from potluck.cli.terminal import show_line, stdout
 from potluck.head.pool import NAME_TAKEN
 from potluck.host.find_head import locate_head, pool_to_join
 from potluck.host.local_devices import find_local_devices
@@ -36,6 +26,7 @@ from potluck.host.local_head import LocalHead, running_head
 from potluck.host.local_host import keys_file
 from potluck.host.member import JoinOptions, run_member
 from potluck.host.node import Node, relay_worker_log
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import logs_dir, runtime_dir
 from potluck.system.settings import Settings
 from transport.errors import AlreadyRunning, ConfigError, NotAllowed, NotRunning, PotluckError, VersionMismatch
@@ -46,7 +37,9 @@ _MIN_CONNECTED_S = 30.0
 _FATAL = (NotAllowed, VersionMismatch)
 
 
+@with_settings("device", "memory", "threads", "discovery", "offline", "lan_host", "host_name")
 def join(
+    settings: Settings,
     secret: Annotated[
         str | None,
         typer.Argument(
@@ -56,14 +49,6 @@ def join(
     ] = None,
     head: Annotated[str | None, typer.Option("--head", help="HOST:PORT of a head's door, as it prints it.")] = None,
     code: Annotated[str | None, typer.Option("--code", help="The same as CODE.")] = None,
-    device: DeviceOption = None,
-    memory: MemoryOption = None,
-    threads: ThreadsOption = None,
-    no_discovery: NoDiscoveryOption = False,
-    offline: OfflineOption = False,
-    lan_host: LanHostOption = None,
-    host_name: HostNameOption = None,
-    config: ConfigOption = None,
     name: Annotated[str | None, typer.Option("--name", help="Prefix of the devices' names in the pool.")] = None,
 ) -> None:
     """Add devices to a head until Ctrl-C. It takes them in as soon as nobody waits for an answer.
@@ -71,16 +56,6 @@ def join(
     The head on this host if there is one; else the one that this host is paired with, or will pair with by INVITE or a
     code.
     """
-    settings = settings_with(
-        config,
-        devices=device,
-        memory=memory,
-        threads=threads,
-        no_discovery=no_discovery,
-        offline=offline,
-        lan_host=lan_host,
-        host_name=host_name,
-    )
     if name is not None:
         name = checked_name(name)
     invite = secret if secret is not None and is_invite(secret) else None

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from potluck.cli.options import JsonOption, OfflineOption
+from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.progress_bars import pull_progress_bars, pull_progress_json
-from potluck.cli.terminal import format_bytes, show_line, show_table, stderr, stdout
+from potluck.cli.terminal import show_line, show_table, stderr, stdout
 from potluck.head.client import get_from_head
 from potluck.head.models.pool_files import PoolFiles, open_pool_files
 from potluck.head.models.search import RemoteModelEntry, RemoteModelList
@@ -24,7 +24,8 @@ from potluck.store.manifest import StoredModel
 from potluck.store.model_details import FormatRow, config_of, details_of, format_rows
 from potluck.store.sources import ALIASES
 from potluck.store.store import Store
-from potluck.system.settings import DEFAULT_CONTEXT_TOKENS
+from potluck.system.byte_sizes import format_bytes
+from potluck.system.settings import DEFAULT_CONTEXT_TOKENS, Settings
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
 from shard.formats.weights_form import supported_form
 from transport.errors import ModelNotFound, NotRunning, PotluckError
@@ -52,10 +53,11 @@ def pull_with_progress(store: Store, name: str, console: Console) -> StoredModel
                 raise missing from None
 
 
-def pull(source: SourceArgument, offline: OfflineOption = False, json_output: JsonOption = False) -> None:
+@with_settings("offline")
+def pull(settings: Settings, source: SourceArgument, json_output: JsonOption = False) -> None:
     """Download a model, or go on with a download that was cut off. With --json, one line per event."""
     with open_pool_files() as peers:
-        store = Store(offline=offline, peers=peers)
+        store = Store(offline=settings.offline, peers=peers)
         if json_output:
             model = store.pull(source, pull_progress_json(stdout.file))
             given = {"from_pool": _bytes_by_host(peers)} if _bytes_by_host(peers) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,47 +19,39 @@ from planner.measurements import PoolTimes, estimated_pool
 from planner.memory import ModelProfile
 from planner.options import Workload
 from planner.plan import Alternative, Plan
-from potluck.cli.options import (
-    ConcurrencyOption,
-    ConfigOption,
-    ContextOption,
-    DeviceOption,
-    JsonOption,
-    KVCacheOption,
-    LayersOption,
-    MemoryOption,
-    ObjectiveOption,
-    QuantizeOption,
-    ThreadsOption,
-    settings_with,
-)
+from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.plan_inputs import add_hypothetical, load_pool, parse_hypothetical, save_pool
 from potluck.cli.session import stored_model
-from potluck.cli.terminal import format_bytes, show_line, show_table, stderr, stdout
+from potluck.cli.terminal import show_line, show_table, stderr, stdout
 from potluck.head.planning import choose_weights, estimate_times, kv_of, plan_with, profile_of, workload_of
 from potluck.head.profiling.measure import MeasureOptions, local_times_for
 from potluck.host.local_devices import find_local_devices
-from potluck.system.settings import Settings
+from potluck.system.byte_sizes import format_bytes
+from potluck.system.settings import GivenValue, Settings
 from transport.errors import ConfigError
 from transport.messages.ring import KVForm, WeightsForm
 
 
+@with_settings(
+    "model",
+    "device",
+    "memory",
+    "threads",
+    "context",
+    "concurrency",
+    "quantize",
+    "kv_cache",
+    "objective",
+    "layers",
+    "use_all",
+    "fresh",
+    "estimate",
+)
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A model of the store, or a source to pull.")] = None,
-    device: DeviceOption = None,
-    memory: MemoryOption = None,
-    threads: ThreadsOption = None,
-    context: ContextOption = None,
-    concurrency: ConcurrencyOption = None,
-    quantize: QuantizeOption = None,
-    kv_cache: KVCacheOption = None,
+    settings: Settings,
+    given: Mapping[str, GivenValue],
     prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a usual prompt.")] = None,
     output: Annotated[int | None, typer.Option("--output", help="Tokens of a usual answer.")] = None,
-    objective: ObjectiveOption = None,
-    layers: LayersOption = None,
-    use_all: Annotated[
-        bool, typer.Option("--use-all", help="Give every device a stage, also where it slows the others down.")
-    ] = False,
     without: Annotated[list[str] | None, typer.Option("--without", help="A device to do without; repeat it.")] = None,
     with_: Annotated[
         list[str] | None,
@@ -70,38 +63,16 @@ def plan(
     ] = None,
     pool: Annotated[Path | None, typer.Option("--pool", help="Plan for the pool of this file.")] = None,
     save: Annotated[Path | None, typer.Option("--save-pool", help="Save what was measured to this file.")] = None,
-    estimate: Annotated[
-        bool,
-        typer.Option("--estimate", help="Estimate times from bandwidth: quicker than measuring layers, less true."),
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-    config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Say which device would run which layers, and what that takes and gives, without loading anything."""
-    settings = settings_with(
-        config,
-        model=model,
-        devices=device,
-        memory=memory,
-        threads=threads,
-        context=context,
-        concurrency=concurrency,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        use_all_devices=use_all or None,
-        objective=objective,
-        layers=layers,
-        fresh=fresh or None,
-    )
+    """Show which device would run which layers, and what that takes and gives, without loading anything."""
     left_out: tuple[UnavailableDevice, ...] = ()
     if pool is not None:
-        form_given = quantize is not None or settings.quantize != Settings().quantize
-        profile, times = _from_pool_file(pool, settings, form_given=form_given)
-        if kv_cache is not None or settings.kv_cache != Settings().kv_cache:
+        profile, times = _from_pool_file(pool, settings, form_given="quantize" in given)
+        if "kv_cache" in given:
             profile = replace(profile, kv=kv_of(settings))
     else:
-        profile, times, left_out = _measure_local_devices(settings, estimate=estimate)
+        profile, times, left_out = _measure_local_devices(settings)
     if save is not None:
         save_pool(save, profile, times)
     for text in with_ or ():
@@ -125,15 +96,13 @@ def _make_plan(profile: ModelProfile, times: PoolTimes, settings: Settings, work
         return with_advice(profile, times, workload, found, progress)
 
 
-def _measure_local_devices(
-    settings: Settings, *, estimate: bool
-) -> tuple[ModelProfile, PoolTimes, tuple[UnavailableDevice, ...]]:
+def _measure_local_devices(settings: Settings) -> tuple[ModelProfile, PoolTimes, tuple[UnavailableDevice, ...]]:
     """This host's devices, and those that could not be measured."""
     stored = stored_model(settings, stderr)
     devices = find_local_devices(settings, say=_say, is_head=True)
     weights = choose_weights(profile_of(stored), devices, devices[0].host, settings, _say)
     profile = profile_of(stored, weights, kv_of(settings))
-    if estimate:
+    if settings.estimate:
         return profile, estimate_times(stored, devices, devices[0].host, weights), ()
     with stderr.status("Measuring this host's devices") as status:
         times, left_out = local_times_for(
@@ -219,7 +188,7 @@ def plan_json(model: str, plan: Plan) -> dict[str, Any]:
         "kv_capacity_tokens": plan.kv_capacity_tokens,
         "predicted_tokens_per_s": prediction.tokens_per_s,
         "prediction": asdict(prediction),
-        "stages": [asdict(row) for row in stage_rows(plan)],
+        "stages": stage_rows(plan),
         "left_out": [asdict(item) for item in plan.left_out],
         "advice": asdict(plan.advice) if plan.advice is not None else None,
     }
@@ -237,17 +206,17 @@ def _stage_table(model: str, plan: Plan) -> Table:
     for heading in ("stage", *texts, "weights", "KV", "ms", "hop ms"):
         justify: Literal["left", "right"] = "left" if heading in texts else "right"
         table.add_column(heading, justify=justify, no_wrap=heading != "device", overflow="fold")
-    for row in stage_rows(plan):
+    for index, stage in enumerate(plan.stages):
         table.add_row(
-            str(row.stage),
-            escape(row.device),
-            row.backend,
-            row.compute_dtype,
-            f"{row.first}–{row.last - 1}",
-            format_bytes(row.weights_bytes),
-            format_bytes(row.kv_bytes),
-            f"{row.predicted_ms_per_token:.1f}",
-            f"{row.hop_ms:.2f}",
+            str(index),
+            escape(stage.device),
+            stage.backend,
+            stage.compute_dtype,
+            f"{stage.first}–{stage.last - 1}",
+            format_bytes(stage.weights_bytes),
+            format_bytes(stage.kv_bytes),
+            f"{stage.decode_s * 1e3:.1f}",
+            f"{stage.hop_s * 1e3:.2f}",
         )
     return table
 

@@ -11,7 +11,7 @@ from planner.explain import with_device
 from planner.measurements import PoolTimes, times_from_bandwidth
 from planner.memory import ModelProfile
 from planner.pool_file import SavedPool, pool_from_json, pool_to_json
-from potluck.system.settings import parse_bytes
+from potluck.system.byte_sizes import parse_bytes
 from transport.errors import ConfigError
 
 

@@ -15,11 +15,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from potluck.cli.invitation import show_first_invitation
-from potluck.cli.terminal import format_bytes, show_line
+from potluck.cli.terminal import show_line
 from potluck.head.pool import PoolWorker
 from potluck.head.progress import HeadProgress
 from potluck.store.sources import STAGE_LABELS, PullProgress, PullStage
 from potluck.store.sources import ProgressCallback as PullCallback
+from potluck.system.byte_sizes import format_bytes
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _may_be_elsewhere(settings: Settings) -> bool:
     """Whether other hosts can come: one is paired, or the user waits for one."""
     if not settings.lan:
         return False
-    return settings.wait_for_devices > 1 or _is_paired()
+    return settings.wait_for > 1 or _is_paired()
 
 
 def _is_paired() -> bool:

@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 
 import msgspec
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from potluck.cli.options import JsonOption
-from potluck.cli.terminal import format_bytes, show_line, show_stages, stdout
+from potluck.cli.terminal import UNLIMITED_COLUMNS, show_line, show_table, stdout
 from potluck.head.client import get_from_head, post_to_head
 from potluck.head.status import BetterPlanReport, EngineReport, StatusReport
+from potluck.system.byte_sizes import format_bytes
 
 
 def status(json_output: JsonOption = False) -> None:
@@ -27,6 +30,42 @@ def show_status(report: StatusReport) -> None:
     show_stages(stdout, report)
     for line in _status_lines(report):
         show_line(stdout, line)
+
+
+def show_stages(console: Console, report: StatusReport) -> None:
+    """The ring's stages, one a row, with as much between the columns as there is room for; a device's name that is
+    still too long is folded, never cut."""
+    roomy = stage_table(report, gap=2)
+    widest = console.measure(roomy, options=console.options.update(width=UNLIMITED_COLUMNS)).maximum
+    fits = widest <= console.width or not console.is_terminal
+    show_table(console, roomy if fits else stage_table(report, gap=1))
+
+
+def stage_table(report: StatusReport, *, gap: int) -> Table:
+    """With `gap` spaces between columns."""
+    table = Table(
+        title=f"{escape(report.model)}: {report.state}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+    )
+    for heading in ("stage", "device", "backend", "layers", "weights", "KV (plan)", "resident", "ms (plan)"):
+        is_text = heading in ("device", "backend", "layers")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "device", overflow="fold")
+    for stage in report.stages:
+        measured_ms = f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–"
+        table.add_row(
+            str(stage.stage),
+            escape(stage.device),
+            stage.backend,
+            f"{stage.first}–{stage.last - 1}",
+            format_bytes(stage.weights_bytes) if stage.weights_bytes else "–",
+            f"{stage.kv_bytes / 2**20:.0f} ({stage.kv_reserved_bytes / 2**20:.0f}) MiB",
+            format_bytes(stage.rss_bytes) if stage.rss_bytes else "–",
+            f"{measured_ms} ({stage.predicted_ms_per_token:.1f})",
+        )
+    return table
 
 
 def _status_lines(report: StatusReport) -> Iterator[str]:
@@ -46,6 +85,19 @@ def _status_lines(report: StatusReport) -> Iterator[str]:
         if stage.fetched:
             sources = ", ".join(f"{format_bytes(count)} from {escape(name)}" for name, count in stage.fetched.items())
             yield f"{escape(stage.device)} got {sources} in {stage.fetch_s:.1f} s"
+    yield from _device_lines(report)
+    yield (
+        f"{report.url}, context {report.context_tokens} tokens, KV for {report.kv_capacity_tokens} tokens, "
+        f"head process {report.pid}, logs in {escape(report.logs)}"
+    )
+    if report.error:
+        yield f"[bold red]{escape(report.error)}[/bold red]"
+        if report.hint:
+            yield f"[cyan]hint:[/cyan] {escape(report.hint)}"
+
+
+def _device_lines(report: StatusReport) -> Iterator[str]:
+    """Hosts that are connected, those that wait, and devices that have no stage."""
     for host in report.hosts:
         devices = escape(", ".join(host.devices) or "no device yet")
         yield f"Connected: {escape(host.name)} ({escape(host.platform)}, {escape(host.address)}) with {devices}"
@@ -55,14 +107,6 @@ def _status_lines(report: StatusReport) -> Iterator[str]:
     for device in report.idle_devices:
         free = format_bytes(device.free_bytes)
         yield f"Not in the ring: {escape(device.device)} ({free} free): {escape(device.reason)}"
-    yield (
-        f"{report.url}, context {report.context_tokens} tokens, KV for {report.kv_capacity_tokens} tokens, "
-        f"head process {report.pid}, logs in {escape(report.logs)}"
-    )
-    if report.error:
-        yield f"[bold red]{escape(report.error)}[/bold red]"
-        if report.hint:
-            yield f"[cyan]hint:[/cyan] {escape(report.hint)}"
 
 
 def _deviation_lines(report: StatusReport) -> Iterator[str]:

@@ -6,16 +6,11 @@ import io
 import re
 import sys
 import unicodedata
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from potluck.head.status import StatusReport
 
 
 def replace_unencodable() -> None:
@@ -32,7 +27,7 @@ def replace_unencodable() -> None:
 
 stdout = Console()
 stderr = Console(stderr=True)
-_UNLIMITED_COLUMNS = 4096
+UNLIMITED_COLUMNS = 4096
 
 
 def strip_controls(text: str) -> str:
@@ -70,49 +65,8 @@ def _line_starts(text: str, columns: int) -> list[int]:
     return starts
 
 
-def format_bytes(num_bytes: float) -> str:
-    """ "1.5 GiB", "57 MiB"."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
-
-
 def show_table(console: Console, table: Table) -> None:
     """Into a pipe no row is broken."""
     if not console.is_terminal:
-        console = Console(file=console.file, width=_UNLIMITED_COLUMNS)
+        console = Console(file=console.file, width=UNLIMITED_COLUMNS)
     console.print(table, highlight=False)
-
-
-def show_stages(console: Console, report: StatusReport) -> None:
-    """The ring's stages, one a row, with as much between the columns as there is room for; a device's name that is
-    still too long is folded, never cut."""
-    roomy = stage_table(report, gap=2)
-    widest = console.measure(roomy, options=console.options.update(width=_UNLIMITED_COLUMNS)).maximum
-    fits = widest <= console.width or not console.is_terminal
-    show_table(console, roomy if fits else stage_table(report, gap=1))
-
-
-def stage_table(report: StatusReport, *, gap: int) -> Table:
-    """With `gap` spaces between columns."""
-    table = Table(
-        title=f"{escape(report.model)}: {report.state}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, gap, 0, 0),
-    )
-    for heading in ("stage", "device", "backend", "layers", "weights", "KV (plan)", "resident", "ms (plan)"):
-        is_text = heading in ("device", "backend", "layers")
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "device", overflow="fold")
-    for stage in report.stages:
-        measured_ms = f"{stage.ms_per_token:.1f}" if stage.ms_per_token is not None else "–"
-        table.add_row(
-            str(stage.stage),
-            escape(stage.device),
-            stage.backend,
-            f"{stage.first}–{stage.last - 1}",
-            format_bytes(stage.weights_bytes) if stage.weights_bytes else "–",
-            f"{stage.kv_bytes / 2**20:.0f} ({stage.kv_reserved_bytes / 2**20:.0f}) MiB",
-            format_bytes(stage.rss_bytes) if stage.rss_bytes else "–",
-            f"{measured_ms} ({stage.predicted_ms_per_token:.1f})",
-        )
-    return table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from planner.plan import StageTimes
+from planner.measurements import StageTimes
 from transport.messages.ring import DType, Fence
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from planner.plan import StageTimes
+from planner.measurements import StageTimes
 
 _GUESSED_STEP_S = 0.01
 _MIN_S = 1e-6

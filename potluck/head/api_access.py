@@ -43,8 +43,8 @@ def endpoint_access(settings: Settings, port: int) -> EndpointAccess:
     """For an endpoint that listens on the settings' host at `port`. Makes a key where one is needed and none is there.
     Raises ConfigError."""
     is_local = is_loopback(settings.host)
-    hosts = LOOPBACK_HOSTS | {_valid(parse_host(name), "host", name) for name in settings.allowed_hosts}
-    origins = frozenset(_valid(parse_origin(text), "origin", text) for text in settings.allowed_origins)
+    hosts = LOOPBACK_HOSTS | {_valid(parse_host(name), "host", name) for name in settings.allow_host}
+    origins = frozenset(_valid(parse_origin(text), "origin", text) for text in settings.allow_origin)
     if is_local and not settings.require_key:
         # Not its network name: on a hostile network, who answers for that may be anyone, and no key keeps them out.
         return EndpointAccess(access=AccessPolicy(port=port, hosts=hosts, origins=origins))

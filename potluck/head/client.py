@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from potluck.api.api_key import control_headers
+from potluck.api.api_key import SECRET_HEADER, read_key
 from potluck.host.local_head import LocalHead, running_head
 from transport.errors import NotRunning, error_from_code
 
@@ -23,6 +23,26 @@ class _Error(msgspec.Struct, frozen=True):
 
 class _ErrorBody(msgspec.Struct, frozen=True):
     error: _Error
+
+
+def auth_headers() -> dict[str, str]:
+    """What this user's programs send to the head of this host to be answered. Raises ConfigError."""
+    key = read_key()
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def control_headers(head: LocalHead) -> dict[str, str]:
+    """What this user's commands send to the head of this host to be obeyed. Raises ConfigError."""
+    return {**auth_headers(), SECRET_HEADER: head.secret}
+
+
+def key_for_url(url: str) -> str:
+    """The key, if this user's head answers at `url`; "" for everybody else's endpoint: they must not learn it."""
+    try:
+        is_ours = running_head().url == url.rstrip("/").removesuffix("/v1")
+    except NotRunning:
+        return ""
+    return (read_key() or "") if is_ours else ""
 
 
 def get_from_head(path: str, reply_type: type[Answer], *, timeout_s: float = _TIMEOUT_S) -> Answer:

@@ -300,10 +300,10 @@ class Head:
         self._node.start(devices)
         names = [device.name for device in devices]
         self._pool.wait_for_devices(names, 0, _REGISTER_TIMEOUT_S)
-        missing = self._settings.wait_for_devices - len(names)
+        missing = self._settings.wait_for - len(names)
         if missing > 0:
             self._progress.say(f"Waiting for {missing} more devices: run potluck join in another terminal")
-            self._pool.wait_for_devices(names, self._settings.wait_for_devices, _JOIN_TIMEOUT_S)
+            self._pool.wait_for_devices(names, self._settings.wait_for, _JOIN_TIMEOUT_S)
 
     def _take_down_ring(self) -> None:
         if self._loader is not None:

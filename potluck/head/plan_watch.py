@@ -11,14 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from planner.cost import CostModel, PlacedStage, Prediction, predict, stage_decode_s
-from planner.measurements import DeviceTimes, Grid, LayerTimes, PoolTimes
+from planner.measurements import DeviceTimes, PoolTimes
 from planner.plan import Plan
 from potluck.head.planning import plan_with, profile_of, workload_of
 from potluck.store.manifest import StoredModel
 from potluck.system.settings import Settings
 from transport.errors import PotluckError
 from transport.messages.control import DecodeBucket, Stats
+from transport.messages.measure import Grid, LayerTimes
 
 _MIN_GAIN = 1.05
 """A plan with less than this times the present rate is not worth loading the ring for."""
@@ -147,7 +150,7 @@ def scale_times(times: DeviceTimes, factor: float) -> DeviceTimes:
 
 
 def _scaled(grid: Grid, factor: float) -> Grid:
-    return replace(grid, seconds=tuple(tuple(value * factor for value in row) for row in grid.seconds))
+    return msgspec.structs.replace(grid, seconds=tuple(tuple(value * factor for value in row) for row in grid.seconds))
 
 
 def _difference(after: DecodeBucket, before: DecodeBucket | None) -> DecodeBucket | None:

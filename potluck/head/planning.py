@@ -58,14 +58,14 @@ def plan_with(
         workload,
         settings.objective,  # type: ignore[arg-type]  # Checked with the settings.
         layers=parse_layers(settings.layers) if settings.layers is not None else None,
-        use_all=settings.use_all_devices,
+        use_all=settings.use_all,
         progress=progress,
     )
 
 
 def workload_of(profile: ModelProfile, settings: Settings) -> Workload:
     """Chats with prompts and answers of the usual length, as many as KV memory is reserved for."""
-    context_tokens = settings.context_tokens or min(DEFAULT_CONTEXT_TOKENS, profile.context_tokens)
+    context_tokens = settings.context or min(DEFAULT_CONTEXT_TOKENS, profile.context_tokens)
     usual = Workload()
     return Workload(
         prompt_tokens=min(usual.prompt_tokens, max(1, context_tokens // 2)),

@@ -169,23 +169,13 @@ class Ring:
                 )
 
     def _load(self, stage: RingStage) -> Load:
-        plan = self.plan
         return Load(
             fence=self.fence,
             stage=stage.index,
-            first=stage.first,
-            last=stage.last,
-            num_layers=self._model.spec.num_layers,
+            spec=self.plan.stages[stage.index].spec,
             model_path=str(self._model.path),
-            compute_dtype=plan.stages[stage.index].compute_dtype,
-            wire_dtype=plan.wire_dtype,
-            next_dtype=plan.wire_dtype,
-            context_tokens=plan.context_tokens,
-            kv_capacity_tokens=plan.kv_capacity_tokens,
             max_step_tokens=MAX_STEP_TOKENS,
             listen=self._listen_at(stage.index, stage.worker.register.host),
-            weights=plan.weights,
-            kv=plan.kv,
             upstream=self._key_before(stage.index),
             shared=self._shared_models.get(stage.index),
         )

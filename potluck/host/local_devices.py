@@ -31,9 +31,9 @@ def find_local_devices(
     takes memory too.
     Raises ConfigError if none is left.
     """
-    texts = settings.devices or default_devices()
+    texts = settings.device or default_devices()
     requests = device_requests(
-        texts, threads=settings.threads, cores_allowed=cores_allowed(), memory_bytes=settings.memory_bytes
+        texts, threads=settings.threads, cores_allowed=cores_allowed(), memory_bytes=settings.memory
     )
     found = probe_devices(
         requests,

@@ -1,29 +1,32 @@
-"""A system under test is a child process that obeys commands over pipes. Standard library and thread counts only."""
+"""A system under test is a child process that takes commands over pipes. Standard library and thread counts only."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from transport.process.child_process import ChildProcess
+from transport.process.child import thread_environment
 
 Handlers = Mapping[str, Callable[..., dict[str, Any]]]
 
 
 def serve_commands(handlers: Handlers, ready: dict[str, Any], replies: int) -> None:
-    """Answer commands {"do": name, ...arguments} until the pipe ends. `replies`: see `reply_pipe`."""
-    with os.fdopen(replies, "w") as out:
-        print(json.dumps(ready), file=out, flush=True)
-        for line in sys.stdin:
-            command = json.loads(line)
-            answer = handlers[command.pop("do")](**command)
-            print(json.dumps(answer), file=out, flush=True)
+    """Reply to commands {"do": name, ...arguments} until the pipe ends. `replies`: see `reply_pipe`."""
+    send_reply(replies, ready)
+    for line in sys.stdin:
+        command = json.loads(line)
+        send_reply(replies, handlers[command.pop("do")](**command))
+
+
+def send_reply(replies: int, reply: Mapping[str, Any]) -> None:
+    with os.fdopen(replies, "w", closefd=False) as out:
+        print(json.dumps(reply), file=out)
 
 
 def reply_pipe() -> int:
@@ -38,11 +41,16 @@ PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 """The interpreter that has llama-cpp-python; `make bench-stage` installs it."""
 
 
-_EXIT_S = 20.0
+_CLOSES_WITHIN_S = 20.0
+
+
+class ChildEnded(RuntimeError):
+    """A child ended instead of replying."""
 
 
 class SystemUnderTest:
-    """`python -m MODULE ARGUMENTS`, ready when made. Its module ends in `child_loop.serve`."""
+    """`python -m MODULE ARGUMENTS`, started by `start` (here, or a lab's `popen` on one of its hosts); ready when made.
+    Its module ends in `serve_commands`."""
 
     def __init__(
         self,
@@ -51,30 +59,57 @@ class SystemUnderTest:
         arguments: Sequence[str],
         *,
         threads: int,
-        python: Path | None = None,
+        python: str | Path = sys.executable,
+        start: Callable[..., subprocess.Popen[str]] | None = None,
     ) -> None:
         self.name = name
-        self._child = ChildProcess(
-            module,
-            arguments,
-            errors=None,
-            threads=threads,
-            environment={**os.environ, "PYTHONPATH": str(ROOT)},
-            interpreter=None if python is None else str(python),
+        self._process = (start or _start_here)(
+            [str(python), "-P", "-m", module, *arguments],
+            environment={
+                **thread_environment(threads, os.environ),
+                "PYTHONPATH": str(ROOT),
+                "TOKENIZERS_PARALLELISM": "0",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
-        self.pid = self._child.pid
-        self.ready = self._read()
+        self.pid = self._process.pid
+        self.ready = self.read_reply()
 
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """What the child answers. Raises RuntimeError if it ends instead."""
-        self._child.send(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        return self._read()
+        """The child's reply. Raises ChildEnded if it ends instead."""
+        self.send(do, **arguments)
+        return self.read_reply()
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+
+    def read_reply(self) -> dict[str, Any]:
+        """Raises ChildEnded."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise ChildEnded(f"{self.name} exited with code {code} instead of a reply: its stderr is above")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._child.stdin.close()
-        self._child.wait(_EXIT_S)
-        self._child.close()
+        if self._process.stdin is None or self._process.stdin.closed:
+            return
+        self._process.stdin.close()
+        try:
+            self._process.wait(_CLOSES_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -84,22 +119,18 @@ class SystemUnderTest:
     ) -> None:
         self.close()
 
-    def _read(self) -> dict[str, Any]:
-        line = self._child.stdout.readline()
-        if not line:
-            self._child.wait(_EXIT_S)
-            raise RuntimeError(f"{self.name} ended with {self._child.exit_code()}: its last words are above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+
+def _start_here(command: Sequence[str], *, environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, env={**os.environ, **environment}, **options)
 
 
 def llama_python(wanted: str) -> Path | None:
-    """The interpreter to run llama.cpp with: the one asked for, that of `make bench-stage`, or none.
+    """The interpreter to run llama.cpp with: the one named, that of `make bench-stage`, or none.
 
-    Raises FileNotFoundError for one that was asked for and is not there.
+    Raises FileNotFoundError for one that was named and is not there.
     """
     if wanted:
         if not Path(wanted).is_file():
-            raise FileNotFoundError(f"no interpreter {wanted}")
+            raise FileNotFoundError(f"--llama-python must name an interpreter, got {wanted}: no such file")
         return Path(wanted)
     return PEERS_PYTHON if PEERS_PYTHON.is_file() else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from potluck.api.api_key import key_for_url
+from potluck.head.client import key_for_url
 from potluck.measure.http_client import HttpExchange, HttpPeer, run_exchange
 from transport.errors import ConfigError, NotRunning, PotluckError
 

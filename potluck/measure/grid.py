@@ -14,55 +14,39 @@ Potluck's), potluck bench --hops --help (the software cost of a hop).
 from __future__ import annotations
 
 import argparse
-import json
-import signal
-import statistics
+import asyncio
+import itertools
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
 
 from potluck.head.planning import profile_of
 from potluck.host.local_head import running_head
-from potluck.measure.chats import ChatLoad, ChatTimings
-from potluck.measure.head_process import CommandProcess, status_of
-from potluck.measure.result import hardware_facts
-from potluck.measure.summary import StageUse, bandwidth_bound_tokens_per_s, stage_use_between
+from potluck.measure.endpoint import answer_of, find_endpoint
+from potluck.measure.head_process import UP_WITHIN_S, CommandProcess, status_of, stop_on_signals
+from potluck.measure.http_client import HttpExchange
+from potluck.measure.load_report import markdown_table, new_figure
+from potluck.measure.load_run import ChatGenerator, ChatMix, by_tokenizer, tokenizer_of
+from potluck.measure.result import hardware_facts, say, write_result
+from potluck.measure.summary import (
+    StageUse,
+    bandwidth_bound_tokens_per_s,
+    decode_tokens_per_s,
+    percentile,
+    stage_use_between,
+)
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
-from transport.errors import ConfigError, PotluckError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridRow:
-    """One ring (or one device alone) in one cell; medians over rounds.
-
-    `tokens_per_s` counts the prompts' time, `decode_tokens_per_s` does not. `gap_…_s` are between tokens of one chat.
-    `bound_tokens_per_s` is what reading the weights alone allows.
-    """
-
-    ring: str
-    prompt_tokens: int
-    output_tokens: int
-    concurrency: int
-    tokens_per_s: float
-    decode_tokens_per_s: float
-    decode_min_max: tuple[float, float]
-    ttft_s: float
-    gap_p50_s: float
-    gap_p95_s: float
-    gap_p99_s: float
-    predicted_tokens_per_s: float | None
-    bound_tokens_per_s: float
-    stages: list[dict[str, Any]]
-
+from transport.errors import PotluckError
 
 _HEADINGS = (
     "ring",
@@ -81,14 +65,11 @@ _HEADINGS = (
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A table of the rows, with what they were measured on."""
-    lines = [
+    title = (
         f"{result['model']} on {result['processor']} ({result['cores']} cores), {result['date']}, "
-        f"commit {result['commit']}, medians of {result['rounds']}",
-        "",
-        f"| {' | '.join(_HEADINGS)} |",
-        f"|{'---|' * len(_HEADINGS)}",
-    ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in result["rows"]]
+        f"commit {result['commit']}, medians of {result['rounds']}"
+    )
+    lines = [title, "", *markdown_table(_HEADINGS, [_cells(row) for row in result["rows"]])]
     left_out = result.get("left_out") or {}
     if left_out:
         lines += ["", *(f"Not measured alone: {name}: {reason}" for name, reason in left_out.items())]
@@ -119,11 +100,7 @@ def _use(stage: Mapping[str, Any]) -> str:
 
 def plot(result: Mapping[str, Any], file: Path) -> None:
     """Tokens per second over concurrency, a line for each ring and length. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib", hint="pip install 'potluck[plots]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for row in result["rows"]:
@@ -142,8 +119,8 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-_UP_WITHIN_S = 3600.0
 _WARM_TOKENS = 8
+_SILENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,67 +132,110 @@ class GridCell:
     concurrency: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Round:
-    times: ChatTimings
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridTrial:
+    """One cell, once: `tokens_per_s` counts the prompts' time, `decode_tokens_per_s` does not."""
+
+    prompt_tokens: int
+    tokens_per_s: float
+    decode_tokens_per_s: float
+    ttft_s: float
+    gaps_s: list[float]
     uses: list[StageUse]
 
 
-def measure_head(url: str, model: StoredModel, cells: Sequence[GridCell], rounds: int, *, name: str) -> list[GridRow]:
+class GridClient:
+    """Sends chats of a cell to the head at `url`; answers do not end before their length."""
+
+    def __init__(self, url: str, model: StoredModel) -> None:
+        tokenizer = tokenizer_of(str(model.path))
+        self._url = url
+        self._words_of = by_tokenizer(tokenizer)
+        self._salts = itertools.count(int(time.time()), 7919)
+        endpoint = asyncio.run(find_endpoint(url, model=model.name, key=""))
+        bias = {str(token_id): -100 for token_id in tokenizer.eos_ids}
+        self._endpoint = replace(endpoint, fields={"stream_options": {"include_usage": True}, "logit_bias": bias})
+
+    def run(self, cell: GridCell) -> GridTrial:
+        """Raises RuntimeError with the head's message if a chat fails."""
+        mix = ChatMix(lengths=((cell.prompt, 1.0),), output=cell.output)
+        chats = ChatGenerator(mix, self._words_of, seed=0, salt=next(self._salts))
+        texts = [message.text for chat in itertools.islice(chats, cell.concurrency) for message in chat]
+        before, started_s = status_of(self._url)["stages"], time.perf_counter()
+        exchanges = asyncio.run(self._chat(texts, cell.output))
+        wall_s = time.perf_counter() - started_s
+        answers = [answer_of(each) for each in exchanges]
+        for answer in answers:
+            if answer.error:
+                raise RuntimeError(f"{self._url} answered {answer.error}")
+        arrivals = [[arrival.at_s for arrival in answer.arrivals] for answer in answers]
+        tokens = sum(answer.tokens for answer in answers)
+        begin_s, end_s = min(each.started_s for each in exchanges), max(each.ended_s for each in exchanges)
+        return GridTrial(
+            prompt_tokens=answers[0].prompt_tokens or 0,
+            tokens_per_s=tokens / (end_s - begin_s),
+            decode_tokens_per_s=decode_tokens_per_s(arrivals, tokens),
+            ttft_s=median(at_s[0] - each.started_s for at_s, each in zip(arrivals, exchanges, strict=True)),
+            gaps_s=[pause for answer in answers for pause in answer.pauses_s],
+            uses=stage_use_between(before, status_of(self._url)["stages"], wall_s, concurrency=cell.concurrency),
+        )
+
+    async def _chat(self, texts: Sequence[str], output: int) -> list[HttpExchange]:
+        exchanges = [HttpExchange() for _ in texts]
+        await asyncio.gather(
+            *(
+                self._endpoint.chat([{"role": "user", "content": text}], output, found, silence_s=_SILENCE_S)
+                for text, found in zip(texts, exchanges, strict=True)
+            )
+        )
+        return exchanges
+
+
+def measure_head(
+    url: str, model: StoredModel, cells: Sequence[GridCell], rounds: int, *, name: str
+) -> list[dict[str, Any]]:
     """One row a cell. Raises RuntimeError if the head fails a chat."""
-    load = ChatLoad(url, model.name, model.path)
+    client = GridClient(url, model)
     for count in sorted({cell.concurrency for cell in cells}):
-        load.run(_WARM_TOKENS, _WARM_TOKENS, count)
-    found: dict[GridCell, list[_Round]] = {cell: [] for cell in cells}
+        client.run(GridCell(prompt=_WARM_TOKENS, output=_WARM_TOKENS, concurrency=count))
+    found: dict[GridCell, list[GridTrial]] = {cell: [] for cell in cells}
     for number in range(rounds):
         for cell in cells:
-            _say(f"{name}, round {number + 1} of {rounds}: {cell.concurrency} × {cell.prompt} + {cell.output} tokens")
-            before = status_of(url)
-            started = time.perf_counter()
-            times = load.run(cell.prompt, cell.output, cell.concurrency)
-            wall_s = time.perf_counter() - started
-            after = status_of(url)
-            uses = stage_use_between(before["stages"], after["stages"], wall_s, concurrency=cell.concurrency)
-            found[cell].append(_Round(times, uses))
+            say(f"{name}, round {number + 1} of {rounds}: {cell.concurrency} × {cell.prompt} + {cell.output} tokens")
+            found[cell].append(client.run(cell))
     status = status_of(url)
-    return [_row(name, cell, of_cell, model, status) for cell, of_cell in found.items()]
+    return [_row(name, cell, trials, model, status) for cell, trials in found.items()]
 
 
-def _row(name: str, cell: GridCell, rounds: Sequence[_Round], model: StoredModel, status: dict[str, Any]) -> GridRow:
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
-
-    decode = median([_decode_rate(each.times, cell) for each in rounds])
+def _row(
+    name: str, cell: GridCell, trials: Sequence[GridTrial], model: StoredModel, status: dict[str, Any]
+) -> dict[str, Any]:
+    """Medians over rounds. `gap_…_s` are between tokens of one chat; `bound_tokens_per_s` is what reading the weights
+    alone allows."""
+    rates = [trial.decode_tokens_per_s for trial in trials]
     profile = profile_of(model, status["plan"]["weights"])
-    bound = bandwidth_bound_tokens_per_s(profile, status["stages"], cell.concurrency)
-    predicted = _predicted(status, cell)
-    return GridRow(
-        ring=name,
-        prompt_tokens=rounds[0].times.chats[0].prompt_tokens,
-        output_tokens=cell.output,
-        concurrency=cell.concurrency,
-        tokens_per_s=median([each.times.tokens_per_s for each in rounds]),
-        decode_tokens_per_s=decode,
-        decode_min_max=(
-            min(_decode_rate(each.times, cell) for each in rounds),
-            max(_decode_rate(each.times, cell) for each in rounds),
-        ),
-        ttft_s=median([each.times.ttft_s for each in rounds]),
-        gap_p50_s=median([each.times.gap_percentile_s(50) for each in rounds]),
-        gap_p95_s=median([each.times.gap_percentile_s(95) for each in rounds]),
-        gap_p99_s=median([each.times.gap_percentile_s(99) for each in rounds]),
-        predicted_tokens_per_s=predicted,
-        bound_tokens_per_s=bound,
-        stages=[asdict(use) for use in rounds[-1].uses],
-    )
-
-
-def _decode_rate(times: ChatTimings, cell: GridCell) -> float:
-    return times.chats[0].decode_tokens_per_s if cell.concurrency == 1 else times.decode_tokens_per_s
+    gaps = {
+        f"gap_p{percent}_s": median(percentile(trial.gaps_s, percent) or 0.0 for trial in trials)
+        for percent in (50, 95, 99)
+    }
+    return {
+        "ring": name,
+        "prompt_tokens": trials[0].prompt_tokens,
+        "output_tokens": cell.output,
+        "concurrency": cell.concurrency,
+        "tokens_per_s": median(trial.tokens_per_s for trial in trials),
+        "decode_tokens_per_s": median(rates),
+        "decode_min_max": (min(rates), max(rates)),
+        "ttft_s": median(trial.ttft_s for trial in trials),
+        **gaps,
+        "predicted_tokens_per_s": _predicted(status, cell),
+        "bound_tokens_per_s": bandwidth_bound_tokens_per_s(profile, status["stages"], cell.concurrency),
+        "stages": [asdict(use) for use in trials[-1].uses],
+    }
 
 
 def _predicted(status: dict[str, Any], cell: GridCell) -> float | None:
-    """The plan's promise for one chat or for as many as it was made for; whatever their lengths."""
+    """The plan's prediction for one chat or for as many as it was made for; whatever their lengths."""
     plan = status.get("plan")
     if not plan:
         return None
@@ -229,7 +249,7 @@ def measure_running(cells: Sequence[GridCell], rounds: int) -> dict[str, Any]:
     head = running_head()
     model = Store(home_dir()).show(head.model)
     rows = measure_head(head.url, model, cells, rounds, name="ring")
-    return {"model": model.name, "rows": [asdict(row) for row in rows], "status": status_of(head.url)}
+    return {"model": model.name, "rows": rows, "status": status_of(head.url)}
 
 
 def measure_started(
@@ -238,17 +258,17 @@ def measure_started(
     """A head of its own, and then, one after another, each of its devices alone."""
     model = Store(home_dir()).resolve(name)
     rings: list[tuple[str, list[str]]] = [("ring", [])]
-    rows: list[GridRow] = []
+    rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     status: dict[str, Any] = {}
     while rings:
         ring, layers = rings.pop(0)
-        _say(f"starting {ring}")
+        say(f"starting {ring}")
         with ExitStack() as stack:
             head = CommandProcess(["up", name, "--port", "0", *options, *layers, "--json"])
             stack.callback(head.stop)
             try:
-                url = head.wait_for_facts(_UP_WITHIN_S)["url"]
+                url = head.wait_for_facts(UP_WITHIN_S)["url"]
             except RuntimeError as error:
                 if not layers:
                     raise
@@ -260,11 +280,7 @@ def measure_started(
                 if singles and len(status["stages"]) + len(status["idle_devices"]) > 1:
                     devices = [each["device"] for each in (*status["stages"], *status["idle_devices"])]
                     rings += [(device, ["--layers", f"{device}={model.spec.num_layers}"]) for device in devices]
-    return {"model": model.name, "rows": [asdict(row) for row in rows], "left_out": left_out, "status": status}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return {"model": model.name, "rows": rows, "left_out": left_out, "status": status}
 
 
 def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -293,13 +309,10 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, up_options = _options(sys.argv[1:] if arguments is None else arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # stop the head in any case
+    stop_on_signals()
     cells = [
         GridCell(prompt=prompt, output=output, concurrency=concurrency)
-        for concurrency in options.concurrency
-        for prompt in options.prompt
-        for output in options.output
+        for concurrency, prompt, output in itertools.product(options.concurrency, options.prompt, options.output)
     ]
     try:
         if options.model is None:
@@ -309,20 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {**hardware_facts(), "options": up_options, "rounds": options.rounds, **found}
         table = markdown(result)
         if options.markdown is not None:
-            options.markdown.write_text(table)
+            options.markdown.write_text(table, encoding="utf-8")
         if options.plot is not None:
             plot(result, options.plot)
-    except PotluckError as error:
-        _say(f"error: {error}")
-        return 1
-    except (RuntimeError, httpx.HTTPError, subprocess.SubprocessError) as error:
-        _say(f"error: {error}")
+    except (PotluckError, RuntimeError, httpx.HTTPError, subprocess.SubprocessError) as error:
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-        print(table, end="")
-    else:
-        print(json.dumps(result, indent=2))
+    write_result(result, options.json, shown=None if options.json is None else table)
     return 0

@@ -14,10 +14,14 @@ from typing import Any
 
 import httpx
 
-from potluck.api.api_key import auth_headers
+from potluck.head.client import auth_headers
 
 CLI = (sys.executable, "-P", "-m", "potluck")
 _STOP_WITHIN_S = 15.0
+END_SIGNALS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Windows has no SIGHUP."""
+UP_WITHIN_S = 3600.0
+"""A head may have to download its model first."""
 
 Popen = Callable[..., "subprocess.Popen[Any]"]
 
@@ -43,19 +47,19 @@ class CommandProcess:
             reader.start()
 
     def wait_for_facts(self, timeout_s: float) -> dict[str, Any]:
-        """The first JSON object that it prints: a head is up then. Raises RuntimeError with its last words."""
+        """The first JSON object that it prints: a head is up then. Raises RuntimeError with its last lines."""
         deadline = time.monotonic() + timeout_s
         while not self._ready.wait(0.1):
             if self._process.poll() is not None:
                 self._readers[1].join(1.0)
-                raise RuntimeError(f"ended with {self._process.returncode}: {self.last_lines()}")
+                raise RuntimeError(f"exited with code {self._process.returncode}: {self.last_lines()}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not up within {timeout_s:.0f} s: {self.last_lines()}")
         assert self.facts is not None
         return self.facts
 
     def wait_for_file(self, file: Path, timeout_s: float) -> None:
-        """Until it has written `file`. Raises RuntimeError with its last words."""
+        """Until it has written `file`. Raises RuntimeError with its last lines."""
         deadline = time.monotonic() + timeout_s
         while not file.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -100,6 +104,12 @@ class CommandProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.lines.append((time.monotonic(), line))
+
+
+def stop_on_signals() -> None:
+    """Treat signals that would end this process at once like Ctrl-C: a head that it started is stopped then."""
+    for number in END_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
 
 
 def status_of(url: str) -> dict[str, Any]:

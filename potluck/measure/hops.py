@@ -13,7 +13,6 @@ A ring's hop is (a step's round trip - the stages' compute) / (stages + 1), over
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any, Self
 
 from potluck.measure.child_process import SystemUnderTest
 from potluck.measure.hop_process import CARRIERS, LINK_KINDS, Carrier, LinkKind
-from potluck.measure.result import hardware_facts
+from potluck.measure.result import hardware_facts, say, write_result
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import PotluckError
@@ -130,7 +129,7 @@ def measure_links(*, rounds: int, trips: int, pause_s: float) -> list[HopRow]:
         for link in links:
             _connect(ends, *link)
         for number in range(rounds):
-            _say(f"links, round {number + 1} of {rounds}")
+            say(f"links, round {number + 1} of {rounds}")
             for link in links:
                 hops[_name(*link)] += _exchange(both, ends, _name(*link), trips, pause_s)
             for step in STEPS:
@@ -185,16 +184,12 @@ def measure_ring(model: str, *, rounds: int) -> dict[str, Any]:
     from potluck.measure.ring import PROMPT, split_ring  # loads torch, which links alone do not need
 
     path = Store(home_dir()).pull(model, lambda _: None).path
-    _say(f"a ring of {NUM_STAGES} stages with {model}")
+    say(f"a ring of {NUM_STAGES} stages with {model}")
     with split_ring(path, "bfloat16", NUM_STAGES) as ring:
         ring.run(PROMPT, _RING_TOKENS)  # warm
         found = [ring.run(PROMPT, _RING_TOKENS) for _ in range(rounds)]
     hops = HopSeconds.of([seconds for run in found for seconds in run.hops_s])
     return {"model": model, "stages": NUM_STAGES, **asdict(hops)}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -214,15 +209,13 @@ def main(arguments: Sequence[str]) -> int:
         rows = measure_links(rounds=options.rounds, trips=options.trips, pause_s=options.pause_ms / 1e3)
         ring = None if options.no_ring else measure_ring(options.model, rounds=options.rounds)
     except (PotluckError, RuntimeError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    print(table(rows, ring, options.pause_ms))
-    if options.json is not None:
-        result = {**hardware_facts(), "pause_ms": options.pause_ms, "hidden_size": HIDDEN_SIZE}
-        result |= {"rounds": options.rounds, "trips": options.trips, "links": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps({**result, "ring": ring}, indent=2) + "\n")
+    result = {**hardware_facts(), "pause_ms": options.pause_ms, "hidden_size": HIDDEN_SIZE}
+    result |= {"rounds": options.rounds, "trips": options.trips, "links": [asdict(row) for row in rows], "ring": ring}
+    write_result(result, options.json, shown=table(rows, ring, options.pause_ms) + "\n")
     return 0
 
 

@@ -19,11 +19,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -33,12 +31,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from potluck.host.local_head import running_head
 from potluck.measure.endpoint import LoadEndpoint, find_endpoint, prepare_endpoint
-from potluck.measure.head_process import CommandProcess
+from potluck.measure.head_process import END_SIGNALS, UP_WITHIN_S, CommandProcess, stop_on_signals
 from potluck.measure.load_report import markdown, plot, text
-from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRun, LoadWindow
-from potluck.measure.result import hardware_facts
+from potluck.measure.load_run import (
+    ChatGenerator,
+    ChatMix,
+    LoadCell,
+    LoadOutcome,
+    LoadRun,
+    LoadWindow,
+    WordsOf,
+    by_tokenizer,
+    by_usage,
+    tokenizer_of,
+)
+from potluck.measure.result import hardware_facts, say, write_result
 from potluck.measure.summary import Trial, row_of, trial_of
-from potluck.measure.workload import ChatGenerator, ChatMix, WordsOf, by_tokenizer, by_usage, tokenizer_of
 from potluck.store.store import Store
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError, ModelNotFound, PotluckError
@@ -124,7 +132,6 @@ def _length(given: str) -> tuple[int, float]:
     return _count(tokens), _positive(weight) if weight else 1.0
 
 
-_UP_WITHIN_S = 3600.0
 _SALT_STRIDE = 7919
 
 
@@ -142,7 +149,7 @@ class LoadPlan:
 
 
 class LoadMeasurement:
-    """Spells as they come in; rows of what there is."""
+    """Trials as they come in; rows of what there is."""
 
     def __init__(self, plan: LoadPlan) -> None:
         self._plan = plan
@@ -158,15 +165,15 @@ class LoadMeasurement:
             for place, cell in enumerate(plan.cells):
                 number += 1
                 for which, endpoint in enumerate(plan.endpoints):
-                    _say(f"round {turn + 1} of {plan.rounds}: {cell} at {endpoint.url}")
+                    say(f"round {turn + 1} of {plan.rounds}: {cell} at {endpoint.url}")
                     chats = ChatGenerator(
                         plan.mix, plan.words_of, seed=plan.seed + number, salt=salt + number * _SALT_STRIDE
                     )
                     outcome = asyncio.run(self._run_trial(endpoint, chats, cell, plan.seed + number))
-                    _interrupt_on_signals()  # a loop that ends leaves them as the system had them
-                    spell = trial_of(outcome, cell)
-                    if spell is not None:
-                        self._trials.setdefault((place, which), []).append(spell)
+                    stop_on_signals()  # a loop that ends leaves them as the system had them
+                    trial = trial_of(outcome, cell)
+                    if trial is not None:
+                        self._trials.setdefault((place, which), []).append(trial)
                     self.is_interrupted = outcome.is_interrupted
                     self.failure = f"{endpoint.url}: every request fails: {outcome.failure}" if outcome.failure else ""
                     if self.is_interrupted or self.failure:
@@ -175,7 +182,7 @@ class LoadMeasurement:
     async def _run_trial(self, endpoint: LoadEndpoint, chats: ChatGenerator, cell: LoadCell, seed: int) -> LoadOutcome:
         stop = asyncio.Event()
         with contextlib.suppress(NotImplementedError):
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, *END_SIGNALS):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
         mix = self._plan.mix
         load = LoadRun(endpoint, chats, cell, self._plan.span, output=mix.output, turns=mix.turns, seed=seed, stop=stop)
@@ -183,9 +190,9 @@ class LoadMeasurement:
 
     def rows(self) -> list[dict[str, Any]]:
         rows = []
-        for (place, which), spells in sorted(self._trials.items()):
+        for (place, which), trials in sorted(self._trials.items()):
             first = self._trials.get((place, 0)) if which else None
-            rows.append(row_of(self._plan.endpoints[which].url, self._plan.cells[place], spells, first))
+            rows.append(row_of(self._plan.endpoints[which].url, self._plan.cells[place], trials, first))
         return rows
 
 
@@ -204,7 +211,7 @@ async def _prepare_endpoints(
         eos_ids = sorted(own.eos_ids) if own is not None and (found.is_potluck or options.tokenizer) else []
         ready, answer = await prepare_endpoint(found, eos_ids, silence_s=options.timeout)
         if not answer.has_usage:
-            _say(f"{ready.url} gives no usage: a token is an event of its stream")
+            say(f"{ready.url} gives no usage: a token is an event of its stream")
         endpoints.append(ready)
     if tokenizer is not None:
         return endpoints, by_tokenizer(tokenizer), "tokenizer"
@@ -212,7 +219,7 @@ async def _prepare_endpoints(
         words_of = await by_usage(endpoint, silence_s=options.timeout)
         if words_of is not None:
             return endpoints, words_of, "usage"
-    _say("no tokenizer and no usage: --prompt counts words (--tokenizer FOLDER makes it exact)")
+    say("no tokenizer and no usage: --prompt counts words (--tokenizer FOLDER makes it exact)")
     return endpoints, lambda tokens: max(0, tokens - 1), "words"
 
 
@@ -222,10 +229,10 @@ def measure(options: argparse.Namespace, up_options: Sequence[str], stack: ExitS
     urls, key = list(options.url), os.environ.get("OPENAI_API_KEY", "").strip() if options.url else ""
     if options.model is not None:
         model = Store(home_dir()).resolve(options.model)
-        _say(f"starting {model.name}")
+        say(f"starting {model.name}")
         head = CommandProcess(["up", options.model, "--port", "0", *up_options, "--json"])
         stack.callback(head.stop)
-        urls.insert(0, head.wait_for_facts(_UP_WITHIN_S)["url"])
+        urls.insert(0, head.wait_for_facts(UP_WITHIN_S)["url"])
         tokenizer = tokenizer or tokenizer_of(model.name)
     elif not urls:
         running = running_head()
@@ -251,7 +258,7 @@ def measure(options: argparse.Namespace, up_options: Sequence[str], stack: ExitS
     measured = LoadMeasurement(plan)
     try:
         measured.run()
-    except KeyboardInterrupt:  # between two spells
+    except KeyboardInterrupt:  # between two trials
         measured.is_interrupted = True
     result = {
         **hardware_facts(),
@@ -272,40 +279,29 @@ def measure(options: argparse.Namespace, up_options: Sequence[str], stack: ExitS
 
 
 def main(arguments: Sequence[str]) -> int:
-    _interrupt_on_signals()
+    stop_on_signals()
     try:
         options, up_options = options_of(arguments)
         with ExitStack() as stack:
-            result, trouble = measure(options, up_options, stack)
+            result, failure = measure(options, up_options, stack)
             _show(result, options)
     except (PotluckError, RuntimeError, OSError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    if trouble:
-        _say(f"error: {trouble}")
+    if failure:
+        say(f"error: {failure}")
         return 1
     return 130 if result["is_interrupted"] else 0
 
 
 def _show(result: dict[str, Any], options: argparse.Namespace) -> None:
     if not result["rows"]:
-        _say("nothing was measured")
-    if options.json is not None and str(options.json) != "-":
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2) if str(options.json) == "-" else text(result), end="")
+        say("nothing was measured")
+    to_stdout = str(options.json) == "-"
+    write_result(result, None if to_stdout else options.json, shown=None if to_stdout else text(result))
     if options.markdown is not None:
-        options.markdown.write_text(markdown(result))
+        options.markdown.write_text(markdown(result), encoding="utf-8")
     if options.plot is not None:
         plot(result, options.plot)
-
-
-def _interrupt_on_signals() -> None:
-    """Also those that would end this process without stopping the head."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

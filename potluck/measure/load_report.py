@@ -25,10 +25,13 @@ def text(result: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     columns = _columns(result)
-    lines = [_title(result), "", f"| {' | '.join(f'{top} {bottom}'.strip() for top, bottom, _ in columns)} |"]
-    lines += [f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(values[index] for _, _, values in columns)} |" for index in range(len(result["rows"]))]
-    return "\n".join([*lines, *_notes(result)]) + "\n"
+    headings = [f"{top} {bottom}".strip() for top, bottom, _ in columns]
+    rows = [[values[index] for _, _, values in columns] for index in range(len(result["rows"]))]
+    return "\n".join([_title(result), "", *markdown_table(headings, rows), *_notes(result)]) + "\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -148,13 +151,18 @@ def _not_done(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{row[key]} {name}" for key, name in names if row[key])
 
 
-def plot(result: Mapping[str, Any], file: Path) -> None:
-    """Tokens/s and the median wait for the first token, over the load. Raises ConfigError without matplotlib."""
+def new_figure(width: float, height: float) -> Any:
+    """Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib", hint="pip install 'potluck[plots]'") from error
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Tokens/s and the median wait for the first token, over the load. Raises ConfigError without matplotlib."""
+    figure = new_figure(7, 6)
     rates, waits = figure.subplots(2, sharex=True)
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for row in result["rows"]:

@@ -1,13 +1,18 @@
-"""Every result begins with what it was measured on: machine, libraries, commit."""
+"""A result begins with what it was measured on (machine, libraries, commit), and is printed and written as JSON."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,6 +32,22 @@ def hardware_facts() -> dict[str, object]:
         "python": platform.python_version(),
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }
+
+
+def write_result(result: Mapping[str, Any], file: Path | None, *, shown: str | None = None) -> None:
+    """Print the result, or `shown` in its place, and write it to `file` as a whole if one is given."""
+    text = json.dumps(result, indent=2) + "\n"
+    if file is not None:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as draft:
+            draft.write(text)
+        Path(draft.name).chmod(0o644)
+        Path(draft.name).replace(file)
+    print(text if shown is None else shown, end="")
+
+
+def say(line: str) -> None:
+    """What happens meanwhile: results alone go to stdout."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _version(name: str) -> str | None:

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import zmq
+from msgspec import structs
 
 from devices.hardware.device import Device
 from potluck.engine.loop import Engine
@@ -25,8 +27,8 @@ from potluck.host.local_host import ThisHost
 from potluck.host.node import Node
 from shard.formats.spec import ModelSpec
 from shard.pieces.open import open_checkpoint
-from shard.stage import StageSpec
-from shard.worker.load import load_shard
+from shard.stage import ShardBackend, StageSpec
+from shard.worker.load import Backend, load_shard
 from shard.worker.local_stage import LocalStage
 from shard.worker.serve import StageServer
 from transport.codec import EdgeLimits, Received
@@ -34,12 +36,13 @@ from transport.links.link import Receiver, Sender, memory_link
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.control import Connect, Load
 from transport.messages.requests import Delta, EngineDown, EngineEvent, EngineReady, Finished, RequestFailed, Submit
-from transport.messages.ring import DataMessage, DType, Fence, Sampled, Sampling, Tokens
+from transport.messages.ring import DataMessage, DType, Fence, Sampled, Sampling, Tokens, WeightsForm
 
 CONTEXT_TOKENS = 2048
 MAX_STEP_TOKENS = 1024
 PROMPT = "Write a long story about a lighthouse keeper and a storm. " * 8
 _TIMEOUT_S = 300.0
+_STARTS_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,25 +170,13 @@ class BenchRing:
 @contextmanager
 def unsplit_ring(model: Path, dtype: DType) -> Iterator[BenchRing]:
     """All layers in one stage, in a thread of this process."""
-    checkpoint = open_checkpoint(model)
-    spec = checkpoint.spec
+    spec = open_checkpoint(model).spec
     fence = Fence("bench", 0, "unsplit")
-    shard = StageSpec(
-        first=0,
-        last=spec.num_layers,
-        num_layers=spec.num_layers,
-        device="cpu",
-        compute_dtype=dtype,
-        wire_dtype=dtype,
-        next_dtype=dtype,
-        context_tokens=CONTEXT_TOKENS,
-        kv_capacity_tokens=CONTEXT_TOKENS,
-    )
+    shard = load_whole(model, dtype)
     limits = _limits(spec, fence, dtype)
     engine_sender, stage_receiver = memory_link(limits)
     stage_sender, engine_receiver = memory_link(limits)
-    stage = LocalStage(load_shard(checkpoint, shard, backend="torch"))
-    server = StageServer(stage, shard, stage_receiver, stage_sender, fence=fence, index=0)
+    server = StageServer(LocalStage(shard), shard.spec, stage_receiver, stage_sender, fence=fence, index=0)
     stopping = threading.Event()
     thread = threading.Thread(target=server.run, args=(stopping.is_set,), daemon=True)
     thread.start()
@@ -206,41 +197,13 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
     spec = open_checkpoint(model).spec
     fence = Fence("bench", num_stages, "split")
     bounds = equal_bounds(spec, num_stages)
-    run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     limits = _limits(spec, fence, dtype)
-    pool = Pool(
-        context,
-        run_dir,
-        on_fault=lambda worker, error: None,
-        on_joined=lambda worker: None,
-        here=ThisHost(name="bench"),
-    )
-    node = Node(control=pool.endpoint, logs=run_dir, run_dir=run_dir, on_exit=pool.on_worker_exit)
-    try:
+    devices = [stage_device(f"cpu-{index}", "torch", dtype) for index in range(num_stages)]
+    with worker_pool(devices) as (context, pool, run_dir):
         receiver = ZmqReceiver(context, f"ipc://{run_dir}/engine", limits)
-        node.start([_device(index, dtype) for index in range(num_stages)])
-        pool.wait_for_devices([worker.device.name for worker in node.workers], num_stages, 60.0)
         workers = pool.workers()
-        loads = []
-        for index, worker in enumerate(workers):
-            load = Load(
-                fence=fence,
-                stage=index,
-                first=bounds[index],
-                last=bounds[index + 1],
-                num_layers=spec.num_layers,
-                model_path=str(model),
-                compute_dtype=dtype,
-                wire_dtype=dtype,
-                next_dtype=dtype,
-                context_tokens=CONTEXT_TOKENS,
-                kv_capacity_tokens=CONTEXT_TOKENS,
-                max_step_tokens=MAX_STEP_TOKENS,
-                listen="local",
-            )
-            loads.append((worker, load))
-        endpoints = pool.start_loading(loads)
+        loads = stage_loads(fence, model, bounds, dtype)
+        endpoints = pool.start_loading(list(zip(workers, loads, strict=True)))
         following = [*endpoints[1:], receiver.endpoint]
         pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
         pool.wait_until_loaded(workers, on_loading=lambda _: None)
@@ -257,11 +220,71 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
             ring.close()
             sender.close()
             receiver.close()
+
+
+@contextmanager
+def worker_pool(
+    devices: Sequence[Device], here: ThisHost | None = None
+) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], Pool, Path]]:
+    """A pool of worker processes on this host, one for each device, with a folder for sockets and logs."""
+    here = here or ThisHost(name="bench")
+    run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        pool = Pool(context, run_dir, on_fault=lambda worker, error: None, on_joined=lambda worker: None, here=here)
+        node = Node(
+            control=pool.endpoint,
+            logs=run_dir,
+            run_dir=run_dir,
+            on_exit=pool.on_worker_exit,
+            keys_file=here.keys_file,
+        )
+        try:
+            node.start(list(devices))
+            pool.wait_for_devices([device.name for device in devices], len(devices), _STARTS_WITHIN_S)
+            yield context, pool, run_dir
+        finally:
+            node.stop()
+            pool.close()
     finally:
-        node.stop()
-        pool.close()
         context.destroy(0)
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def stage_loads(fence: Fence, model: Path, bounds: Sequence[int], dtype: DType) -> list[Load]:
+    """For stages of the model in `model` that are cut at `bounds`."""
+    num_layers = bounds[-1]
+    return [
+        Load(
+            fence=fence,
+            stage=index,
+            spec=_stage_spec(num_layers, first, last, dtype),
+            model_path=str(model),
+            max_step_tokens=MAX_STEP_TOKENS,
+            listen="local",
+        )
+        for index, (first, last) in enumerate(pairwise(bounds))
+    ]
+
+
+def load_whole(
+    model: Path,
+    dtype: DType,
+    *,
+    backend: Backend = "torch",
+    weights: WeightsForm = "stored",
+    kv_tokens: int = CONTEXT_TOKENS,
+) -> ShardBackend:
+    """All layers in one stage, in this process."""
+    checkpoint = open_checkpoint(model)
+    num_layers = checkpoint.spec.num_layers
+    spec = structs.replace(
+        _stage_spec(num_layers, 0, num_layers, dtype),
+        device="mlx:cpu" if backend == "mlx" else "cpu",
+        weights=weights,
+        kv_capacity_tokens=kv_tokens,
+    )
+    return load_shard(checkpoint, spec, backend=backend)
 
 
 def equal_bounds(spec: ModelSpec, num_stages: int) -> list[int]:
@@ -275,6 +298,20 @@ def equal_bounds(spec: ModelSpec, num_stages: int) -> list[int]:
     return [*bounds, spec.num_layers]
 
 
+def _stage_spec(num_layers: int, first: int, last: int, dtype: DType) -> StageSpec:
+    return StageSpec(
+        first=first,
+        last=last,
+        num_layers=num_layers,
+        device="cpu",
+        compute_dtype=dtype,
+        wire_dtype=dtype,
+        next_dtype=dtype,
+        context_tokens=CONTEXT_TOKENS,
+        kv_capacity_tokens=CONTEXT_TOKENS,
+    )
+
+
 def _limits(spec: ModelSpec, fence: Fence, dtype: DType) -> EdgeLimits:
     return EdgeLimits(
         fence=fence,
@@ -286,11 +323,12 @@ def _limits(spec: ModelSpec, fence: Fence, dtype: DType) -> EdgeLimits:
     )
 
 
-def _device(index: int, dtype: DType) -> Device:
+def stage_device(name: str, backend: Backend, dtype: DType) -> Device:
+    """One thread, and as much memory as a stage wants."""
     return Device(
-        name=f"cpu-{index}",
-        backend="torch",
-        kind="cpu",
+        name=name,
+        backend=backend,
+        kind="mlx" if backend == "mlx" else "cpu",
         host="bench",
         threads=1,
         free_bytes=2**40,

@@ -174,6 +174,20 @@ def _stages(outcome: LoadOutcome, cell: LoadCell) -> list[StageUse]:
     return stage_use_between(before["stages"], after["stages"], end_s - begin_s, concurrency=cell.clients or 2)
 
 
+def decode_tokens_per_s(arrivals: Sequence[Sequence[float]], tokens: int) -> float:
+    """Of streams with `tokens` in all, whose text came at these seconds: from the last one's first token to the first
+    one's last. 0 if they never decoded at the same time."""
+    if len(arrivals) == 1:
+        seconds = arrivals[0][-1] - arrivals[0][0]
+        return (tokens - 1) / seconds if seconds > 0 else 0.0
+    begin, end = max(stream[0] for stream in arrivals), min(stream[-1] for stream in arrivals)
+    if end <= begin:
+        return 0.0
+    # An arrival can hold more than one token.
+    per_arrival = tokens / sum(map(len, arrivals))
+    return per_arrival * sum(begin < at <= end for stream in arrivals for at in stream) / (end - begin)
+
+
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that at least `percent` of them don't exceed; None of none."""
     ordered = sorted(values)
@@ -193,27 +207,27 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
     }
 
 
-def row_of(endpoint: str, cell: LoadCell, spells: Sequence[Trial], first: Sequence[Trial] | None) -> dict[str, Any]:
+def row_of(endpoint: str, cell: LoadCell, trials: Sequence[Trial], first: Sequence[Trial] | None) -> dict[str, Any]:
     """A cell at an endpoint over its rounds, which `first` has of the endpoint that it is compared with, if any.
 
     Rates are medians over rounds, percentiles are over all rounds' requests together."""
-    seen = [each for spell in spells for each in spell.requests]
+    seen = [each for trial in trials for each in trial.requests]
     ended = Counter(each.end for each in seen)
     refused = Counter(each.answer.status for each in seen if each.end == "refused")
     done = [each for each in seen if each.end == "done"]
     waited = [each for each in seen if each.end in ("done", "unfinished")]
     answers = [each.answer for each in waited]
-    tokens = sum(spell.tokens for spell in spells)
-    cpu_s = sum(spell.cpu_s for spell in spells)
+    tokens = sum(trial.tokens for trial in trials)
+    cpu_s = sum(trial.cpu_s for trial in trials)
     prompts = [each.answer.prompt_tokens for each in done if each.answer.prompt_tokens is not None]
     cached = [each.answer.cached_tokens for each in done if each.answer.cached_tokens is not None]
-    rates = [spell.tokens_per_s for spell in spells]
+    rates = [trial.tokens_per_s for trial in trials]
     row = {
         "endpoint": endpoint,
         "load": str(cell),
         "clients": cell.clients,
         "rate_per_s": cell.rate_per_s,
-        "window_s": sum(spell.window_s for spell in spells),
+        "window_s": sum(trial.window_s for trial in trials),
         "done": ended["done"],
         "failed": ended["failed"],
         "refused_429": refused[429],
@@ -222,7 +236,7 @@ def row_of(endpoint: str, cell: LoadCell, spells: Sequence[Trial], first: Sequen
         "reasons": _reasons(seen),
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_min_max": (min(rates), max(rates)),
-        "requests_per_s": statistics.median(spell.requests_per_s for spell in spells),
+        "requests_per_s": statistics.median(trial.requests_per_s for trial in trials),
         "ttft_s": spread(each.ttft_s for each in waited),
         "inter_token_s": spread(gap for answer in answers for gap in answer.gaps_s),
         "pause_s": spread(pause for answer in answers for pause in answer.pauses_s),
@@ -235,24 +249,24 @@ def row_of(endpoint: str, cell: LoadCell, spells: Sequence[Trial], first: Sequen
         "cached_share": sum(cached) / sum(prompts) if cached and sum(prompts) else None,
         "by_prompt": _parts(waited, lambda each: each.tokens_asked, "prompt"),
         "by_turn": _parts(waited, lambda each: each.turn + 1, "turn"),
-        "stages": _mean_uses(spells),
+        "stages": _mean_uses(trials),
         "client_cpu_s": cpu_s,
         "client_cpu_us_per_token": 1e6 * cpu_s / tokens if tokens else None,
         "rounds": [
             {
-                "tokens_per_s": spell.tokens_per_s,
-                "requests_per_s": spell.requests_per_s,
-                "ttft_p50_s": _ttft(spell),
-                "inter_token_p50_s": _gap(spell),
+                "tokens_per_s": trial.tokens_per_s,
+                "requests_per_s": trial.requests_per_s,
+                "ttft_p50_s": _ttft(trial),
+                "inter_token_p50_s": _gap(trial),
             }
-            for spell in spells
+            for trial in trials
         ],
     }
     if first is not None:
         row["ratio"] = {
-            "tokens_per_s": _ratio(spells, first, lambda spell: spell.tokens_per_s),
-            "ttft_p50": _ratio(spells, first, _ttft),
-            "inter_token_p50": _ratio(spells, first, _gap),
+            "tokens_per_s": _ratio(trials, first, lambda trial: trial.tokens_per_s),
+            "ttft_p50": _ratio(trials, first, _ttft),
+            "inter_token_p50": _ratio(trials, first, _gap),
         }
     return row
 
@@ -286,10 +300,10 @@ def _parts(seen: Sequence[ObservedRequest], key: Callable[[ObservedRequest], int
     return parts
 
 
-def _mean_uses(spells: Sequence[Trial]) -> list[dict[str, Any]]:
+def _mean_uses(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Of the last round's stages, with shares averaged over the rounds that had the same ones."""
-    last = spells[-1].stages
-    same = [spell.stages for spell in spells if [use.first for use in spell.stages] == [use.first for use in last]]
+    last = trials[-1].stages
+    same = [trial.stages for trial in trials if [use.first for use in trial.stages] == [use.first for use in last]]
     return [
         {
             **asdict(use),
@@ -300,16 +314,16 @@ def _mean_uses(spells: Sequence[Trial]) -> list[dict[str, Any]]:
     ]
 
 
-def _ttft(spell: Trial) -> float | None:
-    return percentile([each.ttft_s for each in spell.requests if each.end in ("done", "unfinished")], 50)
+def _ttft(trial: Trial) -> float | None:
+    return percentile([each.ttft_s for each in trial.requests if each.end in ("done", "unfinished")], 50)
 
 
-def _gap(spell: Trial) -> float | None:
-    return percentile([gap for each in spell.requests if each.end == "done" for gap in each.answer.gaps_s], 50)
+def _gap(trial: Trial) -> float | None:
+    return percentile([gap for each in trial.requests if each.end == "done" for gap in each.answer.gaps_s], 50)
 
 
-def _ratio(spells: Sequence[Trial], first: Sequence[Trial], value: Callable[[Trial], float | None]) -> float | None:
+def _ratio(trials: Sequence[Trial], first: Sequence[Trial], value: Callable[[Trial], float | None]) -> float | None:
     """The median over rounds of one by the other."""
-    pairs = [(value(ours), value(theirs)) for ours, theirs in zip(spells, first, strict=False)]
+    pairs = [(value(ours), value(theirs)) for ours, theirs in zip(trials, first, strict=False)]
     ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
     return statistics.median(ratios) if ratios else None

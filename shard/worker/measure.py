@@ -129,7 +129,7 @@ class MeasureService:
         except PotluckError:
             self.stop_profile()
             raise
-        return Profiled(request.token, msgspec.json.encode(report))
+        return Profiled(request.token, report)
 
     def _close_link(self) -> None:
         link, self._link = self._link, None

@@ -27,7 +27,7 @@ import zmq
 from shard.formats.checkpoint import Checkpoint
 from shard.pieces.model_fetch import ModelFetcher, PieceFolders
 from shard.pieces.open import open_checkpoint
-from shard.stage import ShardBackend, StageSpec
+from shard.stage import ShardBackend
 from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from shard.worker.machine import machine_fingerprint
@@ -149,8 +149,8 @@ class Worker:
         report = self._require_models().fetch_stage(
             load.shared,
             checkpoint,
-            load.first,
-            load.last,
+            load.spec.first,
+            load.spec.last,
             leases=leases,
             progress=_LoadingProgress(self._control, load, "fetch"),
             stop=self._has_pending_command,
@@ -159,13 +159,14 @@ class Worker:
         return report
 
     def _serve_from(self, checkpoint: Checkpoint, load: Load, leases: ExitStack) -> None:
-        spec = self._shard_spec(load)
+        # On the device that this worker offered, whatever the head says.
+        spec = msgspec.structs.replace(load.spec, device=self._register.kind)
         limits = EdgeLimits(
             fence=load.fence,
             hidden_size=checkpoint.spec.hidden_size,
-            dtype=load.wire_dtype,
+            dtype=load.spec.wire_dtype,
             vocab_size=checkpoint.spec.vocab_size,
-            context_tokens=load.context_tokens,
+            context_tokens=load.spec.context_tokens,
             max_step_tokens=load.max_step_tokens,
         )
         endpoint = self._edges.listen_at(load.listen, str(load.fence.epoch))
@@ -185,7 +186,7 @@ class Worker:
             connect = self._wait_for_connect(load.fence)
             if connect is None:
                 return
-            next_limits = replace(limits, dtype=load.next_dtype)
+            next_limits = replace(limits, dtype=load.spec.next_dtype)
             sender = ZmqSender(
                 self._context,
                 connect.next,
@@ -206,7 +207,7 @@ class Worker:
                         fetched=fetched.bytes_by_peer,
                     )
                 )
-                log.info("stage %d holds layers [%d, %d)", load.stage, load.first, load.last)
+                log.info("stage %d holds layers [%d, %d)", load.stage, load.spec.first, load.spec.last)
                 server.run(self._is_interrupted)
             finally:
                 sender.close()
@@ -247,21 +248,6 @@ class Worker:
                 return None
             if command.fence == fence:
                 return command
-
-    def _shard_spec(self, load: Load) -> StageSpec:
-        return StageSpec(
-            first=load.first,
-            last=load.last,
-            num_layers=load.num_layers,
-            device=self._register.kind,
-            compute_dtype=load.compute_dtype,
-            wire_dtype=load.wire_dtype,
-            next_dtype=load.next_dtype,
-            context_tokens=load.context_tokens,
-            kv_capacity_tokens=load.kv_capacity_tokens,
-            weights=load.weights,
-            kv=load.kv,
-        )
 
     def _on_control(self, message: ControlMessage) -> None:
         match message:

@@ -7,11 +7,12 @@ import random
 import pytest
 
 from planner.cost import CostModel, PlacedStage, predict, seconds_at, trip_s, ttft_s
-from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.measurements import DeviceTimes, LinkTimes, PoolTimes
 from planner.options import Workload
 from planner.plan import stage_times
 from tests.support.planner.pool import device, model
 from tests.support.planner.random_pools import random_pool, random_profile
+from transport.messages.measure import Grid, LayerTimes
 
 
 def flat(seconds: float) -> Grid:

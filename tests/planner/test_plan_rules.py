@@ -363,9 +363,12 @@ def test_the_id_is_of_the_work_not_of_the_prediction() -> None:
 def test_rows_and_prediction() -> None:
     plan = plan_proportional(model(8, head_params=0, norm_params=0), [device("a"), device("b")], 4096, 1)
     rows = stage_rows(plan)
-    assert [(row.stage, row.device, row.first, row.last) for row in rows] == [(0, "a", 0, 4), (1, "b", 4, 8)]
-    assert [row.share for row in rows] == pytest.approx([0.5, 0.5])
+    assert [tuple(row[key] for key in ("stage", "device", "first", "last")) for row in rows] == [
+        (0, "a", 0, 4),
+        (1, "b", 4, 8),
+    ]
+    assert [row["share"] for row in rows] == pytest.approx([0.5, 0.5])
     weights_and_kv_s = 4 * (100 * MIB + 384 * 1024) / 10e9
-    assert rows[0].predicted_ms_per_token == pytest.approx(1e3 * (STEP_S + weights_and_kv_s))
+    assert rows[0]["predicted_ms_per_token"] == pytest.approx(1e3 * (STEP_S + weights_and_kv_s))
     hops_s = 2 * SAME_HOST[0] + SAME_HOST[0] + 64 * 2 / SAME_HOST[1]
     assert plan.prediction.token_s == pytest.approx(2 * (STEP_S + weights_and_kv_s) + hops_s)

@@ -19,7 +19,7 @@ from transport.messages.pool import (
     ProbeResult,
     SharedModel,
 )
-from transport.messages.ring import DType, Fence, KVForm, WeightsForm
+from transport.messages.ring import DType, Fence, StageSpec
 
 
 class Register(Struct, frozen=True, tag="register", kw_only=True):
@@ -45,27 +45,18 @@ class Register(Struct, frozen=True, tag="register", kw_only=True):
 
 
 class Load(Struct, frozen=True, tag="load", kw_only=True):
-    """Listen, answer `Listening`, load layers [first, last) of the model in folder `model_path` with its matrices in
-    the form `weights`, wait for `Connect`. On another host than the head's, `shared` says where the model is to be had.
+    """Listen, answer `Listening`, load the layers of `spec` from the model in folder `model_path`, wait for `Connect`.
+    On another host than the head's, `shared` says where the model is to be had.
 
     `listen` says from where the stage before connects: from this host ("local") or another one ("network"), and then
     only whoever has the key `upstream`."""
 
     fence: Fence
     stage: int
-    first: int
-    last: int
-    num_layers: int
+    spec: StageSpec
     model_path: str
-    compute_dtype: DType
-    wire_dtype: DType
-    next_dtype: DType
-    context_tokens: int
-    kv_capacity_tokens: int
     max_step_tokens: int
     listen: Literal["local", "network"]
-    weights: WeightsForm = "stored"
-    kv: KVForm = "full"
     upstream: str = ""
     shared: SharedModel | None = None
 

@@ -4,11 +4,82 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
-from transport.errors import ErrorInfo
+from transport.errors import BadMessage, ErrorInfo
 from transport.messages.pool import SharedModel
 from transport.messages.ring import DType, Fence, WeightsForm
+
+
+class Grid(Struct, frozen=True, kw_only=True):
+    """seconds[i][j] at rows[i] (sequences of a decode step, or tokens of a prefill chunk) and contexts[j] (tokens of
+    KV before it). Both axes ascend. Between points times are bilinear; beyond them they go on with the last slope."""
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def is_plausible(self) -> bool:
+        """Whether it can be read at any point: ascending axes, a whole grid, no negative time."""
+        axes = all(axis and list(axis) == sorted(set(axis)) for axis in (self.rows, self.contexts))
+        shaped = len(self.seconds) == len(self.rows) and all(len(row) == len(self.contexts) for row in self.seconds)
+        return axes and shaped and all(is_time(value) for row in self.seconds for value in row)
+
+
+class LayerTimes(Struct, frozen=True, kw_only=True):
+    """One kind of layer (layers of a kind have the same shapes, window and experts): seconds of one such layer."""
+
+    decode: Grid
+    prefill: Grid
+
+
+class ProfileReport(Struct, frozen=True, kw_only=True):
+    """`kinds[i]` is the kind of layer i. `step_s` is what a step costs besides its layers. `under_load_s` is a decode
+    step of some layers over and over: of two profiles of devices that are alike, the lower one was disturbed less.
+    `others_share` is the share of the host's processors that other programs had meanwhile."""
+
+    kinds: tuple[int, ...]
+    layers: tuple[LayerTimes, ...]
+    embed: Grid
+    lm_head: Grid
+    step_s: float
+    under_load_s: float
+    others_share: float = 0.0
+
+    def is_plausible(self) -> bool:
+        """Whether it can be planned with."""
+        grids = [self.embed, self.lm_head, *(grid for layer in self.layers for grid in (layer.decode, layer.prefill))]
+        return (
+            bool(self.kinds)
+            and all(0 <= kind < len(self.layers) for kind in self.kinds)
+            and all(grid.is_plausible() for grid in grids)
+            and is_time(self.step_s)
+            and self.under_load_s > 0
+            and is_time(self.under_load_s)
+            and 0 <= self.others_share <= 1
+        )
+
+
+def is_time(seconds: float) -> bool:
+    return 0 <= seconds < float("inf")
+
+
+def read_report(value: object) -> ProfileReport:
+    """A report from plain data. Raises BadMessage for anything that can't be planned with."""
+    try:
+        return check_report(msgspec.convert(value, ProfileReport))
+    except msgspec.ValidationError as error:
+        raise BadMessage(f"a profile that can't be read: {error}") from error
+
+
+def check_report(report: ProfileReport) -> ProfileReport:
+    """The report. Raises BadMessage if it can't be planned with."""
+    if not report.is_plausible():
+        raise BadMessage(
+            "a profile's times must be finite and ≥ 0, its grids whole and ascending", hint="measure again with --fresh"
+        )
+    return report
 
 
 class Profile(Struct, frozen=True, tag="profile", kw_only=True):
@@ -32,10 +103,10 @@ class ProfileProgress(Struct, frozen=True, tag="doing"):
 
 
 class Profiled(Struct, frozen=True, tag="profiled"):
-    """A ProfileReport in JSON. The layers stay loaded until `EndProfile`, or until something else is to be done."""
+    """What was measured. The layers stay loaded until `EndProfile`, or until something else is to be done."""
 
     token: int
-    report: bytes
+    report: ProfileReport
 
 
 class MeasureUnderLoad(Struct, frozen=True, tag="steady", kw_only=True):

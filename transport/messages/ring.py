@@ -26,6 +26,35 @@ KVForm = Literal["full", "8-bit"]
 """How a stage holds KV: in its compute dtype, or in 8 bits with a scale for each head of each position."""
 
 
+class StageSpec(Struct, frozen=True, kw_only=True):
+    """Layers [first, last) of a model's `num_layers`, on a worker's `device` ("cpu", "cuda:0"), and their precision.
+
+    `kv_capacity_tokens` bounds the tokens of KV that all sequences together may hold; `context_tokens` those of one.
+    Hidden states come in as `wire_dtype` and go out as `next_dtype`. `weights` and `kv` are the forms in which
+    matrices and KV are held; a backend that can't hold KV in 8 bits refuses it when it loads (UnsupportedModel).
+    """
+
+    first: int
+    last: int
+    num_layers: int
+    device: str
+    compute_dtype: DType
+    wire_dtype: DType
+    next_dtype: DType
+    context_tokens: int
+    kv_capacity_tokens: int
+    weights: WeightsForm = "stored"
+    kv: KVForm = "full"
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == self.num_layers
+
+
 # Parts of a step.
 
 

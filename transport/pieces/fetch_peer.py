@@ -35,8 +35,8 @@ _MAX_RETRY_S = 5.0
 
 @dataclass(slots=True)
 class _Active:
-    """A piece that is coming in: requested up to `requested`, come up to `received`. `is_its_own`: all of it is from this
-    peer, by this connection."""
+    """A piece that is coming in: requested up to `requested`, come up to `received`. `is_its_own`: all of it is from
+    this peer, by this connection."""
 
     piece: Piece
     partial: PartialPiece

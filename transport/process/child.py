@@ -31,16 +31,16 @@ def detached_popen_kwargs() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def python_command(interpreter: str | None = None) -> list[str]:
-    """This interpreter or another one, for a module of ours: a folder of the user's that is named like one of ours must
-    not come first (-P)."""
-    return [interpreter or _interpreter(), "-P", "-m"]
+def python_command() -> list[str]:
+    """This interpreter, for a module of ours: a folder of the user's that is named like one of ours must not come
+    first (-P)."""
+    return [_interpreter(), "-P", "-m"]
 
 
-def python_environment(interpreter: str | None = None) -> dict[str, str]:
+def python_environment() -> dict[str, str]:
     """What to set for such a child: text in UTF-8, whatever the system's encoding is, and its virtual environment."""
     found = {"PYTHONUTF8": "1"}
-    if interpreter is None and _interpreter() != sys.executable:
+    if _interpreter() != sys.executable:
         found["__PYVENV_LAUNCHER__"] = sys.executable
     return found
 

@@ -38,24 +38,23 @@ class ChildProcess:
         threads: int | None = None,
         environment: Mapping[str, str] | None = None,
         inherited_fds: Sequence[int] = (),
-        interpreter: str | None = None,
     ) -> None:
         """What it prints goes to `log`; without one, its output comes by `stdout`, and its errors go to `errors`, as
         Popen has it. `environment` is this process's own if None; `inherited_fds` are descriptors that the child gets
-        under the same numbers (Windows has no such thing); `interpreter` is this one if None."""
+        under the same numbers (Windows has no such thing)."""
         self._log = log
         own = os.environ if environment is None else environment
         with contextlib.ExitStack() as files:
             file = None if log is None else files.enter_context(log.open("ab"))
             self._process = subprocess.Popen(
-                [*python_command(interpreter), module, *arguments],
+                [*python_command(), module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if file is None else file,
                 stderr=errors if file is None else file,
                 env={
                     **own,
                     **({} if threads is None else thread_environment(threads, own)),
-                    **python_environment(interpreter),
+                    **python_environment(),
                     **_OFFLINE,
                 },
                 pass_fds=tuple(inherited_fds),

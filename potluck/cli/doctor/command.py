@@ -28,7 +28,7 @@ from potluck.cli.doctor.this_host import (
     multicast_check,
     opening_hint,
 )
-from potluck.cli.options import ConfigOption, JsonOption, LanHostOption, NoDiscoveryOption, settings_with
+from potluck.cli.options import JsonOption, with_settings
 from potluck.cli.terminal import stderr, stdout
 from potluck.host.local_head import LocalHead, running_head
 from potluck.system.paths import known_pools_file
@@ -38,14 +38,9 @@ from transport.errors import NotRunning, PotluckError
 _COLOURS: dict[State, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(
-    json_output: JsonOption = False,
-    no_discovery: NoDiscoveryOption = False,
-    lan_host: LanHostOption = None,
-    config: ConfigOption = None,
-) -> None:
+@with_settings("discovery", "lan_host")
+def doctor(settings: Settings, json_output: JsonOption = False) -> None:
     """Check this host, its network and its pool, and say what to do about each problem. At most 20 seconds."""
-    settings = settings_with(config, no_discovery=no_discovery, lan_host=lan_host)
     with stderr.status("Looking at this host, its network and its pool"):
         checks = run_checks(settings)
     state = worst_state(checks)

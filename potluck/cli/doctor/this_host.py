@@ -21,9 +21,9 @@ from devices.hardware.interfaces import LanInterface, is_internal_interface, lan
 from devices.hardware.memory import host_free_bytes
 from devices.pairing.identity import platform_name
 from potluck.cli.doctor.check import Check, State
-from potluck.cli.terminal import format_bytes
 from potluck.head.network import CONTROL_PORT, PIECES_PORT
 from potluck.host.local_host import PAIRING_PORT
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import home_dir
 from transport.links.endpoints import port_or_zero
 from transport.messages.ring import PROTOCOL_VERSION

@@ -18,7 +18,8 @@ from potluck.cli.service.task_scheduler import TaskScheduler
 from potluck.cli.terminal import show_line, stderr, stdout
 from potluck.store.sources import parse_source
 from potluck.store.store import Store
-from potluck.system.paths import known_pools_file
+from potluck.system.paths import config_file, known_pools_file
+from potluck.system.settings import load_settings
 from transport.errors import ConfigError, ModelNotFound
 
 
@@ -42,6 +43,7 @@ def install(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and do nothing.")] = False,
 ) -> None:
     """Have this host serve a model, or join its head, without a terminal."""
+    load_settings(config_file())  # With a file that does not load the service could only fail, again and again.
     job = make_job(model, join=join)
     manager = service_manager()
     if dry_run:

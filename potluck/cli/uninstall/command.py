@@ -15,12 +15,13 @@ from devices.pairing.known_pools import load_known_pools
 from potluck.cli.options import JsonOption
 from potluck.cli.running_processes import check_not_running
 from potluck.cli.service.command import service_manager
-from potluck.cli.terminal import format_bytes, show_line, show_table, stderr, stdout
+from potluck.cli.terminal import show_line, show_table, stderr, stdout
 from potluck.cli.uninstall.inventory import Inventory, Locations, Removed, remove, remove_if_empty, take_inventory
 from potluck.cli.uninstall.rules import DOWNLOADS, HUB_PARTS, MODELS, PIECES, RUNTIME, SERVICE
 from potluck.host.local_head import HeadFile
 from potluck.store.manifest import StoredModel
 from potluck.store.store import Store
+from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import config_file, home_dir, known_pools_file, runtime_path
 from transport.errors import ConfigError, PotluckError
 

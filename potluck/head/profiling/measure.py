@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from devices.hardware.device import Device, UnavailableDevice
 from devices.hardware.measure import is_noisy
-from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.measurements import DeviceTimes, LinkTimes, PoolTimes
 from potluck.head.plan_watch import factor_at, is_deviating, learn, scale_times
 from potluck.head.planning import device_of
 from potluck.head.pool import Pool, PoolWorker
@@ -38,9 +38,9 @@ from potluck.head.profiling.probes import (
 from potluck.host.local_host import ThisHost, isolated_host
 from potluck.store.manifest import StoredModel
 from potluck.system.paths import profiles_dir
-from shard.worker.profile.report import GridReport, ProfileReport
 from transport.errors import ConfigError, PotluckError
 from transport.links.link_probe import LinkMeasurement
+from transport.messages.measure import ProfileReport
 from transport.messages.pool import SharedModel
 from transport.messages.ring import WeightsForm
 
@@ -68,16 +68,12 @@ def device_times(device: Device, report: ProfileReport, slowdown: float = 1.0) -
     return DeviceTimes(
         device=device,
         kinds=report.kinds,
-        layers=tuple(LayerTimes(decode=_grid(one.decode), prefill=_grid(one.prefill)) for one in report.layers),
-        embed=_grid(report.embed),
-        head=_grid(report.lm_head),
+        layers=report.layers,
+        embed=report.embed,
+        head=report.lm_head,
         step_s=report.step_s,
         busy=slowdown,
     )
-
-
-def _grid(report: GridReport) -> Grid:
-    return Grid(rows=report.rows, contexts=report.contexts, seconds=report.seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

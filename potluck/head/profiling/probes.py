@@ -18,7 +18,7 @@ from planner.memory import runtime_reserve_bytes
 from potluck.head.pool import Pool, PoolWorker
 from shard.worker.machine import machine_fingerprint
 from shard.worker.profile.process import SILENCE_S, ProfileProcess
-from shard.worker.profile.report import BUDGET_S, ProfileReport, ProfileSettings, decode_report
+from shard.worker.profile.report import BUDGET_S, ProfileSettings
 from transport.errors import BadMessage, PotluckError, StageFailed
 from transport.links.endpoints import is_host_endpoint
 from transport.links.link_probe import LinkMeasurement, LinkProbeEnd, link_measurements
@@ -35,7 +35,9 @@ from transport.messages.measure import (
     MeasureUnderLoad,
     Profile,
     Profiled,
+    ProfileReport,
     UnderLoadTime,
+    check_report,
 )
 from transport.messages.pool import SharedModel
 from transport.messages.ring import Fence, WeightsForm
@@ -174,7 +176,7 @@ def _report(reply: MeasureReply | PotluckError) -> ProfileReport | PotluckError:
         case PotluckError():
             return reply
         case Profiled(report=report):
-            return _or_error(lambda: decode_report(report))
+            return _or_error(lambda: check_report(report))
     return StageFailed(f"expected a profile from its worker, got {type(reply).__name__}")
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shard.worker.profile.report import GridReport, LayerReport
 from shard.worker.profile.timed_stage import SampleTimer, TimedStage
+from transport.messages.measure import Grid, LayerTimes
 from transport.messages.ring import SequenceId
 
 END_ROWS = (1, 2, 4, 8)
@@ -15,7 +15,7 @@ _END_SHARE = 0.12
 _END_CONTEXT = 24
 
 
-def embedding_and_lm_head_times(end: TimedStage, single: TimedStage, layers_s: float, clock: SampleTimer) -> GridReport:
+def embedding_and_lm_head_times(end: TimedStage, single: TimedStage, layers_s: float, clock: SampleTimer) -> Grid:
     """What a decode step of `end` takes more than one of `single`, by sequences; `layers_s` is how much of that its
     layers are (0 where the two have layers alike). Of the head that is norm, projection and sampling."""
     ends, singles = end.open(END_ROWS[-1]), single.open(END_ROWS[-1])
@@ -34,9 +34,9 @@ def embedding_and_lm_head_times(end: TimedStage, single: TimedStage, layers_s: f
     return grid_without_context(END_ROWS, seconds)
 
 
-def grid_without_context(rows: tuple[int, ...], seconds: Sequence[float]) -> GridReport:
+def grid_without_context(rows: tuple[int, ...], seconds: Sequence[float]) -> Grid:
     """A grid without contexts."""
-    return GridReport(rows=rows, contexts=(0,), seconds=tuple((value,) for value in seconds))
+    return Grid(rows=rows, contexts=(0,), seconds=tuple((value,) for value in seconds))
 
 
 def _decode_step_of(stage: TimedStage, sequences: Sequence[SequenceId]) -> Callable[[], float]:
@@ -83,7 +83,7 @@ class LayerProbe:
     short: list[dict[int, float]] = field(default_factory=list)
     chunks: list[dict[int, float]] = field(default_factory=list)
 
-    def measure(self) -> tuple[LayerReport, ...]:
+    def measure(self) -> tuple[LayerTimes, ...]:
         """One report a kind; afterwards `step_s` and `run_s` (a step of the run, one sequence) are known."""
         num_kinds = len(self.loaded.singles)
         self.short = [{} for _ in range(num_kinds)]
@@ -156,7 +156,7 @@ class LayerProbe:
         times = iter(self.timer.sample([step for _, steps in points for step in steps], share=share, max_samples=most))
         return {rows: [next(times) for _ in steps] for rows, steps in points}
 
-    def _with_context(self, kind: int) -> LayerReport:
+    def _with_context(self, kind: int) -> LayerTimes:
         """The kind's grids: what was measured at short context, and what a long one adds on the single layer."""
         self.on_progress("long contexts")
         stage, layers = self.loaded.singles[kind], self.loaded.singles[kind].num_layers
@@ -170,7 +170,7 @@ class LayerProbe:
         decode_rows = tuple(self.short[kind])
         short = [self.short[kind][rows] for rows in decode_rows]
         if long <= 2 * SHORT_CONTEXT:  # Too slow, or too short a context, for there to be a difference.
-            return LayerReport(
+            return LayerTimes(
                 decode=_grid(decode_rows, (SHORT_CONTEXT,), [short]),
                 prefill=_grid(chunk_rows, (0,), [[self.chunks[kind][rows] for rows in chunk_rows]]),
             )
@@ -192,7 +192,7 @@ class LayerProbe:
         if window is not None and SHORT_CONTEXT < window < reached:  # From there on, nothing is added any more.
             contexts, columns = (SHORT_CONTEXT, window, reached), [short, late, late]
         early = [self.chunks[kind][rows] for rows in chunk_rows]
-        return LayerReport(
+        return LayerTimes(
             decode=_grid(decode_rows, contexts, columns),
             prefill=_grid(
                 chunk_rows, (0, middle), [early, [a + b / layers for a, b in zip(early, added, strict=True)]]
@@ -293,6 +293,6 @@ def _later_chunk_step(stage: TimedStage, sequences: Sequence[SequenceId], rows: 
     return lambda: stage.step(sequences, rows, num_logits=0)
 
 
-def _grid(rows: tuple[int, ...], contexts: tuple[int, ...], columns: Sequence[Sequence[float]]) -> GridReport:
+def _grid(rows: tuple[int, ...], contexts: tuple[int, ...], columns: Sequence[Sequence[float]]) -> Grid:
     """From columns, one a context."""
-    return GridReport(rows=rows, contexts=contexts, seconds=tuple(zip(*columns, strict=True)))
+    return Grid(rows=rows, contexts=contexts, seconds=tuple(zip(*columns, strict=True)))

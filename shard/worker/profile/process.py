@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shard.worker.profile.report import ProfileReport, ProfileSettings, decode_report
+from shard.worker.profile.report import ProfileSettings
 from transport.errors import DeadlineExceeded, StageFailed, error_from_code
+from transport.messages.measure import ProfileReport, read_report
 from transport.process.child_process import LineChild
 
 SILENCE_S = 90.0
@@ -38,7 +39,7 @@ class ProfileProcess:
                 case {"doing": str(what)}:
                     on_progress(what)
                 case {"report": dict(report)}:
-                    return decode_report(json.dumps(report).encode())
+                    return read_report(report)
                 case fact:
                     raise StageFailed(f"the profile said {fact!r}")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from shard.formats.checkpoint import Checkpoint
 from shard.formats.weights_form import supported_form
 from shard.worker.profile.layers import LayerProbe, ProfiledStages, embedding_and_lm_head_times, grid_without_context
-from shard.worker.profile.report import GridReport, ProfileReport, ProfileSettings
+from shard.worker.profile.report import ProfileSettings
 from shard.worker.profile.timed_stage import (
     LayerSpan,
     MeasuredSpans,
@@ -19,6 +19,7 @@ from shard.worker.profile.timed_stage import (
     layer_kinds,
     shortest_end_span,
 )
+from transport.messages.measure import Grid, ProfileReport
 from transport.process.cpu_use import CpuUse
 
 OnProgress = Callable[[str], None]
@@ -85,7 +86,7 @@ class Profiler:
         run.release(sequences)
         return statistics.fmean(taken) if len(taken) < 5 else statistics.median(taken)
 
-    def _lm_head(self, probe: LayerProbe, choice: MeasuredSpans) -> GridReport:
+    def _lm_head(self, probe: LayerProbe, choice: MeasuredSpans) -> Grid:
         spec = self._checkpoint.spec
         span = shortest_end_span(spec, first=False)
         if not self._fits(self._sizes.lm_head + self._sizes.norm, span):
@@ -97,7 +98,7 @@ class Profiler:
         self._on_progress("the head")
         return self._end_times(probe, choice, span, kind=self._kinds[-1])
 
-    def _embedding(self, probe: LayerProbe, choice: MeasuredSpans) -> GridReport:
+    def _embedding(self, probe: LayerProbe, choice: MeasuredSpans) -> Grid:
         spec = self._checkpoint.spec
         span = shortest_end_span(spec, first=True)
         if self._sizes.embed > _LARGEST_EMBEDDING_BYTES or not self._fits(self._sizes.embed, span):
@@ -107,7 +108,7 @@ class Profiler:
         # A lookup takes less than the noise of what it is taken from: no slope by rows, which would go on for prompts.
         return grid_without_context((1,), [statistics.median(seconds for (seconds,) in grid.seconds)])
 
-    def _end_times(self, probe: LayerProbe, choice: MeasuredSpans, span: LayerSpan, *, kind: int) -> GridReport:
+    def _end_times(self, probe: LayerProbe, choice: MeasuredSpans, span: LayerSpan, *, kind: int) -> Grid:
         single = choice.singles[kind]
         ours = sum(probe.layer_s(self._kinds[layer]) for layer in range(span.first, span.last))
         theirs = sum(probe.layer_s(self._kinds[layer]) for layer in range(single.first, single.last))

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.lab import Lab, parse_spec, why_not
-from bench.lab.lab import remove_leftovers
-from bench.lab.state import STATE_DIR
+from bench.lab.lab import STATE_DIR, remove_leftovers
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

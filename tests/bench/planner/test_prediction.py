@@ -1,4 +1,4 @@
-"""Errors are of what was promised, medians are over visits and then plans, and every plan can be asked for."""
+"""Errors are of what was predicted, medians are over visits and then plans, and every plan can be asked for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from bench.planner.prediction import PlanTrial, plan_choices, summary
 from planner.options import parse_layers
 
 
-def visit(plan: str, number: int, cut: int, promised: tuple[float, float], measured: tuple[float, float]) -> PlanTrial:
+def visit(plan: str, number: int, cut: int, predicted: tuple[float, float], measured: tuple[float, float]) -> PlanTrial:
     return PlanTrial(
         plan=plan,
         round=number,
         started=0.0,
         stages=[["a", 0, cut], ["b", cut, 8]],
-        promised={
-            "tokens_per_s": promised[0],
-            "tokens_per_s_many": promised[1],
-            "workload_tokens_per_s": promised[1] / 2,
+        predicted={
+            "tokens_per_s": predicted[0],
+            "tokens_per_s_many": predicted[1],
+            "workload_tokens_per_s": predicted[1] / 2,
         },
         measured=[{"decode_tokens_per_s": rate, "tokens_per_s": rate / 2} for rate in measured],
     )

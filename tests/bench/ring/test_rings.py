@@ -8,7 +8,7 @@ import pytest
 
 from bench.ring.driven_ring import driven_ring
 from bench.ring.engine_ring import engine_ring, pool_of_processes
-from bench.ring.sections import Prompts, run_steadily, run_streams, turns
+from bench.ring.sections import Prompts, run_steadily, run_streams
 from potluck.engine.tokenizer import Tokenizer
 from potluck.store.store import Store
 from potluck.system.settings import Settings
@@ -21,7 +21,7 @@ def prompts(smollm2_path: Path) -> Prompts:
 
 def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Path, prompts: Prompts) -> None:
     model = Store(smollm2_path.parents[1]).show("smollm2")
-    settings = Settings(context_tokens=4096, estimate=True, layers="cpu-1=17,cpu-2=13")
+    settings = Settings(context=4096, estimate=True, layers="cpu-1=17,cpu-2=13")
     with pool_of_processes(2) as pool:
         plan = pool.plan(model, settings)
         assert [stage.num_layers for stage in plan.stages] == [17, 13]
@@ -39,12 +39,9 @@ def test_two_workers_serve_an_engine_and_then_steps_without_one(smollm2_path: Pa
             assert asked[0].finished is None and not asked[1].is_over
             ring.client.cancel(asked[1])
             ring.client.wait(lambda: asked[1].is_over, 30.0)
-            assert turns(ring, prompts, 200)["second turn prompt tokens"] > 200
             with pytest.raises(RuntimeError, match="4096"):
                 ring.run_requests([ring.request(1, ids=prompts.ids(5000))])
         with driven_ring(pool, model, plan, max_step_tokens=600) as driven:
-            ids = prompts.ids(600)
-            assert driven.prefill(ids, 600) > 0 and driven.prefill(ids, 256) > 0
             found = driven.decode(2, 3, prompts=[prompts.ids(8) for _ in range(6)], steps=8)
             assert len(found.stage_s) == 2 and sum(found.stage_s) < found.round_trip_s < 10.0
             # Nothing of it stays on the stages.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bench.stage import random_checkpoint
-from bench.stage.loading import measure, parse_status, parts_of, verdicts
+from bench.stage.loading import TARGETS, measure, parse_status, parts_of
 from bench.stage.random_checkpoint import LlamaShape, forget_pages, write_quantized
+from bench.targets import judge_targets
 from shard.pieces.open import open_checkpoint
 
 SMALL = LlamaShape(hidden=256, intermediate=512, layers=2, heads=2, kv_heads=1, vocab=512, tied=True)
@@ -53,7 +54,10 @@ def test_shares_and_verdicts() -> None:
     found = parts_of({"read_exactly": 1.0, "pack_rows": 2.0, "numpy": 9.0}, 4.0)
     assert found["shares"]["packing for the kernels"] == 0.5
     assert found["shares"]["other"] == 0.25
-    assert [verdict["met"] for verdict in verdicts(1.2, 0.6)] == [False, True]
+    assert [row["met"] for row in judge_targets([{"peak over stage": 1.2, "share of bandwidth": 0.6}], TARGETS)] == [
+        False,
+        True,
+    ]
 
 
 def test_status_fields_are_in_kibibytes() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from bench.stage.memory import measure
+from shard.worker.load import Backend
 
 
 # MLX takes a fixed 100 MB or so more while it loads: its checkpoint is larger, so that a second copy would still show.
 @pytest.mark.parametrize(("backend", "num_bytes"), [("torch", 0.5e9), ("mlx", 1.2e9)])
-def test_each_of_three_workers_holds_its_third(tmp_path: Path, backend: str, num_bytes: float) -> None:
+def test_each_of_three_workers_holds_its_third(tmp_path: Path, backend: Backend, num_bytes: float) -> None:
     found = measure(num_bytes, tmp_path, backend=backend)
     shares = found["share_of_weights"]
     assert isinstance(shares, list)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from potluck.api import api_key
-from potluck.api.api_key import KeyWatch, auth_headers, key_file, key_for_url, make_key, read_key
+from potluck.api.api_key import KeyWatch, key_file, make_key, read_key
+from potluck.head import client
+from potluck.head.client import auth_headers, key_for_url
 from potluck.host.local_head import LocalHead
 from transport.errors import ConfigError, NotRunning
 
@@ -84,7 +85,7 @@ def test_a_watch_takes_a_new_key_soon_and_none_that_is_gone() -> None:
 def test_only_the_own_head_is_told_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = make_key()
     facts = LocalHead(pid=1, url="http://127.0.0.1:11500", model="m", control="c", host="h")
-    monkeypatch.setattr(api_key, "running_head", lambda: facts)
+    monkeypatch.setattr(client, "running_head", lambda: facts)
     assert key_for_url("http://127.0.0.1:11500") == key_for_url("http://127.0.0.1:11500/v1/") == key
     for other in ("http://127.0.0.1:11501", "http://127.0.0.1:11500.evil.example", "https://api.example/v1", ""):
         assert key_for_url(other) == ""
@@ -92,5 +93,5 @@ def test_only_the_own_head_is_told_the_key(monkeypatch: pytest.MonkeyPatch) -> N
     def none() -> LocalHead:
         raise NotRunning("none")
 
-    monkeypatch.setattr(api_key, "running_head", none)
+    monkeypatch.setattr(client, "running_head", none)
     assert key_for_url("http://127.0.0.1:11500") == ""

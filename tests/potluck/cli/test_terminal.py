@@ -11,7 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from potluck.cli.app import app_for
-from potluck.cli.terminal import show_line, show_stages, show_text
+from potluck.cli.status import show_stages
+from potluck.cli.terminal import show_line, show_text
 from potluck.head.status import StageReport, StatusReport
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from planner.plan import StageTimes
+from planner.measurements import StageTimes
 from potluck.engine.request import Phase, PrefixReuse, TokenSequence
 from potluck.engine.scheduler import (
     LATE_SLOWDOWN,

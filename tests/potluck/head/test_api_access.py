@@ -14,7 +14,7 @@ from potluck.api.access import AccessPolicy, parse_host, parse_origin, url_host
 from potluck.api.api_key import key_file
 from potluck.head.api_access import endpoint_access, local_url
 from potluck.head.endpoint import bind_endpoint
-from potluck.system.settings import Settings, parse_settings, validated
+from potluck.system.settings import Settings, parse_settings, settings_of
 from transport.errors import ConfigError
 
 
@@ -99,13 +99,13 @@ def test_programs_of_this_host_find_it_wherever_it_listens() -> None:
 
 def test_settings_for_it() -> None:
     data = {"host": "0.0.0.0", "allowed_hosts": ["a.example"], "allowed_origins": ["http://localhost:3000"]}
-    settings = parse_settings(data, where="config.toml")
+    settings = settings_of(parse_settings(data, where="config.toml"))
     access = endpoint_access(settings, 1).access
     assert "a.example" in access.hosts and access.origins == {"http://localhost:3000"}
     for wrong in ({"host": "mymac.local"}, {"host": ""}, {"host": "fe80::1%eth0"}):
         with pytest.raises(ConfigError, match="no address"):
-            validated(Settings(**wrong))
-    for bad in ({"allowed_hosts": ("*",)}, {"allowed_origins": ("*",)}):
+            parse_settings(wrong, where="config.toml")
+    for bad in ({"allow_host": ("*",)}, {"allow_origin": ("*",)}):
         with pytest.raises(ConfigError, match=r"'\*' is no"):
             endpoint_access(Settings(**bad), 1)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.measurements import DeviceTimes, Grid, LayerTimes
+from planner.measurements import DeviceTimes
 from potluck.head.plan_watch import (
     PERSISTS_S,
     PERSISTS_STEPS,
@@ -24,6 +24,7 @@ from potluck.head.plan_watch import (
 from shard.worker.serve import StageCounters
 from tests.support.planner.pool import device
 from transport.messages.control import DecodeBucket, Stats
+from transport.messages.measure import Grid, LayerTimes
 from transport.messages.ring import Entry, SequenceId
 
 DAY_S = 86400.0

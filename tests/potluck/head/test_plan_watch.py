@@ -38,7 +38,7 @@ def stats(token: int, steps: int, seconds: float) -> Stats:
 
 def watch_of(slow: Sequence[float], smollm2_path: object) -> tuple[PlanWatch, ModelProfile]:
     model = Store(models_home()).show("smollm2")
-    settings = Settings(objective="latency", use_all_devices=True, concurrency=1)
+    settings = Settings(objective="latency", use_all=True, concurrency=1)
     times = estimated_pool(profile_of(model), [device("a", 1e10), device("b", 1e10)], "a")
     plan = plan_for(model, times, settings)
     watch = PlanWatch(model, times, plan, settings)

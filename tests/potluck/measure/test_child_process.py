@@ -14,7 +14,7 @@ def test_it_answers_what_it_is_asked_and_says_how_it_ended() -> None:
         assert child.ready == {"argument": "7", "threads": "1"}
         assert child.call("double", number=21) == {"number": 42}
         assert child.call("double", number=1) == {"number": 2}
-        with pytest.raises(RuntimeError, match="echo ended with 3"):
+        with pytest.raises(RuntimeError, match="echo exited with code 3"):
             child.call("die")
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from potluck.measure.endpoint import find_endpoint
-from potluck.measure.load_run import LoadCell, LoadOutcome, LoadRun, LoadWindow, retry_after_s
+from potluck.measure.load_run import ChatGenerator, ChatMix, LoadCell, LoadOutcome, LoadRun, LoadWindow, retry_after_s
 from potluck.measure.summary import trial_of
-from potluck.measure.workload import ChatGenerator, ChatMix
 from tests.support.bench.scripted_server import Reply, ScriptedServer, words
 
 ONE = ChatMix(lengths=((4, 1.0),), output=2)

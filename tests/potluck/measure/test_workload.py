@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from potluck.measure.workload import ChatGenerator, ChatMix, fit, line, poisson_arrivals, tag
+from potluck.measure.load_run import ChatGenerator, ChatMix, fit, line, poisson_arrivals, tag
 
 
 def first(count: int, rate_per_s: float, seed: int) -> list[float]:

@@ -10,19 +10,19 @@ from devices.hardware.device import Device
 from potluck.head.profiling.probes import OnMeasuring
 from potluck.store.manifest import StoredFile, StoredModel
 from shard.formats.spec import ModelSpec
-from shard.worker.profile.report import GridReport, LayerReport, ProfileReport
 from transport.errors import PotluckError
+from transport.messages.measure import Grid, LayerTimes, ProfileReport
 from transport.messages.ring import WeightsForm
 
 
-def grid(seconds: float) -> GridReport:
-    return GridReport(rows=(1, 2), contexts=(0,), seconds=((seconds,), (2 * seconds,)))
+def grid(seconds: float) -> Grid:
+    return Grid(rows=(1, 2), contexts=(0,), seconds=((seconds,), (2 * seconds,)))
 
 
 def report(seconds: float = 0.001, num_layers: int = 4) -> ProfileReport:
     return ProfileReport(
         kinds=(0,) * num_layers,
-        layers=(LayerReport(decode=grid(seconds), prefill=grid(10 * seconds)),),
+        layers=(LayerTimes(decode=grid(seconds), prefill=grid(10 * seconds)),),
         embed=grid(0.0),
         lm_head=grid(3 * seconds),
         step_s=seconds / 10,

@@ -6,10 +6,11 @@ import random
 from dataclasses import replace
 
 from devices.hardware.device import Device
-from planner.measurements import DeviceTimes, Grid, LayerTimes, LinkTimes, PoolTimes
+from planner.measurements import DeviceTimes, LinkTimes, PoolTimes
 from planner.memory import CPU_RESERVE_BYTES, ModelProfile
 from planner.options import Workload
 from tests.support.planner.pool import MIB, model
+from transport.messages.measure import Grid, LayerTimes
 
 
 def random_profile(rng: random.Random, num_layers: int) -> ModelProfile:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from shard.stage import Batch, ShardBackend, StageSpec
@@ -49,7 +49,7 @@ def load_stages(
 
 def load_stage(checkpoint: MemoryCheckpoint, spec: StageSpec, runner: Runner) -> ShardBackend:
     if runner == "mlx":
-        return load_shard(checkpoint, replace(spec, device="mlx:cpu"), backend="mlx")
+        return load_shard(checkpoint, msgspec.structs.replace(spec, device="mlx:cpu"), backend="mlx")
     return build_torch(checkpoint, spec, lambda read_bytes, total_bytes: None, path=runner)
 
 

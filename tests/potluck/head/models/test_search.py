@@ -72,7 +72,7 @@ def test_without_other_hosts_it_is_an_error_at_once() -> None:
 
 
 def test_with_a_paired_host_or_one_that_is_waited_for_it_is_looked_for() -> None:
-    waited = requested_model(Settings(model="tiny", wait_for_devices=2), CONSOLE)
+    waited = requested_model(Settings(model="tiny", wait_for=2), CONSOLE)
     assert isinstance(waited, ModelRequest) and waited.pull is None
     pair()
     wanted = requested_model(Settings(model="hf:org/name"), CONSOLE)

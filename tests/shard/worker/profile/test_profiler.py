@@ -19,7 +19,7 @@ from shard.pieces.open import open_checkpoint
 from shard.worker.load import Backend
 from shard.worker.profile.layers import LayerProbe, ProfiledStages
 from shard.worker.profile.profiler import Profiler
-from shard.worker.profile.report import GridReport, ProfileSettings
+from shard.worker.profile.report import ProfileSettings
 from shard.worker.profile.timed_stage import (
     LayerSpan,
     SampleTimer,
@@ -29,6 +29,7 @@ from shard.worker.profile.timed_stage import (
     layer_kinds,
 )
 from tests.support.shard.tiny import memory_checkpoint, tiny_model
+from transport.messages.measure import Grid
 from transport.messages.ring import SequenceId
 
 TINY = ProfileSettings(backend="torch", device="cpu", dtype="float32", budget_s=0.5)
@@ -172,7 +173,7 @@ class MadeUpStage:
         return self.step(self.open(1), num_tokens)
 
 
-def near(grid: GridReport, row: int, column: int, expected: float) -> None:
+def near(grid: Grid, row: int, column: int, expected: float) -> None:
     assert grid.seconds[row][column] == pytest.approx(expected, rel=0.05)
 
 
