@@ -17,7 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from devices.pairing.client import check_version, fetch_pool_info
-from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, parse_invite
+from devices.pairing.credentials import parse_invite
 from devices.pairing.identity import fingerprint
 from devices.pairing.json_lines import ConnectionClosed, JsonLineSocket
 from devices.pairing.known_pools import KnownPool
@@ -36,18 +36,28 @@ from transport.errors import (
 )
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import new_key_pair
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 
 @pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=2.0)
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()
 
 
 @pytest.fixture
-def patient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=600.0)
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 2.0)
+    made = House(tmp_path / "roster.json")
+    yield made
+    made.door.close()
+
+
+@pytest.fixture
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 600.0)
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()
 
@@ -57,7 +67,7 @@ def other_code(code: str) -> str:
 
 
 def guests() -> int:
-    return sum(thread.name == "front-door-guest" for thread in threading.enumerate())
+    return sum(thread.name == "pairing-connection" for thread in threading.enumerate())
 
 
 def until(is_so: Callable[[], object]) -> None:
@@ -511,10 +521,10 @@ def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
         until(lambda: house.asked)
         house.door.close()
         assert is_hung_up(idle)
-        with pytest.raises(PairingFailed, match="hung up"):
+        with pytest.raises(PairingFailed, match="closed the connection"):
             waiting.result(60.0)
     assert house.asked[0].gone.is_set()
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("front-door")])
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("pairing")])
     socket.create_server(("127.0.0.1", house.door.port)).close()
 
 

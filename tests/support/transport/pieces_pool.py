@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from transport.messages.pieces import LIST_VERSION, ListedFile, Piece, PieceList, PlacedPiece
-from transport.messages.pool import PieceHint, PiecePeer
+from transport.messages.pool import PieceHint, PiecePeer, SharedModel
 from transport.pieces.fetcher import FetchReport, fetch
 from transport.pieces.piece_source import PieceSource, StoreSource
 from transport.pieces.server import PieceServer
@@ -90,12 +90,9 @@ class Host:
         return fetch(
             model.pieces if pieces is None else pieces,
             self.store,
-            peers,
+            SharedModel(name="model random", digest=model.digest, peers=tuple(peers), hints=tuple(hints)),
             curve=self.curve,
             context=self.context,
-            model=model.digest,
-            what="model random",
-            hints=hints,
             **options,
         )
 
