@@ -47,7 +47,7 @@ Address = tuple[str, int]
 """A pairing server's address and port."""
 PromptForCode = Callable[[str], str | None]
 """Asks the user a question; None where nobody can answer."""
-Place = TypeVar("Place")
+Target = TypeVar("Target")
 Answer = TypeVar("Answer")
 
 
@@ -162,7 +162,7 @@ def _find_first(
     return None
 
 
-def _map_concurrently(call: Callable[[Place], Answer], places: list[Place]) -> list[Answer]:
+def _map_concurrently(call: Callable[[Target], Answer], places: list[Target]) -> list[Answer]:
     """One that does not answer takes seconds, and there may be many. Ctrl-C need not wait for a single one."""
     if len(places) < 2:
         return [call(place) for place in places]
