@@ -24,19 +24,8 @@ class Batch(Struct, frozen=True, kw_only=True):
     hidden: np.ndarray | None
 
 
-class ShardBackend(Protocol):
-    """Layers [first, last) of one model on one device with its KV caches. Never touches a socket; not thread-safe.
-
-    Each entry's `start` equals `length(sequence)`: the caller has truncated, and refused what lies beyond.
-    """
-
-    spec: StageSpec
-    weights_bytes: int
-
-    def forward(self, batch: Batch) -> np.ndarray:
-        """Hidden states [num_tokens, hidden_size] in `next_dtype` or, on the last stage, float32 logits
-        [Σ num_logits, vocab_size], rows in the order of the entries. Appends the batch to the sequences' KV. An empty
-        batch (a step of ops only) gives no rows, of that width."""
+class KVStore(Protocol):
+    """The KV caches of all sequences on a stage."""
 
     def length(self, sequence: SequenceId) -> int:
         """Positions of KV held; 0 for a sequence that is not held."""
@@ -50,18 +39,36 @@ class ShardBackend(Protocol):
     def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
         """Give `target`, which holds nothing, a copy of the first `length` positions of `source`'s KV, 0 < length ≤
         length(source). Each may then go its own way. False, and nothing is copied, where a sliding window no longer
-        holds what position `length` needs."""
+        holds what position `length` needs. Out of memory is StageFailed, and nothing is copied."""
 
     def move(self, source: SequenceId, target: SequenceId) -> None:
         """Give `target`, which holds nothing, all of `source`'s KV; `source` holds nothing any more. Copies nothing."""
 
-    def kv_bytes(self) -> int:
-        """Bytes of KV memory held now."""
+    def num_bytes(self) -> int:
+        """Of KV memory held now."""
 
-    def num_kv_tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Positions held, over all sequences."""
 
     def num_sequences(self) -> int: ...
+
+
+class ShardBackend(Protocol):
+    """Layers [first, last) of one model on one device with its KV caches. Never touches a socket; not thread-safe.
+
+    Each entry's `start` equals `kv.length(sequence)`: the caller has truncated, and refused what lies beyond.
+    """
+
+    spec: StageSpec
+    weights_bytes: int
+
+    @property
+    def kv(self) -> KVStore: ...
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Hidden states [num_tokens, hidden_size] in `next_dtype` or, on the last stage, float32 logits
+        [Σ num_logits, vocab_size], rows in the order of the entries. Appends the batch to the sequences' KV. An empty
+        batch (a step of ops only) gives no rows, of that width."""
 
 
 class StageInput(Struct, frozen=True, kw_only=True):

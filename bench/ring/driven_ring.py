@@ -177,9 +177,8 @@ def driven_ring(pool: BenchPool, model: StoredModel, plan: Plan, *, max_step_tok
     ]
     endpoints = pool.pool.start_loading(list(zip(workers, loads, strict=True)))
     following = [*zip(endpoints[1:], keys[2:], strict=True), (receiver.endpoint, pool.pool.own_key)]
-    pool.pool.connect(
-        [(worker, Connect(fence, next, key)) for worker, (next, key) in zip(workers, following, strict=True)]
-    )
+    for worker, (next, key) in zip(workers, following, strict=True):
+        pool.pool.send(worker, Connect(fence, next, key))
     pool.pool.wait_until_loaded(workers, on_loading=lambda _: None)
     client_auth = edges.client_auth(endpoints[0], keys[1])
     sender = ZmqSender(context, endpoints[0], limits, name="the bench", prepare=client_auth)

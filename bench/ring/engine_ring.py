@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from planner.plan import Plan
+from potluck.head.engine_process import EngineProcess
 from potluck.head.models.source import LocalModel
 from potluck.head.planning import device_of, estimate_times, plan_for
 from potluck.head.pool import Pool, PoolWorker
@@ -116,8 +117,7 @@ def pool_of_hosts(here: ThisHost, pairing_port: int) -> Iterator[BenchPool]:
         pool = Pool(
             context,
             run_dir,
-            on_fault=lambda worker, error: None,
-            on_joined=lambda worker: None,
+            on_change=lambda: None,
             here=here,
             roster=network.roster,
             control=network.control_endpoint,
@@ -294,14 +294,21 @@ def engine_ring(
         model,
         plan,
         here=pool.here,
-        run_dir=pool.run_dir,
-        logs=pool.run_dir,
         epoch=1,
         shared=pool.share(model).share_for_stages,
     )
+    engine = EngineProcess(
+        pool.context,
+        pool.run_dir,
+        model,
+        here=pool.here,
+        logs=pool.run_dir,
+        client_auth=pool.pool.client_auth,
+    )
     try:
-        ring.start(lambda workers: None)
-        client = BenchClient(pool.context, ring.api_endpoint, pool.pool.client_auth(ring.api_endpoint))
+        ring.start(engine, lambda workers: None)
+        engine.warm_up(ring.fence)
+        client = BenchClient(pool.context, engine.api_endpoint, pool.pool.client_auth(engine.api_endpoint))
         try:
             client.wait_ready()
             yield EngineRing(name, pool, plan, client, eos_ids)
@@ -309,4 +316,5 @@ def engine_ring(
             client.close()
     finally:
         # Workers take an engine that leaves before them for a fault; nobody listens any more.
-        ring.stop_engine()
+        ring.unload()
+        engine.stop()

@@ -227,8 +227,8 @@ class LoadingProbe:
             logits = shard.forward(Batch(entries=(Entry(_ONE, position, (token,), 1),), hidden=None))
             token = int(logits[0].argmax())
             steps_s.append(time.perf_counter() - started)
-        kv_bytes = shard.kv_bytes()
-        shard.release(_ONE)
+        kv_bytes = shard.kv.num_bytes()
+        shard.kv.release(_ONE)
         return {"step_s": statistics.median(steps_s), "kv_bytes": kv_bytes}
 
     def bandwidth(self) -> dict[str, Any]:

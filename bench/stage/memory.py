@@ -16,8 +16,8 @@ from bench.stage.random_checkpoint import LlamaShape, write_checkpoint
 from potluck.head.pool import Pool, PoolWorker
 from potluck.measure.result import hardware_facts, write_result
 from potluck.measure.ring import stage_device, stage_loads, worker_pool
+from shard.formats.spec import Backend
 from shard.pieces.open import open_checkpoint
-from shard.worker.load import Backend
 from transport.messages.control import Load
 from transport.messages.ring import Fence
 

@@ -96,7 +96,7 @@ def prefill(shard: ShardBackend) -> LogitsFunction:
 
     def logits(ids: list[int]) -> np.ndarray:
         found = shard.forward(Batch(entries=(Entry(_ONE, 0, tuple(ids), len(ids)),), hidden=None))
-        shard.release(_ONE)
+        shard.kv.release(_ONE)
         return found
 
     return logits
@@ -110,7 +110,7 @@ def token_by_token(shard: ShardBackend) -> LogitsFunction:
             shard.forward(Batch(entries=(Entry(_ONE, start, (token,), 1),), hidden=None))
             for start, token in enumerate(ids)
         ]
-        shard.release(_ONE)
+        shard.kv.release(_ONE)
         return np.concatenate(rows)
 
     return logits

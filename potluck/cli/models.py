@@ -26,8 +26,8 @@ from potluck.store.sources import ALIASES
 from potluck.store.store import Store
 from potluck.system.byte_sizes import format_bytes
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS, Settings
+from shard.formats.checkpoint import supported_form
 from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
-from shard.formats.weights_form import supported_form
 from transport.errors import ModelNotFound, NotRunning, PotluckError
 from transport.messages.ring import DTYPE_BYTES, DType, WeightsForm
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from devices.pairing.roster import RosterFile
 from potluck.cli.models import pull_with_progress
 from potluck.cli.progress_bars import head_progress
-from potluck.head.head import Head
+from potluck.head.head import Head, start_head
 from potluck.head.models.search import ModelRequest, request_model
 from potluck.store.manifest import StoredModel
 from potluck.store.sources import offline_by_environment
@@ -99,7 +99,7 @@ def running_head_of(settings: Settings, console: Console) -> Iterator[Head]:
             model = requested_model(settings, console)
             # Until the head has ended: bars also come while it loads anew, and would leave a terminal without a cursor.
             progress = stack.enter_context(head_progress(console))
-            head = stack.enter_context(Head(settings, model, progress))
+            head = stack.enter_context(start_head(settings, model, progress))
             is_up = True
             yield head
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 import msgspec
 import zmq
 
+from potluck.engine.settings import Attach, Detach, EngineCommand, RingSpec, WarmUp
 from transport.errors import BadRequest, Busy, DeadlineExceeded, PotluckError, RingDown, error_from_code
 from transport.links.zmq_link import set_options
 from transport.messages.requests import (
@@ -21,7 +22,6 @@ from transport.messages.requests import (
     Accepted,
     Cancel,
     ChoiceFinished,
-    ClientMessage,
     Delta,
     EngineDown,
     EngineEvent,
@@ -31,9 +31,11 @@ from transport.messages.requests import (
     Ping,
     Pong,
     RequestFailed,
+    RingAttached,
     Submit,
     request_failed,
 )
+from transport.messages.ring import Fence
 from transport.process.child import lower_priority
 from transport.process.polling import SuspendDetector, Waker
 from transport.security.curve import Prepare
@@ -85,24 +87,34 @@ def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None],
 _PING_INTERVAL_S = 1.0
 _SILENT_AFTER_S = 4.0
 _RETRY_MS = 20
+_CHECK_S = 0.1
 _MAX_OUTBOX = 10_000
 
 log = logging.getLogger("potluck.engine.client")
 
 _encoder = msgspec.msgpack.Encoder()
-_PING = _encoder.encode(Ping())
+_PING = Ping()
 _TERMINAL = (Finished, Aborted, RequestFailed)
-_ENGINE_EVENTS = (EngineReady, EngineDown, Pong)
+_ENGINE_EVENTS = (EngineReady, EngineDown, RingAttached, Pong)
 _RequestEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed
 
 
 class EngineClient:
-    """Thread-safe. An engine that dies, falls silent or is down ends every request at once with an error."""
+    """Thread-safe. An engine that dies, falls silent or loses its ring ends every request at once with an error.
+
+    It outlives rings: what the engine says of another ring than the one that was attached last changes nothing.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, prepare: Prepare | None = None
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        prepare: Prepare | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prepare` where there is no ipc."""
+        """`prepare` where there is no ipc; `on_change` is called when it is not ready any more, and must not block."""
+        self._on_change = on_change
         self._socket = context.socket(zmq.DEALER)
         set_options(self._socket, max_message_bytes=MAX_CLIENT_MESSAGE_BYTES)
         if prepare is not None:
@@ -112,13 +124,19 @@ class EngineClient:
         self._wake = Waker()
         # Guards what the socket's thread and the event loops share: all of the following.
         self._changed = threading.Condition()
-        self._outbox: deque[bytes] = deque()
+        # A request is there as its frame, so that it fails alone if it can't be encoded.
+        self._outbox: deque[bytes | Cancel | Ping | EngineCommand] = deque()
         self._inboxes: dict[str, Inbox] = {}
         self._pings: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Pong]]] = []
         self._state: EngineState = "starting"
         self._ready: EngineReady | None = None
         self._error: PotluckError = RingDown("the engine is starting", hint="try again in a moment")
-        self._is_lost_for_good = False
+        self.ring_error: PotluckError | None = None
+        """What the engine has said that the attached ring is down with."""
+        self._fence: Fence | None = None
+        self._attached: RingAttached | None = None
+        self._is_detached = False
+        self._is_ended = False
         self._is_closing = False
         self._decoder: msgspec.msgpack.Decoder[list[EngineEvent]] = msgspec.msgpack.Decoder(list[EngineEvent])
         self._thread = threading.Thread(target=self._run, name="engine client", daemon=True)
@@ -191,18 +209,51 @@ class EngineClient:
         except TimeoutError as error:
             raise DeadlineExceeded(f"the engine did not answer within {timeout_s:.0f} s", hint="see its log") from error
 
-    def mark_down(self, error: PotluckError) -> None:
-        """Say, from outside, that this engine can't serve any more: a worker or its process died. For good."""
+    def attach(self, ring: RingSpec, check: Callable[[], None], timeout_s: float) -> str:
+        """Returns where the engine listens for the ring's last stage. `check` raises what ends the wait."""
         with self._changed:
-            self._is_lost_for_good = True
+            self._fence, self._attached, self._ready, self.ring_error = ring.fence, None, None, None
+            self._is_ended = self._is_detached = False
+            self._state, self._error = "starting", RingDown("the ring is starting", hint="try again in a moment")
+        self._send(Attach(ring))
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._attached is not None or self.ring_error is not None, _CHECK_S)
+                if self._attached is not None:
+                    return self._attached.endpoint
+                if self.ring_error is not None:
+                    raise self.ring_error
+            check()
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"the engine did not start within {timeout_s:.0f} s", hint="see its log")
+
+    def warm_up(self, fence: Fence) -> None:
+        """All stages have loaded; see `wait_ready`."""
+        self._send(WarmUp(fence))
+
+    def end_ring(self, error: PotluckError) -> None:
+        """Its requests end with `error`, and later ones are refused with it, until another ring is attached."""
+        with self._changed:
+            self._is_ended = True
         self._go_down(error)
+
+    def detach(self, error: PotluckError, timeout_s: float) -> bool:
+        """`end_ring`, and have the engine leave the ring; False if it does not say within `timeout_s` that it has."""
+        fence = self._fence
+        self.end_ring(error)
+        if fence is None:
+            return True
+        self._send(Detach(fence, error.code, error.message, error.hint))
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_detached, timeout_s)
 
     def close(self) -> None:
         """End every request and leave."""
         self._is_closing = True
         self._wake.set()
         self._thread.join(2.0)
-        self.mark_down(RingDown("the head is stopping"))
+        self.end_ring(RingDown("the head is stopping"))
 
     def _refusal(self) -> PotluckError | None:
         if self._state != "ready":
@@ -211,9 +262,9 @@ class EngineClient:
             return Busy("the engine takes no more requests", hint="try again soon")
         return None
 
-    def _send(self, message: ClientMessage) -> None:
+    def _send(self, message: Cancel | Ping | EngineCommand) -> None:
         with self._changed:
-            self._outbox.append(_encoder.encode(message))
+            self._outbox.append(message)
         self._wake.set()
 
     def _run(self) -> None:
@@ -223,7 +274,7 @@ class EngineClient:
         except Exception as error:
             # Our own fault, but whoever waits has to be told.
             log.exception("the engine's client failed")
-            self.mark_down(PotluckError(f"the engine's client failed: {type(error).__name__}: {error}"))
+            self.end_ring(PotluckError(f"the engine's client failed: {type(error).__name__}: {error}"))
         finally:
             self._socket.close()
             self._monitor.close(0)
@@ -259,12 +310,17 @@ class EngineClient:
             self._flush()
 
     def _flush(self) -> None:
-        while self._outbox:
-            try:
-                self._socket.send(self._outbox[0], flags=zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            self._outbox.popleft()
+        while True:
+            with self._changed:  # Another thread may put another outbox there.
+                if not self._outbox:
+                    return
+                message = self._outbox[0]
+                frame = message if isinstance(message, bytes) else _encoder.encode(message)
+                try:
+                    self._socket.send(frame, flags=zmq.DONTWAIT)
+                except zmq.Again:
+                    return
+                self._outbox.popleft()
 
     def _receive_all(self) -> None:
         """Everything that has arrived, handed to each event loop in one go."""
@@ -295,24 +351,40 @@ class EngineClient:
         with self._changed:
             return self._inboxes.pop(event.request, None)
 
-    def _handle_engine_event(self, event: EngineReady | EngineDown | Pong) -> None:
+    def _is_of_ring(self, fence: Fence | None) -> bool:
+        return self._fence is None or fence is None or fence == self._fence
+
+    def _on_ring_down(self, error: PotluckError) -> None:
+        with self._changed:
+            self._is_detached = True
+            self.ring_error = error
+            self._changed.notify_all()
+        if not self._is_ended:
+            self._go_down(error)
+
+    def _handle_engine_event(self, event: EngineReady | EngineDown | RingAttached | Pong) -> None:
         match event:
-            case EngineReady():
+            case EngineReady(fence=fence) if self._is_of_ring(fence):
                 self._set_ready(event)
-            case EngineDown(code=code, message=message, hint=hint):
-                self._go_down(error_from_code(code, message, hint))
+            case EngineDown(code=code, message=message, hint=hint, fence=fence) if self._is_of_ring(fence):
+                self._on_ring_down(error_from_code(code, message, hint))
+            case RingAttached(fence=fence) if self._is_of_ring(fence):
+                with self._changed:
+                    self._attached = event
+                    self._changed.notify_all()
             case Pong():
                 with self._changed:
                     pings, self._pings = self._pings, []
                 for loop, future in pings:
                     call_in_loop(loop, _resolve, future, event)
                 # Back after a silence: the engine was ready all the time.
-                if event.state == "ready" and self._state == "down" and self._ready is not None:
+                is_back = event.state == "ready" and self._state == "down" and self.ring_error is None
+                if is_back and self._ready is not None:
                     self._set_ready(self._ready)
 
     def _set_ready(self, ready: EngineReady) -> None:
         with self._changed:
-            if not self._is_lost_for_good:
+            if not self._is_ended:
                 self._ready, self._state = ready, "ready"
                 self._changed.notify_all()
 
@@ -322,11 +394,13 @@ class EngineClient:
             inboxes, self._inboxes = self._inboxes, {}
             pings, self._pings = self._pings, []
             # Their clients have been told: an engine that comes back must not go on with them.
-            self._outbox = deque(_encoder.encode(Cancel(request)) for request in inboxes)
+            kept = [message for message in self._outbox if not isinstance(message, bytes)]
+            self._outbox = deque([*kept, *(Cancel(request) for request in inboxes)])
             self._changed.notify_all()
         deliver_all({inbox: [request_failed(request, error)] for request, inbox in inboxes.items()})
         for loop, future in pings:
             call_in_loop(loop, _reject, future, error)
+        self._on_change()
 
 
 def _encode_submit(submit: Submit) -> bytes:

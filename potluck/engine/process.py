@@ -10,92 +10,112 @@ import gc
 import logging
 import signal
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from potluck.engine.loop import Engine
+from potluck.engine.loop import Engine, RingEnds
 from potluck.engine.server import EngineServer
-from potluck.engine.settings import EngineLimits, EngineSettings
+from potluck.engine.settings import EngineLimits, EngineSettings, RingSpec
 from potluck.engine.tokenizer import Tokenizer
 from transport.codec import EdgeLimits
+from transport.links.endpoints import local_endpoint, tcp_endpoint
+from transport.links.link import Sender
 from transport.links.secure_endpoints import SecureEndpoints
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
+from transport.messages.requests import EngineEvent, EngineReady
 from transport.process.child import lowered_priority, start_parent_watch
 from transport.security.curve import KeyPair, read_keys
 
-# The first stage listens before it loads, but its process may still be starting.
 _FIRST_STAGE_TIMEOUT_S = 60.0
 _SWITCH_INTERVAL_S = 0.0005
 
 
+class EngineLinks:
+    """Opens the engine's ends of rings."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], settings: EngineSettings, keys: KeyPair | None) -> None:
+        self._context = context
+        self._settings = settings
+        self._edges = _edges(context, keys)
+
+    def open(self, ring: RingSpec) -> RingEnds:
+        """Raises ConfigError if it can't listen."""
+        settings = self._settings
+        limits = EdgeLimits(
+            fence=ring.fence,
+            hidden_size=settings.hidden_size,
+            dtype=ring.wire_dtype,
+            vocab_size=settings.vocab_size,
+            context_tokens=ring.context_tokens,
+            max_step_tokens=ring.max_step_tokens,
+        )
+        if ring.listen == "network" and ring.address is not None:
+            endpoint = tcp_endpoint(ring.address)
+        else:
+            endpoint = local_endpoint(Path(settings.run_dir), f"engine-{ring.fence.epoch}")
+        receiver = ZmqReceiver(self._context, endpoint, limits, guard=self._edges.guard(endpoint, ring.upstream))
+
+        def connect(is_cancelled: Callable[[], bool]) -> Sender:
+            return ZmqSender(
+                self._context,
+                ring.first_stage,
+                limits,
+                name="the engine",
+                connect_timeout_s=_FIRST_STAGE_TIMEOUT_S,
+                prepare=self._edges.client_auth(ring.first_stage, ring.first_stage_key),
+                stop=is_cancelled,
+            )
+
+        return RingEnds(
+            limits=EngineLimits(
+                context_tokens=ring.context_tokens,
+                kv_capacity_tokens=ring.kv_capacity_tokens,
+                vocab_size=settings.vocab_size,
+                num_stages=ring.num_stages,
+                stage_times=ring.stage_times,
+                hops_s=ring.hops_s,
+                has_window=ring.has_window,
+                prefix_cache=settings.prefix_cache,
+            ),
+            receiver=receiver,
+            connect=connect,
+            endpoint=receiver.endpoint,
+        )
+
+
 def serve(settings: EngineSettings) -> None:
-    """Run the engine until its ring is down or its parent is gone."""
+    """Serve the rings that the head attaches, until its parent is gone."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    edge = EdgeLimits(
-        fence=settings.fence,
-        hidden_size=settings.hidden_size,
-        dtype=settings.wire_dtype,
-        vocab_size=settings.vocab_size,
-        context_tokens=settings.context_tokens,
-        max_step_tokens=settings.max_step_tokens,
-    )
     keys = read_keys(Path(settings.keys)) if settings.keys is not None else None
-    edges = _edges(context, keys)
-    # Bound first: the last stage may be loaded before the tokenizer is.
-    receiver = ZmqReceiver(
-        context,
-        settings.listen,
-        edge,
-        listener=settings.listener,
-        guard=edges.guard(settings.listen, settings.upstream),
-    )
+    links = EngineLinks(context, settings, keys)
     tokenizer = Tokenizer(Path(settings.model_path))
-    sender = ZmqSender(
-        context,
-        settings.first_stage,
-        edge,
-        name="the engine",
-        connect_timeout_s=_FIRST_STAGE_TIMEOUT_S,
-        prepare=edges.client_auth(settings.first_stage, settings.first_stage_key),
-    )
     with lowered_priority():
         # A context of its own, whose thread for sockets gives way too.
         api_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         server = EngineServer(api_context, settings.api, guard=_edges(api_context, keys).guard(settings.api, ""))
-    engine = Engine(
-        model=settings.model,
-        sender=sender,
-        receiver=receiver,
-        tokenizer=tokenizer,
-        limits=EngineLimits(
-            context_tokens=settings.context_tokens,
-            kv_capacity_tokens=settings.kv_capacity_tokens,
-            vocab_size=settings.vocab_size,
-            num_stages=settings.num_stages,
-            stage_times=settings.stage_times,
-            hops_s=settings.hops_s,
-            has_window=settings.has_window,
-            prefix_cache=settings.prefix_cache,
-        ),
-        fence=settings.fence,
-        emit=server.emit,
-        clock=time.monotonic,
-    )
+
+    def emit(event: EngineEvent) -> None:
+        if isinstance(event, EngineReady):
+            # What is here stays as long as the ring: the collector need not look through it again and again.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+        server.emit(event)
+
+    engine = Engine(model=settings.model, tokenizer=tokenizer, emit=emit, clock=time.monotonic, open_ring=links.open)
     server.serve(engine)
-    # What is here stays: the collector need not look through it again and again.
-    gc.collect()
-    gc.freeze()
-    engine.run()
-    # The ring is down: requests are still answered, with the reason, until the parent ends this process.
-    threading.Event().wait()
+    try:
+        engine.run()
+    finally:
+        server.close()
 
 
 def _edges(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None) -> SecureEndpoints:
-    """It is told where to listen, and has no folder or address of its own."""
+    """It is told where to listen, and has no address of its own."""
     return SecureEndpoints(context, Path(), keys=keys, address=None)
 
 

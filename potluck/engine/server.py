@@ -14,7 +14,8 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from transport.errors import Busy
+from potluck.engine.settings import Attach, Detach, EngineCommand, RingSpec, WarmUp
+from transport.errors import Busy, PotluckError, error_from_code
 from transport.links.zmq_link import set_options
 from transport.messages.requests import (
     MAX_CLIENT_MESSAGE_BYTES,
@@ -32,6 +33,7 @@ from transport.messages.requests import (
     Submit,
     request_failed,
 )
+from transport.messages.ring import Fence
 from transport.process.child import lower_priority
 from transport.process.polling import Waker
 from transport.security.curve import Guard
@@ -60,6 +62,12 @@ class ServableEngine(Protocol):
     def state_event(self) -> EngineReady | EngineDown | None: ...
 
     def pong(self) -> Pong: ...
+
+    def attach(self, ring: RingSpec) -> None: ...
+
+    def warm_up(self, fence: Fence) -> None: ...
+
+    def detach(self, fence: Fence, error: PotluckError) -> None: ...
 
 
 @dataclass(slots=True)
@@ -98,7 +106,7 @@ class EngineServer:
         self._num_probes = 0
         self._is_closing = False
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage | EngineCommand)
         self._thread: threading.Thread | None = None
         self.num_refused = 0
 
@@ -164,6 +172,9 @@ class EngineServer:
             client = self._clients[identity] = _Client(identity)
             if (state := engine.state_event()) is not None:
                 self._enqueue(client, state)
+        if isinstance(message, Attach | WarmUp | Detach):
+            _command(engine, message)
+            return
         match message:
             case Submit():
                 self._submit(engine, client, message, len(frames[0]))
@@ -268,3 +279,13 @@ class EngineServer:
         del self._clients[client.identity], self._clients_with_backlog[client.identity]
         for request in client.requests:
             self._cancel(engine, request)
+
+
+def _command(engine: ServableEngine, command: EngineCommand) -> None:
+    match command:
+        case Attach(ring=ring):
+            engine.attach(ring)
+        case WarmUp(fence=fence):
+            engine.warm_up(fence)
+        case Detach(fence=fence, code=code, message=message, hint=hint):
+            engine.detach(fence, error_from_code(code, message, hint))

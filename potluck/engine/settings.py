@@ -7,29 +7,40 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from planner.measurements import StageTimes
+from transport.links.secure_endpoints import Where
 from transport.messages.ring import DType, Fence
 
 
 class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The model, the ring's two ends (`first_stage`, `listen`), and `api`, where the HTTP side connects.
-
-    `listener` is the inherited descriptor of the socket that listens at `listen`, if there is one. Where an end is on
-    another host, or there is no ipc, `keys` is the file with this host's keys, and `first_stage_key` and `upstream` are
-    those of the hosts of the first and the last stage; empty ones are this host's. `stage_times` and
-    `hops_s` (all hops of a step together) are what the plan expects; empty and 0 where nothing was measured.
-    `has_window`: some layers forget positions, so that going back far is not possible.
-    """
+    """What an engine process is started with: the model, `api`, where the HTTP side connects, `run_dir` for its
+    sockets, and `keys`, the file with this host's keys, if it has any."""
 
     model: str
     model_path: str
     api: str
-    listen: str
-    listener: int | None
-    first_stage: str
-    fence: Fence
-    num_stages: int
+    run_dir: str
     hidden_size: int
     vocab_size: int
+    prefix_cache: bool = True
+    keys: str | None = None
+
+
+class RingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ring as its engine has to know it.
+
+    It listens for the last stage on this host or, at `address`, for another one. `first_stage_key` and `upstream` are
+    the keys of the hosts of the first and the last stage; empty ones are this host's. `stage_times` and `hops_s` (all
+    hops of a step together) are what the plan expects; empty and 0 where nothing was measured. `has_window`: some
+    layers forget positions, so that going back far is not possible.
+    """
+
+    fence: Fence
+    first_stage: str
+    first_stage_key: str = ""
+    upstream: str = ""
+    listen: Where = "local"
+    address: str | None = None
+    num_stages: int
     wire_dtype: DType
     context_tokens: int
     kv_capacity_tokens: int
@@ -37,10 +48,30 @@ class EngineSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stage_times: tuple[StageTimes, ...] = ()
     hops_s: float = 0.0
     has_window: bool = False
-    prefix_cache: bool = True
-    keys: str | None = None
-    first_stage_key: str = ""
-    upstream: str = ""
+
+
+class Attach(Struct, frozen=True, tag="attach"):
+    """Head → engine: listen for this ring's last stage. `RingAttached` or `EngineDown` answers."""
+
+    ring: RingSpec
+
+
+class WarmUp(Struct, frozen=True, tag="warm_up"):
+    """Head → engine: all stages have loaded. `EngineReady` or `EngineDown` answers."""
+
+    fence: Fence
+
+
+class Detach(Struct, frozen=True, tag="detach"):
+    """Head → engine: leave that ring; its requests end with this error. `EngineDown` answers, if it was attached."""
+
+    fence: Fence
+    code: str
+    message: str
+    hint: str = ""
+
+
+EngineCommand = Attach | WarmUp | Detach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator
 
 import uvicorn
-import zmq
 
 from potluck.api.access import AccessPolicy
 from potluck.api.limits import MAX_CONNECTIONS
@@ -24,12 +23,12 @@ from potluck.head.routes import HeadControl, head_routes
 from transport.errors import ConfigError, PortInUse, PotluckError, RingDown
 from transport.messages.requests import EngineEvent, EngineState, Pong, Submit, request_failed
 from transport.process.child import lower_priority
-from transport.security.curve import Prepare
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
 _PONG_TIMEOUT_S = 1.0
 _MAX_FILES = 4 * MAX_CONNECTIONS
+_STARTING = RingDown("the ring is starting", hint="try again in a moment")
 
 
 def bind_endpoint(host: str, port: int) -> socket.socket:
@@ -56,15 +55,18 @@ def bind_endpoint(host: str, port: int) -> socket.socket:
 
 
 class EngineSwitch:
-    """Passes requests to the engine of the ring that is up, and says why there is none."""
+    """Passes requests to the engine while it has a ring, and says why it has none."""
 
     def __init__(self) -> None:
         self._client: EngineClient | None = None
-        self._error: PotluckError = RingDown("the ring is starting", hint="try again in a moment")
+        self._is_down = False
+        self._error: PotluckError = _STARTING
 
     @property
     def state(self) -> EngineState:
-        return "starting" if self._client is None else self._client.state
+        if self._client is None:
+            return "down" if self._is_down else "starting"
+        return self._client.state
 
     @property
     def reason(self) -> str:
@@ -75,13 +77,15 @@ class EngineSwitch:
         return _refuse(submit, self._error) if self._client is None else self._client.submit(submit)
 
     def set_client(self, client: EngineClient | None) -> None:
-        previous, self._client = self._client, client
-        if previous is not None:
-            previous.close()
+        self._client = client
+        self._is_down, self._error = False, _STARTING
 
     def mark_down(self, error: PotluckError) -> None:
-        if self._client is not None:
-            self._client.mark_down(error)
+        """End requests with `error`, and refuse those to come, until there is another ring."""
+        client, self._client = self._client, None
+        self._is_down, self._error = True, error
+        if client is not None:
+            client.end_ring(error)
 
     async def ping(self) -> Pong:
         if self._client is None:
@@ -98,7 +102,6 @@ class HttpEndpoint:
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
         listener: socket.socket,
         *,
         model: str,
@@ -107,7 +110,6 @@ class HttpEndpoint:
         """`access` None: for this host alone, without a key."""
         # What the head's own commands show, to be told from everybody else who may ask.
         self.secret = secrets.token_urlsafe(32)
-        self._context = context
         self._listener = listener
         self._access = access or AccessPolicy(port=listener.getsockname()[1])
         self._model = model
@@ -135,14 +137,12 @@ class HttpEndpoint:
                 raise ConfigError(f"the endpoint at {self.url} did not start", hint="see the messages above")
             time.sleep(0.01)
 
-    def connect(self, api_endpoint: str, prepare: Prepare | None = None) -> EngineClient:
-        """Send requests to the engine that answers there; `prepare` sets the keys where that is not an ipc socket."""
-        client = EngineClient(self._context, api_endpoint, prepare=prepare)
+    def connect(self, client: EngineClient) -> None:
+        """Send requests to that engine, which has a ring."""
         self._engine.set_client(client)
-        return client
 
     def disconnect(self) -> None:
-        """The engine is being replaced."""
+        """The ring is being loaded."""
         self._engine.set_client(None)
 
     def mark_down(self, error: PotluckError) -> None:
@@ -168,7 +168,7 @@ class HttpEndpoint:
 
     def stop(self) -> None:
         """End open requests and close; takes at most a few seconds."""
-        self._engine.set_client(None)
+        self._engine.mark_down(RingDown("the head is stopping"))
         if self._server is not None:
             self._server.should_exit = True
         if self._thread is not None:

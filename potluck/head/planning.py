@@ -16,8 +16,8 @@ from planner.solve import any_ring_fits, make_plan
 from potluck.store.manifest import StoredModel
 from potluck.store.model_details import config_of
 from potluck.system.settings import DEFAULT_CONTEXT_TOKENS, Settings
+from shard.formats.checkpoint import supported_form
 from shard.formats.spec import Backend
-from shard.formats.weights_form import supported_form
 from transport.errors import DoesNotFit
 from transport.messages.control import Register
 from transport.messages.ring import DType, KVForm, WeightsForm

@@ -20,13 +20,13 @@ from transport.errors import (
     ConfigError,
     DeadlineExceeded,
     HostRevoked,
+    NeighbourGone,
     PotluckError,
     RingDown,
 )
 from transport.links.endpoints import is_host_endpoint, local_endpoint
 from transport.links.secure_endpoints import Where
 from transport.messages.control import (
-    Connect,
     ControlMessage,
     Listening,
     Load,
@@ -57,7 +57,7 @@ _DEVICE_NAME = re.compile(r"[\w.:/-]{1,100}")
 class PoolWorker:
     """One device's worker as the head sees it. What it says of another load than that of `fence` is late and ignored.
 
-    `fault` is set once for each load: the worker can't be used until it loads anew.
+    `fault` is why the worker can't be used until it loads anew.
     """
 
     peer: ControlPeer
@@ -78,15 +78,14 @@ class PoolWorker:
 
 
 class Pool:
-    """Owns the control socket. `on_fault(worker, error)` is called once for a worker of a running ring that fails."""
+    """Owns the control socket. `on_change` is called when workers have come, gone or failed; it must not block."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         run_dir: Path,
         *,
-        on_fault: Callable[[PoolWorker, PotluckError], None],
-        on_joined: Callable[[PoolWorker], None],
+        on_change: Callable[[], None],
         here: ThisHost,
         roster: HostRoster | None = None,
         control: str | None = None,
@@ -106,8 +105,7 @@ class Pool:
             pieces=pieces,
             send=lambda peer, message: self._server.send(peer, message),
         )
-        self._on_fault = on_fault
-        self._on_joined = on_joined
+        self._on_change = on_change
         self._workers: dict[bytes, PoolWorker] = {}
         self._changed = threading.Condition()
         self._stats_token = 0
@@ -181,6 +179,9 @@ class Pool:
         Raises the first worker's error, or DeadlineExceeded.
         """
         with self._changed:
+            for worker, _ in assignments:
+                if (lost := self._lost_error(worker)) is not None:  # Nobody will say so again.
+                    raise lost
             for worker, load in assignments:
                 worker.fence, worker.listens_at = load.fence, load.listen
                 worker.listening = worker.loading = worker.loaded = worker.fault = worker.stats = None
@@ -201,11 +202,6 @@ class Pool:
                     )
                 found.append(worker.listening.endpoint)
         return found
-
-    def connect(self, connections: Sequence[tuple[PoolWorker, Connect]]) -> None:
-        """Say to workers that have their load where to send; does not wait."""
-        for worker, connect in connections:
-            self._server.send(worker.peer, connect)
 
     def wait_until_loaded(
         self,
@@ -265,6 +261,7 @@ class Pool:
     def remove_workers(self, pids: Collection[int]) -> None:
         """Forget workers of this host that are being replaced."""
         with self._changed:
+            self._exit_error = None
             for worker in list(self._workers.values()):
                 if not worker.is_remote and worker.register.pid in pids:
                     del self._workers[worker.peer.identity]
@@ -319,7 +316,7 @@ class Pool:
         with self._changed:
             self._workers[worker.peer.identity] = worker
             self._changed.notify_all()
-        self._on_joined(worker)
+        self._on_change()
 
     def _refusal_reason(self, worker: PoolWorker) -> str | None:
         """Names tell devices and hosts apart: a second one of the same name can't come in, and a host has the name that
@@ -366,13 +363,14 @@ class Pool:
         self._set_fault(worker, RingDown(what, hint="wake it up, let it join again, or start this head without it"))
 
     def _set_fault(self, worker: PoolWorker, error: PotluckError) -> None:
+        """The first one counts, but that a cause replaces a symptom."""
         with self._changed:
-            first = worker.fault is None
-            if first:
+            if worker.fault is None or (
+                isinstance(worker.fault, NeighbourGone) and not isinstance(error, NeighbourGone)
+            ):
                 worker.fault = error
             self._changed.notify_all()
-        if first:
-            self._on_fault(worker, error)
+        self._on_change()
 
 
 def _is_plausible(register: Register) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +28,7 @@ from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 _MAX_BODY_BYTES = 4096
 _BODY_TIMEOUT_S = 5.0
 Body = TypeVar("Body")
+Answer = Callable[[bytes], Any]
 
 
 class HeadControl(Protocol):
@@ -59,65 +61,57 @@ class CandidateDecision(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def head_routes(head: HeadControl, secret: str) -> list[Route]:
-    """`secret` is what requests have to show that change something."""
-
-    def check(request: Request) -> None:
-        shown = request.headers.get(SECRET_HEADER, "")
-        if not hmac.compare_digest(shown.encode(), secret.encode()):
-            raise ApiError.from_error(
-                NotAllowed("only the user who runs the head may do this", hint="use that user's potluck command")
-            )
+    """`secret` is what requests have to show, except for the status."""
+    answers: dict[str, Answer] = {
+        "models": lambda body: head.list_models(),
+        "replan": lambda body: {"better_plan": better_report(head.request_replan())},
+        "invite": lambda body: _invitation(head),
+        "approve": lambda body: _decide_candidate(head, _decode(body, CandidateDecision)),
+        "files": lambda body: head.find_file(_decode(body, FileQuery).sha256),
+    }
 
     async def status(request: Request) -> Response:
         return json_response(await asyncio.to_thread(head.report))
 
-    async def replan(request: Request) -> Response:
-        check(request)
-        return json_response({"better_plan": better_report(head.request_replan())})
+    def guarded(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            shown = request.headers.get(SECRET_HEADER, "")
+            if not hmac.compare_digest(shown.encode(), secret.encode()):
+                raise ApiError.from_error(
+                    NotAllowed("only the user who runs the head may do this", hint="use that user's potluck command")
+                )
+            body = await _body(request) if request.method == "POST" else b""
+            try:
+                return json_response(await asyncio.to_thread(answer, body))
+            except PotluckError as error:
+                raise ApiError.from_error(error) from error
 
-    async def invite(request: Request) -> Response:
-        check(request)
-        try:
-            made, code = await asyncio.to_thread(head.invite)
-        except PotluckError as error:
-            raise ApiError.from_error(error) from error
-        return json_response(
-            {
-                "invite": made,
-                "code": code,
-                "code_expires_s": CODE_LIFETIME_S,
-                "invite_expires_s": INVITE_LIFETIME_S,
-            }
-        )
-
-    async def approve(request: Request) -> Response:
-        check(request)
-        asked = await _body(request, CandidateDecision)
-        try:
-            return json_response({"name": head.decide_candidate(asked.name, asked.allow)})
-        except PotluckError as error:
-            raise ApiError.from_error(error) from error
-
-    async def files(request: Request) -> Response:
-        check(request)
-        wanted = await _body(request, FileQuery)
-        return json_response(await asyncio.to_thread(head.find_file, wanted.sha256))
-
-    async def models(request: Request) -> Response:
-        check(request)
-        return json_response(await asyncio.to_thread(head.list_models))
+        return handle
 
     return [
         Route("/potluck/status", status),
-        Route("/potluck/files", files, methods=["POST"]),
-        Route("/potluck/models", models),
-        Route("/potluck/replan", replan, methods=["POST"]),
-        Route("/potluck/invite", invite, methods=["POST"]),
-        Route("/potluck/approve", approve, methods=["POST"]),
+        *(
+            Route(f"/potluck/{name}", guarded(answer), methods=["GET" if name == "models" else "POST"])
+            for name, answer in answers.items()
+        ),
     ]
 
 
-async def _body(request: Request, kind: type[Body]) -> Body:
+def _invitation(head: HeadControl) -> dict[str, Any]:
+    made, code = head.invite()
+    return {
+        "invite": made,
+        "code": code,
+        "code_expires_s": CODE_LIFETIME_S,
+        "invite_expires_s": INVITE_LIFETIME_S,
+    }
+
+
+def _decide_candidate(head: HeadControl, decision: CandidateDecision) -> dict[str, str]:
+    return {"name": head.decide_candidate(decision.name, decision.allow)}
+
+
+async def _body(request: Request) -> bytes:
     data = b""
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
@@ -127,7 +121,11 @@ async def _body(request: Request, kind: type[Body]) -> Body:
                     raise ApiError(413, f"more than {_MAX_BODY_BYTES} bytes", code="body_too_large")
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"the request's body did not come within {_BODY_TIMEOUT_S:.0f} s") from None
+    return data
+
+
+def _decode(body: bytes, kind: type[Body]) -> Body:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body can't be read: {error}") from error

@@ -17,11 +17,11 @@ from transport.messages.ring import KVForm, WeightsForm
 if TYPE_CHECKING:
     from devices.pairing.pake import Candidate
     from planner.plan import Plan, StagePlan
-    from potluck.head.head import Head
+    from potluck.head.controller import RingView
     from potluck.head.hosts import PoolHost
     from potluck.head.plan_watch import BetterPlan, Deviation
     from potluck.head.pool import PoolWorker
-    from potluck.head.ring import Ring, RingStage
+    from potluck.head.ring import RingStage
 
 
 class StageReport(Struct, frozen=True, kw_only=True):
@@ -232,20 +232,31 @@ def engine_report(pong: Pong | None) -> EngineReport | None:
     )
 
 
-def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Pong | None) -> StatusReport:
+def report_of(
+    view: RingView,
+    pong: Pong | None,
+    *,
+    model: str,
+    url: str,
+    lan: str | None,
+    workers: list[PoolWorker],
+    hosts: list[PoolHost],
+    candidates: tuple[Candidate, ...],
+) -> StatusReport:
+    ring = view.ring
     stages = ring.stages if ring is not None else ()
-    watch = head.watch if head.watch is not None and ring is not None and head.watch.plan is ring.plan else None
+    watch = view.watch if ring is not None else None
     used = {stage.worker.register.device for stage in stages}
     reasons = {device.name: device.reason for device in ring.plan.left_out} if ring is not None else {}
     return StatusReport(
-        model=head.model_name,
-        url=head.url,
-        lan=head.pairing_address,
-        state=head.state,
-        error=ring.error.message if ring is not None and ring.error else None,
-        hint=(ring.error.hint or None) if ring is not None and ring.error else None,
+        model=model,
+        url=url,
+        lan=lan,
+        state=view.phase,
+        error=view.error.message if view.error is not None else None,
+        hint=(view.error.hint or None) if view.error is not None else None,
         pid=os.getpid(),
-        engine_pid=ring.engine_pid if ring is not None else None,
+        engine_pid=view.engine_pid,
         context_tokens=ring.plan.context_tokens if ring is not None else 0,
         kv_capacity_tokens=ring.plan.kv_capacity_tokens if ring is not None else 0,
         engine=engine_report(pong),
@@ -267,8 +278,8 @@ def report_of(head: Head, ring: Ring | None, workers: list[PoolWorker], pong: Po
             for worker in workers
             if worker.register.device not in used
         ],
-        hosts=[_host_report(host, workers) for host in head.hosts()],
-        waiting=[_waiting_report(candidate) for candidate in head.pending_candidates()],
+        hosts=[_host_report(host, workers) for host in hosts],
+        waiting=[_waiting_report(candidate) for candidate in candidates],
         logs=str(logs_dir()),
     )
 

@@ -19,16 +19,16 @@ import zmq
 from msgspec import structs
 
 from devices.hardware.device import Device
-from potluck.engine.loop import Engine
+from potluck.engine.loop import Engine, RingEnds
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Tokenizer
 from potluck.head.pool import Pool
 from potluck.host.local_host import ThisHost
 from potluck.host.node import Node
-from shard.formats.spec import ModelSpec
+from shard.formats.spec import Backend, ModelSpec
 from shard.pieces.open import open_checkpoint
 from shard.stage import ShardBackend, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from shard.worker.serve import StageServer
 from transport.codec import EdgeLimits, Received
@@ -111,20 +111,19 @@ class BenchRing:
         self._events: queue.SimpleQueue[tuple[float, EngineEvent]] = queue.SimpleQueue()
         self._engine = Engine(
             model=model.name,
-            sender=timed,
-            receiver=timed,
             tokenizer=Tokenizer(model),
-            limits=EngineLimits(
-                context_tokens=CONTEXT_TOKENS,
-                kv_capacity_tokens=CONTEXT_TOKENS,
-                vocab_size=spec.vocab_size,
-                num_stages=num_stages,
-                prefix_cache=False,  # every run computes its whole prompt
-            ),
-            fence=fence,
             emit=lambda event: self._events.put((time.perf_counter(), event)),
             clock=time.monotonic,
         )
+        limits = EngineLimits(
+            context_tokens=CONTEXT_TOKENS,
+            kv_capacity_tokens=CONTEXT_TOKENS,
+            vocab_size=spec.vocab_size,
+            num_stages=num_stages,
+            prefix_cache=False,  # every run computes its whole prompt
+        )
+        self._engine.attach_ends(fence, RingEnds(limits=limits, receiver=timed, connect=lambda is_cancelled: timed))
+        self._engine.warm_up(fence)
         self._thread = threading.Thread(target=self._engine.run, daemon=True)
         self._thread.start()
         self._wait_for(EngineReady)
@@ -205,7 +204,8 @@ def split_ring(model: Path, dtype: DType, num_stages: int) -> Iterator[BenchRing
         loads = stage_loads(fence, model, bounds, dtype)
         endpoints = pool.start_loading(list(zip(workers, loads, strict=True)))
         following = [*endpoints[1:], receiver.endpoint]
-        pool.connect([(worker, Connect(fence, next)) for worker, next in zip(workers, following, strict=True)])
+        for worker, next in zip(workers, following, strict=True):
+            pool.send(worker, Connect(fence, next))
         pool.wait_until_loaded(workers, on_loading=lambda _: None)
         sender = ZmqSender(context, endpoints[0], limits, name="the bench")
 
@@ -231,7 +231,7 @@ def worker_pool(
     run_dir = Path(tempfile.mkdtemp(prefix="plb-"))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        pool = Pool(context, run_dir, on_fault=lambda worker, error: None, on_joined=lambda worker: None, here=here)
+        pool = Pool(context, run_dir, on_change=lambda: None, here=here)
         node = Node(
             control=pool.endpoint,
             logs=run_dir,

@@ -14,11 +14,10 @@ from potluck.store.hub_repository import CachedRepository, Hub, HubFile, Reposit
 from potluck.store.sources import HubSource, ProgressCallback, PullOptions, PullProgress
 from potluck.store.transfer import RangeClient
 from shard.formats.config import check_supported, read_config
-from shard.formats.families import MLX_FAMILIES
+from shard.formats.families import FAMILIES, backends_of
 from shard.formats.safetensors import LENGTH_BYTES, header_bytes, weight_files
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
 from shard.formats.spec import ModelSpec
-from shard.torch_backend.library.config import TORCH_FAMILIES
 from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel, WrongBytes
 from transport.process.files import write_atomic
 
@@ -47,11 +46,10 @@ class ModelHeaders:
         """Raises UnsupportedModel for a model that no backend runs, as far as config.json says; BadCheckpoint."""
         with self._naming_repository():
             family = check_supported(read_config(self.folder))
-        if family not in TORCH_FAMILIES and family not in MLX_FAMILIES:
-            known = sorted({*TORCH_FAMILIES, *MLX_FAMILIES})
+        if not backends_of(family):
             raise UnsupportedModel(
                 f"{self._repository} has the architecture {family}, which no backend here runs",
-                hint=f"supported: {', '.join(known)}",
+                hint=f"supported: {', '.join(FAMILIES)}",
             )
 
     def choose_weight_files(self, names: Sequence[str]) -> list[str]:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from potluck.store.manifest import StoredModel
-from shard.formats.checkpoint import Checkpoint, TensorInfo
+from shard.formats.checkpoint import Checkpoint, TensorInfo, loaded_bytes, supported_form
 from shard.formats.config import model_part, read_config
-from shard.formats.families import MLX_FAMILIES, why_not_fused
-from shard.formats.weights_form import loaded_bytes, supported_form
+from shard.formats.families import backends_of, why_not_fused
 from shard.pieces.open import open_checkpoint
-from shard.torch_backend.library.config import TORCH_FAMILIES
 from transport.errors import BadCheckpoint, PotluckError
 from transport.messages.ring import DType
 
@@ -34,12 +32,10 @@ class ModelDetails:
 
 
 def details_of(model: StoredModel) -> ModelDetails:
-    architecture = model.spec.architecture
-    backends = (("torch", TORCH_FAMILIES), ("mlx", MLX_FAMILIES))
     return ModelDetails(
         has_tokenizer=any((model.path / name).is_file() for name in _TOKENIZER_FILES),
         has_chat_template=_has_chat_template(model.path),
-        backends=tuple(backend for backend, known in backends if architecture in known),
+        backends=backends_of(model.spec.architecture),
         library_reason=why_not_fused(config_of(model), stacked_experts=model.spec.stacked_experts),
     )
 

@@ -34,7 +34,6 @@ from potluck.store.sources import (
 )
 from potluck.system.paths import home_dir
 from shard.formats.gguf.index import INDEX_FILE, read_index
-from shard.formats.gguf.ingest import ingest_gguf
 from shard.pieces.open import open_checkpoint
 from transport.errors import BadCheckpoint, BadRequest, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel
 
@@ -108,6 +107,8 @@ def _ingest(gguf: Path, recorded_as: str, target: BuildTarget, progress: Progres
         progress(PullProgress(stage="ingest", done=done, total=total))
 
     with translated_write_errors(target.folder, gguf.name):
+        from shard.formats.gguf.ingest import ingest_gguf  # The gguf package takes an eighth of a second.
+
         ingest_gguf(gguf, target.folder, recorded_as=recorded_as, progress=report)
 
 

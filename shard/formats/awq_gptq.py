@@ -16,6 +16,7 @@ import numpy as np
 from shard.formats.affine import AFFINE_GROUPS, AffineForm, AffineRows
 from shard.formats.checkpoint import TensorInfo
 from shard.formats.dtypes import unpack_words
+from shard.formats.families import family_of
 from shard.formats.quantization import (
     SCALE_FORMATS,
     DenseTensor,
@@ -32,8 +33,6 @@ _PARTS = (_PACKED, ".qzeros", ".scales", ".g_idx")
 # Nibble i of an AWQ word is of output _AWQ_ORDER[i].
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _WORD_FORMATS = ("I32", "U32")
-# Families whose queries, keys and values have biases without config.json saying so.
-_QKV_BIAS_FAMILIES = ("qwen2",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +161,7 @@ def _is_zero_bias(files: SafetensorsFiles, stored: PlacedTensor, config: Mapping
     in_attention = ".self_attn." in module
     if config.get("attention_bias" if in_attention else "mlp_bias"):
         return False
-    if in_attention and config.get("model_type") in _QKV_BIAS_FAMILIES and not module.endswith(".o_proj"):
+    if in_attention and family_of(config).qkv_bias and not module.endswith(".o_proj"):
         return False
     bias = np.empty(stored.shape, np.float32)
     files.read_floats(stored, 0, bias, "float32")

@@ -10,32 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shard.formats.checkpoint import TensorInfo
-from shard.formats.families import has_stacked_experts
+from shard.formats.checkpoint import TensorInfo, weight_block
+from shard.formats.families import Family, family_of, has_stacked_experts
 from shard.formats.spec import ModelSpec, ModelWeights, WeightBlock, merge_blocks
-from shard.formats.weights_form import weight_block
 from transport.errors import BadCheckpoint, UnsupportedModel
-
-_ALL_LAYERS_SLIDE = ("mistral", "mixtral", "phi3", "starcoder2", "ministral")
-_SLIDE_FROM_MAX_WINDOW_LAYERS = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
-_SLIDING_PATTERN = {"gemma3_text": 6, "cohere2": 4}  # Every n-th layer is full.
-_EVEN_LAYERS_SLIDE = ("gemma2", "gpt_oss")  # Layers 0, 2, 4, … slide.
-# What transformers assumes when config.json does not say.
-_DEFAULT_WINDOW = {
-    "gemma2": 4096,
-    "gemma3_text": 4096,
-    "cohere2": 4096,
-    "mistral": 4096,
-    "gpt_oss": 128,
-} | dict.fromkeys(_SLIDE_FROM_MAX_WINDOW_LAYERS, 4096)
 
 
 def layer_windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer in tokens, None for full attention."""
-    kinds = _layer_kinds(config, num_layers)
-    if "sliding_attention" not in kinds:
+    family = family_of(config)
+    kinds = _layer_kinds(config, family, num_layers)
+    if "sliding_attention" not in kinds or (family.optional_window and not config.get("use_sliding_window")):
         return (None,) * num_layers
-    window = _window(config)
+    window = family.window(config)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise BadCheckpoint(
             f"config.json has sliding layers and sliding_window = {window!r}",
@@ -44,14 +31,11 @@ def layer_windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, 
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _window(config: dict[str, Any]) -> Any:
-    return config.get("sliding_window", _DEFAULT_WINDOW.get(config["model_type"]))
-
-
-def _layer_kinds(config: dict[str, Any], num_layers: int) -> list[str]:
+def _layer_kinds(config: dict[str, Any], family: Family, num_layers: int) -> list[str]:
     kinds = config.get("layer_types")
     if kinds is None:
-        return ["sliding_attention" if _is_sliding(config, layer) else "full_attention" for layer in range(num_layers)]
+        slide = _sliding_layers(config, family, num_layers)
+        return ["sliding_attention" if layer in slide else "full_attention" for layer in range(num_layers)]
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise BadCheckpoint(
             f"config.json's layer_types is not a list of {num_layers} kinds", hint="download the config again"
@@ -65,19 +49,24 @@ def _layer_kinds(config: dict[str, Any], num_layers: int) -> list[str]:
     return kinds
 
 
-def _is_sliding(config: dict[str, Any], layer: int) -> bool:
-    family = config["model_type"]
-    if family in _SLIDING_PATTERN:
-        pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", _SLIDING_PATTERN[family]))
+def _sliding_layers(config: dict[str, Any], family: Family, num_layers: int) -> set[int]:
+    layers = range(num_layers)
+    if family.slides == "all_but_every_nth":
+        pattern = family.window_pattern
+        if family.pattern_key:
+            pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", pattern))
         if not isinstance(pattern, int) or pattern < 1:
             raise BadCheckpoint(f"config.json has sliding_window_pattern = {pattern!r}", hint="download it again")
-        return (layer + 1) % pattern != 0
-    if family in _EVEN_LAYERS_SLIDE:
-        return layer % 2 == 0
-    if family in _SLIDE_FROM_MAX_WINDOW_LAYERS:
-        from_layer = config.get("max_window_layers", 28)
-        return bool(config.get("use_sliding_window") and _window(config) and layer >= from_layer)
-    return family in _ALL_LAYERS_SLIDE and _window(config) is not None
+        return {layer for layer in layers if (layer + 1) % pattern}
+    if family.slides == "never" or not family.window(config):
+        return set()
+    if family.slides == "from_max_window_layers":
+        return set(layers[config.get("max_window_layers", 28) :])
+    if family.slides == "layers_without_rope":
+        interval = config.get("no_rope_layer_interval", 4)
+        has_rope = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in layers]
+        return {layer for layer, rope in zip(layers, has_rope, strict=False) if not rope}
+    return set(layers)
 
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -96,8 +85,6 @@ _UNSUPPORTED_KEYS = {
     "attention_chunk_size": "chunked attention",
     "is_encoder_decoder": "an encoder",
 }
-_DEFAULT_HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "gpt_oss": 64, "qwen3": 128}
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -121,21 +108,22 @@ def spec_from(config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, file
 
     Raises UnsupportedModel for what can't be split or sized, BadCheckpoint where config and tensors disagree.
     """
-    family = check_supported(config)
+    check_supported(config)
+    family = family_of(config)
     num_layers = _positive_int(config, "num_hidden_layers", at_most=_MAX_LAYERS)
     hidden = _positive_int(config, "hidden_size")
-    heads = _positive_int(config, "num_attention_heads")
-    kv_heads = _positive_int(config, "num_key_value_heads", default=heads)
-    head_dim = _positive_int(config, "head_dim", default=_DEFAULT_HEAD_DIM.get(family, hidden // heads))
+    _positive_int(config, "num_attention_heads")  # What a default is divided by.
+    kv_heads = _positive_int(config, "num_key_value_heads", default=family.kv_heads(config))
+    head_dim = _positive_int(config, "head_dim", default=family.head_dim(config))
     embed = _tensor(tensors, EMBEDDING, columns=hidden)
     tied = config.get("tie_word_embeddings")
     if tied is None:
-        tied = family in _TIED_BY_DEFAULT or LM_HEAD not in tensors
+        tied = family.tied_by_default or LM_HEAD not in tensors
     lm_head = embed if tied else _tensor(tensors, LM_HEAD, columns=hidden)
     norm = _tensor(tensors, NORM, columns=hidden)
     layers = _layer_blocks(tensors, num_layers)
     return ModelSpec(
-        architecture=family,
+        architecture=family.model_type,
         num_layers=num_layers,
         hidden_size=hidden,
         vocab_size=embed.shape[0],

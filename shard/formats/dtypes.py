@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from shard.stage import StageSpec
 from transport.messages.ring import DType
 
 NUMPY_DTYPE: dict[DType, np.dtype[np.generic]] = {
@@ -44,6 +45,13 @@ def check_output(name: str, shape: tuple[int, ...], out: np.ndarray, dtype: DTyp
         raise ValueError(
             f"{name} {shape} as {dtype} needs a contiguous {NUMPY_DTYPE[dtype]} array, not {out.dtype} {out.shape}"
         )
+
+
+def empty_output(spec: StageSpec, hidden_size: int, vocab_size: int) -> np.ndarray:
+    """What a backend makes of an empty batch."""
+    if spec.is_last:
+        return np.empty((0, vocab_size), np.float32)
+    return np.empty((0, hidden_size), NUMPY_DTYPE[spec.next_dtype])
 
 
 def unpack_stream(data: np.ndarray, bits: int) -> np.ndarray:

@@ -16,13 +16,14 @@ import numpy as np
 from shard.formats.affine import AffineForm, AffineRows
 from shard.formats.checkpoint import TensorInfo
 from shard.formats.dtypes import unpack_stream
+from shard.formats.families import FAMILIES
 from shard.formats.quantization import SCALE_FORMATS, DenseTensor, LogicalTensor, MlxQuantization, shape_error, sibling
 from shard.formats.safetensors import PlacedTensor, SafetensorsFiles
 from transport.errors import BadCheckpoint
 
 _MAX_EXPERTS = 4096
-_STACKED = re.compile(r"(.+\.(?:mlp|block_sparse_moe))\.switch_mlp\.(gate_proj|up_proj|down_proj)\.weight")
-_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_EXPERTS = {family.experts.block: family.experts for family in FAMILIES.values() if family.experts is not None}
+_STACKED = re.compile(rf"(.+\.)({'|'.join(_EXPERTS)})\.switch_mlp\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,5 @@ def _expert_names(stored: PlacedTensor) -> list[str] | None:
         return None
     if len(stored.shape) != 3 or not 1 <= stored.shape[0] <= _MAX_EXPERTS:
         raise shape_error(stored, "where [experts, rows, columns] belongs")
-    block, projection = match[1], match[2]
-    if block.endswith("block_sparse_moe"):
-        projection = _MIXTRAL[projection]
-    return [f"{block}.experts.{expert}.{projection}.weight" for expert in range(stored.shape[0])]
+    names = _EXPERTS[match[2]]
+    return [match[1] + names.tensor(expert, match[3]) for expert in range(stored.shape[0])]

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from shard.formats.config import is_decoder_tensor
-from shard.formats.dtypes import from_bfloat16, store_floats
+from shard.formats.dtypes import NUMPY_DTYPE, from_bfloat16, store_floats
 from shard.formats.weight_folder import WeightFolder
 from transport.errors import BadCheckpoint, UnsupportedModel
 from transport.messages.ring import DType
@@ -123,7 +123,7 @@ def _header_error(path: Path, why: str) -> BadCheckpoint:
 
 
 FLOATS: Mapping[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_RAW_DTYPE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_RAW_DTYPE = {format: NUMPY_DTYPE[dtype].newbyteorder("<") for format, dtype in FLOATS.items()}
 _BLOCK_ELEMENTS = 1 << 19
 WEIGHT_INDEX = "model.safetensors.index.json"
 

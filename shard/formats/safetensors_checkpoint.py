@@ -15,7 +15,7 @@ import numpy as np
 
 from shard.formats.affine import AffineRows
 from shard.formats.awq_gptq import packed_tensors
-from shard.formats.checkpoint import TensorInfo, check_rows, require_affine
+from shard.formats.checkpoint import TensorInfo, check_read, check_rows, require_affine
 from shard.formats.config import read_config, spec_from
 from shard.formats.dtypes import check_output, store_floats
 from shard.formats.mlx import mlx_tensors
@@ -81,8 +81,7 @@ class SafetensorsCheckpoint:
 
     def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
         tensor = self._tensor(name)
-        check_rows(name, tensor.info.shape, first, len(out))
-        check_output(name, (len(out), tensor.info.shape[-1]), out, dtype)
+        check_read(tensor.info, first, out, dtype)
         self._read(tensor, first, out, dtype)
 
     def read_affine(self, name: str, first: int, num_rows: int) -> AffineRows:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from transport.errors import UnsupportedModel
-from transport.messages.ring import KVForm
+from transport.errors import StageFailed, UnsupportedModel
+from transport.messages.ring import KVForm, SequenceId
 
 BLOCK_TOKENS = 256
 """Buffers grow by at least this many tokens, so that a decode step writes in place instead of copying."""
@@ -135,6 +135,70 @@ class MlxLayerKV:
         old: list[mx.array | None] = [*self.arrays] or [None] * len(new)
         self.arrays = [_copied_buffer(one, like, held - kept, held, room) for one, like in zip(old, new, strict=True)]
         self._base += held - kept
+
+
+class MlxKVStore:
+    """Implements KVStore: a layer's KV for each layer of a sequence, made when it is first asked for. `windows` are the
+    layers'."""
+
+    def __init__(self, windows: Sequence[int | None], context_tokens: int, group: int | None) -> None:
+        self._windows = windows
+        self._context_tokens = context_tokens
+        self._group = group
+        self._sequences: dict[SequenceId, list[MlxLayerKV]] = {}
+
+    def layers(self, sequence: SequenceId) -> list[MlxLayerKV]:
+        slots = self._sequences.get(sequence)
+        if slots is None:
+            slots = [MlxLayerKV(window, self._context_tokens, self._group) for window in self._windows]
+            self._sequences[sequence] = slots
+        return slots
+
+    def length(self, sequence: SequenceId) -> int:
+        slots = self._sequences.get(sequence)
+        return slots[0].offset if slots else 0
+
+    def truncate(self, sequence: SequenceId, length: int) -> int:
+        slots = self._sequences.get(sequence)
+        if slots is None:
+            return 0
+        if length >= slots[0].offset:
+            return slots[0].offset
+        if length <= 0 or not all(slot.can_truncate(length) for slot in slots):
+            self.release(sequence)
+            return 0
+        for slot in slots:
+            slot.truncate(length)
+        return length
+
+    def release(self, sequence: SequenceId) -> None:
+        self._sequences.pop(sequence, None)
+
+    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
+        slots = self._sequences[source]
+        if not all(slot.can_truncate(length) for slot in slots):
+            return False
+        try:
+            copies = [slot.fork(length) for slot in slots]
+            mx.eval([slot.arrays for slot in copies])
+        except (RuntimeError, MemoryError) as error:
+            raise StageFailed(
+                f"MLX could not copy {length} tokens of KV: {error}", hint="lower the context or the number of requests"
+            ) from error
+        self._sequences[target] = copies
+        return True
+
+    def move(self, source: SequenceId, target: SequenceId) -> None:
+        self._sequences[target] = self._sequences.pop(source)
+
+    def num_bytes(self) -> int:
+        return sum(slot.nbytes for slots in self._sequences.values() for slot in slots)
+
+    def num_tokens(self) -> int:
+        return sum(slots[0].offset for slots in self._sequences.values())
+
+    def num_sequences(self) -> int:
+        return len(self._sequences)
 
 
 class MlxDecodeKV:

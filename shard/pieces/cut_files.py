@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from shard.formats.gguf.checkpoint import GgufCheckpoint
 from shard.formats.gguf.index import INDEX_FILE, GgufIndex, read_index
 from shard.formats.safetensors import LENGTH_BYTES, WEIGHT_INDEX, header_bytes, parse_header, weight_files
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
@@ -145,6 +144,8 @@ def make_piece_list(
 
 
 def _gguf_ranges(folder: Path) -> dict[str, list[_FileRange]]:
+    from shard.formats.gguf.checkpoint import GgufCheckpoint  # The gguf package takes an eighth of a second.
+
     checkpoint = GgufCheckpoint(folder)  # It checks the file's size.
     checkpoint.close()
     index: GgufIndex = read_index(folder)

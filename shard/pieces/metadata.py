@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 
 from shard.formats.safetensors import LENGTH_BYTES, header_bytes
-from shard.formats.weight_folder import OPENING_PIECES
 from shard.pieces.cut_files import HashProgress, make_piece_list, model_files, stamp_of
 from shard.pieces.piece_list import decode_piece_list, encode_piece_list, list_digest
 from transport.errors import BadCheckpoint, BadMessage
@@ -25,6 +24,8 @@ from transport.pieces.store import PieceStore
 from transport.process.files import FileStamp, write_atomic
 
 LIST_FILE = "pieces.json"
+OPENING_PIECES = "kept"
+"""The folder, beside the small files, of what of the weight files opening the model reads."""
 _SHARE_RECORDS = "offers"
 
 ReadPiece = Callable[[ListedFile, PlacedPiece], bytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -51,6 +51,16 @@ class RaggedStep:
         return found
 
 
+class AttentionRules(NamedTuple):
+    """A layer's window in tokens, and what scores are scaled by. `softcap` caps them; `sinks` [heads] take part in the
+    softmax."""
+
+    window: int | None
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
 def register() -> None:
     """Make the attention known to transformers; safe to call again."""
     from transformers import AttentionInterface
@@ -58,7 +68,7 @@ def register() -> None:
     AttentionInterface.register(NAME, ragged_attention)
 
 
-def ragged_attention(
+def ragged_attention(  # noqa: PLR0913  transformers passes these
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -91,6 +101,7 @@ def ragged_attention(
         raise UnsupportedModel(f"{type(module).__name__} attends twice in layer {index}")
     ragged_step.attended.add(index)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rules = AttentionRules(sliding_window, scale, softcap, s_aux)
     outputs = []
     for run in ragged_step.runs:
         span = slice(run.offset, run.offset + run.num_tokens)
@@ -104,10 +115,7 @@ def ragged_attention(
                 run,
                 first,
                 ragged_step,
-                window=sliding_window,
-                scale=scale,
-                softcap=softcap,
-                sinks=s_aux,
+                rules,
             )
         )
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -121,14 +129,11 @@ def attend(
     run: Run,
     first: int,
     step: RaggedStep,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    rules: AttentionRules,
 ) -> torch.Tensor:
     """A run's query [heads, tokens, head_dim] over keys and values [kv_heads, positions from `first`, head_dim] → as
-    query. `softcap` caps the scores; `sinks` [heads] take part in the softmax."""
+    query."""
+    window, scale, softcap, sinks = rules
     if softcap is None and sinks is None:
         return _sdpa_attention(query, keys, values, run, first, window, scale, step)
     mask = step.mask(run, first, window, query.device)

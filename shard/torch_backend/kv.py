@@ -203,7 +203,7 @@ class SequenceKV:
 
 
 class KVCache:
-    """All sequences of a stage."""
+    """Implements KVStore."""
 
     def __init__(self, spec: StageSpec) -> None:
         self._spec = spec
@@ -221,7 +221,7 @@ class KVCache:
         return 0 if held is None else held.length
 
     def truncate(self, sequence: SequenceId, length: int) -> int:
-        """Forget positions ≥ `length`; the length reached: 0, with all memory freed, past what a window allows."""
+        """See KVStore. Past what a window allows, all memory is freed."""
         held = self._sequences.get(sequence)
         if held is None:
             return 0
@@ -235,7 +235,6 @@ class KVCache:
 
     @torch.inference_mode()
     def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
-        """See ShardBackend. Out of memory is StageFailed, and nothing is copied."""
         held, copied = self._sequences[source], self._empty()
         if not all(layer.can_truncate(length) for layer in held.layers.values()):
             return False
@@ -247,7 +246,6 @@ class KVCache:
         return True
 
     def move(self, source: SequenceId, target: SequenceId) -> None:
-        """See ShardBackend."""
         self._sequences[target] = self._sequences.pop(source)
 
     def release(self, sequence: SequenceId) -> None:

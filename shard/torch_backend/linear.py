@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from shard.formats.checkpoint import Checkpoint
-from shard.torch_backend.tensors import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from shard.formats.dtypes import NUMPY_DTYPE
+from shard.torch_backend.tensors import TORCH_DTYPES, to_numpy, to_torch
 from transport.messages.ring import DType
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _load_dense(
         if device.type == "cpu":
             checkpoint.read_into(name, to_numpy(out), dtype)
         else:
-            host = np.empty(shape, NUMPY_DTYPES[dtype])
+            host = np.empty(shape, NUMPY_DTYPE[dtype])
             checkpoint.read_into(name, host, dtype)
             out.copy_(to_torch(host, dtype))
         row += shape[0]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from shard.formats.checkpoint import Checkpoint, TensorInfo
+from shard.formats.families import ExpertNames
 from transport.errors import BadCheckpoint
 from transport.messages.ring import DType
 
@@ -17,11 +18,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
-}
-NUMPY_DTYPES: dict[DType, type[np.generic]] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
 }
 
 
@@ -42,10 +38,6 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Text models inside vision-language checkpoints carry one of these before or in place of "model.".
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.")
-# An expert's gate, up and down projections as the files name them: Qwen's names, then Mixtral's.
-_GATES = ("gate_proj", "w1")
-_UPS = ("up_proj", "w3")
-_DOWNS = ("down_proj", "w2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +52,18 @@ class TensorPart:
 class TensorNames:
     """Finds checkpoint tensors for parameters named as transformers names them, with layers counted from `first`."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], *, first: int, tied_embeddings: bool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        first: int,
+        tied_embeddings: bool,
+        experts: ExpertNames | None = None,
+    ) -> None:
         self._tensors = tensors
         self._first = first
         self._tied = tied_embeddings
+        self._experts = experts
         self._prefix = next((p for p in _PREFIXES if p + "embed_tokens.weight" in tensors), "model.")
 
     def embedding(self) -> str:
@@ -91,32 +91,24 @@ class TensorNames:
 
     def _expert_parts(self, name: str, shape: tuple[int, ...]) -> tuple[TensorPart, ...]:
         block, experts, kind = name.partition(".mlp.experts.")
-        if not experts:
-            return (self._part(self._spelling(name), shape),)
+        names = self._experts
+        if names is None:
+            return (self._part(name, shape),)
+        if not experts:  # A router, say: Mixtral's files say `block_sparse_moe` where its modules say `mlp`.
+            return (self._part(name.replace(".mlp.", f".{names.block}."), shape),)
         num_experts, inner = shape[0], shape[1:]
         if kind == "down_proj":
             return tuple(
-                self._part(self._expert_tensor(block, expert, _DOWNS), inner, (expert,))
-                for expert in range(num_experts)
+                self._part(f"{block}.{names.tensor(expert, kind)}", inner, (expert,)) for expert in range(num_experts)
             )
         if kind == "gate_up_proj":
             half = inner[0] // 2
             return tuple(
-                self._part(self._expert_tensor(block, expert, names), (half, *inner[1:]), (expert, rows))
+                self._part(f"{block}.{names.tensor(expert, projection)}", (half, *inner[1:]), (expert, rows))
                 for expert in range(num_experts)
-                for names, rows in ((_GATES, slice(0, half)), (_UPS, slice(half, 2 * half)))
+                for projection, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, 2 * half)))
             )
         return (self._part(name, shape),)
-
-    def _spelling(self, name: str) -> str:
-        """Mixtral's files say `block_sparse_moe` where its modules say `mlp`."""
-        mixtral = name.replace(".mlp.", ".block_sparse_moe.")
-        return mixtral if mixtral in self._tensors else name
-
-    def _expert_tensor(self, block: str, expert: int, projections: tuple[str, str]) -> str:
-        qwen = f"{block}.mlp.experts.{expert}.{projections[0]}.weight"
-        mixtral = f"{block}.block_sparse_moe.experts.{expert}.{projections[1]}.weight"
-        return mixtral if mixtral in self._tensors else qwen
 
     def _part(self, name: str, shape: tuple[int, ...], index: tuple[int | slice, ...] = ()) -> TensorPart:
         info = self._tensors.get(name)

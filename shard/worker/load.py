@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-from shard.formats.checkpoint import Checkpoint
-from shard.formats.spec import QUANTIZE_ON_LOAD_BITS
-from shard.formats.weights_form import DenseView, QuantizeOnLoad
+from shard.formats.checkpoint import Checkpoint, DenseView, QuantizeOnLoad
+from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend
 from shard.stage import ShardBackend, StageSpec
 from transport.errors import ConfigError
 from transport.messages.ring import WeightsForm
-
-Backend = Literal["torch", "mlx"]
 
 
 def load_shard(

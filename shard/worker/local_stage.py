@@ -62,7 +62,7 @@ class LocalStage:
         self._apply_ops(step.ops)
         self._check(step)
         for entry in step.entries:
-            if entry.start < self._backend.length(entry.sequence):
+            if entry.start < self._backend.kv.length(entry.sequence):
                 self._truncate_exactly(entry.sequence, entry.start)
         output = self._backend.forward(Batch(entries=step.entries, hidden=step.hidden))
         if self._spec.is_last:
@@ -71,12 +71,12 @@ class LocalStage:
 
     def truncate(self, sequence: SequenceId, length: int) -> int:
         """Forget KV of positions ≥ `length`; returns the length reached (see ShardBackend)."""
-        return self._backend.truncate(sequence, length)
+        return self._backend.kv.truncate(sequence, length)
 
     def release(self, sequence: SequenceId) -> None:
         """Forget the sequence; unknown ones are ignored."""
         self._open.pop(sequence, None)
-        self._backend.release(sequence)
+        self._backend.kv.release(sequence)
 
     def _apply_ops(self, ops: tuple[Op, ...]) -> None:
         """Apply all ops in order, then raise what the first bad one deserves: a release is never skipped."""
@@ -108,25 +108,25 @@ class LocalStage:
             self._check_fork(fork)
             if fork.moves:
                 self._move(fork)
-            elif not self._backend.fork(fork.source, fork.sequence, fork.length):
+            elif not self._backend.kv.fork(fork.source, fork.sequence, fork.length):
                 raise self._window_error(fork.source, fork.length)
         finally:
             if fork.moves and fork.source != fork.sequence:
                 self.release(fork.source)
 
     def _move(self, fork: Fork) -> None:
-        self._backend.move(fork.source, fork.sequence)
-        if self._backend.length(fork.sequence) > fork.length:
+        self._backend.kv.move(fork.source, fork.sequence)
+        if self._backend.kv.length(fork.sequence) > fork.length:
             self._truncate_exactly(fork.sequence, fork.length)
 
     def _check_fork(self, fork: Fork) -> None:
-        held = self._backend.length(fork.source)
+        held = self._backend.kv.length(fork.source)
         if fork.sequence not in self._open:
             raise self._unknown_sequence_error(fork.sequence)
-        if fork.length < 1 or fork.source == fork.sequence or self._backend.length(fork.sequence):
+        if fork.length < 1 or fork.source == fork.sequence or self._backend.kv.length(fork.sequence):
             raise BadMessage(
                 f"{fork.length} positions of sequence {fork.source} can't be given to sequence {fork.sequence}, which "
-                f"holds {self._backend.length(fork.sequence)}"
+                f"holds {self._backend.kv.length(fork.sequence)}"
             )
         if fork.source not in self._open:
             raise self._unknown_sequence_error(fork.source)
@@ -136,7 +136,7 @@ class LocalStage:
                 f"{fork.sequence}",
                 hint=_REPLAY_HINT,
             )
-        num_tokens = self._backend.num_kv_tokens() + (0 if fork.moves else fork.length)
+        num_tokens = self._backend.kv.num_tokens() + (0 if fork.moves else fork.length)
         if num_tokens > self._spec.kv_capacity_tokens:
             raise self._kv_capacity_error(num_tokens)
         source, target = self._open[fork.source], self._open[fork.sequence]
@@ -147,13 +147,13 @@ class LocalStage:
 
     def _check(self, step: StageInput) -> None:
         seen: set[SequenceId] = set()
-        num_tokens = self._backend.num_kv_tokens()
+        num_tokens = self._backend.kv.num_tokens()
         for entry in step.entries:
             if entry.sequence in seen:
                 raise BadMessage(f"sequence {entry.sequence} is in one step twice")
             seen.add(entry.sequence)
             self._check_entry(entry)
-            num_tokens += entry.start + len(entry.token_ids) - self._backend.length(entry.sequence)
+            num_tokens += entry.start + len(entry.token_ids) - self._backend.kv.length(entry.sequence)
         if step.entries and num_tokens > self._spec.kv_capacity_tokens:
             raise self._kv_capacity_error(num_tokens)
         self._check_hidden(step)
@@ -167,7 +167,7 @@ class LocalStage:
                 f"sequence {entry.sequence}: {num_tokens} tokens from position {entry.start} "
                 f"with {entry.num_logits} logits is not an entry"
             )
-        held = self._backend.length(entry.sequence)
+        held = self._backend.kv.length(entry.sequence)
         if entry.start > held:
             raise StageFailed(
                 f"sequence {entry.sequence} holds {held} tokens of KV here, the step starts at {entry.start}",
@@ -196,7 +196,7 @@ class LocalStage:
             )
 
     def _truncate_exactly(self, sequence: SequenceId, length: int) -> None:
-        if self._backend.truncate(sequence, length) != length:
+        if self._backend.kv.truncate(sequence, length) != length:
             raise self._window_error(sequence, length)
 
     def _sample(self, entries: tuple[Entry, ...], logits: np.ndarray) -> tuple[EntryResult, ...]:

@@ -193,6 +193,7 @@ class Worker:
                 next_limits,
                 name=f"stage {load.stage} ({self._register.device})",
                 prepare=self._edges.client_auth(connect.next, connect.key),
+                stop=self._has_pending_command,
             )
             try:
                 server = StageServer(LocalStage(backend), spec, receiver, sender, fence=load.fence, index=load.stage)
@@ -201,7 +202,7 @@ class Worker:
                     Loaded(
                         load.fence,
                         backend.weights_bytes,
-                        backend.kv_bytes(),
+                        backend.kv.num_bytes(),
                         load_s,
                         fetch_s=fetched.seconds,
                         fetched=fetched.bytes_by_peer,
@@ -292,10 +293,10 @@ class Worker:
             decode_buckets=counters.buckets(),
             prefill_tokens=counters.prefill_tokens,
             prefill_s=counters.prefill_s,
-            sequences=backend.num_sequences(),
-            kv_tokens=backend.num_kv_tokens(),
+            sequences=backend.kv.num_sequences(),
+            kv_tokens=backend.kv.num_tokens(),
             weights_bytes=backend.weights_bytes,
-            kv_bytes=backend.kv_bytes(),
+            kv_bytes=backend.kv.num_bytes(),
             rss_bytes=rss_bytes,
         )
 

@@ -182,6 +182,34 @@ def test_a_worker_that_dies_ends_its_requests_and_the_ring(home: Home, stage: in
     running.stop()
 
 
+def test_an_engine_that_dies_is_replaced_and_the_ring_loaded_anew(home: Home) -> None:
+    running = Running(home, *up_arguments(devices=TWO_DEVICES))
+    url = running.facts()["url"]
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+
+    def answer() -> str:
+        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=ASK_S)
+        text: str = response.json()["choices"][0]["message"]["content"] if response.status_code == 200 else ""
+        return text
+
+    before = answer()
+    assert before
+    engine = processes(home, "potluck.engine.process")[0]
+    engine.kill()
+    wait_until(lambda: httpx.get(f"{url}/health", timeout=ASK_S).status_code == 503, GONE_S)
+    wait_until(lambda: "Ready at" in running.said(), READY_S, running.said)
+    assert "the engine ended with exit code -9" in running.said()
+    assert answer() == before
+    assert engine.pid not in {process.pid for process in home.processes()}
+    running.stop()
+    assert home.leftovers() == []
+
+
 def test_a_worker_that_stops_answering_is_found_and_named(home: Home) -> None:
     running = Running(home, *up_arguments(devices=TWO_DEVICES))
     facts = running.facts()

@@ -21,8 +21,8 @@ from tests.support.e2e.potluck_process import ASK_S, GONE_S, READY_S, Home, Runn
 IMPATIENT = """
 import sys
 from potluck.cli import app
-from potluck.head import head, plan_watch
-plan_watch.PERSISTS_S, plan_watch.PERSISTS_STEPS, head._WATCH_INTERVAL_S = 3.0, 50, 0.5
+from potluck.head import controller, plan_watch
+plan_watch.PERSISTS_S, plan_watch.PERSISTS_STEPS, controller._WATCH_INTERVAL_S = 3.0, 50, 0.5
 sys.exit(app.main())
 """
 ARGUMENTS = ("--use-all", "--estimate", "--objective", "latency", "--concurrency", "1", "--threads", "1", "--port", "0")

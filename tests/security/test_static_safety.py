@@ -37,7 +37,7 @@ _LOADERS = (
 # bench.
 _REVIEWED = {
     ("potluck/cli/app.py", "importlib.import_module"),
-    ("shard/mlx_backend/library.py", "importlib.import_module"),
+    ("shard/mlx_backend/build.py", "importlib.import_module"),
     ("bench/peers/llama_child.py", "from importlib import import_module"),
 }
 

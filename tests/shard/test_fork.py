@@ -56,13 +56,13 @@ def test_a_fork_goes_on_as_if_computed(make: Make, family: str, runner: Runner) 
     others = [*ids[:25], *others[25:]]
     shard, fresh = make(family, runner), make(family, runner)
     feed(shard, ONE, ids, 25, 40)
-    assert shard.fork(ONE, TWO, 25)
-    assert (shard.length(ONE), shard.length(TWO), shard.num_kv_tokens()) == (40, 25, 65)
+    assert shard.kv.fork(ONE, TWO, 25)
+    assert (shard.kv.length(ONE), shard.kv.length(TWO), shard.kv.num_tokens()) == (40, 25, 65)
     got = {TWO: feed(shard, TWO, others, 26, 45, start=25), ONE: feed(shard, ONE, ids, 41, 60, start=40)}
     assert np.array_equal(got[TWO], feed(fresh, TWO, others, 25, 26, 45))
     assert np.array_equal(got[ONE], feed(fresh, ONE, ids, 25, 40, 41, 60))
     # And back and on again, each on its own.
-    assert (shard.truncate(TWO, 30), shard.truncate(ONE, 50), fresh.truncate(ONE, 50)) == (30, 50, 50)
+    assert (shard.kv.truncate(TWO, 30), shard.kv.truncate(ONE, 50), fresh.kv.truncate(ONE, 50)) == (30, 50, 50)
     assert np.array_equal(feed(shard, ONE, ids, 60, start=50), feed(fresh, ONE, ids, 60, start=50))
     assert relative_error(feed(shard, TWO, others, 60, start=30), feed(fresh, THREE, others, 30, 60)) < 1e-5
 
@@ -72,7 +72,7 @@ def test_a_fork_inside_of_a_chunk_is_right_within_rounding(make: Make, runner: R
     (ids,) = random_prompts(3, [60]).values()
     shard, fresh = make("gemma3_text", runner), make("gemma3_text", runner)
     feed(shard, ONE, ids, 40)
-    assert shard.fork(ONE, TWO, 33)
+    assert shard.kv.fork(ONE, TWO, 33)
     assert relative_error(feed(shard, TWO, ids, 60, start=33), feed(fresh, ONE, ids, 33, 60)) < 1e-5
 
 
@@ -82,10 +82,10 @@ def test_a_move_leaves_nothing_behind_and_copies_nothing(make: Make, family: str
     (ids,) = random_prompts(5, [60]).values()
     shard, fresh = make(family, runner), make(family, runner)
     feed(shard, ONE, ids, 40)
-    before = shard.kv_bytes()
-    shard.move(ONE, TWO)
-    assert (shard.length(ONE), shard.length(TWO), shard.num_sequences()) == (0, 40, 1)
-    assert shard.kv_bytes() == before
+    before = shard.kv.num_bytes()
+    shard.kv.move(ONE, TWO)
+    assert (shard.kv.length(ONE), shard.kv.length(TWO), shard.kv.num_sequences()) == (0, 40, 1)
+    assert shard.kv.num_bytes() == before
     assert np.array_equal(feed(shard, TWO, ids, 60, start=40), feed(fresh, ONE, ids, 40, 60))
     assert np.array_equal(feed(shard, ONE, ids, 40), feed(fresh, TWO, ids, 40))
 
@@ -97,17 +97,17 @@ def test_a_window_is_forked_as_far_back_as_it_reaches(make: Make, family: str, r
     (ids,) = random_prompts(7, [LONG + 20]).values()
     shard, fresh = make(family, runner), make(family, runner)
     feed(shard, ONE, ids, *range(chunk, LONG + 1, chunk))
-    held = shard.kv_bytes()
-    assert not shard.fork(ONE, TWO, 20)
-    assert (shard.length(TWO), shard.num_sequences(), shard.kv_bytes()) == (0, 1, held)
+    held = shard.kv.num_bytes()
+    assert not shard.kv.fork(ONE, TWO, 20)
+    assert (shard.kv.length(TWO), shard.kv.num_sequences(), shard.kv.num_bytes()) == (0, 1, held)
     length = LONG - ROLLBACK
-    assert shard.fork(ONE, TWO, length)
+    assert shard.kv.fork(ONE, TWO, length)
     wanted = feed(fresh, ONE, ids, length, LONG + 20)
     assert relative_error(feed(shard, TWO, ids, LONG + 20, start=length), wanted) < 1e-5
     assert relative_error(feed(shard, ONE, ids, LONG + 20, start=LONG), wanted[ROLLBACK:]) < 1e-5
     # The copy can go back like any other.
-    assert shard.fork(ONE, THREE, LONG)
-    assert shard.truncate(THREE, length) == length
+    assert shard.kv.fork(ONE, THREE, LONG)
+    assert shard.kv.truncate(THREE, length) == length
     assert relative_error(feed(shard, THREE, ids, LONG + 20, start=length), wanted) < 1e-5
 
 
@@ -115,12 +115,12 @@ def test_a_window_is_forked_as_far_back_as_it_reaches(make: Make, family: str, r
 def test_releasing_source_and_fork_frees_all(make: Make, runner: Runner) -> None:
     shard = make("gemma3_text", runner)
     feed(shard, ONE, [5] * 30, 30)
-    assert shard.fork(ONE, TWO, 30)
-    assert shard.kv_bytes() > 0
-    shard.release(ONE)
-    assert (shard.num_sequences(), shard.num_kv_tokens()) == (1, 30)
-    shard.release(TWO)
-    assert (shard.num_sequences(), shard.num_kv_tokens(), shard.kv_bytes()) == (0, 0, 0)
+    assert shard.kv.fork(ONE, TWO, 30)
+    assert shard.kv.num_bytes() > 0
+    shard.kv.release(ONE)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens()) == (1, 30)
+    shard.kv.release(TWO)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens(), shard.kv.num_bytes()) == (0, 0, 0)
 
 
 @every_path
@@ -136,5 +136,5 @@ def test_out_of_memory_while_forking_copies_nothing(
     place = "shard.mlx_backend.kv.MlxLayerKV.fork" if runner == "mlx" else "shard.torch_backend.kv.LayerKV.copy_to"
     monkeypatch.setattr(place, out_of_memory)
     with pytest.raises(StageFailed, match="memory"):
-        shard.fork(ONE, TWO, 20)
-    assert (shard.length(ONE), shard.length(TWO), shard.num_sequences()) == (30, 0, 1)
+        shard.kv.fork(ONE, TWO, 20)
+    assert (shard.kv.length(ONE), shard.kv.length(TWO), shard.kv.num_sequences()) == (30, 0, 1)

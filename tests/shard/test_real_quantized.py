@@ -18,9 +18,10 @@ import torch
 import transformers
 
 from shard.formats.checkpoint import Checkpoint
+from shard.formats.spec import Backend
 from shard.pieces.open import open_checkpoint
 from shard.stage import Batch, ShardBackend, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from transport.messages.ring import DType, Entry, SequenceId
 
 NUM_TOKENS = 64
@@ -127,7 +128,7 @@ def greedy(ring: Sequence[ShardBackend], prompt: Sequence[int], num_tokens: int)
         start = len(ids)
         ids.append(int(output[0].argmax()))
     for shard in ring:
-        shard.release(ONE)
+        shard.kv.release(ONE)
     return Greedy(tokens=ids[len(prompt) :], logits=np.stack(rows))
 
 

@@ -12,9 +12,10 @@ import torch
 import transformers
 
 from shard.formats.checkpoint import Checkpoint
+from shard.formats.spec import Backend
 from shard.pieces.open import open_checkpoint
 from shard.stage import HiddenOutput, Stage, StageInput, StageSpec, TokenOutput
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from transport.messages.ring import DType, Entry, Open, SampledToken, Sampling, SequenceId
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -44,6 +44,7 @@ _ZERO_COPY_BYTES = 2**16
 # In how many pieces the header is, its last piece, and the buffer's: the frames of a message that are not full.
 _PARTIAL_FRAMES = 3
 _PROBE_INTERVAL_S = 0.02
+_STOP_INTERVAL_S = 0.1
 _NUM_PROBES = 25
 # As plain numbers: to combine flags that are enumerations takes 20 µs when caches are cold, as they are after a step.
 _NO_WAIT = int(zmq.DONTWAIT)
@@ -96,9 +97,10 @@ class ZmqSender:
         name: str,
         connect_timeout_s: float = LINK_CONNECT_S,
         prepare: Prepare | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Raises NeighbourGone if nobody listens at `endpoint`, or who does has another key, within
-        `connect_timeout_s`."""
+        `connect_timeout_s`, and soon after `stop()` is true."""
         assert prepare is not None or not is_tcp(endpoint), "nothing goes over TCP without CURVE"
         self._endpoint = endpoint
         self._frame_bytes = FRAME_BYTES if is_tcp(endpoint) else limits.max_message_bytes
@@ -112,7 +114,7 @@ class ZmqSender:
         self._send_events = [(self._socket, _POLL_OUT), *self._monitor_events]
         self._socket.connect(endpoint)
         try:
-            self._wait_until_connected()
+            self._wait_until_connected(stop)
             self.send(Hello(PROTOCOL_VERSION, limits.fence, name))
         except NeighbourGone:
             self.close()
@@ -135,13 +137,15 @@ class ZmqSender:
         if zmq.zmq_poll(self._monitor_events, 0):
             raise NeighbourGone(f"the neighbour at {self._endpoint} is gone")
 
-    def _wait_until_connected(self) -> None:
+    def _wait_until_connected(self, stop: Callable[[], bool]) -> None:
         """Connections that end before both ends know each other don't count: a process that has just bound may need
         longer to start than a handshake may take, and libzmq tries again."""
         deadline = time.monotonic() + self._timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if not self._monitor.poll(int(left_s * 1000)):
-                break
+            if stop():
+                raise NeighbourGone(f"connecting to {self._endpoint} was interrupted")
+            if not self._monitor.poll(int(min(left_s, _STOP_INTERVAL_S) * 1000) + 1):
+                continue
             if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return
         raise NeighbourGone(f"the neighbour at {self._endpoint} does not answer")
@@ -163,7 +167,7 @@ class ZmqSender:
 class ZmqReceiver:
     """Binds `endpoint` and admits one sender. Implements `transport.links.link.Receiver`.
 
-    Over TCP `guard` says whose key comes in. `listener` is the descriptor of a TCP socket that listens there already.
+    Over TCP `guard` says whose key comes in.
     """
 
     def __init__(
@@ -172,7 +176,6 @@ class ZmqReceiver:
         endpoint: str,
         limits: EdgeLimits,
         *,
-        listener: int | None = None,
         guard: Guard | None = None,
     ) -> None:
         """Raises ConfigError if it can't listen at `endpoint`."""
@@ -193,8 +196,6 @@ class ZmqReceiver:
         set_options(self._socket, max_message_bytes=max_frame_bytes, on_network=on_network)
         if self._guard is not None:
             self._guard.prepare(self._socket)
-        if listener is not None:
-            self._socket.setsockopt(zmq.USE_FD, listener)
         self._watch: ConnectionWatch | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         if on_network:

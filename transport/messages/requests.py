@@ -10,7 +10,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from transport.errors import PotluckError
-from transport.messages.ring import Sampling
+from transport.messages.ring import Fence, Sampling
 
 MAX_CLIENT_MESSAGE_BYTES = 32 * 2**20
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_TOP_LOGPROBS = 16, 1024, 20
@@ -109,6 +109,7 @@ class EngineReady(Struct, frozen=True, tag="engine_ready", kw_only=True):
 
     model: str
     context_tokens: int
+    fence: Fence | None = None
 
 
 class EngineDown(Struct, frozen=True, tag="engine_down"):
@@ -117,6 +118,14 @@ class EngineDown(Struct, frozen=True, tag="engine_down"):
     code: str
     message: str
     hint: str = ""
+    fence: Fence | None = None
+
+
+class RingAttached(Struct, frozen=True, tag="ring_attached"):
+    """The engine listens for that ring's last stage."""
+
+    fence: Fence
+    endpoint: str
 
 
 class Ping(Struct, frozen=True, tag="ping"):
@@ -136,4 +145,15 @@ class Pong(Struct, frozen=True, tag="pong", kw_only=True):
 
 
 ClientMessage = Submit | Cancel | Ping
-EngineEvent = Accepted | Delta | ChoiceFinished | Finished | Aborted | RequestFailed | EngineReady | EngineDown | Pong
+EngineEvent = (
+    Accepted
+    | Delta
+    | ChoiceFinished
+    | Finished
+    | Aborted
+    | RequestFailed
+    | EngineReady
+    | EngineDown
+    | RingAttached
+    | Pong
+)

@@ -12,7 +12,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from shard.formats.affine import AffineRows
-from shard.formats.checkpoint import TensorInfo, check_rows, matrix_rows, require_affine
+from shard.formats.checkpoint import TensorInfo, check_read, check_rows, matrix_rows, require_affine
 from shard.formats.config import read_config, spec_from
 from shard.formats.dtypes import check_output, store_floats
 from shard.formats.gguf.index import GgufIndex, IndexedTensor, read_index
@@ -75,8 +75,7 @@ class GgufCheckpoint:
 
     def read_rows(self, name: str, first: int, out: np.ndarray, dtype: DType) -> None:
         tensor = self._tensor(name)
-        check_rows(name, tensor.shape, first, len(out))
-        check_output(name, (len(out), tensor.shape[-1]), out, dtype)
+        check_read(self._infos[name], first, out, dtype)
         for at, data in self._blocks(tensor, first, len(out)):
             values = _undo_conversion(tensor, dequantize_rows(data, tensor.format))
             store_floats(values, out[at : at + len(data)], dtype)

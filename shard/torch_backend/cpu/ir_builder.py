@@ -139,6 +139,44 @@ class Kernel:
         self.builder.ret_void()
 
 
+def read_fields(kernel: Kernel, names: tuple[str, ...], pointers: tuple[str, ...]) -> dict[str, Value]:
+    """A kernel's fields: 64-bit numbers, some of which are addresses."""
+    fields = {name: kernel.load(kernel.at(kernel["fields"], 8 * i), I64, 8) for i, name in enumerate(names)}
+    for name in pointers:
+        fields[name] = kernel.builder.inttoptr(fields[name], PTR)
+    return fields
+
+
+def write_task_loops(
+    module: ir.Module, name: str, fields: tuple[str, ...], task: Value, *, before: Value | None = None
+) -> None:
+    """Functions NAME(fields) and NAME_team(fields), for one thread and for each of a team: (fields, index, thread) of
+    `task` for each of the field "tasks". `before`, (fields, first, step), comes first, and all wait for it."""
+    alone = Kernel(module, name, [("fields", PTR)])
+    tasks = read_fields(alone, fields, ())["tasks"]
+    if before is not None:
+        alone.builder.call(before, [alone["fields"], i64(0), i64(1)])
+    with alone.loop(i64(0), tasks) as index:
+        alone.builder.call(task, [alone["fields"], index, i64(0)])
+    alone.finish()
+    team = Kernel(module, f"{name}_team", [("fields", PTR)])
+    tasks = read_fields(team, fields, ())["tasks"]
+    thread, num_threads = team_thread(team)
+    if before is not None:
+        team.builder.call(before, [team["fields"], thread, num_threads])
+        team.call("GOMP_barrier", VOID, [])
+    with team.loop(thread, tasks, num_threads) as index:
+        team.builder.call(task, [team["fields"], index, thread])
+    team.finish()
+
+
+def team_thread(team: Kernel) -> tuple[Value, Value]:
+    """The number of this thread in its team, and how many there are."""
+    names = ("omp_get_thread_num", "omp_get_num_threads")
+    number, size = (team.builder.sext(team.call(name, I32, []), I64) for name in names)
+    return number, size
+
+
 def _suffix(kind: IrType) -> str:
     if isinstance(kind, ir.VectorType):
         return f"v{kind.count}f32"

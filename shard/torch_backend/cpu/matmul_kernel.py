@@ -9,7 +9,22 @@ from typing import Literal
 from llvmlite import ir
 
 from shard.torch_backend.cpu.compile import CompiledModule, InstructionSet, KernelFields, host_instruction_sets
-from shard.torch_backend.cpu.ir_builder import F32, I8, I32, I64, PTR, VOID, Kernel, Value, f32, filled, i64, vector
+from shard.torch_backend.cpu.ir_builder import (
+    F32,
+    I8,
+    I32,
+    I64,
+    PTR,
+    VOID,
+    Kernel,
+    Value,
+    f32,
+    filled,
+    i64,
+    read_fields,
+    team_thread,
+    vector,
+)
 from shard.torch_backend.cpu.program import Program
 from shard.torch_backend.cpu.vector_math import load_float16
 
@@ -71,17 +86,13 @@ def write_linear(module: ir.Module, bits: int, precision: Precision, target: Ins
 def _thread_share(team: Kernel, whole: Value) -> tuple[Value, Value]:
     """[first, last) of `whole` for this thread of the team."""
     builder = team.builder
-    index = builder.sext(team.call("omp_get_thread_num", I32, []), I64)
-    size = builder.sext(team.call("omp_get_num_threads", I32, []), I64)
+    index, size = team_thread(team)
     first, last = (builder.sdiv(builder.mul(whole, i), size) for i in (index, builder.add(index, i64(1))))
     return first, last
 
 
 def _read_matmul_fields(kernel: Kernel) -> dict[str, Value]:
-    fields = {name: kernel.load(kernel.at(kernel["fields"], 8 * i), I64, 8) for i, name in enumerate(FIELDS)}
-    for name in ("weights", "x", "activations", "factors", "y"):
-        fields[name] = kernel.builder.inttoptr(fields[name], PTR)
-    return fields
+    return read_fields(kernel, FIELDS, ("weights", "x", "activations", "factors", "y"))
 
 
 def _write_quantize(module: ir.Module, name: str, precision: Precision) -> Value:

@@ -5,8 +5,21 @@ from __future__ import annotations
 from llvmlite import ir
 
 from shard.torch_backend.cpu.heads import AttentionShape, Products, apply_rope, scale_of, store_kv, vectors_at
-from shard.torch_backend.cpu.ir_builder import F32, I32, I64, PTR, VOID, Kernel, Value, f32, filled, i64, vector
-from shard.torch_backend.cpu.rowwise_kernels import read_fields
+from shard.torch_backend.cpu.ir_builder import (
+    F32,
+    I32,
+    I64,
+    PTR,
+    VOID,
+    Kernel,
+    Value,
+    f32,
+    filled,
+    i64,
+    read_fields,
+    vector,
+    write_task_loops,
+)
 from shard.torch_backend.cpu.vector_math import LOG2_E, WIDTH, largest_of, power_of_two, softcapped, sum_of, transposed
 
 TILE_POSITIONS = 256
@@ -210,7 +223,6 @@ RUN_FIELDS = ("row", "rows", "keys", "values", "head_bytes", "first", "start")
 """Of a run: rows [row, row + rows) of `qkv` are tokens from position `start`; its keys and values of KV head 0 are held
 from position `first` on at these addresses, and those of the next head `head_bytes` further."""
 
-_FLOATS = vector(F32, WIDTH)
 _NO_SCORE = -1e30
 """The largest score where none was seen: less than any, and no infinity, of which there would be no difference."""
 
@@ -226,21 +238,7 @@ def write_prefill_attention(module: ir.Module, shape: AttentionShape, products: 
     load of keys."""
     place = _write_store_kv(module, shape)
     task = _PrefillTask(module, shape, products, tile_rows).write()
-    alone = Kernel(module, "attend_chunk", [("fields", PTR)])
-    fields = read_fields(alone, FIELDS, ())
-    alone.builder.call(place, [alone["fields"], i64(0), i64(1)])
-    with alone.loop(i64(0), fields["tasks"]) as index:
-        alone.builder.call(task, [alone["fields"], index, i64(0)])
-    alone.finish()
-    team = Kernel(module, "attend_chunk_team", [("fields", PTR)])
-    fields = read_fields(team, FIELDS, ())
-    first = team.builder.sext(team.call("omp_get_thread_num", I32, []), I64)
-    step = team.builder.sext(team.call("omp_get_num_threads", I32, []), I64)
-    team.builder.call(place, [team["fields"], first, step])
-    team.call("GOMP_barrier", VOID, [])
-    with team.loop(first, fields["tasks"], step) as index:
-        team.builder.call(task, [team["fields"], index, first])
-    team.finish()
+    write_task_loops(module, "attend_chunk", FIELDS, task, before=place)
     return "attend_chunk"
 
 
@@ -292,7 +290,7 @@ class _PrefillTask:
         self._kernel = Kernel(module, "attend_chunk_task", [("fields", PTR), ("index", I64), ("thread", I64)])
 
     def write(self) -> Value:
-        kernel, shape, layout = self._kernel, self._shape, self._layout
+        kernel, shape = self._kernel, self._shape
         builder = kernel.builder
         fields = read_fields(kernel, FIELDS, ("qkv", "out", "scratch", "runs", "cos", "sin", "q_norm"))
         block, head = (op(kernel["index"], i64(shape.kv_heads)) for op in (builder.sdiv, builder.srem))
@@ -328,20 +326,26 @@ class _PrefillTask:
                     builder.store(builder.add(first, i64(count)), done)
                 count //= 2
 
+        self._write_results(fields, packed_row, first_head, rows)
+        kernel.finish()
+        return kernel.function
+
+    def _write_results(self, fields: dict[str, Value], packed_row: Value, first_head: Value, rows: Value) -> None:
+        """Each row's sum of values over its sum of weights."""
+        kernel, shape, layout = self._kernel, self._shape, self._layout
+        builder = kernel.builder
         at = builder.add(builder.mul(packed_row, i64(shape.heads * shape.head_bytes)), first_head)
         out = kernel.at(fields["out"], at)
         with kernel.loop(i64(0), rows) as row:
             mine = self._tiles.row(row)
-            total = sum_of(kernel, kernel.load(kernel.at(mine, layout.sum_at), _FLOATS, 4))
+            total = sum_of(kernel, kernel.load(kernel.at(mine, layout.sum_at), _FLOAT_VECTOR, 4))
             inverse = kernel.splat(builder.fdiv(f32(1.0), total), WIDTH)
             token, query = builder.sdiv(row, i64(shape.queries)), builder.srem(row, i64(shape.queries))
             at = builder.mul(token, i64(shape.heads * shape.head_bytes))
             target = kernel.at(out, builder.add(at, builder.mul(query, i64(shape.head_bytes))))
             for part in range(0, shape.head_bytes, VECTOR_BYTES):
-                sums = kernel.load(kernel.at(mine, layout.sums_of_values_at + part), _FLOATS, 4)
+                sums = kernel.load(kernel.at(mine, layout.sums_of_values_at + part), _FLOAT_VECTOR, 4)
                 kernel.store(builder.fmul(sums, inverse), kernel.at(target, part), 4)
-        kernel.finish()
-        return kernel.function
 
     def _find_run(self, fields: dict[str, Value], block: Value) -> tuple[dict[str, Value], Value]:
         """The run that has the block, and which of its own it is."""
@@ -380,7 +384,7 @@ class _PrefillTask:
                     scaled = builder.fmul(part, filled(F32, shape.width, scale))
                     products.store(kernel, scaled, kernel.at(mine, step * i))
                 for at in range(layout.sums_of_values_at, layout.largest_at, VECTOR_BYTES):
-                    kernel.store(ir.Constant(_FLOATS, None), kernel.at(mine, at), 4)
+                    kernel.store(ir.Constant(_FLOAT_VECTOR, None), kernel.at(mine, at), 4)
                 kernel.store(f32(_NO_SCORE), kernel.at(mine, layout.largest_at), 4)
 
     def _kv_row(self, rows: Value, position: Value) -> Value:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shard.torch_backend.attention import Run, attend
+from shard.torch_backend.attention import AttentionRules, Run, attend
 from shard.torch_backend.fused.config import FusedConfig, LayerFacts
 from shard.torch_backend.fused.ops import RmsNorm, apply_rope_, decode_attention, rms_norm
 from shard.torch_backend.fused.step import FusedStep, PrefillSlice
@@ -18,7 +18,7 @@ from transport.errors import UnsupportedModel
 from transport.messages.ring import DType, KVForm
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import DecodeAttention, DecodeKVSlots, KVSlot
+    from shard.torch_backend.cpu.decode_attention import DecodeAttention, DecodeKVSlots, KVSlot
     from shard.torch_backend.cpu.prefill_attention import PrefillAttention, PrefillKVSlots, SlotMapping
     from shard.torch_backend.cpu.program import Program
 
@@ -84,8 +84,8 @@ def native_attention(
     """None where the kernels have no such attention: heads of an odd size, float16 on an old processor. Raises
     UnsupportedModel there if KV is to be held in 8 bits, which nothing else can."""
     from shard.torch_backend.cpu.compile import host_has_float16
+    from shard.torch_backend.cpu.decode_attention import DecodeAttention
     from shard.torch_backend.cpu.heads import AttentionShape
-    from shard.torch_backend.cpu.layer_ops import DecodeAttention
     from shard.torch_backend.cpu.prefill_attention import PrefillAttention, best_products
 
     rotary = 0 if facts.rope is None else 2 * config.ropes[facts.rope].inverse_frequencies.shape[0]
@@ -247,9 +247,6 @@ class Attention:
             run,
             first,
             step.ragged,
-            window=window,
-            scale=self._scale,
-            softcap=self._softcap,
-            sinks=None,
+            AttentionRules(window, self._scale, self._softcap, sinks=None),
         )
         return attended.transpose(0, 1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from shard.formats.checkpoint import Checkpoint
+from shard.formats.families import family_of
 from shard.stage import StageSpec
 from shard.torch_backend.fused.attention import Attention, AttentionWeights
 from shard.torch_backend.fused.config import ExpertFacts, FusedConfig, resolve
@@ -137,8 +138,13 @@ def build_fused(
     checkpoint: Checkpoint, spec: StageSpec, device: torch.device, progress: Callable[[int, int], None]
 ) -> FusedShard:
     """Layers [first, last) of a model that `support.why_not_fused` accepts; as `shard.torch_backend.build.build`."""
-    config = resolve(checkpoint.config, spec)
-    names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=config.tied_embeddings)
+    config, experts = resolve(checkpoint.config, spec), family_of(checkpoint.config).experts
+    names = TensorNames(
+        checkpoint.tensors,
+        first=spec.first,
+        tied_embeddings=config.tied_embeddings,
+        experts=experts,
+    )
     check = WeightCheck(names)
     _Assembly(config, spec, check, device).model()
     files = WeightReader(checkpoint, names, spec, device, check.parts, progress)
@@ -193,7 +199,7 @@ class _Assembly:
         config = self.config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        if config.has_fused_tensors:
+        if config.fused_tensors:
             sizes = {"qkv_proj": queries + 2 * keys}
         output = {"o_proj": config.hidden_size}
         over_heads, over_all = config.qk_norm == "head", config.qk_norm == "projection"
@@ -225,7 +231,7 @@ class _Assembly:
     def _mlp(self, prefix: str) -> GatedMlp:
         config = self.config
         sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        if config.has_fused_tensors:
+        if config.fused_tensors:
             sizes = {"gate_up_proj": 2 * config.intermediate_size}
         down = {"down_proj": config.hidden_size}
         return GatedMlp(

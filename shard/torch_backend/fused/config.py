@@ -11,20 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from shard.formats.config import layer_windows
+from shard.formats.families import Activation, Family, NormNames, family_of
 from shard.stage import StageSpec
 from shard.torch_backend.library.config import library_config, slice_config
-
-Activation = Literal["silu", "gelu_pytorch_tanh"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NormNames:
-    """The norms of a layer as its files name them; None where the family has none in that place."""
-
-    before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    after_mlp: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +65,7 @@ class FusedConfig:
     norm_eps: float
     norm_offset: float
     qk_norm: Literal["head", "projection"] | None
-    has_fused_tensors: bool
+    fused_tensors: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -89,38 +79,23 @@ class FusedConfig:
     tied_embeddings: bool
 
 
-_GEMMA_NORMS = NormNames(
-    after_attention="post_attention_layernorm",
-    before_mlp="pre_feedforward_layernorm",
-    after_mlp="post_feedforward_layernorm",
-)
-_OLMO_NORMS = NormNames(
-    before_attention=None,
-    after_attention="post_attention_layernorm",
-    before_mlp=None,
-    after_mlp="post_feedforward_layernorm",
-)
-_QK_NORMS: Mapping[str, Literal["head", "projection"]] = {
-    "gemma3_text": "head",
-    "olmo2": "projection",
-    "qwen3": "head",
-    "qwen3_moe": "head",
-}
-_ALL_LAYERS_SLIDE = ("mistral", "mixtral", "phi3", "qwen3_moe")
-
-
 def resolve(config: dict[str, Any], spec: StageSpec) -> FusedConfig:
     """The facts of layers [first, last) of a config that `support.why_not_fused` accepts.
 
     Raises what the library path raises: UnsupportedModel, BadCheckpoint.
     """
+    family = family_of(config)
+    assert family.fused is not None
     full = library_config(config)
     stage = slice_config(full, spec)
-    family = stage.model_type
-    is_gemma = family.startswith("gemma")
+    keys = family.fused.keys
+
+    def known(key: str, default: Any = None) -> Any:  # Of transformers' config, which is untyped.
+        return getattr(stage, key, default) if key in keys else default
+
     head_dim = getattr(stage, "head_dim", None) or stage.hidden_size // stage.num_attention_heads
     attention_bias = bool(getattr(stage, "attention_bias", False))
-    query_scalar = stage.query_pre_attn_scalar if is_gemma else head_dim
+    windows = layer_windows(config.get("text_config", config), spec.num_layers)[spec.first : spec.last]
     return FusedConfig(
         hidden_size=stage.hidden_size,
         intermediate_size=stage.intermediate_size,
@@ -128,47 +103,40 @@ def resolve(config: dict[str, Any], spec: StageSpec) -> FusedConfig:
         num_heads=stage.num_attention_heads,
         num_kv_heads=stage.num_key_value_heads,
         head_dim=head_dim,
-        layers=tuple(_layer(stage, index) for index in range(spec.last - spec.first)),
-        ropes=_ropes(stage, head_dim),
-        experts=_experts(stage),
-        norms=_GEMMA_NORMS if is_gemma else _OLMO_NORMS if family == "olmo2" else NormNames(),
+        layers=tuple(_layer(family, stage, index, window) for index, window in enumerate(windows)),
+        ropes=_ropes(family, stage, head_dim),
+        experts=None if family.experts is None else _experts(stage),
+        norms=family.norms,
         norm_eps=stage.rms_norm_eps,
-        norm_offset=1.0 if is_gemma else 0.0,
-        qk_norm=_QK_NORMS.get(family),
-        has_fused_tensors=family == "phi3",
-        qkv_bias=attention_bias or family == "qwen2",
+        norm_offset=1.0 if family.norm_plus_one else 0.0,
+        qk_norm=family.fused.qk_norm,
+        fused_tensors=family.fused_tensors,
+        qkv_bias=attention_bias or family.qkv_bias,
         output_bias=attention_bias,
         mlp_bias=bool(getattr(stage, "mlp_bias", False)),
-        attention_scale=stage.attention_multiplier if family == "granite" else query_scalar**-0.5,
-        attention_softcap=stage.attn_logit_softcapping if family == "gemma2" else None,
-        final_softcap=stage.final_logit_softcapping if is_gemma else None,
-        embedding_scale=stage.hidden_size**0.5 if is_gemma else float(getattr(stage, "embedding_multiplier", 1.0)),
-        residual_multiplier=float(getattr(stage, "residual_multiplier", 1.0)),
-        logits_divisor=float(getattr(stage, "logits_scaling", 1.0)),
-        activation=stage.hidden_activation if is_gemma else stage.hidden_act,
+        attention_scale=known("attention_multiplier") or known("query_pre_attn_scalar", head_dim) ** -0.5,
+        attention_softcap=stage.attn_logit_softcapping if family.caps_attention else None,
+        final_softcap=stage.final_logit_softcapping if family.caps_logits else None,
+        embedding_scale=stage.hidden_size**0.5
+        if family.scaled_embedding
+        else float(known("embedding_multiplier", 1.0)),
+        residual_multiplier=float(known("residual_multiplier", 1.0)),
+        logits_divisor=float(known("logits_scaling", 1.0)),
+        activation=known("hidden_activation") or stage.hidden_act,
         tied_embeddings=bool(full.tie_word_embeddings),
     )
 
 
-def _layer(stage: Any, index: int) -> LayerFacts:
+def _layer(family: Family, stage: Any, index: int, window: int | None) -> LayerFacts:
     """Layer `index` of a sliced config. `Any`: transformers is untyped."""
-    family = stage.model_type
-    kind = _kind(stage, index)
-    if family in _ALL_LAYERS_SLIDE:
-        window = stage.sliding_window
-    else:
-        window = stage.sliding_window if kind == "sliding_attention" else None
-    if family == "smollm3" and not stage.use_sliding_window:
-        window = None
-    has_rope = family != "smollm3" or bool(stage.no_rope_layers[index])
-    rope = kind if family == "gemma3_text" else "every_layer"
-    is_sparse = family == "mixtral" or (family == "qwen3_moe" and index not in stage.mlp_only_layers)
+    per_kind = family.fused is not None and family.fused.rope_per_kind
+    rope = stage.layer_types[index] if per_kind else "every_layer"
+    has_rope = family.slides != "layers_without_rope" or bool(stage.no_rope_layers[index])
+    is_sparse = family.experts is not None and index not in getattr(stage, "mlp_only_layers", ())
     return LayerFacts(window=window, rope=rope if has_rope else None, is_sparse=is_sparse)
 
 
-def _experts(stage: Any) -> ExpertFacts | None:
-    if stage.model_type not in ("mixtral", "qwen3_moe"):
-        return None
+def _experts(stage: Any) -> ExpertFacts:
     return ExpertFacts(
         num_experts=stage.num_experts,
         top_k=stage.num_experts_per_tok,
@@ -177,13 +145,8 @@ def _experts(stage: Any) -> ExpertFacts | None:
     )
 
 
-def _kind(stage: Any, index: int) -> str:
-    kinds = getattr(stage, "layer_types", None)
-    return "full_attention" if kinds is None else str(kinds[index])
-
-
-def _ropes(stage: Any, head_dim: int) -> dict[str, Rope]:
-    if stage.model_type != "gemma3_text":
+def _ropes(family: Family, stage: Any, head_dim: int) -> dict[str, Rope]:
+    if family.fused is None or not family.fused.rope_per_kind:
         return {"every_layer": _rope(stage, None, head_dim)}
     return {kind: _rope(stage, kind, head_dim) for kind in sorted(set(stage.layer_types))}
 

@@ -19,8 +19,9 @@ from shard.torch_backend.fused.step import SLICE_TOKENS, FusedStep, PrefillSlice
 from shard.torch_backend.linear import Linear
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import CpuGatedActivation, CpuRmsNorm, DecodeKVSlots
+    from shard.torch_backend.cpu.decode_attention import DecodeKVSlots
     from shard.torch_backend.cpu.linear import CpuAffineLinear
+    from shard.torch_backend.cpu.norm_and_gate import CpuGatedActivation, CpuRmsNorm
     from shard.torch_backend.cpu.prefill_attention import PrefillKVSlots
     from shard.torch_backend.cpu.program import Program
     from shard.torch_backend.fused.attention import NativeDecode, NativePrefill

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from shard.torch_backend.fused.config import Activation
+from shard.formats.families import Activation
 
 if TYPE_CHECKING:
-    from shard.torch_backend.cpu.layer_ops import CpuGatedActivation, CpuRmsNorm
+    from shard.torch_backend.cpu.norm_and_gate import CpuGatedActivation, CpuRmsNorm
 
 
 class RmsNorm:
@@ -25,7 +25,7 @@ class RmsNorm:
         self.floor = torch.tensor((width * eps) ** 0.5, device=weight.device)
         self.native: CpuRmsNorm | None = None
         if weight.device.type == "cpu" and weight.ndim == 1 and weight.numel():
-            from shard.torch_backend.cpu.layer_ops import CpuRmsNorm, is_whole_vectors
+            from shard.torch_backend.cpu.norm_and_gate import CpuRmsNorm, is_whole_vectors
 
             if is_whole_vectors(width):
                 self.native = CpuRmsNorm(weight, eps)
@@ -76,7 +76,7 @@ class GatedActivation:
         self._activation = activation
         self.native: CpuGatedActivation | None = None
         if device.type == "cpu":
-            from shard.torch_backend.cpu.layer_ops import CpuGatedActivation
+            from shard.torch_backend.cpu.norm_and_gate import CpuGatedActivation
 
             self.native = CpuGatedActivation("silu" if activation == "silu" else "gelu")
 

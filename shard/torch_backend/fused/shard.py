@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from shard.formats.dtypes import empty_output
 from shard.stage import Batch, StageSpec
 from shard.torch_backend.attention import RaggedStep, Run, kv_transaction
 from shard.torch_backend.fused.config import FusedConfig
@@ -18,8 +19,7 @@ from shard.torch_backend.fused.ops import RmsNorm, rms_norm, softcapped
 from shard.torch_backend.fused.step import FusedStep, PackedRows, pack_rows
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.linear import EmbeddingTable, Linear
-from shard.torch_backend.tensors import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
-from transport.messages.ring import SequenceId
+from shard.torch_backend.tensors import TORCH_DTYPES, to_numpy, to_torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class FusedShard:
         self._dtype = torch.float32 if self._device.type == "cpu" else compute_dtype
         # Rounded as the library's is, whose embedding has the compute dtype: Gemma was trained so.
         self._embedding_scale = torch.tensor(model.config.embedding_scale, dtype=compute_dtype).item()
-        self._kv = KVCache(spec)
+        self.kv = KVCache(spec)
         self._programs = None
         if self._device.type == "cpu":
             self._programs = cpu_programs(model.layers, model.config.hidden_size)
@@ -57,38 +57,14 @@ class FusedShard:
     def forward(self, batch: Batch) -> np.ndarray:
         """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
         if not batch.entries:
-            return self._no_rows()
+            return empty_output(self.spec, self._model.config.hidden_size, self._model.config.vocab_size)
         packing = pack_rows(batch.entries)
         runs = [
-            Run(kv=self._kv.sequence(entry.sequence), offset=offset, num_tokens=len(entry.token_ids), start=entry.start)
+            Run(kv=self.kv.sequence(entry.sequence), offset=offset, num_tokens=len(entry.token_ids), start=entry.start)
             for entry, offset in zip(packing.entries, packing.offsets, strict=True)
         ]
-        with kv_transaction(self._kv, batch, runs, self.spec.device):
+        with kv_transaction(self.kv, batch, runs, self.spec.device):
             return self._run(batch, packing, runs)
-
-    def length(self, sequence: SequenceId) -> int:
-        return self._kv.length(sequence)
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        return self._kv.truncate(sequence, length)
-
-    def release(self, sequence: SequenceId) -> None:
-        self._kv.release(sequence)
-
-    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
-        return self._kv.fork(source, target, length)
-
-    def move(self, source: SequenceId, target: SequenceId) -> None:
-        self._kv.move(source, target)
-
-    def kv_bytes(self) -> int:
-        return self._kv.num_bytes()
-
-    def num_kv_tokens(self) -> int:
-        return self._kv.num_tokens()
-
-    def num_sequences(self) -> int:
-        return self._kv.num_sequences()
 
     def _run(self, batch: Batch, packing: PackedRows, runs: Sequence[Run]) -> np.ndarray:
         x = self._embed_or_receive(batch, packing)
@@ -144,9 +120,3 @@ class FusedShard:
 
     def _back_in_order(self, rows: torch.Tensor, order: np.ndarray | None) -> torch.Tensor:
         return rows if order is None else rows[torch.from_numpy(order).to(self._device)]
-
-    def _no_rows(self) -> np.ndarray:
-        config = self._model.config
-        if self.spec.is_last:
-            return np.empty((0, config.vocab_size), dtype=np.float32)
-        return np.empty((0, config.hidden_size), dtype=NUMPY_DTYPES[self.spec.next_dtype])

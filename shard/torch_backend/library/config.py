@@ -6,6 +6,7 @@ import copy
 import sys
 from typing import Any
 
+from shard.formats.families import architectures_of, family_of
 from shard.stage import StageSpec
 from transport.errors import BadCheckpoint, UnsupportedModel
 
@@ -30,22 +31,6 @@ def config_classes() -> Any:
     return transformers.CONFIG_MAPPING
 
 
-TORCH_FAMILIES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-
 # Config lists with one item a layer, and lists of layer numbers.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -58,11 +43,12 @@ def library_config(config: dict[str, Any]) -> Any:
     """
     if "text_config" in config:
         config = config["text_config"]
-    architecture = str(config.get("model_type", "without a model_type"))
-    if architecture not in TORCH_FAMILIES:
+    family = family_of(config)
+    architecture = family.model_type
+    if not family.torch_library:
         raise UnsupportedModel(
             f"the torch backend can't run the architecture {architecture}",
-            hint=f"supported: {', '.join(TORCH_FAMILIES)}",
+            hint=f"supported: {architectures_of('torch')}",
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from shard.formats.checkpoint import Checkpoint
+from shard.formats.dtypes import NUMPY_DTYPE, empty_output
+from shard.formats.families import family_of
 from shard.stage import Batch, StageSpec
 from shard.torch_backend import attention
 from shard.torch_backend.attention import RaggedStep, Run, kv_transaction
 from shard.torch_backend.kv import KVCache
 from shard.torch_backend.library.config import library_config, slice_config
-from shard.torch_backend.tensors import NUMPY_DTYPES, TORCH_DTYPES, to_numpy, to_torch
+from shard.torch_backend.memory import translate_load_oom
+from shard.torch_backend.tensors import (
+    TORCH_DTYPES,
+    TensorNames,
+    TensorPart,
+    read_part,
+    to_numpy,
+    to_torch,
+    total_file_bytes,
+)
 from transport.errors import UnsupportedModel
-from transport.messages.ring import SequenceId
 
 
 def build_empty_model(config: dict[str, Any], spec: StageSpec) -> tuple[Any, bool]:
@@ -56,46 +68,23 @@ class LibraryShard:
         self.weights_bytes = weights_bytes
         self._model = model
         self._device = torch.device(spec.device)
-        self._kv = KVCache(spec)
+        self.kv = KVCache(spec)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         """See ShardBackend. Where it fails, the sequences of the batch are as before, or hold nothing."""
         if not batch.entries:
-            return self._no_rows()
+            config = self._model.config
+            return empty_output(self.spec, config.hidden_size, config.vocab_size)
         runs = self._runs(batch)
-        with kv_transaction(self._kv, batch, runs, self.spec.device):
+        with kv_transaction(self.kv, batch, runs, self.spec.device):
             return self._run_model(batch, runs)
-
-    def length(self, sequence: SequenceId) -> int:
-        return self._kv.length(sequence)
-
-    def truncate(self, sequence: SequenceId, length: int) -> int:
-        return self._kv.truncate(sequence, length)
-
-    def release(self, sequence: SequenceId) -> None:
-        self._kv.release(sequence)
-
-    def fork(self, source: SequenceId, target: SequenceId, length: int) -> bool:
-        return self._kv.fork(source, target, length)
-
-    def move(self, source: SequenceId, target: SequenceId) -> None:
-        self._kv.move(source, target)
-
-    def kv_bytes(self) -> int:
-        return self._kv.num_bytes()
-
-    def num_kv_tokens(self) -> int:
-        return self._kv.num_tokens()
-
-    def num_sequences(self) -> int:
-        return self._kv.num_sequences()
 
     def _runs(self, batch: Batch) -> list[Run]:
         runs = []
         offset = 0
         for entry in batch.entries:
-            held = self._kv.sequence(entry.sequence)
+            held = self.kv.sequence(entry.sequence)
             runs.append(Run(kv=held, offset=offset, num_tokens=len(entry.token_ids), start=entry.start))
             offset += len(entry.token_ids)
         return runs
@@ -125,12 +114,6 @@ class LibraryShard:
             raise UnsupportedModel(f"layers {sorted(missed)} of this model did not attend through the ragged attention")
         return to_numpy(output.cpu())
 
-    def _no_rows(self) -> np.ndarray:
-        config = self._model.config
-        if self.spec.is_last:
-            return np.empty((0, config.vocab_size), dtype=np.float32)
-        return np.empty((0, config.hidden_size), dtype=NUMPY_DTYPES[self.spec.next_dtype])
-
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device)
 
@@ -143,3 +126,65 @@ def _logit_rows(batch: Batch) -> np.ndarray:
         end += len(entry.token_ids)
         rows.extend(range(end - entry.num_logits, end))
     return np.array(rows, dtype=np.int64)
+
+
+def build_library(
+    checkpoint: Checkpoint, spec: StageSpec, device: torch.device, progress: Callable[[int, int], None]
+) -> LibraryShard:
+    """The library's empty module with each tensor read into its place; as `build_torch_shard`."""
+    model, tied = build_empty_model(checkpoint.config, spec)
+    experts = family_of(checkpoint.config).experts
+    names = TensorNames(checkpoint.tensors, first=spec.first, tied_embeddings=tied, experts=experts)
+    share_embedding = tied and spec.is_first and spec.is_last
+    # All names and shapes are checked before the first byte is read: a wrong checkpoint fails at once.
+    parts_of: dict[str, tuple[TensorPart, ...]] = {
+        name: names.parts(name, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if not (share_embedding and name == "lm_head.weight")
+    }
+    total_bytes = total_file_bytes(checkpoint.tensors, (part for parts in parts_of.values() for part in parts))
+    reader = _ParameterReader(checkpoint, spec, device)
+    read_bytes = weights_bytes = 0
+    progress(0, total_bytes)
+    for name, parts in parts_of.items():
+        with translate_load_oom(name, spec.device):
+            parameter = torch.empty_like(model.get_parameter(name), device=device, requires_grad=False)
+            for part in parts:
+                reader.read(part, parameter)
+                read_bytes += checkpoint.tensors[part.name].file_bytes
+                progress(read_bytes, total_bytes)
+        _set_parameter(model, name, parameter)
+        weights_bytes += parameter.nbytes
+    if share_embedding:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.to(device)  # The buffers: rotary frequencies and scales.
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"parameters without weights: {left}"
+    return LibraryShard(model, spec, weights_bytes)
+
+
+class _ParameterReader:
+    """Reads parts into parameters: on the CPU directly, elsewhere by way of one host buffer that is used again."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: StageSpec, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = spec.compute_dtype
+        self._device = device
+        self._buffer = np.empty(0, dtype=NUMPY_DTYPE[spec.compute_dtype])
+
+    def read(self, part: TensorPart, parameter: torch.Tensor) -> None:
+        if self._device.type == "cpu":
+            read_part(self._checkpoint, part, to_numpy(parameter), self._dtype)
+            return
+        size = int(np.prod(part.shape))
+        if self._buffer.size < size:
+            self._buffer = np.empty(0, dtype=self._buffer.dtype)  # Freed before the larger one is allocated.
+            self._buffer = np.empty(size, dtype=self._buffer.dtype)
+        host = self._buffer[:size].reshape(part.shape)
+        self._checkpoint.read_into(part.name, host, self._dtype)
+        parameter[part.index].copy_(to_torch(host, self._dtype))
+
+
+def _set_parameter(model: Any, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))

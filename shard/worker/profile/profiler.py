@@ -6,8 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from shard.formats.checkpoint import Checkpoint
-from shard.formats.weights_form import supported_form
+from shard.formats.checkpoint import Checkpoint, supported_form
 from shard.worker.profile.layers import LayerProbe, ProfiledStages, embedding_and_lm_head_times, grid_without_context
 from shard.worker.profile.report import ProfileSettings
 from shard.worker.profile.timed_stage import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shard.worker.load import Backend
+from shard.formats.spec import Backend
 from transport.messages.ring import DType, WeightsForm
 
 BUDGET_S = 5.0

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shard.formats.checkpoint import Checkpoint
-from shard.formats.spec import ModelSpec
-from shard.formats.weights_form import loaded_form
+from shard.formats.checkpoint import Checkpoint, loaded_form
+from shard.formats.spec import Backend, ModelSpec
 from shard.stage import StageInput, StageSpec
-from shard.worker.load import Backend, load_shard
+from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from transport.messages.ring import DType, Entry, Open, Release, Sampling, SequenceId, WeightsForm
 
@@ -211,7 +210,7 @@ class TimedStage:
         return self._backend.weights_bytes
 
     def length(self, sequence: SequenceId) -> int:
-        return self._backend.length(sequence)
+        return self._backend.kv.length(sequence)
 
     def open(self, count: int) -> tuple[SequenceId, ...]:
         """New, empty sequences."""
@@ -231,7 +230,8 @@ class TimedStage:
             self._open(full)
         ids = tuple(self._random.integers(0, self._vocab_size, num_tokens).tolist())
         entries = tuple(
-            Entry(sequence, self._backend.length(sequence), ids, min(num_logits, num_tokens)) for sequence in sequences
+            Entry(sequence, self._backend.kv.length(sequence), ids, min(num_logits, num_tokens))
+            for sequence in sequences
         )
         work = StageInput(ops=(), entries=entries, hidden=self._hidden(len(sequences) * num_tokens))
         started = time.perf_counter()

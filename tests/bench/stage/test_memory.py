@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.stage.memory import measure
-from shard.worker.load import Backend
+from shard.formats.spec import Backend
 
 
 # MLX takes a fixed 100 MB or so more while it loads: its checkpoint is larger, so that a second copy would still show.

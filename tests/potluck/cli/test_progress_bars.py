@@ -84,7 +84,7 @@ def test_a_terminal_has_its_cursor_back_after_an_interrupt_while_the_ring_is_loa
         def __exit__(self, *_: object) -> None:
             self.progress.measuring("cpu", "decode of 8")  # Until its threads have heard of it.
 
-    monkeypatch.setattr(session, "Head", Head)
+    monkeypatch.setattr(session, "start_head", Head)
     monkeypatch.setattr(session, "requested_model", lambda settings, console: None)
     monkeypatch.setattr(session, "_log_to_file", lambda: None)
     with session.running_head_of(Settings(), console) as head:

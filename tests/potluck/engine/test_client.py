@@ -18,14 +18,23 @@ import pytest
 import zmq
 
 from potluck.engine.client import EngineClient
-from potluck.engine.loop import Engine
+from potluck.engine.loop import RingEnds
 from potluck.engine.server import EngineServer
-from potluck.engine.settings import EngineLimits
+from potluck.engine.settings import EngineLimits, RingSpec
 from tests.support.engine.engine_process import slowly_forever
-from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, script
+from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, attached_engine, script
 from transport.errors import BadRequest, Busy, RingDown
-from transport.messages.requests import Aborted, Delta, EngineEvent, Finished, RequestFailed, Submit
-from transport.messages.ring import Sampling
+from transport.messages.requests import (
+    Aborted,
+    Delta,
+    EngineDown,
+    EngineEvent,
+    EngineReady,
+    Finished,
+    RequestFailed,
+    Submit,
+)
+from transport.messages.ring import Fence, Sampling
 
 # Nothing is kept, so that KV is left only by mistake.
 _LIMITS = EngineLimits(
@@ -49,7 +58,7 @@ class Door:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.ring = FakeRing(_answer)
         self.api = EngineServer(self.context, self.endpoint)
-        self.engine = Engine(
+        self.engine = attached_engine(
             model="scripted",
             sender=self.ring.sender,
             receiver=self.ring.receiver,
@@ -277,14 +286,14 @@ def test_garbage_is_refused_and_the_door_stays_open(door: Door, frames: list[byt
     stranger.close(0)
 
 
-def test_mark_down_ends_requests_and_refuses_later_ones(door: Door) -> None:
+def test_end_ring_ends_requests_and_refuses_later_ones(door: Door) -> None:
     client = door.client()
 
     async def ask() -> list[EngineEvent]:
         ends = []
         async for event in client.submit(_submit("r", "forever")):
             if isinstance(event, Delta):
-                client.mark_down(RingDown("cuda:0 died"))
+                client.end_ring(RingDown("cuda:0 died"))
         ends.append(event)
         ends += await _all(client.submit(_submit("s")))
         return ends
@@ -293,6 +302,51 @@ def test_mark_down_ends_requests_and_refuses_later_ones(door: Door) -> None:
     assert [event.message for event in ends if isinstance(event, RequestFailed)] == ["cuda:0 died"] * 2
     assert (client.state, client.reason) == ("down", "cuda:0 died")
     _eventually(door.is_empty)
+
+
+def test_what_is_said_of_another_ring_changes_nothing(door: Door) -> None:
+    client = door.client()
+    ring = RingSpec(
+        fence=FENCE,
+        first_stage="ipc://none",
+        num_stages=1,
+        wire_dtype="float32",
+        context_tokens=1,
+        kv_capacity_tokens=1,
+        max_step_tokens=1,
+    )
+    opened: list[RingSpec] = []
+
+    def open_ring(spec: RingSpec) -> RingEnds:
+        opened.append(spec)
+        another = FakeRing(_answer)
+        return RingEnds(
+            limits=_LIMITS, receiver=another.receiver, connect=lambda is_cancelled: another.sender, endpoint="here"
+        )
+
+    door.engine._open_ring = open_ring
+    door.engine.detach(FENCE, RingDown("another ring comes"))
+    _eventually(lambda: client.state == "down")
+    assert client.attach(ring, lambda: None, 60.0) == "here"
+    assert opened == [ring]
+    client.warm_up(FENCE)
+    client.wait_ready(60.0)
+    other = Fence("ring", 0, "an older plan")
+    door.api.emit(EngineDown("ring_down", "old news", fence=other))
+    door.api.emit(EngineReady(model="scripted", context_tokens=1, fence=other))
+    asyncio.run(asyncio.wait_for(_all(client.submit(_submit("r"))), 60.0))
+    assert (client.state, client.ring_error) == ("ready", None)
+    assert client.detach(RingDown("it is replaced"), 60.0)
+    assert (client.state, client.reason) == ("down", "it is replaced")
+    # What was ready cannot become so again by late news.
+    door.api.emit(EngineReady(model="scripted", context_tokens=1, fence=FENCE))
+    with pytest.raises(RingDown, match="replaced"):
+        client.wait_ready(1.0)
+    client.attach(ring, lambda: None, 60.0)
+    client.warm_up(FENCE)
+    client.wait_ready(60.0)
+    events = asyncio.run(asyncio.wait_for(_all(client.submit(_submit("s"))), 60.0))
+    assert isinstance(events[-1], Finished)
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

@@ -12,9 +12,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potluck.engine.loop import Engine
 from potluck.engine.settings import EngineLimits
-from tests.support.engine.fakes import EOS, FENCE, VOCAB, ByteTokenizer, FakeStages
+from tests.support.engine.fakes import EOS, FENCE, VOCAB, ByteTokenizer, FakeStages, attached_engine
 from transport.codec import Received
 from transport.errors import RingDown
 from transport.messages.requests import (
@@ -83,7 +82,7 @@ class _Script:
         self._is_cleared = False
         self._pending: deque[Tokens] = deque()
         self._last: DataMessage | None = None
-        self.engine = Engine(
+        self.engine = attached_engine(
             model="scripted",
             sender=self,
             receiver=self,
@@ -111,7 +110,7 @@ class _Script:
             case "lose" if detail is not None:
                 self.is_lost = True
                 self._submit(detail)
-                self.engine.ring_lost(RingDown("a worker died"))
+                self.engine.detach(FENCE, RingDown("a worker died"))
                 self._submit(detail)
             case "duplicate" if self._last is not None:
                 return Received(message=self._last)

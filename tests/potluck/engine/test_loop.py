@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from potluck.engine.loop import Engine
 from potluck.engine.settings import EngineLimits, StepDeadlines
-from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, Sampler, script
+from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, Sampler, attached_engine, script
 from transport.errors import RingDown
 from transport.messages.requests import (
     Aborted,
@@ -50,7 +49,7 @@ class Bench:
     ) -> None:
         self.events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         self.ring = FakeRing(sampler, fails=fails)
-        self.engine = Engine(
+        self.engine = attached_engine(
             model="scripted",
             sender=self.ring.sender,
             receiver=self.ring.receiver,
@@ -112,7 +111,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 def test_says_ready_after_a_warm_up_that_leaves_nothing(bench: Callable[..., Bench]) -> None:
     b = bench(script("hi"))
-    assert b.until(EngineReady) == [EngineReady(model="scripted", context_tokens=100)]
+    assert b.until(EngineReady) == [EngineReady(model="scripted", context_tokens=100, fence=FENCE)]
     assert b.ring.stages.num_opened == 1
     eventually(lambda: b.ring.stages.lengths == {})
 
@@ -248,7 +247,7 @@ def test_a_worker_that_dies_fails_everyone_at_once(bench: Callable[..., Bench]) 
     b.ring.go.clear()
     for name in ("a", "b", "c"):
         b.submit(name)
-    b.engine.ring_lost(RingDown("cuda:0 died", hint="look at its log"))
+    b.engine.detach(FENCE, RingDown("cuda:0 died", hint="look at its log"))
     failed = [b.until(RequestFailed)[-1] for _ in range(3)]
     assert {(event.code, event.message) for event in failed if isinstance(event, RequestFailed)} == {
         ("ring_down", "cuda:0 died")

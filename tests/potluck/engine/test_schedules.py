@@ -20,12 +20,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from potluck.engine.loop import Engine
 from potluck.engine.request_manager import _FIRST_RESTARTED_ID
 from potluck.engine.settings import EngineLimits
 from potluck.engine.tokenizer import Prompt
 from shard.stage import HiddenOutput, ShardBackend, StageInput, TokenOutput
 from shard.worker.local_stage import LocalStage
+from tests.support.engine.fakes import attached_engine
 from tests.support.shard.stage_runner import Runner, load_stages
 from tests.support.shard.tiny import NUM_LAYERS, VOCAB_SIZE, memory_checkpoint, tiny_model
 from transport.codec import Received
@@ -98,7 +98,7 @@ class _Run:
         self.failures: list[RequestFailed] = []
         self.num_steps_failed = 0
         self.was_preempted = False
-        self._engine = Engine(
+        self._engine = attached_engine(
             model="tiny",
             sender=self,
             receiver=self,
@@ -159,7 +159,7 @@ class _Run:
                 hidden = output.hidden if isinstance(output, HiddenOutput) else None
             except PotluckError as error:
                 problem = problem or error
-        held = [backend.num_kv_tokens() for backend in self._backends]
+        held = [backend.kv.num_tokens() for backend in self._backends]
         assert max(held) <= _CAPACITY
         if problem is not None:
             self.num_steps_failed += 1
@@ -274,4 +274,4 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
         event(f"uses a prefix: {answer.cached_tokens > 0}")
         assert not answer.is_finished or len(answer.ids) == _ANSWER_TOKENS
     for backend in _ring(family, runners).backends:
-        assert (backend.num_sequences(), backend.num_kv_tokens(), backend.kv_bytes()) == (0, 0, 0)
+        assert (backend.kv.num_sequences(), backend.kv.num_tokens(), backend.kv.num_bytes()) == (0, 0, 0)

@@ -8,10 +8,9 @@ from pathlib import Path
 from potluck.store.model_details import details_of, format_rows, rows_of
 from potluck.store.store import Store
 from shard.formats.affine import AffineForm
-from shard.formats.checkpoint import TensorInfo
+from shard.formats.checkpoint import TensorInfo, supported_form
 from shard.formats.config import spec_from
 from shard.formats.spec import ModelSpec
-from shard.formats.weights_form import supported_form
 from tests.support.shard.tiny_gguf import write_gguf
 
 CONFIG = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from shard.formats.checkpoint import DenseView
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.formats.weights_form import DenseView
 from tests.support.shard import tiny
 from tests.support.shard.packed_folders import AWQ, GPTQ, INPUTS, MODULE, OUTPUTS, awq, draw, gptq, rounded, write
 from tests.support.shard.stage_runner import Runner, load_stage, run_step, tiny_spec

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from shard.formats.affine import AffineForm, quantize_rows
+from shard.formats.checkpoint import DummyWeights
 from shard.formats.spec import Backend
-from shard.formats.weights_form import DummyWeights
 from shard.pieces.cut_files import make_piece_list
 from shard.pieces.metadata import write_metadata_from_store
 from shard.pieces.open import open_checkpoint, open_with_dummy_weights

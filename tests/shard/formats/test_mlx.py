@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from shard.formats.checkpoint import DenseView
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.formats.weights_form import DenseView
 from tests.support.shard import tiny
 from tests.support.shard.mlx_folders import COLUMNS, UP, mx, packed, write, written_by_mlx_lm
 from tests.support.shard.safetensors_folders import CONFIG

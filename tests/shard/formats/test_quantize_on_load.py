@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm, quantize_rows
-from shard.formats.checkpoint import TensorInfo
+from shard.formats.checkpoint import DenseView, QuantizeOnLoad, TensorInfo, on_load_form
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
-from shard.formats.weights_form import DenseView, QuantizeOnLoad, on_load_form
 from shard.pieces.open import open_checkpoint
 from shard.worker.load import in_weights_form, load_shard
 from tests.support.shard.mlx_folders import UP, packed
@@ -100,7 +99,7 @@ def test_only_matrices_are_quantized(name: str, shape: tuple[int, ...], expected
 def test_any_range_of_rows_is_that_part_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = memory_checkpoint(tiny_model("llama", 0), tmp_path)
     checkpoint = QuantizeOnLoad(inner, 4)
-    monkeypatch.setattr("shard.formats.weights_form._BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr("shard.formats.checkpoint._BLOCK_ELEMENTS", 700)
     for name, info in checkpoint.tensors.items():
         if info.affine is None:
             assert info.shape == (64,)

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm
-from shard.formats.checkpoint import TensorInfo
+from shard.formats.checkpoint import TensorInfo, loaded_bytes, loaded_form, supported_form, weight_block
 from shard.formats.config import spec_from
-from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, ModelSpec, WeightBlock, merge_blocks
-from shard.formats.weights_form import loaded_bytes, loaded_form, supported_form, weight_block
+from shard.formats.spec import QUANTIZE_ON_LOAD_BITS, Backend, ModelSpec, WeightBlock, merge_blocks
 from shard.stage import StageSpec
-from shard.worker.load import Backend, in_weights_form, load_shard
+from shard.worker.load import in_weights_form, load_shard
 from tests.support.shard.tiny import NUM_LAYERS, MemoryCheckpoint, memory_checkpoint, quantized_checkpoint, tiny_model
 from transport.messages.ring import DTYPE_BYTES, DType, WeightsForm
 

@@ -57,7 +57,7 @@ def test_logits_are_near_those_of_full_kv(checkpoint: MemoryCheckpoint) -> None:
     full, eight = shard_of(checkpoint, "full"), shard_of(checkpoint, "8-bit")
     wanted, got = (feed(shard, ONE, ids, 40, 41, 60, 320) for shard in (full, eight))
     assert 0 < relative_error(got, wanted) < 0.02
-    assert eight.kv_bytes() == full.kv_bytes() * (HEAD_DIM + 8) // (4 * HEAD_DIM)
+    assert eight.kv.num_bytes() == full.kv.num_bytes() * (HEAD_DIM + 8) // (4 * HEAD_DIM)
     whole = feed(shard_of(checkpoint, "8-bit"), ONE, ids, 320)
     assert relative_error(got, whole) < 2e-3, "what a token sees must not depend on how the prompt was cut"
 
@@ -66,14 +66,14 @@ def test_forks_and_batches_are_as_in_full_kv(checkpoint: MemoryCheckpoint) -> No
     (ids,) = random_prompts(3, [60]).values()
     shard, fresh = shard_of(checkpoint, "8-bit"), shard_of(checkpoint, "8-bit")
     feed(shard, ONE, ids, 40)
-    assert shard.fork(ONE, TWO, 40)
-    assert shard.fork(ONE, THREE, 30)
+    assert shard.kv.fork(ONE, TWO, 40)
+    assert shard.kv.fork(ONE, THREE, 30)
     wanted = feed(fresh, ONE, ids, 40, 41, 60)
     # Together, of different lengths: a batch of single tokens.
     entries = [Entry(ONE, 40, (ids[40],), 1), Entry(THREE, 30, (ids[30],), 1)]
     assert relative_error(run_step([shard], entries)[0], wanted[40]) < 2e-3
     assert np.array_equal(feed(shard, TWO, ids, 41, 60, start=40), wanted[40:])
-    assert shard.truncate(TWO, 50) == 50
+    assert shard.kv.truncate(TWO, 50) == 50
     assert relative_error(feed(shard, TWO, ids, 60, start=50), wanted[50:]) < 2e-3
 
 

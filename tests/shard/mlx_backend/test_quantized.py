@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten
 
 from shard.formats.affine import AFFINE_BITS, AFFINE_GROUPS, AffineForm, AffineRows, quantize_rows
 from shard.mlx_backend.build import build_mlx_shard
-from shard.mlx_backend.modules import CHUNK_TOKENS, CpuLinear
-from shard.mlx_backend.shard import MlxShard
+from shard.mlx_backend.shard import CHUNK_TOKENS, CpuLinear, MlxShard
 from shard.mlx_backend.weights import AffineParameter, Progress, pack, packed_words
 from shard.stage import Batch
 from tests.support.shard import tiny

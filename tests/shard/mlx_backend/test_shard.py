@@ -36,7 +36,7 @@ def test_ragged_steps_give_the_unsplit_logits(family: str, tmp_path: Path) -> No
             rows, logits = logits[:n], logits[n:]
             assert error(rows, wanted[s][lengths[s] : lengths[s] + n]) <= TOLERANCE
             lengths[s] += n
-    assert [ring.shards[1].length(SequenceId(s)) for s in ids] == [lengths[s] for s in ids]
+    assert [ring.shards[1].kv.length(SequenceId(s)) for s in ids] == [lengths[s] for s in ids]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_truncated_sequence_continues_as_if_never_longer(tmp_path: Path) -> None
     sequence = SequenceId(5)
     ring.step((5, 0, IDS[:60]))
     for shard in ring.shards:
-        assert shard.truncate(sequence, 40) == 40
+        assert shard.kv.truncate(sequence, 40) == 40
     other = IDS[:40] + IDS[90:120]
     wanted = tiny.reference_logits(model, other)
     assert error(ring.step((5, 40, other[40:])), wanted[40:]) <= TOLERANCE
@@ -83,10 +83,10 @@ def test_a_window_goes_back_its_slack_at_least_and_then_says_no(tmp_path: Path) 
     ids = (IDS * 2)[: 2 * ROLLBACK_TOKENS]
     for start in range(0, 8 * ROLLBACK_TOKENS, len(ids)):
         ring.step((1, start, ids))
-    length = shard.length(sequence)
-    assert shard.truncate(sequence, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
-    assert shard.truncate(sequence, tiny.WINDOW) == 0
-    assert shard.length(sequence) == 0
+    length = shard.kv.length(sequence)
+    assert shard.kv.truncate(sequence, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
+    assert shard.kv.truncate(sequence, tiny.WINDOW) == 0
+    assert shard.kv.length(sequence) == 0
 
 
 def test_release_frees_the_memory(tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_release_frees_the_memory(tmp_path: Path) -> None:
     ring = Ring(checkpoint, (2,))
     ring.step((1, 0, IDS[:10]), (2, 0, IDS[:3]))
     shard = ring.shards[0]
-    assert (shard.num_sequences(), shard.num_kv_tokens()) == (2, 13)
-    assert shard.kv_bytes() > 0
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens()) == (2, 13)
+    assert shard.kv.num_bytes() > 0
     for sequence in (1, 2, 3):
-        shard.release(SequenceId(sequence))
-    assert (shard.num_sequences(), shard.num_kv_tokens(), shard.kv_bytes()) == (0, 0, 0)
+        shard.kv.release(SequenceId(sequence))
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens(), shard.kv.num_bytes()) == (0, 0, 0)
 
 
 def test_entries_that_want_no_logits_still_fill_the_cache(tmp_path: Path) -> None:

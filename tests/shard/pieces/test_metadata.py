@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from shard.formats import weight_folder
 from shard.formats.gguf.index import INDEX_FILE
-from shard.formats.weight_folder import PieceFolder, PlainFolder, _is_cached, _to_page_cache
+from shard.formats.weight_folder import PlainFolder
 from shard.pieces.cut_files import make_piece_list
 from shard.pieces.metadata import LIST_FILE, read_complete_list, read_list, share_model, write_metadata_from_store
-from shard.pieces.open import open_checkpoint
+from shard.pieces.open import PieceFolder, _is_cached, _to_page_cache, open_checkpoint
 from shard.pieces.piece_list import decode_piece_list, encode_piece_list, engine_pieces, list_digest, metadata_pieces
 from tests.support.shard.model_pieces import ingested, pieced, stored
 from tests.support.shard.tiny import save_tiny
@@ -107,7 +107,7 @@ def test_a_piece_that_lacks_is_asked_for(tmp_path: Path) -> None:
 def test_the_pieces_that_follow_are_looked_for_while_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shard.formats.weight_folder._CAN_READ_AHEAD", True)
+    monkeypatch.setattr("shard.pieces.open._CAN_READ_AHEAD", True)
     asked: list[Path] = []
     going_on = threading.Event()
 
@@ -115,7 +115,7 @@ def test_the_pieces_that_follow_are_looked_for_while_one_is_read(
         going_on.wait(10.0)
         asked.extend(paths)
 
-    monkeypatch.setattr("shard.formats.weight_folder._to_page_cache", read_ahead)
+    monkeypatch.setattr("shard.pieces.open._to_page_cache", read_ahead)
     pieces, skeleton, store = pieced(save_tiny("llama", 0, tmp_path / "model"), tmp_path)
     (weights,) = [file for file in pieces.files if file.name.endswith(".safetensors")]
     named = [piece for piece in weights.pieces if piece.tensor]
@@ -191,8 +191,8 @@ def test_many_threads_read_with_few_open_files(tmp_path: Path, monkeypatch: pyte
             open_now -= 1
         really_close(fd)
 
-    monkeypatch.setattr(weight_folder.os, "open", counted_open)
-    monkeypatch.setattr(weight_folder.os, "close", counted_close)
+    monkeypatch.setattr(os, "open", counted_open)
+    monkeypatch.setattr(os, "close", counted_close)
     wrong: list[str] = []
 
     def read(seed: int) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from shard.formats.checkpoint import DenseView
 from shard.formats.gguf.ingest import ingest_gguf
-from shard.formats.weights_form import DenseView
 from shard.pieces.cut_files import make_piece_list
 from shard.pieces.metadata import write_metadata_from_store
 from shard.pieces.open import open_checkpoint

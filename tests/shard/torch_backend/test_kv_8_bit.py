@@ -56,7 +56,7 @@ def test_it_takes_a_byte_a_number_and_a_scale_a_head(tmp_path: Path) -> None:
     for kv in ("full", "8-bit"):
         shard = stage(checkpoint, kv=kv)
         feed(shard, ids, (0, 400))
-        sizes[kv] = shard.kv_bytes()
+        sizes[kv] = shard.kv.num_bytes()
     rows = 4 * 2 * 2 * 400  # layers, keys and values, KV heads, positions
     page = 4 * 2 * 2 * 16384
     assert rows * (HEAD_DIM + 4) <= sizes["8-bit"] < rows * (HEAD_DIM + 4) + page
@@ -85,8 +85,8 @@ def test_a_copy_and_a_way_back_go_on_as_the_whole(family: str, tmp_path: Path) -
     wanted = feed(stage(checkpoint), ids, (0, 50, 90))[50:]
     shard = stage(checkpoint)
     feed(shard, [*ids[:50], *[7] * 30], (0, 50, 80))
-    assert shard.fork(ONE, TWO, 50)
-    assert shard.truncate(ONE, 50) == 50
+    assert shard.kv.fork(ONE, TWO, 50)
+    assert shard.kv.truncate(ONE, 50) == 50
     assert np.array_equal(feed(shard, ids, (50, 90)), wanted)
     assert np.array_equal(feed(shard, ids, (50, 90), TWO), wanted)
 

@@ -104,7 +104,7 @@ def test_bad_entries_are_refused_and_change_nothing(
     (before,) = results(stage, step((Open(ONE, PROMPT, GREEDY),), Entry(ONE, 0, PROMPT, 1)))
     with pytest.raises(error, match=match):
         stage.forward(step((), *entries))
-    assert stage._backend.num_kv_tokens() == 6
+    assert stage._backend.kv.num_tokens() == 6
     (after,) = results(stage, step((), Entry(ONE, 5, PROMPT[5:], 1)))
     assert after == before
 
@@ -113,10 +113,10 @@ def test_kv_capacity_is_shared_and_checked_before_anything_runs(stage: LocalStag
     stage.forward(step((Open(ONE, (5,) * 30, GREEDY), Open(TWO, PROMPT, GREEDY)), Entry(ONE, 0, (5,) * 30, 0)))
     with pytest.raises(DoesNotFit, match=r"43 tokens of KV.*40"):
         stage.forward(step((), Entry(ONE, 30, (5, 5), 1), Entry(TWO, 0, (5,) * 11, 1)))
-    assert stage._backend.num_kv_tokens() == 30
+    assert stage._backend.kv.num_tokens() == 30
     # Going back makes room within the same step.
     stage.forward(step((), Entry(ONE, 20, (5, 5), 1), Entry(TWO, 0, (5,) * 11, 1)))
-    assert stage._backend.num_kv_tokens() == 33
+    assert stage._backend.kv.num_tokens() == 33
 
 
 def test_ops_of_a_refused_step_are_applied_all_the_same(stage: LocalStage) -> None:
@@ -124,18 +124,22 @@ def test_ops_of_a_refused_step_are_applied_all_the_same(stage: LocalStage) -> No
     stage.forward(step((Open(ONE, PROMPT, GREEDY),), Entry(ONE, 0, PROMPT, 1)))
     with pytest.raises(BadMessage, match="open already"):
         stage.forward(step((Open(ONE, PROMPT, GREEDY), Release(ONE), Open(TWO, PROMPT, GREEDY))))
-    assert stage._backend.num_sequences() == 0
+    assert stage._backend.kv.num_sequences() == 0
     stage.forward(step((), Entry(TWO, 0, PROMPT, 1)))
     with pytest.raises(StageFailed, match="not open"):
         stage.forward(step((Truncate(ONE, 2), Truncate(TWO, 2))))
-    assert stage._backend.length(TWO) == 2
+    assert stage._backend.kv.length(TWO) == 2
 
 
 def test_release_frees_all_memory_and_is_repeatable(stage: LocalStage) -> None:
     generate(stage, ONE, PROMPT, GREEDY, 3)
-    assert stage._backend.kv_bytes() > 0
+    assert stage._backend.kv.num_bytes() > 0
     stage.forward(step((Release(ONE), Release(ONE), Release(TWO))))
-    assert (stage._backend.num_sequences(), stage._backend.num_kv_tokens(), stage._backend.kv_bytes()) == (0, 0, 0)
+    assert (stage._backend.kv.num_sequences(), stage._backend.kv.num_tokens(), stage._backend.kv.num_bytes()) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_middle_stages_check_their_hidden_states(checkpoint: MemoryCheckpoint) -> None:

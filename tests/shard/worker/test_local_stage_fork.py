@@ -56,7 +56,7 @@ def hold(stage: LocalStage, sequence: SequenceId, ids: tuple[int, ...] = PROMPT)
 
 
 def lengths(stage: LocalStage) -> tuple[int, int, int]:
-    return tuple(stage._backend.length(sequence) for sequence in (ONE, TWO, THREE))  # type: ignore[return-value]
+    return tuple(stage._backend.kv.length(sequence) for sequence in (ONE, TWO, THREE))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -146,7 +146,7 @@ def test_a_window_that_has_moved_on_refuses(windowed: LocalStage, moves: bool) -
     assert "replayed" in refusal.value.hint
     assert lengths(windowed) == (0 if moves else len(LONG), 0, 0)
     if moves:
-        assert (windowed._backend.num_sequences(), windowed._backend.kv_bytes()) == (0, 0)
+        assert (windowed._backend.kv.num_sequences(), windowed._backend.kv.num_bytes()) == (0, 0)
 
 
 @pytest.mark.parametrize("moves", [False, True])

@@ -48,6 +48,7 @@ class CountingBackend:
     def __init__(self, spec: StageSpec) -> None:
         self.spec = spec
         self._lengths: dict[SequenceId, int] = {}
+        self.kv = self
 
     def forward(self, batch: Batch) -> np.ndarray:
         for entry in batch.entries:
@@ -73,10 +74,10 @@ class CountingBackend:
     def move(self, source: SequenceId, target: SequenceId) -> None:
         self._lengths[target] = self._lengths.pop(source)
 
-    def kv_bytes(self) -> int:
+    def num_bytes(self) -> int:
         return 0
 
-    def num_kv_tokens(self) -> int:
+    def num_tokens(self) -> int:
         return sum(self._lengths.values())
 
     def num_sequences(self) -> int:

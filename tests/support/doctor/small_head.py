@@ -46,8 +46,7 @@ class SmallHead:
         self.pool = Pool(
             context,
             run_dir,
-            on_fault=lambda worker, error: None,
-            on_joined=lambda worker: None,
+            on_change=lambda: None,
             here=here,
             roster=self.roster,
             control=tcp_endpoint(address, control),

@@ -7,10 +7,9 @@ import time
 
 import zmq
 
-from potluck.engine.loop import Engine
 from potluck.engine.server import EngineServer
 from potluck.engine.settings import EngineLimits
-from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing
+from tests.support.engine.fakes import FENCE, VOCAB, ByteTokenizer, FakeRing, attached_engine
 
 
 def slowly_forever(prompt: tuple[int, ...], position: int) -> int:
@@ -21,7 +20,7 @@ def slowly_forever(prompt: tuple[int, ...], position: int) -> int:
 def main(endpoint: str) -> None:
     ring = FakeRing(slowly_forever)
     api = EngineServer(zmq.Context(), endpoint)
-    engine = Engine(
+    engine = attached_engine(
         model="scripted",
         sender=ring.sender,
         receiver=ring.receiver,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from potluck.engine.input_processor import ChatTokenizer
+from potluck.engine.loop import Engine, RingEnds
+from potluck.engine.settings import EngineLimits, StepDeadlines
 from potluck.engine.tokenizer import Prompt
-from transport.errors import BadRequest
-from transport.links.link import MemoryReceiver, MemorySender, memory_link
+from transport.errors import BadRequest, NeighbourGone
+from transport.links.link import MemoryReceiver, MemorySender, Receiver, Sender, memory_link
+from transport.messages.requests import EngineEvent
 from transport.messages.ring import (
     Entry,
     EntryResult,
@@ -143,10 +148,14 @@ class FakeRing:
 
     def _run(self) -> None:
         while not self._is_stopping:
-            received = self._inbox.receive(0.05)
+            try:
+                received = self._inbox.receive(0.05)
+            except NeighbourGone:  # The engine has left.
+                return
             if received is not None and isinstance(received.message, Tokens):
                 self.go.wait()
-                self._outbox.send(self.stages.take(received.message, fail=self._fails(received.message)))
+                with contextlib.suppress(NeighbourGone):  # The engine has left.
+                    self._outbox.send(self.stages.take(received.message, fail=self._fails(received.message)))
 
     def close(self) -> None:
         self._is_stopping = True
@@ -165,3 +174,22 @@ def script(text: str) -> Sampler:
     """Answers `text`, then the end."""
     ids = (*text.encode(), EOS)
     return lambda prompt, position: ids[min(position - len(prompt), len(ids) - 1)]
+
+
+def attached_engine(
+    *,
+    model: str,
+    sender: Sender,
+    receiver: Receiver,
+    tokenizer: ChatTokenizer,
+    limits: EngineLimits,
+    fence: Fence,
+    emit: Callable[[EngineEvent], None],
+    clock: Callable[[], float],
+    deadlines: StepDeadlines | None = None,
+) -> Engine:
+    """An engine with a ring between these ends, which `run` warms up."""
+    engine = Engine(model=model, tokenizer=tokenizer, emit=emit, clock=clock, deadlines=deadlines)
+    engine.attach_ends(fence, RingEnds(limits=limits, receiver=receiver, connect=lambda is_cancelled: sender))
+    engine.warm_up(fence)
+    return engine

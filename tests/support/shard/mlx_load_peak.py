@@ -17,8 +17,7 @@ import numpy as np
 from shard.formats.affine import AffineRows
 from shard.formats.checkpoint import TensorInfo
 from shard.formats.spec import ModelSpec
-from shard.mlx_backend.build import build_mlx_shard
-from shard.mlx_backend.library import model_module
+from shard.mlx_backend.build import build_mlx_shard, model_module
 from shard.stage import StageSpec
 from transport.messages.ring import DType
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from shard.formats.affine import AffineForm, AffineRows
 from shard.formats.checkpoint import TensorInfo
-from shard.mlx_backend.build import build_mlx_shard
-from shard.mlx_backend.library import model_module
+from shard.mlx_backend.build import build_mlx_shard, model_module
 from shard.stage import StageSpec
 from tests.support.shard.mlx_load_peak import HIDDEN, LAYER_PARAMS, LAYERS, MadeUp, peak_bytes
 

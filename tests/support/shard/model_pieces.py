@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from shard.formats.gguf.ingest import ingest_gguf
-from shard.formats.weight_folder import PieceFolder
 from shard.pieces.cut_files import make_piece_list, model_files
 from shard.pieces.metadata import write_metadata_from_store
+from shard.pieces.open import PieceFolder
 from transport.messages.pieces import Piece, PieceList, PlacedPiece
 from transport.pieces.store import PieceStore
 

@@ -16,9 +16,8 @@ import torch
 import transformers
 
 from shard.formats.affine import AffineForm, AffineRows, quantize_rows
-from shard.formats.checkpoint import TensorInfo
+from shard.formats.checkpoint import TensorInfo, is_quantizable
 from shard.formats.spec import ModelSpec
-from shard.formats.weights_form import is_quantizable
 from transport.errors import BadCheckpoint
 from transport.messages.ring import DType
 

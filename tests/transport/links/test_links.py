@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from tests.support.transport.linked import (
     stranger_at,
 )
 from transport.codec import encode
-from transport.errors import BadMessage, ConfigError, RingDown
+from transport.errors import BadMessage, ConfigError, NeighbourGone, RingDown
 from transport.links.link import Receiver, memory_link
+from transport.links.zmq_link import ZmqSender
 from transport.messages.ring import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId
 
 
@@ -184,24 +184,19 @@ def test_another_epoch_is_dropped(context: zmq.Context[zmq.Socket[bytes]], endpo
     receiver.close()
 
 
-def test_a_receiver_takes_a_socket_that_listens_already(context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    endpoint = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-    receiver = receiver_at(context, endpoint, LIMITS, listener=listener.detach())
-    assert receiver.endpoint == endpoint
-    sender = sender_to(context, endpoint, LIMITS, name="stage 0")
-    sender.send(step(1))
-    assert next_message(receiver).message == step(1)
-    sender.close()
-    receiver.close()
-
-
 @pytest.mark.parametrize("endpoint", ["tcp://203.0.113.7:*", "ipc:///no/such/folder/edge"])
 def test_an_endpoint_that_can_not_be_bound_is_an_error_with_its_name(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(endpoint)):
         receiver_at(context, endpoint, LIMITS)
+
+
+def test_connecting_ends_when_something_else_is_to_be_done(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    started = time.monotonic()
+    with pytest.raises(NeighbourGone, match="interrupted"):
+        ZmqSender(context, "ipc:///tmp/nobody-listens-here", LIMITS, name="engine", stop=lambda: True)
+    assert time.monotonic() - started < 5.0
 
 
 def test_nobody_at_an_address_is_an_error_not_a_hang(context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -281,8 +281,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pool, Path]
     one = Pool(
         context,
         run_dir,
-        on_fault=lambda worker, error: None,
-        on_joined=lambda worker: None,
+        on_change=lambda: None,
         here=ThisHost(name="here", address="127.0.0.1", keys=here),
         roster=TwoHosts(far_keys.public),
         control="tcp://127.0.0.1:*",

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from shard.torch_backend.cpu.decode_attention import DecodeAttention
 from shard.torch_backend.cpu.heads import AttentionShape
-from shard.torch_backend.cpu.layer_ops import Activation, CpuGatedActivation, CpuRmsNorm, DecodeAttention
+from shard.torch_backend.cpu.norm_and_gate import Activation, CpuGatedActivation, CpuRmsNorm
 from shard.torch_backend.tensors import TORCH_DTYPES
 from tests.support.shard.random_tensors import normal, turned
 from transport.messages.ring import DType

@@ -138,7 +138,7 @@ def test_sequences_come_and_go_and_threads_change(tmp_path: Path) -> None:
             assert np.array_equal(run_step([shard], entries), run_step([plain], entries))
             if step == 3:
                 for one in (shard, plain):
-                    one.truncate(SequenceId(2), 10)
+                    one.kv.truncate(SequenceId(2), 10)
                 at[SequenceId(2)] = 10
     finally:
         torch.set_num_threads(before)

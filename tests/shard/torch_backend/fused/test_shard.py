@@ -197,7 +197,7 @@ def test_truncated_positions_leave_no_trace(tiny: Tiny, family: str) -> None:
     shard = whole(tiny(family))
     feed(shard, ids, 0, 40)
     feed(shard, [*ids[:40], *[3] * 20], 40, 60)
-    assert shard.truncate(ONE, 40) == shard.length(ONE) == 40
+    assert shard.kv.truncate(ONE, 40) == shard.kv.length(ONE) == 40
     assert relative_error(feed(shard, ids, 40, 60), reference[40:]) < 1e-5
 
 
@@ -209,20 +209,20 @@ def test_a_sliding_window_keeps_little_and_goes_back_by_its_slack(tiny: Tiny, ch
     reference = reference_logits(tiny_model("mistral", 1), ids)
     rows = [feed(shard, ids, start, min(length, start + chunk)) for start in range(0, length, chunk)]
     assert relative_error(np.concatenate(rows), reference) < 1e-5
-    assert shard.kv_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * (4 * 2 * 2 * 16 * 4)
-    assert shard.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
+    assert shard.kv.num_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * (4 * 2 * 2 * 16 * 4)
+    assert shard.kv.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
     assert relative_error(feed(shard, ids, length - ROLLBACK_TOKENS, length), reference[-ROLLBACK_TOKENS:]) < 1e-5
-    assert shard.truncate(ONE, 20) == 0
-    assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
+    assert shard.kv.truncate(ONE, 20) == 0
+    assert (shard.kv.length(ONE), shard.kv.num_bytes()) == (0, 0)
 
 
 def test_release_frees_memory(tiny: Tiny) -> None:
     shard = whole(tiny("llama"))
     run_step([shard], [Entry(ONE, 0, (5, 6, 7), 1), Entry(TWO, 0, (8, 9), 1)])
-    assert (shard.num_sequences(), shard.num_kv_tokens()) == (2, 5)
-    shard.release(ONE)
-    shard.release(TWO)
-    assert (shard.num_sequences(), shard.num_kv_tokens(), shard.kv_bytes()) == (0, 0, 0)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens()) == (2, 5)
+    shard.kv.release(ONE)
+    shard.kv.release(TWO)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens(), shard.kv.num_bytes()) == (0, 0, 0)
 
 
 def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
             patched.setattr(type(shard._model.layers[2].mlp), "__call__", out_of_memory)
             with pytest.raises(StageFailed, match=f"ran out of memory in a step of {end - 20} tokens"):
                 feed(shard, ids, 20, end)
-        assert shard.length(ONE) == 20
+        assert shard.kv.length(ONE) == 20
     assert relative_error(feed(shard, ids, 20, 40), reference[20:]) < 1e-5
 
 
@@ -257,7 +257,7 @@ def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
         patched.setattr(type(shard._model.layers[2].mlp), "__call__", broken)
         with pytest.raises(ValueError, match="broken"):
             feed(shard, ids, 40, len(ids))
-    assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
+    assert (shard.kv.length(ONE), shard.kv.num_bytes()) == (0, 0)
     assert relative_error(feed(shard, ids, 0, len(ids)), reference_logits(tiny_model("mistral", 1), ids)) < 1e-5
 
 

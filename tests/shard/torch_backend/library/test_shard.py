@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from shard.formats.families import family_of
 from shard.stage import Batch
 from shard.torch_backend.attention import RaggedStep, Run, ragged_attention
-from shard.torch_backend.build import _ParameterReader, build_torch_shard
+from shard.torch_backend.build import build_torch_shard
 from shard.torch_backend.kv import ROLLBACK_TOKENS, LayerKV, SequenceKV
-from shard.torch_backend.library.shard import LibraryShard
+from shard.torch_backend.library.shard import LibraryShard, _ParameterReader
 from shard.torch_backend.tensors import TensorNames
 from tests.support.shard.stage_runner import load_stage, random_prompts, relative_error, run_step, tiny_spec
 from tests.support.shard.tiny import (
@@ -64,16 +65,16 @@ def test_truncated_positions_leave_no_trace(tiny: Tiny, family: str) -> None:
     shard = whole(tiny(family))
     feed(shard, ids, 0, 40)
     feed(shard, [*ids[:40], *[3] * 20], 40, 60)
-    assert shard.truncate(ONE, 40) == 40
-    assert shard.length(ONE) == 40
+    assert shard.kv.truncate(ONE, 40) == 40
+    assert shard.kv.length(ONE) == 40
     assert relative_error(feed(shard, ids, 40, 60), reference[40:]) < 1e-5
 
 
 def test_truncating_further_than_held_changes_nothing(tiny: Tiny) -> None:
     shard = whole(tiny("llama"))
     feed(shard, [5] * 9, 0, 9)
-    assert shard.truncate(ONE, 30) == 9
-    assert shard.truncate(TWO, 3) == 0
+    assert shard.kv.truncate(ONE, 30) == 9
+    assert shard.kv.truncate(TWO, 3) == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 7, ROLLBACK_TOKENS + 30])
@@ -87,22 +88,22 @@ def test_a_sliding_window_keeps_little_and_goes_back_by_its_slack(tiny: Tiny, ch
     rows = [feed(shard, ids, start, min(length, start + chunk)) for start in range(0, length, chunk)]
     assert relative_error(np.concatenate(rows), reference) < 1e-5
     bytes_per_position = 4 * 2 * 2 * 16 * 4
-    assert shard.kv_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * bytes_per_position
-    assert shard.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
+    assert shard.kv.num_bytes() <= (WINDOW + 2 * ROLLBACK_TOKENS) * bytes_per_position
+    assert shard.kv.truncate(ONE, length - ROLLBACK_TOKENS) == length - ROLLBACK_TOKENS
     assert relative_error(feed(shard, ids, length - ROLLBACK_TOKENS, length), reference[-ROLLBACK_TOKENS:]) < 1e-5
-    assert shard.truncate(ONE, 20) == 0
-    assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
+    assert shard.kv.truncate(ONE, 20) == 0
+    assert (shard.kv.length(ONE), shard.kv.num_bytes()) == (0, 0)
 
 
 def test_release_frees_memory(tiny: Tiny) -> None:
     shard = whole(tiny("llama"))
     run_step([shard], [Entry(ONE, 0, (5, 6, 7), 1), Entry(TWO, 0, (8, 9), 1)])
-    assert (shard.num_sequences(), shard.num_kv_tokens()) == (2, 5)
-    shard.release(ONE)
-    shard.release(SequenceId(77))
-    assert (shard.num_sequences(), shard.num_kv_tokens()) == (1, 2)
-    shard.release(TWO)
-    assert (shard.num_sequences(), shard.num_kv_tokens(), shard.kv_bytes()) == (0, 0, 0)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens()) == (2, 5)
+    shard.kv.release(ONE)
+    shard.kv.release(SequenceId(77))
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens()) == (1, 2)
+    shard.kv.release(TWO)
+    assert (shard.kv.num_sequences(), shard.kv.num_tokens(), shard.kv.num_bytes()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
@@ -131,7 +132,7 @@ def test_a_step_that_fails_leaves_the_sequences_as_they_were(tiny: Tiny, monkeyp
         with pytest.raises(StageFailed, match="ran out of memory in a step of 5 tokens") as failure:
             feed(shard, ids, 20, 25)
         assert "--context" in failure.value.hint
-    assert shard.length(ONE) == 20
+    assert shard.kv.length(ONE) == 20
     assert relative_error(feed(shard, ids, 20, 40), reference[20:]) < 1e-5
 
 
@@ -150,7 +151,7 @@ def test_a_failed_step_that_moved_a_window_leaves_nothing_half_done(
         patched.setattr(shard._model.model.layers[2].mlp, "forward", broken)
         with pytest.raises(ValueError, match="broken"):
             feed(shard, ids, 40, len(ids))
-    assert (shard.length(ONE), shard.kv_bytes()) == (0, 0)
+    assert (shard.kv.length(ONE), shard.kv.num_bytes()) == (0, 0)
     assert relative_error(feed(shard, ids, 0, len(ids)), reference) < 1e-5
 
 
@@ -199,7 +200,9 @@ def test_other_devices_are_filled_by_way_of_one_host_buffer(tiny: Tiny) -> None:
     """The way to cuda and mps, taken with parameters that a CPU can look at."""
     checkpoint = tiny("mixtral")
     reader = _ParameterReader(checkpoint, tiny_spec(0, 4, compute_dtype="bfloat16"), torch.device("meta"))
-    names = TensorNames(checkpoint.tensors, first=0, tied_embeddings=False)
+    names = TensorNames(
+        checkpoint.tensors, first=0, tied_embeddings=False, experts=family_of(checkpoint.config).experts
+    )
     for name in ("model.layers.2.mlp.experts.gate_up_proj", "model.norm.weight", "lm_head.weight"):
         wanted = tiny_model("mixtral", 1).get_parameter(name).to(torch.bfloat16)
         parameter = torch.full_like(wanted, torch.nan, requires_grad=False)

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shard.formats.affine import AffineForm, quantize_rows
-from shard.formats.spec import ModelSpec
+from shard.formats.spec import Backend, ModelSpec
 from shard.pieces.open import open_checkpoint
-from shard.worker.load import Backend
 from shard.worker.profile.layers import LayerProbe, ProfiledStages
 from shard.worker.profile.profiler import Profiler
 from shard.worker.profile.report import ProfileSettings

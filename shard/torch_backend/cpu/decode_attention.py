@@ -1,17 +1,34 @@
-"""The kernel of a decode token's attention: norms and rotary embedding of its heads, its place in the KV, and the
-softmax over what it sees.
+"""A decode token's attention on the CPU: first its kernel, then what calls it.
 
+The kernel does the norms and rotary embedding of its heads, puts them into the KV, and attends over what it sees.
 One task is one sequence and one KV head with the query heads that share it. Written for one shape of model each:
 everything but the number of positions is a constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
+import torch
 from llvmlite import ir
 
+from shard.torch_backend.cpu.compile import CompiledModule, KernelFields, new_fields
 from shard.torch_backend.cpu.heads import AttentionShape, apply_rope, scale_of, store_kv, vectors_at
-from shard.torch_backend.cpu.ir_builder import F32, I32, I64, PTR, Kernel, Value, f32, filled, i64, vector
-from shard.torch_backend.cpu.rowwise_kernels import read_fields
+from shard.torch_backend.cpu.ir_builder import (
+    F32,
+    I64,
+    PTR,
+    Kernel,
+    Value,
+    f32,
+    filled,
+    i64,
+    read_fields,
+    vector,
+    write_task_loops,
+)
+from shard.torch_backend.cpu.program import Program, Scratch
 from shard.torch_backend.cpu.vector_math import WIDTH, exp, float_bytes, load_floats, softcapped, sum_of
 
 FIELDS = (
@@ -34,20 +51,7 @@ def scratch_bytes(shape: AttentionShape, positions: int) -> int:
 
 def write_decode_attention(module: ir.Module, shape: AttentionShape) -> str:
     """Functions `attend(fields)` and `attend_team(fields)`."""
-    task = _DecodeTask(module, shape).write()
-    alone = Kernel(module, "attend", [("fields", PTR)])
-    fields = read_fields(alone, FIELDS, ())
-    with alone.loop(i64(0), fields["tasks"]) as index:
-        alone.builder.call(task, [alone["fields"], index, i64(0)])
-    alone.finish()
-    team = Kernel(module, "attend_team", [("fields", PTR)])
-    fields = read_fields(team, FIELDS, ())
-    builder = team.builder
-    first = builder.sext(team.call("omp_get_thread_num", I32, []), I64)
-    step = builder.sext(team.call("omp_get_num_threads", I32, []), I64)
-    with team.loop(first, fields["tasks"], step) as index:
-        builder.call(task, [team["fields"], index, first])
-    team.finish()
+    write_task_loops(module, "attend", FIELDS, _DecodeTask(module, shape).write())
     return "attend"
 
 
@@ -181,3 +185,105 @@ class _DecodeTask:
             for i, total in enumerate(head):
                 place = kernel.at(out, 4 * (self._shape.head_dim * number + self._width * i))
                 kernel.store(builder.fmul(builder.load(total, typ=self._floats), inverse), place, 4)
+
+
+_MIN_TEAM_WORK = 1 << 16
+"""Positions times features in a call from which on a team is worth waking."""
+
+_SCRATCH = Scratch()
+
+
+@cache
+def _attend(shape: AttentionShape) -> CompiledModule:
+    module = ir.Module("attend")
+    write_decode_attention(module, shape)
+    return CompiledModule(module)
+
+
+KVSlot = tuple[int, int, int, int]
+"""A token's place in its KV: addresses of the first visible key and value, bytes between heads, positions."""
+
+
+class DecodeAttention:
+    """Attention of decode tokens in one layer. `q_norm` and `k_norm` [head_dim] float32 where the shape has an eps."""
+
+    def __init__(self, shape: AttentionShape, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None) -> None:
+        self._shape = shape
+        self._norms = (q_norm, k_norm)  # Kept: the kernel knows their addresses.
+        compiled = _attend(shape)
+        self._alone, self._team = compiled.run("attend"), compiled.team_run("attend_team")
+        self._fields, self._address = new_fields(len(FIELDS))
+        for position, norm in ((4, q_norm), (5, k_norm)):
+            self._fields[position] = 0 if norm is None else norm.data_ptr()
+
+    def __call__(
+        self, qkv: torch.Tensor, slots: Sequence[KVSlot], angles: Sequence[tuple[int, int]], threads: int
+    ) -> torch.Tensor:
+        """qkv [rows, (heads + 2 · kv_heads) · head_dim] float32; for each row its seat and the addresses of its cosines
+        and sines, [rotary / 2] float32 each → [rows, heads · head_dim] float32. Writes the rows' keys and values."""
+        shape, fields = self._shape, self._fields
+        rows = len(slots)
+        table, table_address = new_fields(len(ROW_FIELDS) * rows)
+        longest = 0
+        at = 0
+        for slot, angle in zip(slots, angles, strict=True):
+            table[at : at + 6] = [*slot, *angle]
+            longest = max(longest, slot[3])
+            at += 6
+        task_bytes = scratch_bytes(shape, longest)
+        tasks = rows * shape.kv_heads
+        fields[2] = _SCRATCH.reserve(task_bytes * threads)
+        out = torch.empty((rows, shape.heads * shape.head_dim), dtype=torch.float32)
+        fields[0] = qkv.data_ptr()
+        fields[1] = out.data_ptr()
+        fields[3] = table_address
+        fields[6] = qkv.stride(0) * 4
+        fields[7] = tasks
+        fields[8] = task_bytes
+        is_small = longest * tasks * shape.queries * shape.head_dim < _MIN_TEAM_WORK
+        if self._team is None or is_small or threads == 1:
+            self._alone(self._address)
+        else:
+            self._team(self._address, threads)
+        return out
+
+    def add_to(self, program: Program, qkv: torch.Tensor, threads: int) -> tuple[torch.Tensor, DecodeKVSlots]:
+        """Put the attention of what `qkv` will hold into a program → where it will be, and what to set before each
+        run."""
+        shape, rows = self._shape, qkv.shape[0]
+        out = program.rows("attended", rows, shape.heads * shape.head_dim)
+        fields, address = new_fields(len(FIELDS))
+        fields[:] = list(self._fields)
+        table, table_address = new_fields(len(ROW_FIELDS) * rows)
+        fields[0] = qkv.data_ptr()
+        fields[1] = out.data_ptr()
+        fields[3] = table_address
+        fields[6] = qkv.stride(0) * 4
+        fields[7] = rows * shape.kv_heads
+        compiled = _attend(shape)
+        program.keep(self, table, compiled)
+        team = threads > 1 and compiled.has_teams
+        program.call(compiled.address("attend_team" if team else "attend"), (fields, address), threads if team else 1)
+        return out, DecodeKVSlots(shape, fields, table)
+
+
+class DecodeKVSlots:
+    """What changes from step to step in a program's call of attention."""
+
+    def __init__(self, shape: AttentionShape, fields: KernelFields, table: KernelFields) -> None:
+        self._shape, self._fields, self._table = shape, fields, table
+
+    def scratch_bytes(self, positions: int) -> int:
+        """What each thread works in, if no token sees more than `positions`."""
+        return scratch_bytes(self._shape, positions)
+
+    def set(
+        self, slots: Sequence[KVSlot], angles: Sequence[tuple[int, int]], scratch: int, scratch_thread_bytes: int
+    ) -> None:
+        """Seats and angles as for `DecodeAttention`; the address of every thread's scratch."""
+        at = 0
+        for slot, angle in zip(slots, angles, strict=True):
+            self._table[at : at + 6] = [*slot, *angle]
+            at += 6
+        self._fields[2] = scratch
+        self._fields[8] = scratch_thread_bytes
