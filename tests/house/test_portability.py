@@ -76,7 +76,7 @@ ALLOWED = {
     "potluck/system/paths.py": {"os.getuid"},  # sys.platform
     "potluck/cli/service/launchd.py": {"os.getuid"},  # used on macOS only
     "shard/worker/machine.py": {"os.sched_getaffinity"},  # hasattr
-    "shard/formats/weight_folder.py": {"os.preadv"},  # hasattr
+    "shard/formats/weight_folder.py": {"os.preadv"},  # sys.platform
     "shard/pieces/open.py": {"os.preadv"},  # sys.platform
     "transport/process/files.py": {"os.pread"},  # hasattr
     "transport/process/child.py": {"os.sched_setscheduler", "os.sched_param"},  # sys.platform
