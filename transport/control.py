@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -19,17 +19,15 @@ from transport.links.zmq_link import set_options
 from transport.messages.control import ControlMessage, Heartbeat, Register, Stop
 from transport.messages.pool import NodeHello
 from transport.messages.ring import PROTOCOL_VERSION
-from transport.process.polling import SuspendDetector, Waker
+from transport.process.polling import PollThread, SuspendDetector
 from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
 from transport.security.curve import Guard, Prepare, address_of, descriptor_of, is_authenticated, peer_key
+from transport.timeouts import CONTROL_CONNECT_S, CONTROL_HEARTBEAT_S, CONTROL_SILENT_S
 
 log = logging.getLogger("potluck.control")
 
-HEARTBEAT_INTERVAL_S = 1.0
-SILENT_AFTER_S = 10.0
-CONNECT_TIMEOUT_S = 20.0
 REVOKED_REASON = "this host was revoked by the head's owner"
-"""What a host is told that is out for good."""
+"""What a host is told that was removed for good."""
 _RETRY_S = 0.02
 _MAX_MESSAGES_AT_ONCE = 1000
 # Who is revoked is out within this time, and what waits is sent.
@@ -45,9 +43,7 @@ Introduction = Register | NodeHello
 
 
 def _set_options(sock: zmq.Socket[bytes], *, on_network: bool, max_bytes: int = MAX_CONTROL_BYTES) -> None:
-    # Patient: a worker that a busy host or network holds up for a moment has weights loaded that would be lost.
-    silent_after_ms = int(SILENT_AFTER_S * 1000)
-    set_options(sock, max_message_bytes=max_bytes, on_network=on_network, silent_after_ms=silent_after_ms)
+    set_options(sock, max_message_bytes=max_bytes, on_network=on_network, silent_after_s=CONTROL_SILENT_S)
 
 
 class ControlClient:
@@ -71,62 +67,56 @@ class ControlClient:
         self._on_message = on_message
         self._on_lost = on_lost
         self._outbox: deque[ControlMessage] = deque()
-        self._wake = Waker()
-        self._closing = threading.Event()
+        self._heartbeat_due_s = time.monotonic() + CONTROL_HEARTBEAT_S
+        self._connect_by_s: float | None = time.monotonic() + CONTROL_CONNECT_S
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket, on_network=is_tcp(endpoint))
         if prepare is not None:
             prepare(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
+        self._loop = PollThread(
+            "control",
+            (self._socket, self._monitor),
+            self._on_ready,
+            wait_s=self._wait_s,
+            on_end=self._end,
+            on_failure=on_lost,
+        )
         self.send(introduction)
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
-        self._thread.start()
+        self._loop.start()
 
     def send(self, message: ControlMessage) -> None:
         """Thread-safe; never blocks."""
         self._outbox.append(message)
-        self._wake.set()
+        self._loop.wake()
 
     def close(self) -> None:
         """Send what is queued and close; waits at most 2 s."""
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(2.0)
+        self._loop.close()
 
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except Exception:  # The root of the thread: else nobody would notice that the head is not heard any more.
-            log.exception("control has ended")
+    def _wait_s(self) -> float:
+        return _RETRY_S if self._outbox else self._heartbeat_due_s - time.monotonic()
+
+    def _on_ready(self, ready: Container[Any]) -> None:
+        self._flush()
+        if self._socket in ready:
+            self._on_message(decode_control(self._socket.recv()))
+        if not self._outbox:
+            self._connect_by_s = None
+        now_s = time.monotonic()
+        if self._monitor in ready or (self._connect_by_s is not None and now_s >= self._connect_by_s):
             self._on_lost()
+            self._loop.stop()
+        elif now_s >= self._heartbeat_due_s:
+            self._outbox.append(Heartbeat())
+            self._heartbeat_due_s = now_s + CONTROL_HEARTBEAT_S
+
+    def _end(self) -> None:
         self._flush()
         # LINGER is 0 on every socket: give what was just written a moment to leave.
         self._socket.close(linger=500)
         self._monitor.close(0)
-
-    def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        poller.register(self._wake.fileno(), zmq.POLLIN)
-        next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
-        reach_by_s: float | None = time.monotonic() + CONNECT_TIMEOUT_S
-        while not self._closing.is_set():
-            wait_s = _RETRY_S if self._outbox else next_heartbeat_s - time.monotonic()
-            ready = dict(poller.poll(max(1, int(wait_s * 1000))))
-            self._wake.clear()
-            self._flush()
-            if self._socket in ready:
-                self._on_message(decode_control(self._socket.recv()))
-            if not self._outbox:
-                reach_by_s = None
-            if self._monitor in ready or (reach_by_s is not None and time.monotonic() >= reach_by_s):
-                self._on_lost()
-                break
-            if time.monotonic() >= next_heartbeat_s:
-                self._outbox.append(Heartbeat())
-                next_heartbeat_s = time.monotonic() + HEARTBEAT_INTERVAL_S
 
     def _flush(self) -> None:
         while self._outbox:
@@ -160,7 +150,7 @@ class ControlServer:
     times a second or more often `on_tick`, whatever the head does meanwhile.
 
     `endpoints` are those that it listens at, with the ports that were free. Those over TCP have a guard; a peer whose
-    key it admits no more is told why (`eviction_reason`), lost, and not heard again.
+    key is not authorized any more is told why (`eviction_reason`), lost, and ignored from then on.
     """
 
     def __init__(
@@ -179,8 +169,7 @@ class ControlServer:
         self._eviction_reason = eviction_reason
         self._peers: dict[bytes, ControlPeer] = {}
         self._outbox: deque[tuple[bytes, ControlMessage]] = deque()
-        self._wake = Waker()
-        self._closing = threading.Event()
+        self._suspends = SuspendDetector()
         self.num_refused = 0
         # One for each: those of this host must not have the heartbeats that the network needs.
         self._sockets: list[zmq.Socket[bytes]] = []
@@ -190,19 +179,19 @@ class ControlServer:
         self.endpoints: list[str] = []
         for endpoint, guard in endpoints:
             self._open(context, endpoint, guard)
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
-        self._thread.start()
+        self._loop = PollThread(
+            "control", (*self._sockets, *self._monitors), self._on_ready, wait_s=lambda: _TICK_S, on_end=self._end
+        )
+        self._loop.start()
 
     def send(self, peer: ControlPeer, message: ControlMessage) -> None:
         """Thread-safe; a message to a peer that is gone is dropped (its loss is reported by `on_lost`)."""
         self._outbox.append((peer.identity, message))
-        self._wake.set()
+        self._loop.wake()
 
     def close(self) -> None:
         """Send what is queued and close; waits at most 2 s."""
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(2.0)
+        self._loop.close()
 
     def _open(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, guard: Guard | None) -> None:
         on_network = is_tcp(endpoint)
@@ -220,27 +209,21 @@ class ControlServer:
         self._sockets.append(sock)
         self._guards.append(guard if on_network else None)
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        for sock in (*self._sockets, *self._monitors):
-            poller.register(sock, zmq.POLLIN)
-        poller.register(self._wake.fileno(), zmq.POLLIN)
-        suspends = SuspendDetector()
-        while not self._closing.is_set():
-            ready = dict(poller.poll(int(_TICK_S * 1000)))
-            suspended_s = suspends.suspended_s(_TICK_S)
-            self._wake.clear()
-            for monitor, cap in self._monitors.items():
-                if monitor in ready:
-                    cap.on_event(parse_monitor_message(monitor.recv_multipart()))
-            self._flush()
-            for index in range(len(self._sockets)):
-                self._take_all(index)
-            for cap in self._caps.values():
-                cap.enforce(time.monotonic())
-            self._drop_silent(suspended_s)
-            self._drop_revoked()
-            self._on_tick()
+    def _on_ready(self, ready: Container[Any]) -> None:
+        suspended_s = self._suspends.suspended_s(_TICK_S)
+        for monitor, cap in self._monitors.items():
+            if monitor in ready:
+                cap.on_event(parse_monitor_message(monitor.recv_multipart()))
+        self._flush()
+        for index in range(len(self._sockets)):
+            self._take_all(index)
+        for cap in self._caps.values():
+            cap.enforce(time.monotonic())
+        self._drop_silent(suspended_s)
+        self._drop_revoked()
+        self._on_tick()
+
+    def _end(self) -> None:
         self._flush()
         for sock in self._sockets:
             sock.disable_monitor()
@@ -306,7 +289,7 @@ class ControlServer:
         now_s = time.monotonic()
         for peer in self._peers.values():
             peer.last_heard_s = min(now_s, peer.last_heard_s + suspended_s)
-        for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > SILENT_AFTER_S]:
+        for peer in [peer for peer in self._peers.values() if now_s - peer.last_heard_s > CONTROL_SILENT_S]:
             del self._peers[peer.identity]
             self._on_lost(peer)
 
@@ -332,7 +315,7 @@ class ControlServer:
                     self._on_lost(peer)
 
     def _may_send(self, identity: bytes, message: ControlMessage) -> bool:
-        """Whoever is put out, or was never let in, gets no more than that word."""
+        """Whoever was removed, or is no member, gets `Stop` and nothing else."""
         guard = self._guards[identity[0]]
         if guard is None or isinstance(message, Stop):
             return True

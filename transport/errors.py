@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from msgspec import Struct
+
 
 class PotluckError(Exception):
     """What went wrong, with values, and `hint`: what to do next."""
@@ -152,6 +154,25 @@ def _tree(root: type[PotluckError]) -> dict[str, type[PotluckError]]:
     for child in root.__subclasses__():
         found.update(_tree(child))
     return found
+
+
+class ErrorInfo(Struct, frozen=True):
+    """An error as it crosses processes."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+    @classmethod
+    def of(cls, error: Exception, otherwise: type[PotluckError] = PotluckError) -> ErrorInfo:
+        """What is no PotluckError is `otherwise`."""
+        if isinstance(error, PotluckError):
+            return cls(error.code, error.message, error.hint)
+        return cls(otherwise.code, f"{type(error).__name__}: {error}")
+
+    def error(self, *, of: str = "") -> PotluckError:
+        """As an exception here; `of` is whose it is."""
+        return error_from_code(self.code, f"{of}: {self.message}" if of else self.message, self.hint)
 
 
 def error_from_code(code: str, message: str, hint: str = "") -> PotluckError:

@@ -15,12 +15,13 @@ from potluck.measure.child_process import reply_pipe, send_reply, serve_commands
 from transport.links.endpoints import tcp_endpoint
 from transport.links.zmq_link import set_bulk_options
 from transport.messages.pieces import MAX_REPLY_FRAME_BYTES, PART_BYTES, Piece, PieceList
-from transport.messages.pool import PieceHint, PiecePeer
+from transport.messages.pool import PieceHint, PiecePeer, SharedModel
 from transport.pieces.client import measure_link_speed
 from transport.pieces.fetcher import fetch
-from transport.pieces.piece_source import FileStamp, FolderSource, StoreSource
+from transport.pieces.piece_source import FolderSource, StoreSource
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore
+from transport.process.files import FileStamp
 from transport.security.curve import Curve, allow_only, new_key_pair
 
 _WAIT_MS = 30_000
@@ -89,8 +90,7 @@ class TransferHost:
         pieces = msgspec.json.decode((model / LIST_FILE).read_bytes(), type=PieceList)
         self._pieces = [Piece(piece.digest, piece.num_bytes) for file in pieces.files for piece in file.pieces]
         if name == "head":
-            found = (model / MODEL_FILE).stat()
-            stamps = {MODEL_FILE: FileStamp(found.st_size, found.st_mtime_ns)}
+            stamps = {MODEL_FILE: FileStamp.of(model / MODEL_FILE)}
             self._server.sources = (FolderSource(model, pieces, model=digest, stamps=stamps),)
 
     def facts(self) -> dict[str, Any]:
@@ -130,12 +130,14 @@ class TransferHost:
         report = fetch(
             {number: self._pieces[number] for number in numbers},
             kept,
-            [PiecePeer(*peer) for peer in peers],
+            SharedModel(
+                name="the bench's model",
+                digest=self._digest,
+                peers=tuple(PiecePeer(*peer) for peer in peers),
+                hints=tuple(PieceHint(*hint) for hint in hints),
+            ),
             curve=self._curve,
             context=self._context,
-            model=self._digest,
-            what="the bench's model",
-            hints=[PieceHint(*hint) for hint in hints],
             progress=progress,
         )
         return {

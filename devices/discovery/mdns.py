@@ -1,7 +1,7 @@
 """Heads and joiners find each other on the LAN: DNS service discovery over multicast DNS (RFC 6763, RFC 6762).
 
-What is told to everyone is where a door is, and a fingerprint of the pool's id by which its members know it: no name
-of a host or a user, and no address but those on the LAN. It proves nothing; pairing and keys do.
+What everyone is told is where a pairing server is, and a fingerprint of the pool's id by which its members know it: no
+name of a host or a user, and no address but those on the LAN. It proves nothing; pairing and keys do.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from zeroconf import Error, IPVersion, ServiceBrowser, ServiceInfo, ServiceListe
 from devices.hardware.interfaces import lan_addresses
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
+from transport.timeouts import ADVERTISER_CLOSE_S
 
 SERVICE = "_potluck._tcp.local."
 _RECORD_VERSION = "1"
 _FINGERPRINT = re.compile(r"([0-9a-f]{4}-){3}[0-9a-f]{4}")
 _CHECK_INTERVAL_S = 5.0
 _RETRY_S = 30.0
-_CLOSE_TIMEOUT_S = 3.0
 _POLL_S = 0.05
 _QUERY_S = 0.5
 _MAX_NAMES = 64
@@ -36,7 +36,8 @@ Addresses = Callable[[], tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvertisedPool:
-    """A head's door as it, or someone else, says: addresses to try in this order, a port, the pool's fingerprint."""
+    """A head's pairing server as it, or someone else, says: addresses to try in this order, a port, the pool's
+    fingerprint."""
 
     addresses: tuple[str, ...]
     port: int
@@ -44,10 +45,10 @@ class AdvertisedPool:
 
 
 class Advertiser:
-    """Tells the LAN where the door of `pool` is, until it is closed; an address that changes is told anew.
+    """Tells the LAN where the pairing server of `pool` is, until it is closed; again when an address changes.
 
-    `addresses` are those of this host; with only one of them the door listens at that alone. `problem` says why
-    nobody can be told, if so.
+    `addresses` are those of this host; with only one of them the server listens at that alone. `problem` says
+    why nobody can be told, if so.
     """
 
     def __init__(self, port: int, pool: str, *, addresses: Addresses = lan_addresses) -> None:
@@ -66,7 +67,7 @@ class Advertiser:
     def close(self) -> None:
         """Say goodbye. Takes a second, at most three."""
         self._end.set()
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.join(ADVERTISER_CLOSE_S)
 
     def _run(self) -> None:
         advertised: tuple[str, ...] = ()
@@ -101,7 +102,7 @@ class Advertiser:
 
 
 def service_info(pool_fingerprint: str, port: int, addresses: tuple[str, ...]) -> ServiceInfo:
-    """The record that is told: named by the fingerprint alone."""
+    """The record, named by the fingerprint alone."""
     return ServiceInfo(
         SERVICE,
         f"{pool_fingerprint}.{SERVICE}",
@@ -115,7 +116,7 @@ def service_info(pool_fingerprint: str, port: int, addresses: tuple[str, ...]) -
 def browse_pools(
     timeout_s: float, pool_fingerprint: str | None = None, *, addresses: Addresses = lan_addresses
 ) -> list[AdvertisedPool]:
-    """The doors that say they are there within that time; with a fingerprint, only that pool's, and as soon as one is
+    """The pools whose heads answer within that time; with a fingerprint, only that pool's, and as soon as one is
     found. Raises ConfigError if this host can't ask."""
     own = addresses()
     if not own:
@@ -201,13 +202,13 @@ def _add_if_wanted(found: dict[str, AdvertisedPool], name: str, info: ServiceInf
 def parse_service(info: ServiceInfo) -> AdvertisedPool | None:
     """What a record says, if it is one of ours; anyone may have sent it."""
     try:
-        told = (info.properties.get(b"pool") or b"").decode("ascii")
+        name = (info.properties.get(b"pool") or b"").decode("ascii")
     except UnicodeDecodeError:
         return None
     usable = [address for address in info.parsed_addresses(IPVersion.V4Only) if _is_lan(address)]
-    if not _FINGERPRINT.fullmatch(told) or not usable or not info.port or not 0 < info.port < 65536:
+    if not _FINGERPRINT.fullmatch(name) or not usable or not info.port or not 0 < info.port < 65536:
         return None
-    return AdvertisedPool(addresses=tuple(usable[:_MAX_ADDRESSES]), port=info.port, fingerprint=told)
+    return AdvertisedPool(addresses=tuple(usable[:_MAX_ADDRESSES]), port=info.port, fingerprint=name)
 
 
 def _is_lan(address: str) -> bool:

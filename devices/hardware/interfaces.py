@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
-# An address of the range for documentation: a route towards it is the default route. Nothing is sent there.
+from transport.timeouts import TOOL_S
+
+# An address of the range for documentation: a route to it is the default route. Nothing is sent there.
 _DOCUMENTATION_ADDRESS = "198.51.100.1"
-_TOOL_TIMEOUT_S = 5.0
 _LINUX_NETWORK = Path("/sys/class/net")
 
 # Networks inside this host (containers, virtual machines) and tunnels: nobody at home can reach it there.
@@ -55,7 +56,7 @@ def lan_interfaces() -> tuple[LanInterface, ...]:
 
 
 def lan_addresses() -> tuple[str, ...]:
-    """This host's addresses on them; cheaper, since Wi-Fi is not told apart."""
+    """This host's addresses on them; cheaper, since Wi-Fi is not looked for."""
     return tuple(sorted({address for _, address, _ in _lan_entries()}))
 
 
@@ -65,7 +66,7 @@ def is_internal_interface(name: str) -> bool:
 
 
 def lan_address(target: str | None = None) -> str | None:
-    """This host's address for the others: the one that it would use towards `towards`; else that of the default
+    """This host's address for the others: the one that it would use to reach `target`; else that of the default
     route, or a LAN's if the default route is a tunnel or missing. None without a network. Sends nothing."""
     if target is not None:
         chosen = _source_address(target)
@@ -138,7 +139,7 @@ def wifi_in_hardware_ports(text: str) -> frozenset[str]:
 def _output(*command: str) -> str:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TOOL_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=TOOL_S, check=False
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import Struct
+
 from transport.messages.ring import DType
 from transport.process.cpu_use import CpuUse
 
@@ -81,6 +83,12 @@ def is_noisy(others_share: float) -> bool:
     return others_share > NOISY_SHARE
 
 
-def should_remeasure(kept_s: float, num_tries: int, now_s: float) -> bool:
-    """Whether a disturbed measurement of `kept_s` (seconds since 1970) is to be taken again now."""
-    return num_tries < _MAX_TRIES and not 0 <= now_s - kept_s < _REMEASURE_AFTER_S
+class NoisyMeasurement(Struct, frozen=True, kw_only=True):
+    """Other programs disturbed a measurement, at `kept_s` (seconds since 1970), for the `num_tries`th time."""
+
+    kept_s: float
+    num_tries: int
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether to measure again now."""
+        return self.num_tries < _MAX_TRIES and not 0 <= now_s - self.kept_s < _REMEASURE_AFTER_S

@@ -1,4 +1,8 @@
-"""Free memory of this host within its control groups, and of its NVIDIA GPUs by way of nvidia-smi."""
+"""Free memory of this host within its control groups, and of its NVIDIA GPUs by way of nvidia-smi.
+
+Control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html and /cgroup-v1/memory.html. A group's file cache
+that was not used lately counts as free, as it does in the system's own "available".
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from transport.timeouts import NVIDIA_SMI_S
 
 _PROC = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
@@ -57,7 +63,6 @@ def _folder_free(folder: Path, limit: str, used: str, reclaimable: str) -> int |
     return max(0, limit_bytes - used_bytes + int(stat.get(reclaimable, 0)))
 
 
-_DEADLINE_S = 10.0
 _MIB = 2**20
 
 
@@ -72,7 +77,7 @@ def list_gpus() -> list[Gpu]:
     command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_DEADLINE_S, check=True
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return []

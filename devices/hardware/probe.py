@@ -54,7 +54,7 @@ def _watch_for_start() -> threading.Event:
             go.set()
         os._exit(EXIT_ORPHANED)
 
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
     return go
 
 

@@ -18,7 +18,7 @@ class TorchBenchmark:
 
     def __init__(self, kind: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._device = _usable(kind)
+        self._device = _open_device(kind)
         self.compute_dtype: DType = _default_dtype(self._device)
         self.uses_host_memory = self._device.type != "cuda"
         self.limit_bytes, self.gpu = _limits(self._device)
@@ -42,7 +42,7 @@ class TorchBenchmark:
         return sum(matrix.nbytes for matrix in self._matrices)
 
 
-def _usable(kind: str) -> torch.device:
+def _open_device(kind: str) -> torch.device:
     try:
         device = torch.device(kind)
         torch.empty(1, device=device)

@@ -7,34 +7,28 @@ import importlib.metadata
 import json
 import os
 import platform
-import queue
 import socket
-import subprocess
-import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from devices.hardware.device import HOST_MEMORY, Device, DeviceRequest, ProbedDevices, UnavailableDevice
-from devices.hardware.measure import BandwidthMeasurement, is_noisy, should_remeasure
+from devices.hardware.measure import BandwidthMeasurement, NoisyMeasurement, is_noisy
 from devices.hardware.memory import host_free_bytes, list_gpus
 from devices.hardware.probe import READY
 from transport.messages.ring import DTYPE_BYTES
-from transport.process.child import detached_popen_kwargs, python_command, python_environment
+from transport.process.child_process import LineChild
 from transport.process.cpu_use import share_of_cores
-
-READY_S = 60.0
-"""For a probe to load its library and touch its memory: importing torch from a cold disk takes most of it."""
-
-RESULT_S = 15.0
-"""For the measurement itself, about a second on any device that is worth its place."""
+from transport.process.files import write_atomic
+from transport.timeouts import PROBE_READY_S, PROBE_RESULT_S
 
 
-def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> list[BandwidthMeasurement | str]:
+def run_probes(requests: Sequence[DeviceRequest], ready_s: float = PROBE_READY_S) -> list[BandwidthMeasurement | str]:
     """For each request what was measured, or in words why it could not be. No process outlives this call."""
     ready_by = time.monotonic() + ready_s
     probes = [_Probe(request) for request in requests]
@@ -44,7 +38,7 @@ def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> l
         for probe, is_ready in zip(probes, ready, strict=True):
             if is_ready:
                 probe.start()
-        result_by = time.monotonic() + RESULT_S
+        result_by = time.monotonic() + PROBE_RESULT_S
         return [
             probe.result(result_by) if is_ready else probe.why_not(ready_s)
             for probe, is_ready in zip(probes, ready, strict=True)
@@ -56,37 +50,19 @@ def run_probes(requests: Sequence[DeviceRequest], ready_s: float = READY_S) -> l
 
 class _Probe:
     def __init__(self, request: DeviceRequest) -> None:
-        command = [*python_command(), "devices.hardware.probe", "--json", "--wait"]
-        command += ["--backend", request.backend, "--device", request.kind, "--threads", str(request.threads)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            env=os.environ | python_environment(),
-            **detached_popen_kwargs(),
-        )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._errors: list[str] = []
-        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_lines, self._read_errors)]
-        for reader in self._readers:
-            reader.start()
+        arguments = ["--json", "--wait", "--backend", request.backend, "--device", request.kind]
+        self._child = LineChild("devices.hardware.probe", [*arguments, "--threads", str(request.threads)])
 
     def wait_until_ready(self, ends_at: float) -> bool:
-        return self._next_line(ends_at) == READY
+        return self._child.next_line(ends_at) == READY
 
     def start(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # It died meanwhile: `result` says so.
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
+        self._child.send("go")
 
     def result(self, ends_at: float) -> BandwidthMeasurement | str:
-        line = self._next_line(ends_at)
+        line = self._child.next_line(ends_at)
         if not line:
-            return self.why_not(RESULT_S)
+            return self.why_not(PROBE_RESULT_S)
         try:
             return BandwidthMeasurement(**json.loads(line))
         except (ValueError, TypeError):
@@ -94,48 +70,19 @@ class _Probe:
 
     def why_not(self, waited_s: float) -> str:
         """Why there is no answer: the probe's own words, how it ended, or that it did not."""
-        try:
-            # It may have closed its output a moment before it ends.
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
+        ended = self._child.ended()
+        if ended is None:
             return f"its probe gave no answer within {waited_s:.0f} s"
-        self._readers[1].join(1.0)
+        code, last_error = ended
         if code < 0:
             return f"its probe was ended by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-        return self._errors[-1] if self._errors else f"its probe ended with exit code {code}"
+        return last_error or f"its probe ended with exit code {code}"
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for reader in self._readers:
-            reader.join(1.0)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _next_line(self, ends_at: float) -> str:
-        """The next line of output; "" at its end or at the deadline."""
-        try:
-            return self._lines.get(timeout=max(0.0, ends_at - time.monotonic()))
-        except queue.Empty:
-            return ""
-
-    def _read_lines(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.strip())
-        # Twice, for whoever waits for "ready" and then for a result.
-        self._lines.put("")
-        self._lines.put("")
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        self._errors.extend(line.strip() for line in self._process.stderr if line.strip())
+        self._child.close()
 
 
-_VERSION = 1
+_VERSION = 2
 
 Prober = Callable[[Sequence[DeviceRequest]], list[BandwidthMeasurement | str]]
 
@@ -161,7 +108,7 @@ def probe_devices(
     measured = None if fresh else _load(cache_path, key, len(requests))
     noisy = _load_noisy(cache_path, key) if measured is not None else None
     earlier: list[BandwidthMeasurement] | None = None
-    if noisy is not None and should_remeasure(noisy.kept_s, noisy.num_tries, now()):
+    if noisy is not None and noisy.is_due(now()):
         earlier, measured = measured, None
     if measured is None:
         on_measuring()
@@ -185,27 +132,19 @@ def probe_devices(
     return ProbedDevices(devices=tuple(_with_shared_memory(devices)), left_out=tuple(left_out))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NoisyMeasurement:
-    """A measurement was disturbed, at `kept_s`, for the `num_tries`th time."""
-
-    kept_s: float
-    num_tries: int
-
-
 def _combine(
     results: list[BandwidthMeasurement],
     earlier: list[BandwidthMeasurement] | None,
-    noisy: _NoisyMeasurement | None,
+    noisy: NoisyMeasurement | None,
     now_s: float,
-) -> tuple[list[BandwidthMeasurement], _NoisyMeasurement | None]:
-    """What counts now, and whether it is doubtful. Whatever disturbs makes slower, never faster."""
+) -> tuple[list[BandwidthMeasurement], NoisyMeasurement | None]:
+    """What counts now, and whether it is noisy. Whatever disturbs makes slower, never faster."""
     others = min(result.busy_cores for result in results) - sum(result.own_cores for result in results)
     if not is_noisy(share_of_cores(others)):
         return results, None
     if earlier is not None:
         results = [max(pair, key=lambda one: one.bandwidth_bytes_per_s) for pair in zip(results, earlier, strict=True)]
-    return results, _NoisyMeasurement(kept_s=now_s, num_tries=1 if noisy is None else noisy.num_tries + 1)
+    return results, NoisyMeasurement(kept_s=now_s, num_tries=1 if noisy is None else noisy.num_tries + 1)
 
 
 def _device(
@@ -280,15 +219,12 @@ def _is_plausible(measured: BandwidthMeasurement) -> bool:
     )
 
 
-def _load_noisy(path: Path, key: str) -> _NoisyMeasurement | None:
-    found = _read(path, "doubts").get(key)
-    if not isinstance(found, dict):
-        return None
+def _load_noisy(path: Path, key: str) -> NoisyMeasurement | None:
     try:
-        noisy = _NoisyMeasurement(**found)
-        return noisy if noisy.kept_s >= 0 and noisy.num_tries >= 1 else None
-    except TypeError:
+        noisy = msgspec.convert(_read(path, "noisy").get(key), NoisyMeasurement)
+    except msgspec.ValidationError:
         return None
+    return noisy if noisy.kept_s >= 0 and noisy.num_tries >= 1 else None
 
 
 def _read(path: Path, part: str = "entries") -> dict[str, Any]:
@@ -300,19 +236,13 @@ def _read(path: Path, part: str = "entries") -> dict[str, Any]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy: _NoisyMeasurement | None) -> None:
+def _store(path: Path, key: str, measured: Sequence[BandwidthMeasurement], noisy: NoisyMeasurement | None) -> None:
     """Add an entry by replacing the file at once: a reader sees the old or the new one. Failing only costs a probe."""
     entries = _read(path) | {key: [asdict(result) for result in measured]}
-    noisy_entries = {other: found for other, found in _read(path, "doubts").items() if other != key}
+    noisy_entries = {other: found for other, found in _read(path, "noisy").items() if other != key}
     if noisy is not None:
-        noisy_entries[key] = asdict(noisy)
+        noisy_entries[key] = msgspec.to_builtins(noisy)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"version": _VERSION, "entries": entries, "doubts": noisy_entries}, file, indent=1)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        file = {"version": _VERSION, "entries": entries, "noisy": noisy_entries}
+        write_atomic(path, json.dumps(file, indent=1).encode())

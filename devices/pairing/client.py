@@ -40,10 +40,8 @@ from transport.errors import (
 )
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import KeyPair, is_key
+from transport.timeouts import PAIRING_CONNECT_S, PAIRING_DECISION_S, PAIRING_LINE_S
 
-CONNECT_TIMEOUT_S = 5.0
-_LINE_TIMEOUT_S = 20.0
-_DECISION_TIMEOUT_S = 120.0
 _SOMEONE_BETWEEN = "if it was right, someone between the two hosts answers in the head's place"
 
 
@@ -54,10 +52,10 @@ class _Versions(Struct, frozen=True):
     potluck: str
 
 
-def fetch_pool_info(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) -> PoolInfo:
-    """What the head whose door is there says of itself; unproven.
+def fetch_pool_info(host: str, port: int, timeout: float = PAIRING_CONNECT_S) -> PoolInfo:
+    """What the head whose pairing server is there says of itself; unproven.
 
-    Raises NotRunning if nobody answers, Busy if the door is full, ConfigError if something else answers, and
+    Raises NotRunning if nobody answers, Busy if the server is full, ConfigError if something else answers, and
     VersionMismatch if it is a head that says it in other words.
     """
     connection = _connect(host, port, timeout)
@@ -68,9 +66,9 @@ def fetch_pool_info(host: str, port: int, timeout: float = CONNECT_TIMEOUT_S) ->
 
 
 def fetch_membership(
-    host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = CONNECT_TIMEOUT_S
+    host: str, port: int, pool: KnownPool, *, keys: KeyPair, timeout: float = PAIRING_CONNECT_S
 ) -> tuple[PoolInfo, MembershipStatus]:
-    """What the head of `pool`, whose door is there, says of itself and of this host; proven, both.
+    """What the head of `pool`, whose pairing server is there, says of itself and of this host; both proven.
 
     Raises NotRunning if it is not there, whoever answers in its place; Busy, ConfigError.
     """
@@ -110,18 +108,19 @@ def pair(
     name: str,
     platform: str,
     on_waiting: Callable[[PoolInfo], object] = lambda facts: None,
-    decision_timeout_s: float = _DECISION_TIMEOUT_S,
+    decision_timeout_s: float = PAIRING_DECISION_S,
 ) -> KnownPool:
-    """Pair with the head whose door is there, by an invite or a code; `on_waiting` when its user is being asked.
+    """Pair with the head whose pairing server is there, by an invite or a code; `on_waiting` when its user is being
+    asked.
 
     What is returned is proven: the head knows the secret, and its key is the one returned. Raises PairingFailed,
     VersionMismatch, NotRunning, Busy, ConfigError.
     """
     kind: CredentialKind = "invite" if isinstance(credential, Invite) else "code"
     secret = credential.token if isinstance(credential, Invite) else parse_code(credential)
-    connection = _connect(host, port, CONNECT_TIMEOUT_S)
+    connection = _connect(host, port, PAIRING_CONNECT_S)
     try:
-        info = _receive_pool_info(connection, host, port, _LINE_TIMEOUT_S)
+        info = _receive_pool_info(connection, host, port, PAIRING_LINE_S)
         check_version(info)
         _check_head(info, credential, keys, f"{host}:{port}")
         pake = JoinerPake(secret, info, kind=kind, key=keys.public, name=name, platform=platform)
@@ -139,7 +138,8 @@ def pair(
         )
     except ConnectionClosed as error:
         raise PairingFailed(
-            f"the head at {host}:{port} hung up: {error}", hint="is it still up? Try again with a new code"
+            f"the head at {host}:{port} closed the connection: {error}",
+            hint="is it still up? Try again with a new code",
         ) from error
     except BadMessage as error:
         raise PairingFailed(
@@ -186,14 +186,15 @@ def _receive_pool_info(connection: JsonLineSocket, host: str, port: int, timeout
 def _receive_pool_info_line(
     connection: JsonLineSocket, host: str, port: int, timeout_s: float
 ) -> tuple[PoolInfo, bytes]:
-    """The facts, and the line that told them."""
+    """The pool's information, and the line that it came in."""
     try:
         connection.send(PairingHello(protocol=PROTOCOL_VERSION, potluck=version("potluck")), timeout_s)
         line = connection.receive_line(timeout_s)
         message = _decode_pool_info(line)
     except ConnectionClosed as error:
         raise NotRunning(
-            f"what listens at {host}:{port} hung up: {error}", hint="is it a head's door? If so, try again in a moment"
+            f"what listens at {host}:{port} closed the connection: {error}",
+            hint="is it a head's pairing port? If so, try again in a moment",
         ) from error
     except (BadMessage, DeadlineExceeded) as error:
         raise ConfigError(
@@ -201,7 +202,7 @@ def _receive_pool_info_line(
             hint="write HOST:PORT as potluck up prints it, and check that both hosts have the same version",
         ) from error
     if isinstance(message, PairingRefused):
-        raise Busy(f"too many hosts knock at {host}:{port}", hint="try again in a moment")
+        raise Busy(f"too many hosts want to pair at {host}:{port}", hint="try again in a moment")
     if not is_key(message.key):
         raise ConfigError(f"what answers at {host}:{port} has no key", hint="is it a head?")
     return message, line
@@ -233,11 +234,11 @@ def _check_head(info: PoolInfo, credential: Invite | str, keys: KeyPair, where: 
 
 
 def _exchange(connection: JsonLineSocket, pake: JoinerPake, kind: CredentialKind) -> None:
-    connection.send(pake.start, _LINE_TIMEOUT_S)
+    connection.send(pake.start, PAIRING_LINE_S)
     answer = _receive_reply(connection, kind)
     if not isinstance(answer, PakeReply):
         raise BadMessage("another message than the key exchange's")
-    connection.send(pake.confirm(answer), _LINE_TIMEOUT_S)
+    connection.send(pake.confirm(answer), PAIRING_LINE_S)
     confirmed = _receive_reply(connection, kind)
     if not isinstance(confirmed, PakeConfirmed) or not pake.verify(confirmed):
         raise PairingFailed("the head does not know the secret", hint=f"make a new one; {_SOMEONE_BETWEEN}")
@@ -246,7 +247,7 @@ def _exchange(connection: JsonLineSocket, pake: JoinerPake, kind: CredentialKind
 def _decision(connection: JsonLineSocket, pake: JoinerPake, timeout_s: float) -> PairingOutcome:
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
-        message: HeadMessage = connection.receive(HeadMessage, min(left_s, _LINE_TIMEOUT_S))  # type: ignore[arg-type]
+        message: HeadMessage = connection.receive(HeadMessage, min(left_s, PAIRING_LINE_S))  # type: ignore[arg-type]
         if isinstance(message, PairingResult):
             return pake.outcome(message)
         if not isinstance(message, PairingPending):
@@ -271,7 +272,7 @@ def _check_outcome(outcome: PairingOutcome, info: PoolInfo) -> None:
 
 
 def _receive_reply(connection: JsonLineSocket, kind: CredentialKind) -> HeadMessage:
-    message: HeadMessage = connection.receive(HeadMessage, _LINE_TIMEOUT_S)  # type: ignore[arg-type]
+    message: HeadMessage = connection.receive(HeadMessage, PAIRING_LINE_S)  # type: ignore[arg-type]
     if isinstance(message, PairingRefused):
         _raise_refused(message, kind)
     return message
@@ -295,7 +296,7 @@ def _raise_refused(refused: PairingRefused, kind: CredentialKind) -> NoReturn:
         "used": PairingFailed(f"the {kind} was used already", hint=new),
         "expired": PairingFailed(f"the {kind} is too old", hint=new),
         "none": PairingFailed(f"the head has given out no {kind}", hint=new),
-        "busy": Busy("too many hosts knock at the head", hint="try again in a moment"),
+        "busy": Busy("too many hosts want to pair with the head", hint="try again in a moment"),
         "version": VersionMismatch(
             "the head does not understand this host's version of Potluck",
             hint="bring both hosts to the same version of Potluck",

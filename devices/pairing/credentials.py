@@ -11,15 +11,14 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from transport.errors import ConfigError
 from transport.security.curve import is_key
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
-CODE_LIFETIME_S = 120.0
-INVITE_LIFETIME_S = 3600.0
 MAX_GUESSES = 3
 
 CredentialKind = Literal["code", "invite"]
 RefusalReason = Literal["wrong", "used", "expired", "locked", "none", "version", "busy"]
 """Why a head does not pair: the secret is wrong, was used, is too old, was guessed at too often, or there is none; the
-host speaks another version; too many knock at once."""
+host speaks another version; too many want to pair at once."""
 
 # Digits and letters that are hard to mix up; those left out are read as what they look like. 32 of them: 5 bits each.
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -43,7 +42,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invite:
-    """Where a head's door is, its public key, a token of 128 bits, and its pool's id."""
+    """Where a head's pairing server is, its public key, a token of 128 bits, and its pool's id."""
 
     host: str
     port: int

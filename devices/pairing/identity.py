@@ -12,8 +12,8 @@ from filelock import FileLock, Timeout
 
 from transport.errors import ConfigError
 from transport.security.curve import KEY_FILE, KeyPair, new_key_pair, read_keys, write_keys
+from transport.timeouts import FILE_LOCK_S
 
-_LOCK_TIMEOUT_S = 10.0
 _FINGERPRINT_GROUPS = 4
 
 
@@ -27,7 +27,7 @@ def load_keys(folder: Path) -> KeyPair:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_private(folder, 0o700)
-        with FileLock(folder / "keys.lock", timeout=_LOCK_TIMEOUT_S):
+        with FileLock(folder / "keys.lock", timeout=FILE_LOCK_S):
             if not path.exists():
                 write_keys(path, new_key_pair())
             _make_private(path, 0o600)

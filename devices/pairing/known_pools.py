@@ -12,16 +12,16 @@ from msgspec import Struct
 
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
+from transport.timeouts import FILE_LOCK_S
 
 _VERSION = 1
-_LOCK_TIMEOUT_S = 10.0
 _MAX_DOORS = 8
 
 
 class KnownPool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A pool's id, its head's public key and name, what this host is called there, and where its door has been, the
-    latest place first ("HOST:PORT")."""
+    """A pool's id, its head's public key and name, what this host is called there, and where its pairing server has
+    been, the latest place first ("HOST:PORT")."""
 
     pool: str
     key: str
@@ -34,10 +34,10 @@ class KnownPool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """What the pool is known by on the network."""
         return fingerprint(self.pool)
 
-    def at(self, door: str) -> KnownPool:
-        """The same pool, last seen at `door`."""
-        others = tuple(known for known in self.doors if known != door)
-        return msgspec.structs.replace(self, doors=(door, *others)[:_MAX_DOORS])
+    def at(self, address: str) -> KnownPool:
+        """The same pool, last seen at `address`."""
+        others = tuple(known for known in self.doors if known != address)
+        return msgspec.structs.replace(self, doors=(address, *others)[:_MAX_DOORS])
 
 
 class _KnownPoolsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,14 +107,14 @@ def _ambiguous_pool(text: str | None, pools: tuple[KnownPool, ...], fitting: lis
 
 def _write(path: Path, pools: tuple[KnownPool, ...]) -> None:
     file = _KnownPoolsFile(version=_VERSION, pools=pools)
-    write_private(path, msgspec.json.format(msgspec.json.encode(file), indent=1))
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(file), indent=1))
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+        with FileLock(path.with_suffix(".lock"), timeout=FILE_LOCK_S):
             yield
     except Timeout as error:
         raise ConfigError(f"another process holds the lock of {path}", hint="try again in a moment") from error

@@ -1,4 +1,4 @@
-"""Whether a paired host still counts: it asks at the head's door, and is sure who answers.
+"""Whether a paired host is still a member: it asks the head's pairing server, and is sure who answers.
 
     host                          head
       Ask       (nonce)     →
@@ -6,9 +6,9 @@
 
 The proof is made with what only the head and the host whose key is asked about can compute: X25519 (RFC 7748) of their
 CURVE keys. It says one of three words without showing it: the host tries them all. So nobody else learns from it who is
-paired, whoever's key he asks about, and nobody else can answer in the head's place. It is about the facts that the door
-has just told, too: the bytes, since a head of a later version may tell more than this one knows. These messages stay as
-they are, so that hosts of different versions can prove that to each other.
+paired, whoever's key he asks about, and nobody else can answer in the head's place. It is about the pool's
+information that the server has just sent, too: the bytes, since a head of a later version may tell more than this one
+knows. These messages stay as they are, so that hosts of different versions can prove that to each other.
 """
 
 from __future__ import annotations

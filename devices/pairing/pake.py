@@ -1,4 +1,5 @@
-"""How two hosts that know one secret come to trust each other's keys. Values in, values out; the door sends them.
+"""How two hosts that know one secret come to trust each other's keys. Values in, values out; the pairing server sends
+them.
 
     joiner                        head
       Knock                 →

@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 from devices.pairing.identity import fingerprint
 from transport.errors import ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
+from transport.timeouts import FILE_LOCK_S
 
 ROSTER_VERSION = 1
 MAX_NAME_CHARACTERS = 40
@@ -146,7 +147,6 @@ def _candidate_names(name: str) -> Iterator[str]:
 __all__ = ["Member", "Roster", "RosterFile", "default_host_name"]
 
 _CHECK_INTERVAL_S = 0.1
-_LOCK_TIMEOUT_S = 10.0
 _POOL_ID_BYTES = 16
 
 Result = TypeVar("Result")
@@ -306,7 +306,7 @@ class RosterFile:
 
     def _write(self, roster: Roster) -> None:
         try:
-            write_private(self.path, msgspec.json.format(msgspec.json.encode(roster), indent=1))
+            write_atomic(self.path, msgspec.json.format(msgspec.json.encode(roster), indent=1))
         except OSError as error:
             raise ConfigError(
                 f"the list of paired devices can't be written to {self.path}: {error.strerror or error}",
@@ -317,7 +317,7 @@ class RosterFile:
     def _locked(self) -> Iterator[None]:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+            with FileLock(self.path.with_suffix(".lock"), timeout=FILE_LOCK_S):
                 yield
         except Timeout as error:
             raise ConfigError(f"another process holds the lock of {self.path}", hint="try again in a moment") from error

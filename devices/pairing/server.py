@@ -1,5 +1,5 @@
-"""The head's front door: where hosts that are not paired knock, ask who is there, and pair; and those that are, whether
-they still count.
+"""The pairing server of a head: hosts that are not paired ask who is there, and pair; paired ones ask whether they are
+still members.
 
 It is plain TCP and anyone may come, so that nobody gets much: few connections, short lines, little time, and one key
 exchange at a time, spaced out, however many ask.
@@ -41,19 +41,18 @@ from devices.pairing.pake import (
 from devices.pairing.roster import RosterFile, clean_name, clean_text
 from transport.errors import BadMessage, ConfigError, DeadlineExceeded, PortInUse, PotluckError
 from transport.security.curve import KeyPair, is_key
+from transport.timeouts import PAIRING_SERVER_LINE_S, THREAD_JOIN_S
 
 __all__ = ["Candidate", "PairingServer", "PoolInfo"]
 
 PAIRING_PORT = 11501
 MAX_CONNECTIONS = 16
 MAX_PER_ADDRESS = 4
-LINE_TIMEOUT_S = 10.0
 _KEEPALIVE_S = 2.0
 _POLL_S = 0.2
 _EXCHANGE_SPACING_S = 0.25
 _WARN_EVERY_S = 5.0
 _BACKLOG = 128
-_CLOSE_TIMEOUT_S = 3.0
 
 Approve = Callable[[Candidate], bool]
 """Whether the head's user lets it in. Raises DeadlineExceeded if nobody says. Called in a thread of its own."""
@@ -72,7 +71,7 @@ class _PairingConnection:
 class PairingServer:
     """Listens at `host` and `port`; None is 11501, or any free one if that is taken. Raises PortInUse, ConfigError.
 
-    `facts` are told to anyone; whoever pairs and is approved of goes into the `roster`. `say` gets lines of rich
+    `pool_info` is sent to anyone; whoever pairs and is approved of goes into the `roster`. `notify` gets lines of rich
     markup for the user.
     """
 
@@ -87,7 +86,6 @@ class PairingServer:
         approve: Approve,
         notify: Callable[[str], object],
         monotonic: Callable[[], float] = time.monotonic,
-        line_timeout_s: float = LINE_TIMEOUT_S,
     ) -> None:
         self._pool_info = pool_info
         self._roster = roster
@@ -95,7 +93,6 @@ class PairingServer:
         self._approve = approve
         self._notify = notify
         self._monotonic = monotonic
-        self._line_timeout_s = line_timeout_s
         self._codes = PairingCodes()
         self._exchange = threading.Lock()
         self._exchange_at = 0.0
@@ -106,7 +103,7 @@ class PairingServer:
         self._host, self.port = self._listener.getsockname()
         self._wake_read, self._wake_write = socket.socketpair()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._listen, name="front-door", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="pairing", daemon=True)
         self._thread.start()
 
     def new_code(self) -> Code:
@@ -132,7 +129,7 @@ class PairingServer:
             for connection in self._connections:
                 connection.interrupt()
         self._wake_write.close()
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + THREAD_JOIN_S
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -155,7 +152,9 @@ class PairingServer:
 
     def _accept(self, sock: socket.socket, address: str) -> None:
         connection = JsonLineSocket(sock)
-        thread = threading.Thread(target=self._serve, args=(connection, address), name="front-door-guest", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(connection, address), name="pairing-connection", daemon=True
+        )
         with self._lock:
             if self._has_room(address) and not self._is_closed and _started(thread):
                 self._connections[connection] = _PairingConnection(address, thread)
@@ -167,12 +166,12 @@ class PairingServer:
     def _has_room(self, address: str) -> bool:
         """For one more from there. If all places are taken, one is made free for it, of an address that has more of
         them than it would: who holds many from few addresses keeps nobody out."""
-        there = [guest for guest in self._connections.values() if not guest.is_evicted]
-        if sum(guest.address == address for guest in there) >= MAX_PER_ADDRESS:
+        there = [client for client in self._connections.values() if not client.is_evicted]
+        if sum(client.address == address for client in there) >= MAX_PER_ADDRESS:
             return False
         if len(there) < MAX_CONNECTIONS:
             return True
-        strangers = Counter(guest.address for guest in there if not guest.is_known)
+        strangers = Counter(client.address for client in there if not client.is_known)
         most_from, num = max(strangers.items(), key=lambda item: item[1], default=("", 0))
         if num <= strangers[address] + 1:
             return False
@@ -190,7 +189,7 @@ class PairingServer:
             pass
         except PotluckError as error:
             self._warn(f"A host at {address} could not pair: {escape(error.message)}")
-        except Exception as error:  # noqa: BLE001 - the root of the thread: one guest's trouble is not the door's
+        except Exception as error:  # noqa: BLE001 - the root of the thread: the others go on
             self._warn(f"A host at {address} could not pair: {escape(repr(error))}")
         finally:
             connection.close()
@@ -198,23 +197,23 @@ class PairingServer:
                 del self._connections[connection]
 
     def _handle(self, connection: JsonLineSocket, address: str) -> None:
-        hello = connection.receive(PairingHello, self._line_timeout_s)
+        hello = connection.receive(PairingHello, PAIRING_SERVER_LINE_S)
         info = self._pool_info()
         info = replace(info, name=info.name[:MAX_TEXT_CHARACTERS])
-        info_line = connection.send(info, self._line_timeout_s)
-        start: PakeStart | StatusRequest = connection.receive(PakeStart | StatusRequest, self._line_timeout_s)  # type: ignore[arg-type]
+        info_line = connection.send(info, PAIRING_SERVER_LINE_S)
+        start: PakeStart | StatusRequest = connection.receive(PakeStart | StatusRequest, PAIRING_SERVER_LINE_S)  # type: ignore[arg-type]
         if isinstance(start, StatusRequest):  # Of any version: it has to learn that it is of another one.
-            connection.send(prove_status(start, info_line, self._roster.read(), self._keys), self._line_timeout_s)
+            connection.send(prove_status(start, info_line, self._roster.read(), self._keys), PAIRING_SERVER_LINE_S)
             return
         if hello.protocol != info.protocol:
-            connection.send(PairingRefused(reason="version"), self._line_timeout_s)
+            connection.send(PairingRefused(reason="version"), PAIRING_SERVER_LINE_S)
             return
         if not is_key(start.key) or start.key == self._keys.public:
             return
         refusal = self._authenticate(connection, info, start, address)
         if refusal is None:
             return
-        connection.send(PairingRefused(reason=refusal.reason, guesses_left=refusal.guesses_left), self._line_timeout_s)
+        connection.send(PairingRefused(reason=refusal.reason, guesses_left=refusal.guesses_left), PAIRING_SERVER_LINE_S)
 
     def _authenticate(
         self, connection: JsonLineSocket, info: PoolInfo, start: PakeStart, address: str
@@ -232,8 +231,8 @@ class PairingServer:
                 raise
         is_right = False
         try:
-            connection.send(pake.reply, self._line_timeout_s)
-            is_right = pake.verify(connection.receive(PakeConfirm, self._line_timeout_s))
+            connection.send(pake.reply, PAIRING_SERVER_LINE_S)
+            is_right = pake.verify(connection.receive(PakeConfirm, PAIRING_SERVER_LINE_S))
         finally:
             refusal = self._codes.verify(attempt, is_right=is_right, now=self._monotonic())
             if refusal is not None and refusal.reason != "expired" and not is_right:
@@ -246,12 +245,12 @@ class PairingServer:
         """The user learns of every guess at a code, finished or broken off: there are three at most."""
         name = clean_name(start.name)
         if start.kind == "invite":
-            self._warn(f"{name} at {address} came with a wrong invite")
+            self._warn(f"{name} at {address} sent a wrong invite")
         elif refusal.guesses_left:
-            self._notify(f"{name} at {address} came with a wrong code; guesses left: {refusal.guesses_left}")
+            self._notify(f"{name} at {address} sent a wrong code; guesses left: {refusal.guesses_left}")
         else:
             self._notify(
-                f"{name} at {address} came with a wrong code, which is locked now; a new one: potluck invite. "
+                f"{name} at {address} sent a wrong code, which is locked now; a new one: potluck invite. "
                 "An invite can't be locked: use that if someone goes on guessing"
             )
 
@@ -272,19 +271,19 @@ class PairingServer:
     def _accept_candidate(self, connection: JsonLineSocket, pake: HeadPake, start: PakeStart, address: str) -> None:
         with self._lock:
             self._connections[connection].is_known = True
-        connection.send(pake.confirmed(), self._line_timeout_s)
+        connection.send(pake.confirmed(), PAIRING_SERVER_LINE_S)
         candidate = Candidate(
             key=start.key, name=clean_name(start.name), platform=clean_text(start.platform), address=address
         )
         outcome = self._await_decision(connection, candidate)
         if outcome is not None:
-            connection.send(pake.result(outcome), self._line_timeout_s)
+            connection.send(pake.result(outcome), PAIRING_SERVER_LINE_S)
 
     def _await_decision(self, connection: JsonLineSocket, candidate: Candidate) -> PairingOutcome | None:
         """None if the candidate has gone meanwhile."""
         answers: list[PairingOutcome] = []
         approval = threading.Thread(
-            target=lambda: answers.append(self._ask_user(candidate)), name="front-door-question", daemon=True
+            target=lambda: answers.append(self._ask_user(candidate)), name="pairing-approval", daemon=True
         )
         approval.start()
         said_at = time.monotonic()
@@ -294,7 +293,7 @@ class PairingServer:
                 candidate.gone.set()
                 return None
             if time.monotonic() - said_at >= _KEEPALIVE_S:
-                connection.send(PairingPending(), self._line_timeout_s)
+                connection.send(PairingPending(), PAIRING_SERVER_LINE_S)
                 said_at = time.monotonic()
         outcome = answers[0] if answers else PairingOutcome(decision="failed")
         if outcome.decision != "allowed":

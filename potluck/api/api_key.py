@@ -13,6 +13,7 @@ from pathlib import Path
 
 from potluck.system.paths import home_dir
 from transport.errors import ConfigError
+from transport.process.files import write_atomic
 
 PREFIX = "sk-potluck-"
 _KEY = re.compile(re.escape(PREFIX) + r"[A-Za-z0-9_-]{43}")
@@ -51,19 +52,10 @@ def make_key() -> str:
     """A new key in the place of the one before, which running heads then no longer take. Raises ConfigError."""
     key = PREFIX + secrets.token_urlsafe(_BITS // 8)
     path = key_file()
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Never readable for others, not even for a moment.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(descriptor, f"{key}\n".encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
+        write_atomic(path, f"{key}\n".encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"{path} can't be written: {error.strerror}", hint="set POTLUCK_HOME to a folder that you can write"
         ) from error

@@ -8,8 +8,9 @@ import stat
 from rich.console import Console
 from rich.markup import escape
 
-from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, Code, Invite
+from devices.pairing.credentials import Code, Invite
 from devices.pairing.qr import qr_lines
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 
 def show_invitation(

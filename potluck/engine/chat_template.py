@@ -17,7 +17,7 @@ import psutil
 
 from potluck.engine.template_process import LoadTemplate, RenderTemplate, TemplateReply, read_frame, write_frame
 from transport.errors import BadCheckpoint, BadRequest, Busy
-from transport.process.child import detached_popen_kwargs, python_command, python_environment
+from transport.process.child_process import ChildProcess
 
 START_TIMEOUT_S = 30.0
 WALL_FACTOR = 6.0
@@ -34,7 +34,7 @@ class TemplateChild:
     def __init__(self, source: str, within_s: float) -> None:
         self._read = msgspec.msgpack.encode(LoadTemplate(source, within_s))
         self._within_s = within_s
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: ChildProcess | None = None
         self._replies: queue.SimpleQueue[TemplateReply | None] = queue.SimpleQueue()
         self._first: TemplateReply | None = None
         self._is_first_due = self._is_working = False
@@ -43,7 +43,7 @@ class TemplateChild:
 
     @property
     def is_alive(self) -> bool:
-        return self._child is not None and self._child.poll() is None
+        return self._child is not None and self._child.exit_code() is None
 
     @property
     def is_idle(self) -> bool:
@@ -60,17 +60,11 @@ class TemplateChild:
         environment = {
             name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES or name.startswith(_PREFIX)
         }
-        self._child = subprocess.Popen(
-            [*python_command(), "potluck.engine.template_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # A traceback may show what was rendered.
-            stderr=subprocess.DEVNULL,
-            env={**environment, **python_environment()},
-            **detached_popen_kwargs(),
+        # A traceback may show what was rendered.
+        self._child = ChildProcess(
+            "potluck.engine.template_process", errors=subprocess.DEVNULL, environment=environment
         )
         self._replies = queue.SimpleQueue()
-        assert self._child.stdout is not None
         threading.Thread(
             target=_read_replies, args=(self._child.stdout, self._replies), name="template", daemon=True
         ).start()
@@ -116,18 +110,13 @@ class TemplateChild:
     def kill(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            child.kill()
-            child.wait()
-            assert child.stdin is not None
-            # What was still to be written has no reader.
-            with contextlib.suppress(OSError):
-                child.stdin.close()
+            child.close()
 
     def _write(self, frame: bytes) -> None:
         child = self._child
         # If it is gone, the reader says so.
         with contextlib.suppress(OSError, ValueError):
-            if child is not None and child.stdin is not None:
+            if child is not None:
                 write_frame(child.stdin, frame)
 
     def _cpu_seconds_and_memory(self) -> tuple[float, int]:

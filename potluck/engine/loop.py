@@ -97,17 +97,17 @@ class _CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Attach:
+class _AttachCommand:
     ring: RingSpec
 
 
 @dataclass(frozen=True, slots=True)
-class _WarmUp:
+class _WarmUpCommand:
     fence: Fence
 
 
 @dataclass(frozen=True, slots=True)
-class _Detach:
+class _DetachCommand:
     fence: Fence
     error: PotluckError
 
@@ -117,7 +117,7 @@ class _ClearPrefixCache:
     pass
 
 
-_Command = _AddRequest | _CancelRequest | _Attach | _WarmUp | _Detach | _ClearPrefixCache
+_Command = _AddRequest | _CancelRequest | _AttachCommand | _WarmUpCommand | _DetachCommand | _ClearPrefixCache
 
 
 class Engine:
@@ -177,7 +177,7 @@ class Engine:
 
     def attach(self, ring: RingSpec) -> None:
         """Listen for the ring's last stage; `RingAttached` says where, or `EngineDown` why not."""
-        self._post(_Attach(ring))
+        self._post(_AttachCommand(ring))
 
     def attach_ends(self, fence: Fence, ends: RingEnds) -> None:
         """The same, with ends that are there already. Before `run`, or in its thread."""
@@ -188,11 +188,11 @@ class Engine:
 
     def warm_up(self, fence: Fence) -> None:
         """All stages have loaded: reach the first one, run a short generation, emit `EngineReady`, and serve."""
-        self._post(_WarmUp(fence))
+        self._post(_WarmUpCommand(fence))
 
     def detach(self, fence: Fence, error: PotluckError) -> None:
         """Leave that ring, if it is attached: its requests end with `error`."""
-        self._post(_Detach(fence, error))
+        self._post(_DetachCommand(fence, error))
 
     def clear_prefix_cache(self) -> None:
         """Release the KV that is kept for prompts to come."""
@@ -276,11 +276,11 @@ class Engine:
         while self._commands and not self._is_stopping:
             command, session = self._commands.popleft(), self._session
             match command:
-                case _Attach(ring):
+                case _AttachCommand(ring):
                     self._attach(ring)
-                case _Detach(fence, error) if session is not None and fence == session.fence:
+                case _DetachCommand(fence, error) if session is not None and fence == session.fence:
                     self._lose(error)
-                case _WarmUp(fence) if session is not None and fence == session.fence:
+                case _WarmUpCommand(fence) if session is not None and fence == session.fence:
                     self._warm_up(session)
                 case _AddRequest(request) if session is not None:
                     if not session.requests.add(request):
@@ -302,7 +302,7 @@ class Engine:
 
     def _is_detached(self) -> bool:
         with self._changed:
-            return self._is_stopping or any(isinstance(command, _Detach) for command in self._commands)
+            return self._is_stopping or any(isinstance(command, _DetachCommand) for command in self._commands)
 
     def _send_and_receive(self, session: RingSession, channel: StepChannel) -> None:
         """Send what can be sent, then wait for something to come back."""

@@ -13,10 +13,10 @@ from potluck.engine.client import EngineClient
 from potluck.engine.settings import EngineSettings, RingSpec
 from potluck.host.local_host import ThisHost
 from potluck.store.manifest import StoredModel
-from potluck.system.child_process import ChildProcess, stop_processes
 from transport.errors import PotluckError, RingDown
 from transport.links.endpoints import fixed_local_endpoint
 from transport.messages.ring import Fence
+from transport.process.child_process import ChildProcess, stop_processes
 from transport.security.curve import Prepare
 
 _START_TIMEOUT_S = 60.0

@@ -15,7 +15,7 @@ import msgspec
 
 from devices.hardware.interfaces import leads_to_lan
 from transport.control import ControlPeer
-from transport.errors import ConfigError, DeadlineExceeded, PotluckError, RingDown, error_from_code
+from transport.errors import ConfigError, DeadlineExceeded, PotluckError, RingDown
 from transport.links.endpoints import is_host_endpoint, tcp_endpoint
 from transport.messages.control import ControlMessage
 from transport.messages.measure import MeasureFault
@@ -110,7 +110,7 @@ class RpcClient(Generic[Callee, RpcRequest, RpcReply, RpcProgress]):
                 return
             call.last_reply_s = time.monotonic()
             if isinstance(message, MeasureFault | HostFault):
-                call.reply = error_from_code(message.code, message.message, message.hint)
+                call.reply = message.error.error()
             elif isinstance(message, self._reply_types):
                 call.reply = message
             elif isinstance(message, self._progress_types):

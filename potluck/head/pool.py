@@ -23,7 +23,6 @@ from transport.errors import (
     NeighbourGone,
     PotluckError,
     RingDown,
-    error_from_code,
 )
 from transport.links.endpoints import is_host_endpoint, local_endpoint
 from transport.links.secure_endpoints import Where
@@ -285,9 +284,8 @@ class Pool:
                 self.hosts.on_message(peer, message)
             case Register():
                 self._add(PoolWorker(peer=peer, is_remote=peer.key not in ("", self.own_key)))
-            case WorkerFault(fence=fence, code=code, message=text, hint=hint) if worker and fence == worker.fence:
-                error = error_from_code(code, f"{worker.register.device}: {text}", hint)
-                self._set_fault(worker, error)
+            case WorkerFault(fence=fence, error=error) if worker and fence == worker.fence:
+                self._set_fault(worker, error.error(of=worker.register.device))
             case Listening(fence=fence, endpoint=endpoint) if worker and fence == worker.fence:
                 if worker.is_remote and worker.listens_at == "network" and not is_host_endpoint(endpoint):
                     self._set_fault(worker, BadMessage(f"{worker.register.device} listens at {endpoint[:80]!r}"))

@@ -17,13 +17,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S
 from potluck.api.api_key import SECRET_HEADER
 from potluck.api.errors import ApiError, json_response
 from potluck.head.models.search import FileHolders, RemoteModelList
 from potluck.head.plan_watch import BetterPlan
 from potluck.head.status import StatusReport, better_report
 from transport.errors import NotAllowed, PotluckError
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 _MAX_BODY_BYTES = 4096
 _BODY_TIMEOUT_S = 5.0

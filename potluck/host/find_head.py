@@ -23,6 +23,7 @@ from potluck.system.settings import Settings
 from transport.errors import Busy, ConfigError, NotAllowed, NotRunning, PairingFailed, PotluckError
 from transport.links.endpoints import tcp_endpoint
 from transport.security.curve import KeyPair
+from transport.timeouts import BROWSE_S, POOL_INFO_S
 
 if TYPE_CHECKING:
     from devices.discovery.mdns import AdvertisedPool
@@ -36,8 +37,6 @@ class HeadAddress:
     key: str
 
 
-_BROWSE_S = 4.0
-_POOL_INFO_TIMEOUT_S = 2.0
 _MAX_SHOWN = 8
 _MAX_REASONS = 3
 _MAX_THREADS = 16
@@ -48,7 +47,7 @@ Address = tuple[str, int]
 """A pairing server's address and port."""
 PromptForCode = Callable[[str], str | None]
 """Asks the user a question; None where nobody can answer."""
-Place = TypeVar("Place")
+Target = TypeVar("Target")
 Answer = TypeVar("Answer")
 
 
@@ -163,7 +162,7 @@ def _find_first(
     return None
 
 
-def _map_concurrently(call: Callable[[Place], Answer], places: list[Place]) -> list[Answer]:
+def _map_concurrently(call: Callable[[Target], Answer], places: list[Target]) -> list[Answer]:
     """One that does not answer takes seconds, and there may be many. Ctrl-C need not wait for a single one."""
     if len(places) < 2:
         return [call(place) for place in places]
@@ -236,7 +235,7 @@ def _known_by_key(key: str) -> KnownPool | None:
 def _browse(fingerprint: str | None) -> list[AdvertisedPool]:
     from devices.discovery.mdns import browse_pools  # Here, since zeroconf takes a while to import.
 
-    return browse_pools(_BROWSE_S, pool_fingerprint=fingerprint)
+    return browse_pools(BROWSE_S, pool_fingerprint=fingerprint)
 
 
 def _browse_if_possible(fingerprint: str) -> list[AdvertisedPool]:
@@ -266,6 +265,6 @@ def _responding_address(pool: AdvertisedPool) -> str:
 
 def _name_at(place: Address) -> str | None:
     try:
-        return fetch_pool_info(*place, _POOL_INFO_TIMEOUT_S).name
+        return fetch_pool_info(*place, POOL_INFO_S).name
     except PotluckError:
         return None

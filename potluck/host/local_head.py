@@ -12,10 +12,8 @@ from msgspec import Struct
 from devices.pairing.known_pools import load_known_pools
 from potluck.system.paths import known_pools_file, runtime_dir
 from transport.errors import AlreadyRunning, ConfigError, NotRunning
-from transport.process.atomic_file import write_private
-
-# Whoever only looks holds the lock for a moment; a head holds it from start to end.
-_LOCK_TIMEOUT_S = 0.3
+from transport.process.files import write_atomic
+from transport.timeouts import HEAD_LOCK_S
 
 
 class LocalHead(Struct, frozen=True, kw_only=True):
@@ -52,7 +50,7 @@ class HeadFile:
 
     def __enter__(self) -> HeadFile:
         try:
-            self._lock.acquire(timeout=_LOCK_TIMEOUT_S, poll_interval=0.02)
+            self._lock.acquire(timeout=HEAD_LOCK_S, poll_interval=0.02)
         except Timeout as error:
             raise _already_running() from error
         return self
@@ -64,13 +62,13 @@ class HeadFile:
         self._lock.release()
 
     def publish(self, facts: LocalHead) -> None:
-        write_private(_file(), msgspec.json.encode(facts))
+        write_atomic(_file(), msgspec.json.encode(facts))
 
 
 def running_head() -> LocalHead:
     """The head of this host. Raises NotRunning; a file left by a crash is not a head, since its lock is free."""
     lock = _lock()
-    for timeout_s in (0.0, _LOCK_TIMEOUT_S):
+    for timeout_s in (0.0, HEAD_LOCK_S):
         try:
             lock.acquire(timeout=timeout_s, poll_interval=0.02)
             break

@@ -33,8 +33,7 @@ from transport.messages.control import ControlMessage, Stop
 from transport.messages.pool import HostRequest, MembersChanged, NodeAccepted, NodeHello, ProbeConnection, ProbeResult
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import Curve
-
-_ACCEPT_TIMEOUT_S = 15.0
+from transport.timeouts import CONTROL_ACCEPT_S
 
 
 class KnownMembers:
@@ -98,13 +97,13 @@ class PoolMember:
         """Raises the head's error, RingDown if it can't be reached or has another key, DeadlineExceeded."""
         with self._changed:
             known = self._changed.wait_for(
-                lambda: self._accepted is not None or self._end_error is not None, _ACCEPT_TIMEOUT_S
+                lambda: self._accepted is not None or self._end_error is not None, CONTROL_ACCEPT_S
             )
             if self._accepted is not None:
                 return self._accepted
             if not known or self._end_error is None:
                 raise DeadlineExceeded(
-                    f"the head did not let this host in within {_ACCEPT_TIMEOUT_S:.0f} s",
+                    f"the head did not let this host in within {CONTROL_ACCEPT_S:.0f} s",
                     hint=self._blocked_hint,
                 )
             raise self._end_error

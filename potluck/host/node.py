@@ -14,11 +14,11 @@ from rich.markup import escape
 
 from devices.hardware.device import Device
 from potluck.store.store import Store
-from potluck.system.child_process import ChildProcess, stop_processes
 from potluck.system.paths import pieces_dir, safe_file_name, shared_dir
 from transport.errors import PotluckError, RingDown
 from transport.messages.control import Register
 from transport.messages.ring import PROTOCOL_VERSION
+from transport.process.child_process import ChildProcess, stop_processes
 
 _LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?P<level>[A-Z]+) (?P<text>.*)")
 _HOLDS = re.compile(r"stage \d+ holds layers \[(?P<first>\d+), (?P<last>\d+)\)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transport.errors import BadCheckpoint
 from transport.messages.pieces import PieceList
 from transport.pieces.disk_space import free_bytes, stored_files
 from transport.pieces.store import PieceStore, is_digest
+from transport.process.files import write_atomic
 
 _RECORDS_FOLDER = "borrowed"
 
@@ -44,9 +44,7 @@ def write_remote_record(record: RemoteModelRecord) -> None:
     path = _record_path(record.name)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".json.{secrets.token_hex(4)}")
-        new.write_bytes(msgspec.json.encode(record))
-        new.replace(path)
+        write_atomic(path, msgspec.json.encode(record))
 
 
 def prune_remote_records() -> None:

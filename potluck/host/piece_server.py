@@ -18,7 +18,7 @@ from potluck.system.byte_sizes import format_bytes
 from potluck.system.paths import pieces_dir, shared_dir
 from shard.pieces.cut_files import HashProgress
 from shard.pieces.metadata import SharedFolders, share_model
-from transport.errors import Busy, ModelNotFound, PotluckError
+from transport.errors import Busy, ErrorInfo, ModelNotFound, PotluckError
 from transport.links.endpoints import port_of, tcp_endpoint
 from transport.messages.pool import (
     FindFile,
@@ -33,7 +33,7 @@ from transport.messages.pool import (
     OfferModel,
     OfferProgress,
 )
-from transport.pieces.piece_source import FileStamp, FolderSource, PieceSource, StoreSource, WholeFiles
+from transport.pieces.piece_source import FolderSource, PieceSource, StoreSource, WholeFiles
 from transport.pieces.server import PieceServer
 from transport.pieces.store import PieceStore, is_digest
 from transport.security.curve import Authorizer, Curve
@@ -80,7 +80,7 @@ class HostPieceServer:
                 folder,
                 model.pieces,
                 model=model.digest,
-                stamps={name: FileStamp(stamp.num_bytes, stamp.mtime_ns) for name, stamp in stamps.items()},
+                stamps=stamps,
                 list_file=model.list_file,
             )
             for folder, stamps in ((model.weights, model.weight_stamps), (model.metadata, model.metadata_stamps))
@@ -151,16 +151,16 @@ class HostModelService:
             threading.Thread(target=self._reply, args=(request, send), name="replies", daemon=True).start()
         else:
             text = f"expected at most {_MAX_CONCURRENT_REQUESTS} requests at once"
-            send(HostFault(request.token, Busy.code, text, "try again when one of them has been answered"))
+            send(HostFault(request.token, ErrorInfo(Busy.code, text, "try again when one of them has been answered")))
 
     def _reply(self, request: HostRequest, send: Send) -> None:
         try:
             send(self._reply_to(request, send))
         except PotluckError as error:
-            send(HostFault(request.token, error.code, error.message, error.hint))
+            send(HostFault(request.token, ErrorInfo.of(error)))
         except Exception as error:
             log.exception("a request of the head has failed")
-            send(HostFault(request.token, PotluckError.code, f"{type(error).__name__}: {error}"))
+            send(HostFault(request.token, ErrorInfo.of(error)))
         finally:
             self._slots.release()
 

@@ -171,10 +171,10 @@ def _exchange(
 ) -> list[float]:
     """Seconds of each hop, both ways."""
 
-    def ask(end: SystemUnderTest) -> dict[str, list[float]]:
+    def measure(end: SystemUnderTest) -> dict[str, list[float]]:
         return end.call("exchange", link=link, leads=end is ends[0], trips=trips, pause_s=pause_s)
 
-    there, back = both.map(ask, ends)
+    there, back = both.map(measure, ends)
     pairs = (there["sent"], back["came"]), (back["sent"], there["came"])
     return [came - sent for all_sent, all_came in pairs for sent, came in zip(all_sent, all_came, strict=True)]
 

@@ -214,7 +214,7 @@ class LoadWindow:
 class LoadRequest:
     """Due when the load says, sent as soon as the client can. `tokens` are the prompt's as asked for."""
 
-    due_s: float
+    scheduled_s: float
     tokens: int
     turn: int
     is_measured: bool
@@ -309,9 +309,9 @@ class LoadRun:
 
     async def _edges(self) -> None:
         """Looks at the head and at this process's CPU time where the window begins and where it ends."""
-        for due_s in (self._begin_s, self._end_s):
+        for scheduled_s in (self._begin_s, self._end_s):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), max(0.0, due_s - time.perf_counter()))
+                await asyncio.wait_for(self._left.wait(), max(0.0, scheduled_s - time.perf_counter()))
             await self._sample_status()
 
     async def _sample_status(self) -> None:
@@ -334,13 +334,13 @@ class LoadRun:
         start_s = time.perf_counter()
         async with asyncio.TaskGroup() as chats:
             for after_s in poisson_arrivals(self._cell.rate_per_s / self._turns, self._seed):
-                due_s = start_s + after_s
-                if due_s >= self._end_s:
+                scheduled_s = start_s + after_s
+                if scheduled_s >= self._end_s:
                     break
-                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                await asyncio.sleep(max(0.0, scheduled_s - time.perf_counter()))
                 if self._has_enough():
                     break
-                chats.create_task(self._run_chat(next(self._chats), due_s))
+                chats.create_task(self._run_chat(next(self._chats), scheduled_s))
             if self._span.duration_s is None:
                 self._leave_after(self._span.drain_s)
 
@@ -351,15 +351,15 @@ class LoadRun:
         wanted = self._span.requests
         return time.perf_counter() >= self._end_s or (wanted is not None and self._num_measured >= wanted)
 
-    async def _run_chat(self, chat: list[UserMessage], due_s: float | None) -> None:
-        """The chat's turns one after another, each with the answers before it; the first is due at `due_s`, or now."""
+    async def _run_chat(self, chat: list[UserMessage], scheduled_s: float | None) -> None:
+        """The chat's turns one after another, each with the answers before it; the first is due then, or now."""
         messages: list[dict[str, str]] = []
         for turn, message in enumerate(chat):
             if turn and self._has_enough():
                 return
             messages.append({"role": "user", "content": message.text})
-            request = await self._send_until_taken(messages, message, turn, due_s)
-            due_s = None
+            request = await self._send_until_taken(messages, message, turn, scheduled_s)
+            scheduled_s = None
             if turn + 1 < len(chat):
                 answer = answer_of(request.exchange)
                 if answer.error:
@@ -367,12 +367,12 @@ class LoadRun:
                 messages.append({"role": "assistant", "content": answer.text})
 
     async def _send_until_taken(
-        self, messages: list[dict[str, str]], message: UserMessage, turn: int, due_s: float | None
+        self, messages: list[dict[str, str]], message: UserMessage, turn: int, scheduled_s: float | None
     ) -> LoadRequest:
         """A closed loop's client waits and asks again when it is refused; each time counts as a request of its own."""
         waited_s = 0.0
         while True:
-            request = self._new_request(message, turn, due_s)
+            request = self._new_request(message, turn, scheduled_s)
             await self._endpoint.chat(messages, self._output, request.exchange, silence_s=self._span.silence_s)
             if self._cell.clients is None or not request.is_refused:
                 await self._judge(request)
@@ -385,10 +385,10 @@ class LoadRun:
             self._num_measured -= request.is_measured
             await asyncio.sleep(wait_s)
 
-    def _new_request(self, message: UserMessage, turn: int, due_s: float | None) -> LoadRequest:
-        due_s = time.perf_counter() if due_s is None else due_s
-        is_measured = due_s >= self._begin_s and not self._has_enough()
-        request = LoadRequest(due_s, message.tokens, turn, is_measured)
+    def _new_request(self, message: UserMessage, turn: int, scheduled_s: float | None) -> LoadRequest:
+        scheduled_s = time.perf_counter() if scheduled_s is None else scheduled_s
+        is_measured = scheduled_s >= self._begin_s and not self._has_enough()
+        request = LoadRequest(scheduled_s, message.tokens, turn, is_measured)
         self._requests.append(request)
         self._num_measured += is_measured
         return request

@@ -31,9 +31,8 @@ from shard.stage import ShardBackend, StageSpec
 from shard.worker.load import load_shard
 from shard.worker.local_stage import LocalStage
 from shard.worker.serve import StageServer
-from transport.codec import EdgeLimits
-from transport.links.link import Received, Receiver, Sender
-from transport.links.memory_link import memory_link
+from transport.codec import EdgeLimits, Received
+from transport.links.link import Receiver, Sender, memory_link
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.control import Connect, Load
 from transport.messages.requests import Delta, EngineDown, EngineEvent, EngineReady, Finished, RequestFailed, Submit

@@ -150,14 +150,14 @@ def _observe(request: LoadRequest, cut_s: float) -> ObservedRequest:
         end = "unfinished"
     elif answer.error:
         end = "failed"
-    left_s = cut_s - request.due_s
+    left_s = cut_s - request.scheduled_s
     return ObservedRequest(
         end=end,
         tokens_asked=request.tokens,
         turn=request.turn,
-        ttft_s=answer.arrivals[0].at_s - request.due_s if answer.arrivals else left_s,
-        latency_s=left_s if end == "unfinished" else exchange.ended_s - request.due_s,
-        late_s=max(0.0, (exchange.started_s or cut_s) - request.due_s),
+        ttft_s=answer.arrivals[0].at_s - request.scheduled_s if answer.arrivals else left_s,
+        latency_s=left_s if end == "unfinished" else exchange.ended_s - request.scheduled_s,
+        late_s=max(0.0, (exchange.started_s or cut_s) - request.scheduled_s),
         answer=answer,
     )
 

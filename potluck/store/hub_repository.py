@@ -13,6 +13,7 @@ from typing import Any
 from potluck.store.disk import DISK_FULL_ERRNOS, translated_write_errors
 from potluck.store.sources import HubSource
 from transport.errors import DownloadFailed, ModelNotFound, PotluckError
+from transport.process.files import write_atomic
 
 _TIMEOUT_S = 15.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -205,9 +206,7 @@ class CachedRepository:
             return
         with self._translated(f"refs/{revision}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f"{path.name}.{os.getpid()}.new")
-            new.write_text(self.commit)
-            new.replace(path)
+            write_atomic(path, self.commit.encode(), private=False)
 
     def _blob(self, file: HubFile) -> Path:
         return self.folder / "blobs" / file.checksum

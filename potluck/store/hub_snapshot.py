@@ -19,6 +19,7 @@ from shard.formats.safetensors import LENGTH_BYTES, header_bytes, weight_files
 from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
 from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint, DownloadFailed, ModelNotFound, PotluckError, UnsupportedModel, WrongBytes
+from transport.process.files import write_atomic
 
 # Most headers are smaller: one request a file.
 FIRST_BYTES = 1 << 16
@@ -82,9 +83,7 @@ class ModelHeaders:
             needed = header_bytes(path, start[:LENGTH_BYTES], num_bytes)
         if len(start) < needed:
             start = read(needed)
-        new = path.with_suffix(".new")
-        new.write_bytes(start)
-        new.replace(path)
+        write_atomic(path, start, private=False)
         return start
 
     def check(self, sizes: dict[str, int]) -> ModelSpec:

@@ -11,6 +11,7 @@ import msgspec
 from shard.formats.gguf.index import INDEX_FILE, read_index
 from shard.formats.spec import ModelSpec
 from transport.errors import BadCheckpoint
+from transport.process.files import write_atomic
 
 MANIFEST_FILE = "potluck.json"
 MANIFEST_VERSION = 1
@@ -94,9 +95,7 @@ class _Manifest:
 def write_manifest(folder: Path, model: StoredModel, *, recorded_path: str) -> None:
     """`recorded_path` is "." for a model that lies in its own folder, so that a store can be moved."""
     manifest = {"version": MANIFEST_VERSION, **model.to_json(), "path": recorded_path}
-    new = folder / f"{MANIFEST_FILE}.new"
-    new.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-    new.replace(folder / MANIFEST_FILE)  # At once: others may be reading it.
+    write_atomic(folder / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(manifest)), private=False)
 
 
 def read_manifest(folder: Path) -> StoredModel | None:

@@ -39,7 +39,7 @@ class PlacedTensor:
     file_bytes: int
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _TensorEntry(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -96,7 +96,7 @@ def _entries(path: Path, header: bytes) -> list[tuple[str, Any]]:
 
 def _placed(path: Path, name: str, raw: Any, data_start: int, size: int) -> PlacedTensor:
     try:
-        entry = msgspec.convert(raw, _Entry)
+        entry = msgspec.convert(raw, _TensorEntry)
     except msgspec.ValidationError as error:
         raise _header_error(path, f"tensor {name!r} is described wrongly ({error})") from error
     if entry.dtype not in ELEMENT_BYTES:

@@ -24,6 +24,7 @@ from shard.formats.safetensors_checkpoint import SafetensorsCheckpoint
 from shard.formats.weight_folder import PlainFolder, read_exactly
 from transport.errors import BadCheckpoint
 from transport.messages.pieces import LIST_VERSION, MAX_PIECE_BYTES, ListedFile, PieceList, PlacedPiece
+from transport.process.files import FileStamp
 
 CONFIG = "config.json"
 ENGINE_FILES = (
@@ -44,14 +45,6 @@ HashProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightStamp:
-    """What tells whether a file has changed."""
-
-    num_bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
     """`small` are whole files, as every host gets them, `engine` those that only the engine's host does; `weights`
     where the weight files lie, by their names there."""
@@ -66,7 +59,7 @@ class ModelFiles:
         """All that are no weights."""
         return {**self.small, **self.engine}
 
-    def stamps(self) -> dict[str, WeightStamp]:
+    def stamps(self) -> dict[str, FileStamp]:
         """Of the weight files. Raises BadCheckpoint."""
         return {name: stamp_of(path) for name, path in self.weights.items()}
 
@@ -96,14 +89,14 @@ def model_files(folder: Path) -> ModelFiles:
     return ModelFiles(format="safetensors", small=small, engine=engine, weights=weights)
 
 
-def stamp_of(path: Path) -> WeightStamp:
+def stamp_of(path: Path) -> FileStamp:
+    """Raises BadCheckpoint."""
     try:
-        status = path.stat()
+        return FileStamp.of(path)
     except OSError as error:
         raise BadCheckpoint(
             f"can't open the model's file {path}: {error.strerror}", hint="put it back or pull the model again"
         ) from error
-    return WeightStamp(num_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def make_piece_list(

@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 
 from shard.formats.safetensors import LENGTH_BYTES, header_bytes
-from shard.pieces.cut_files import HashProgress, WeightStamp, make_piece_list, model_files, stamp_of
+from shard.pieces.cut_files import HashProgress, make_piece_list, model_files, stamp_of
 from shard.pieces.piece_list import decode_piece_list, encode_piece_list, list_digest
 from transport.errors import BadCheckpoint, BadMessage
 from transport.messages.pieces import ListedFile, PieceList, PlacedPiece
 from transport.pieces.disk_space import translate_write_errors
 from transport.pieces.store import PieceStore
+from transport.process.files import FileStamp, write_atomic
 
 LIST_FILE = "pieces.json"
 OPENING_PIECES = "kept"
@@ -39,9 +40,9 @@ class SharedFolders:
     digest: str
     pieces: PieceList
     metadata: Path
-    metadata_stamps: Mapping[str, WeightStamp]
+    metadata_stamps: Mapping[str, FileStamp]
     weights: Path
-    weight_stamps: Mapping[str, WeightStamp]
+    weight_stamps: Mapping[str, FileStamp]
 
     @property
     def list_file(self) -> Path:
@@ -226,7 +227,7 @@ def _is_complete(folder: Path, pieces: PieceList, data: bytes, *, for_engine: bo
 class _ShareFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a list was made of: its small files' hashes, and what tells whether the weight files have changed."""
 
-    stamps: dict[str, WeightStamp]
+    stamps: dict[str, FileStamp]
     small: dict[str, str]
 
 
@@ -245,9 +246,7 @@ def _read_record(path: Path) -> _ShareRecord | None:
 def _write_record(path: Path, offer: _ShareRecord) -> None:
     with translate_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{secrets.token_hex(4)}")
-        new.write_bytes(msgspec.json.encode(offer))
-        new.replace(path)
+        write_atomic(path, msgspec.json.encode(offer), private=False)
 
 
 def _read_list_if_known(folder: Path, digest: str) -> PieceList | None:

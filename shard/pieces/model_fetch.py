@@ -203,12 +203,9 @@ class ModelFetcher:
         return fetch(
             pieces,
             self.store,
-            self._peers(shared),
+            shared,
             curve=self._edges.curve,
             context=self._context,
-            model=shared.digest,
-            what=shared.name,
-            hints=shared.hints,
             progress=progress,
             stop=stop,
         )

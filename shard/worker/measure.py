@@ -15,7 +15,7 @@ import zmq
 from shard.pieces.model_fetch import ModelFetcher
 from shard.worker.profile.process import ProfileProcess
 from shard.worker.profile.report import ProfileSettings
-from transport.errors import PotluckError, StageFailed
+from transport.errors import ErrorInfo, PotluckError, StageFailed
 from transport.links.link_probe import LinkProbeEnd
 from transport.links.secure_endpoints import SecureEndpoints
 from transport.messages.control import ControlMessage, Register
@@ -78,10 +78,10 @@ class MeasureService:
                 reply = self._handle(request)
             except PotluckError as error:
                 log.error("it could not be measured: %s", error)
-                reply = MeasureFault(request.token, error.code, error.message, error.hint)
+                reply = MeasureFault(request.token, ErrorInfo.of(error))
             except Exception as error:  # The root of the thread: the head must hear of it.
                 log.exception("measuring failed")
-                reply = MeasureFault(request.token, StageFailed.code, f"{type(error).__name__}: {error}")
+                reply = MeasureFault(request.token, ErrorInfo.of(error, StageFailed))
             self._send(reply)
 
     def _handle(self, request: MeasureRequest) -> MeasureReply:

@@ -35,7 +35,7 @@ from shard.worker.measure import MeasureService
 from shard.worker.serve import StageServer
 from transport.codec import EdgeLimits
 from transport.control import ControlClient
-from transport.errors import ConfigError, DeadlineExceeded, PotluckError, StageFailed
+from transport.errors import ConfigError, DeadlineExceeded, ErrorInfo, PotluckError, StageFailed
 from transport.links.secure_endpoints import SecureEndpoints
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.control import (
@@ -114,10 +114,10 @@ class Worker:
                 self._serve(command)
             except PotluckError as error:
                 log.error("%s", error)
-                self._control.send(WorkerFault(command.fence, error.code, error.message, error.hint))
+                self._control.send(WorkerFault(command.fence, ErrorInfo.of(error)))
             except Exception as error:
                 log.exception("stage %d failed", command.stage)
-                self._control.send(WorkerFault(command.fence, StageFailed.code, f"{type(error).__name__}: {error}"))
+                self._control.send(WorkerFault(command.fence, ErrorInfo.of(error, StageFailed)))
             self._backend = self._server = None
         self._measure_service.stop_profile()
         self._control.close()

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from shard.stage import Stage, StageInput, StageOutput, StageSpec, TokenOutput
+from transport.codec import Received
 from transport.errors import PotluckError, StageFailed
-from transport.links.link import Received, Receiver, Sender
+from transport.links.link import Receiver, Sender
 from transport.messages.control import DecodeBucket
 from transport.messages.ring import DataMessage, Entry, Failed, Fence, Hidden, Op, Sampled, Tokens
 

@@ -77,9 +77,9 @@ ALLOWED = {
     "potluck/system/paths.py": {"os.getuid"},  # sys.platform
     "potluck/cli/service/launchd.py": {"os.getuid"},  # used on macOS only
     "shard/worker/machine.py": {"os.sched_getaffinity"},  # hasattr
-    "shard/formats/weight_folder.py": {"os.preadv"},  # hasattr
+    "shard/formats/weight_folder.py": {"os.preadv"},  # sys.platform
     "shard/pieces/open.py": {"os.preadv"},  # sys.platform
-    "transport/pieces/piece_source.py": {"os.pread"},  # hasattr
+    "transport/process/files.py": {"os.pread"},  # hasattr
     "transport/process/child.py": {"os.sched_setscheduler", "os.sched_param"},  # sys.platform
     # The table of systems that it knows.
     "shard/torch_backend/memory.py": {

@@ -167,8 +167,8 @@ def test_who_is_revoked_is_told_so_and_lost_and_not_heard(head: Head, stack: Exi
 def test_who_is_silent_is_given_up_and_who_is_idle_is_not(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "SILENT_AFTER_S", 3.0)
-    monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 0.1)
+    monkeypatch.setattr(control, "CONTROL_SILENT_S", 3.0)
+    monkeypatch.setattr(control, "CONTROL_HEARTBEAT_S", 0.1)
     head = Head(tmp_path, stack)
     Client(head, stack, ARRIVE, keys=member(head))
     idle = head.peer_that_said(ARRIVE)
@@ -197,7 +197,7 @@ def test_a_head_that_ends_is_noticed(head: Head, stack: ExitStack) -> None:
 
 
 def test_a_head_that_was_never_there_is_noticed(head: Head, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(control, "CONTROL_CONNECT_S", 0.3)
     client = Client(head, stack, ARRIVE, keys=new_key_pair())
     wait_until(lambda: bool(client.lost))
     assert head.heard == []

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 
 import zmq
 
-from transport.codec import EdgeLimits
+from transport.codec import EdgeLimits, Received
 from transport.errors import BadMessage, DeadlineExceeded, NeighbourGone
-from transport.links.link import Received
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.measure import LinkProbed, LinkShape
 from transport.messages.ring import DTYPE_BYTES, Entry, Hidden, SequenceId
 from transport.security.curve import Guard, Prepare
+from transport.timeouts import LINK_PROBE_CONNECT_S, LINK_PROBE_REPLY_S
 
-CONNECT_S = 10.0
-_ANSWER_S = 20.0
 _NUM_HOPS = 30
 _NUM_WARM_UPS = 3
 _IDLE_S = 0.02
@@ -96,7 +94,7 @@ class LinkProbeEnd:
             next_endpoint,
             self._limits,
             name="a link probe",
-            connect_timeout_s=CONNECT_S,
+            connect_timeout_s=LINK_PROBE_CONNECT_S,
             prepare=prepare,
         )
         try:
@@ -159,10 +157,11 @@ class LinkProbeEnd:
         sender.send(message, (self._payload[: num_rows * self._row_bytes],))
 
     def _receive(self) -> Received:
-        received = self._receiver.receive(_ANSWER_S)
+        received = self._receiver.receive(LINK_PROBE_REPLY_S)
         if received is None:
             raise DeadlineExceeded(
-                f"no answer over the link within {_ANSWER_S:.0f} s", hint="is a firewall between the two hosts?"
+                f"no answer over the link within {LINK_PROBE_REPLY_S:.0f} s",
+                hint="is a firewall between the two hosts?",
             )
         return received
 

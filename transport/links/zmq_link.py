@@ -14,6 +14,7 @@ from transport.codec import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     EdgeLimits,
+    Received,
     decode_data,
     encode,
     join_frames,
@@ -21,17 +22,19 @@ from transport.codec import (
 )
 from transport.errors import BadMessage, ConfigError, NeighbourGone
 from transport.links.endpoints import bind, is_tcp
-from transport.links.link import Received
 from transport.messages.ring import PROTOCOL_VERSION, DataMessage, Hello
 from transport.process.polling import Waker
 from transport.security.connection_cap import ENFORCE_INTERVAL_S, ConnectionCap, ConnectionWatch
 from transport.security.curve import Guard, Prepare, descriptor_of, is_authenticated, peer_key
+from transport.timeouts import (
+    BULK_SILENT_S,
+    LINK_CONNECT_S,
+    LINK_HEARTBEAT_S,
+    LINK_SEND_S,
+    LINK_SILENT_S,
+    TCP_CONNECT_S,
+)
 
-CONNECT_TIMEOUT_S = 30.0
-SEND_TIMEOUT_S = 30.0
-_HEARTBEAT_MS = 500
-_HEARTBEAT_TIMEOUT_MS = 1500
-_CONNECT_TIMEOUT_MS = 3000
 _LOCAL_BUFFER_BYTES = 2**20
 # What the kernel may hold back: heartbeats stand behind it in the queue of a slow network.
 _NETWORK_BUFFER_BYTES = 2**18
@@ -55,10 +58,10 @@ def set_options(
     *,
     max_message_bytes: int,
     on_network: bool = False,
-    silent_after_ms: int = _HEARTBEAT_TIMEOUT_MS,
+    silent_after_s: float = LINK_SILENT_S,
 ) -> None:
     """The options every Potluck socket has. `on_network`: over TCP, perhaps a slow one, where a peer that gives no sign
-    of life for `silent_after_ms` counts as gone.
+    of life for `silent_after_s` counts as gone.
 
     On one host there are no heartbeats: a process that ends closes its connection, and one that hangs is found by what
     it does not answer. They would only break every connection when the whole host pauses for a moment.
@@ -66,11 +69,11 @@ def set_options(
     buffer_bytes = _NETWORK_BUFFER_BYTES if on_network else _LOCAL_BUFFER_BYTES
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-    sock.setsockopt(zmq.HANDSHAKE_IVL, 3000)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS if on_network else 0)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_after_ms)
-    sock.setsockopt(zmq.HEARTBEAT_TTL, silent_after_ms)
-    sock.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, int(TCP_CONNECT_S * 1000))
+    sock.setsockopt(zmq.HEARTBEAT_IVL, int(LINK_HEARTBEAT_S * 1000) if on_network else 0)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silent_after_s * 1000))
+    sock.setsockopt(zmq.HEARTBEAT_TTL, int(silent_after_s * 1000))
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, int(TCP_CONNECT_S * 1000))
     sock.setsockopt(zmq.RECONNECT_IVL, 100)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     sock.setsockopt(zmq.SNDBUF, buffer_bytes)
@@ -82,7 +85,7 @@ def set_options(
 
 
 class ZmqSender:
-    """Connects to `endpoint` and says Hello. Over TCP `prepare` sets CURVE's keys (`Curve.towards`). Implements
+    """Connects to `endpoint` and says Hello. Over TCP `prepare` sets CURVE's keys (`Curve.client_auth`). Implements
     `transport.links.link.Sender`."""
 
     def __init__(
@@ -92,7 +95,7 @@ class ZmqSender:
         limits: EdgeLimits,
         *,
         name: str,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        connect_timeout_s: float = LINK_CONNECT_S,
         prepare: Prepare | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -116,7 +119,7 @@ class ZmqSender:
         except NeighbourGone:
             self.close()
             raise
-        self._timeout_s = SEND_TIMEOUT_S
+        self._timeout_s = LINK_SEND_S
 
     def send(self, message: DataMessage, buffers: Sequence[memoryview] = ()) -> None:
         frames = split_frames(encode(message), buffers, self._frame_bytes)
@@ -227,15 +230,11 @@ class ZmqReceiver:
     def receive(self, timeout_s: float) -> Received | None:
         deadline = time.monotonic() + timeout_s
         while True:
-            remaining_s = deadline - time.monotonic()
-            wait_s = min(remaining_s, _PROBE_INTERVAL_S) if self._probes_left else remaining_s
-            if self._watch is not None:
-                wait_s = min(wait_s, ENFORCE_INTERVAL_S)
-            ready = zmq.zmq_poll(self._poll_items, max(0, int(wait_s * 1000 + 0.999)))
+            ready = zmq.zmq_poll(self._poll_items, max(0, int(self._wait_s(deadline) * 1000 + 0.999)))
             if not ready:
                 if self._probes_left:
                     self._probe()
-            elif (first := ready[0][0]) is self._socket:  # in the order of `_news`: messages before bad news
+            elif (first := ready[0][0]) is self._socket:  # in the order of `_poll_items`: messages before a lost peer
                 received = self._take()
                 if received is not None:
                     if self._watch is not None:
@@ -252,6 +251,12 @@ class ZmqReceiver:
                 self._watch.enforce(now_s)
             if now_s >= deadline:
                 return None
+
+    def _wait_s(self, deadline: float) -> float:
+        wait_s = deadline - time.monotonic()
+        if self._probes_left:
+            wait_s = min(wait_s, _PROBE_INTERVAL_S)
+        return wait_s if self._watch is None else min(wait_s, ENFORCE_INTERVAL_S)
 
     def wake(self) -> None:
         self._wake.set()
@@ -318,7 +323,7 @@ class ZmqReceiver:
             self._watch.clear()
         elif self._monitor is not None:
             self._monitor.recv_multipart()
-        # More than once, because this news can be ahead of ROUTER's.
+        # More than once, because the monitor can be ahead of ROUTER.
         if self._peer is not None:
             self._probes_left = _NUM_PROBES
             self._probe()
@@ -336,14 +341,9 @@ class ZmqReceiver:
         return True
 
 
-BULK_SILENT_AFTER_S = 10.0
-"""A heartbeat stands behind whole parts in a slow network's queue."""
-
-
 def set_bulk_options(sock: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
     """For both ends."""
-    silent_after_ms = int(BULK_SILENT_AFTER_S * 1000)
-    set_options(sock, max_message_bytes=max_message_bytes, on_network=True, silent_after_ms=silent_after_ms)
+    set_options(sock, max_message_bytes=max_message_bytes, on_network=True, silent_after_s=BULK_SILENT_S)
     # The system's own sizes grow with the link: 256 KiB would be 200 Mbit/s at 10 ms.
     sock.setsockopt(zmq.SNDBUF, -1)
     sock.setsockopt(zmq.RCVBUF, -1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from transport.errors import ErrorInfo
 from transport.messages.measure import EndProfile, MeasureReply, MeasureRequest, ProfileProgress
 from transport.messages.pool import (
     HostReply,
@@ -107,9 +108,7 @@ class WorkerFault(Struct, frozen=True, tag="worker_fault"):
     """The worker could not load what was asked, or can't go on serving it. It is ready for another `Load`."""
 
     fence: Fence
-    code: str
-    message: str
-    hint: str = ""
+    error: ErrorInfo
 
 
 class StatsRequest(Struct, frozen=True, tag="stats_request"):

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from transport.errors import BadMessage
+from transport.errors import BadMessage, ErrorInfo
 from transport.messages.pool import SharedModel
 from transport.messages.ring import DType, Fence, WeightsForm
 
@@ -83,7 +83,8 @@ def check_report(report: ProfileReport) -> ProfileReport:
 
 
 class Profile(Struct, frozen=True, tag="profile", kw_only=True):
-    """Measure layers of a model (see `shard.worker.profile`); answered by `Doing` now and then, and `Profiled`."""
+    """Measure layers of a model (see `shard.worker.profile`); answered by `ProfileProgress` now and then, and
+    `Profiled`."""
 
     token: int = 0
     model_path: str
@@ -171,9 +172,7 @@ class MeasureFault(Struct, frozen=True, tag="measure_fault"):
     """What was asked for could not be measured."""
 
     token: int
-    code: str
-    message: str
-    hint: str = ""
+    error: ErrorInfo
 
 
 MeasureRequest = Profile | MeasureUnderLoad | LinkListen | LinkProbe

@@ -1,4 +1,8 @@
-"""Pieces of models, and the messages by which hosts request them from a piece server."""
+"""Pieces of models, and the messages by which hosts request them from a piece server.
+
+A `PiecePart` is followed by one raw buffer; everything else is one frame. Pieces are asked for by what is in them,
+never by a path.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +85,7 @@ class PieceRequest(Struct, frozen=True, tag="ask", array_like=True, forbid_unkno
 
 
 class HaveRequest(Struct, frozen=True, tag="holdings", array_like=True, forbid_unknown_fields=True):
-    """Which pieces of the model with this digest are there? Answered by `Held`."""
+    """Which pieces of the model with this digest are there? Answered by `HaveList`."""
 
     token: int
     digest: str
@@ -178,15 +182,19 @@ def decode_reply(frames: Sequence[bytes | memoryview]) -> PieceServerReply:
     elif reply.digest or isinstance(reply, PieceMissing):  # a speed test's parts have no digest
         _check_digest(reply.digest)
     if isinstance(reply, PiecePart):
-        if len(frames[1]) > PART_BYTES:
-            raise BadMessage(f"a part of {len(frames[1])} bytes; at most {PART_BYTES} are allowed")
-        if not 0 <= reply.offset <= MAX_FILE_BYTES:
-            raise BadMessage(f"a part at offset {reply.offset}")
+        _check_part(reply, len(frames[1]))
     return reply
 
 
+def _check_part(part: PiecePart, num_bytes: int) -> None:
+    if num_bytes > PART_BYTES:
+        raise BadMessage(f"a part of {num_bytes} bytes; at most {PART_BYTES} are allowed")
+    if not 0 <= part.offset <= MAX_FILE_BYTES:
+        raise BadMessage(f"a part at offset {part.offset}; a file has at most {MAX_FILE_BYTES} bytes")
+
+
 def bitmap_of(held: Sequence[bool]) -> bytes:
-    """As `Held` has it."""
+    """As `HaveList` has it."""
     found = bytearray((len(held) + 7) // 8)
     for index, is_held in enumerate(held):
         if is_held:

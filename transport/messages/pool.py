@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from transport.errors import ErrorInfo
+
 
 class NodeHello(Struct, frozen=True, tag="arrive", kw_only=True):
     """A host says that it is there, before its workers register. `potluck` is the version of the package, `platform`
@@ -73,8 +75,7 @@ class HostModels(Struct, frozen=True, tag="host_models"):
 
 class OfferModel(Struct, frozen=True, tag="ask_offer", kw_only=True):
     """The head asks a host to give a model of its store in pieces to whoever is in the pool; answered by
-    `OfferProgress`
-    now and then, and `Offered`."""
+    `OfferProgress` now and then, and `ModelOffered`."""
 
     token: int = 0
     model: str
@@ -114,9 +115,7 @@ class HostFault(Struct, frozen=True, tag="host_fault"):
     """What was asked of the host could not be done."""
 
     token: int
-    code: str
-    message: str
-    hint: str = ""
+    error: ErrorInfo
 
 
 HostRequest = ListHostModels | OfferModel | FindFile

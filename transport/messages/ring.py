@@ -2,8 +2,8 @@
 
 `Hello`, `Tokens` (engine → stage 0), `Hidden` (stage → stage), `Sampled` and `Failed` (→ engine). A message that
 carries a tensor is followed by one raw buffer; its size must equal what the header announces.
-Elsewhere: `control_messages` (head ↔ worker), `measure_messages` (the same, before a ring is loaded), `pool_messages`
-(head ↔ a host's node), `requests` (HTTP ↔ engine).
+Beside it: `control` (head ↔ worker), `measure` (the same, before a ring is loaded), `pool` (head ↔ a host's node),
+`pieces` (host ↔ host), `requests` (HTTP ↔ engine).
 """
 
 from __future__ import annotations

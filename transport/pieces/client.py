@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from transport.errors import BadMessage, DeadlineExceeded, DownloadFailed, NotAllowed
+from transport.errors import BadMessage, DeadlineExceeded, DownloadFailed, NotAllowed, PotluckError
 from transport.links.endpoints import is_tcp
 from transport.links.zmq_link import set_bulk_options
 from transport.messages.pieces import (
@@ -30,12 +32,14 @@ from transport.messages.pieces import (
 )
 from transport.messages.pool import PiecePeer
 from transport.security.curve import Curve
+from transport.timeouts import FETCH_PATIENCE_S, PEER_SILENT_S, SPEED_TEST_S
 
 _AUTH_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _FAILED = _AUTH_FAILED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 _NO_WAIT = int(zmq.DONTWAIT)
 _EMPTY = memoryview(b"")
+_TICK_S = 0.05
 
 
 class ReceivedReply(NamedTuple):
@@ -46,13 +50,14 @@ class ReceivedReply(NamedTuple):
 
 
 class PieceConnection:
-    """One connection: when it is lost, a new one is made by a new line. One owner thread."""
+    """One connection: when it is lost, a new one is made. One owner thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], peer: PiecePeer, curve: Curve) -> None:
         """Raises BadMessage for an endpoint or a key that can't be one."""
         if not is_tcp(peer.endpoint):
             raise BadMessage(f"{peer.endpoint!r} is not an address of {peer.name}")
         prepare = curve.client_auth(peer.key)
+        self.endpoint = peer.endpoint
         self.is_open = False
         self.lost_reason = ""
         """Why it is of no use any more; empty while it is."""
@@ -89,8 +94,42 @@ class PieceConnection:
                     frames.append(last.buffer)
             yield ReceivedReply(decode_reply(frames), frames[1] if len(frames) == 2 else _EMPTY)
 
+    def exchange(
+        self,
+        requests: Iterable[PieceServerRequest],
+        *,
+        silent_after_s: float,
+        ends_at_s: float = math.inf,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[PiecePart, memoryview]]:
+        """Send the requests, as the peer takes them, and give the parts that come, until the caller has enough or it is
+        `ends_at_s`. Raises DeadlineExceeded for a peer that is silent, NotAllowed for one that refuses or ends the
+        connection, DownloadFailed for one that does not have it or if it is stopped, and BadMessage."""
+        waiting = deque(requests)
+        was_open, last_s = self.is_open, time.monotonic()
+        while True:
+            self.poll_monitor()
+            if self.is_open and not was_open:
+                was_open, last_s = True, time.monotonic()
+            while waiting and self.is_open and self.send(waiting[0]):
+                waiting.popleft()
+            zmq.zmq_poll([(self.socket, zmq.POLLIN), (self.monitor, zmq.POLLIN)], int(_TICK_S * 1000))
+            for reply, buffer in self.replies():
+                last_s = time.monotonic()
+                yield _part(reply), buffer
+            now_s = time.monotonic()
+            if self.lost_reason:
+                raise NotAllowed(self.lost_reason)
+            if stop():
+                raise DownloadFailed("it was stopped")
+            if now_s >= ends_at_s:
+                return
+            if now_s - last_s > silent_after_s:
+                silent = f"it was silent for {silent_after_s:.0f} s"
+                raise DeadlineExceeded(silent if self.is_open else f"nobody answers at {self.endpoint}")
+
     def poll_monitor(self) -> None:
-        """Take news of the connection: `is_open` and `lost` change only here."""
+        """Note what has happened to the connection: `is_open` and `lost_reason` change only here."""
         while self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -108,15 +147,20 @@ class PieceConnection:
         self.socket.close(0)
 
 
+def _part(reply: PieceServerReply) -> PiecePart:
+    match reply:
+        case PiecePart():
+            return reply
+        case PieceMissing():
+            raise DownloadFailed("it does not have it")
+        case PieceRefused(reason=reason):
+            raise NotAllowed(f"it refused: {reason!r}")
+    raise BadMessage("it sent what was not asked for")
+
+
 log = logging.getLogger("potluck.pieces")
 
-_SILENT_AFTER_S = 5.0
 _RETRY_S = 0.5
-_TICK_S = 0.05
-
-
-class _PeerFailed(Exception):
-    """What this peer did not do."""
 
 
 def fetch_small(
@@ -128,7 +172,7 @@ def fetch_small(
     context: zmq.Context[zmq.Socket[bytes]],
     what: str,
     stop: Callable[[], bool] = lambda: False,
-    patience_s: float = 30.0,
+    patience_s: float = FETCH_PATIENCE_S,
 ) -> bytes:
     """What has the SHA-256 `digest`, from one of the peers, which are tried in turn until `patience_s` have passed.
     Raises DownloadFailed if none has it, or when it is stopped."""
@@ -141,8 +185,8 @@ def fetch_small(
                 continue
             try:
                 found = _fetch_from(peer, digest, max_bytes, curve, context, stop)
-            except (_PeerFailed, BadMessage) as error:
-                reasons[peer.name] = str(error)
+            except PotluckError as error:
+                reasons[peer.name] = error.message
                 continue
             if hashlib.sha256(found).hexdigest() == digest:
                 return found
@@ -166,52 +210,25 @@ def _fetch_from(
     context: zmq.Context[zmq.Socket[bytes]],
     stop: Callable[[], bool],
 ) -> bytes:
-    """Part by part until one is short. Raises _Failed, BadMessage."""
+    """Part by part until one is short. Raises what `exchange` does."""
     connection = PieceConnection(context, peer, curve)
-    parts: list[bytes] = []
-    offset = 0
+    found = bytearray()
     try:
         while True:
-            part = _fetch_part(connection, PieceRequest(len(parts), digest, offset, PART_BYTES), stop)
-            parts.append(part)
-            offset += len(part)
-            if offset > max_bytes:
-                raise _PeerFailed(f"it has more than {max_bytes} bytes for it")
-            if len(part) < PART_BYTES:
-                return b"".join(parts)
+            request = PieceRequest(0, digest, len(found), PART_BYTES)
+            part, buffer = next(connection.exchange([request], silent_after_s=PEER_SILENT_S, stop=stop))
+            if (part.digest, part.offset) != (digest, len(found)):
+                raise BadMessage("it sent another part than was asked for")
+            found += buffer
+            if len(found) > max_bytes:
+                raise DownloadFailed(f"it has more than {max_bytes} bytes for it")
+            if len(buffer) < PART_BYTES:
+                return bytes(found)
     finally:
         connection.close()
 
 
-def _fetch_part(connection: PieceConnection, request: PieceRequest, stop: Callable[[], bool]) -> bytes:
-    silent_at_s = time.monotonic() + _SILENT_AFTER_S
-    is_sent = False
-    while time.monotonic() < silent_at_s:
-        if stop():
-            raise _PeerFailed("it was stopped")
-        connection.poll_monitor()
-        if not is_sent and connection.is_open:
-            is_sent = connection.send(request)
-        zmq.zmq_poll([(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)], int(_TICK_S * 1000))
-        for answer, buffer in connection.replies():
-            match answer:
-                case PiecePart(token=request.token, offset=request.offset):
-                    return bytes(buffer)
-                case PieceMissing():
-                    raise _PeerFailed("it does not have it")
-                case PieceRefused(reason=reason):
-                    raise _PeerFailed(f"it refused: {reason!r}")
-                case _:
-                    raise BadMessage("it sent what was not asked for")
-        if connection.lost_reason:
-            raise _PeerFailed(connection.lost_reason)
-    raise _PeerFailed(f"it was silent for {_SILENT_AFTER_S:.0f} s")
-
-
 SPEED_TEST_BYTES = 8 * 2**20
-CONNECT_WITHIN_S = 5.0
-SILENT_AFTER_S = 5.0
-_POLL_S = 0.05
 
 
 def measure_link_speed(
@@ -220,46 +237,34 @@ def measure_link_speed(
     context: zmq.Context[zmq.Socket[bytes]],
     *,
     num_bytes: int = SPEED_TEST_BYTES,
-    within_s: float = 20.0,
+    within_s: float = SPEED_TEST_S,
 ) -> float:
     """Bytes per second from `peer` to this host, from the first part to the last: what came in `within_s` counts.
 
     Raises NotAllowed if it does not let this host in, DeadlineExceeded if nothing comes, BadMessage.
     """
     connection = PieceConnection(context, peer, curve)
+    request = SpeedTest(1, min(num_bytes, MAX_SPEED_TEST_BYTES))
+    first_s, last_s, first_bytes, came_bytes = 0.0, 0.0, 0, 0
     try:
-        return _measure_speed(connection, peer, min(num_bytes, MAX_SPEED_TEST_BYTES), within_s)
+        ends_at_s = time.monotonic() + within_s
+        for part, buffer in connection.exchange([request], silent_after_s=PEER_SILENT_S, ends_at_s=ends_at_s):
+            last_s = time.monotonic()
+            if part.offset != came_bytes or not buffer:
+                raise BadMessage("it sent what was not asked for")
+            if not came_bytes:
+                first_s, first_bytes = last_s, len(buffer)
+            came_bytes += len(buffer)
+            if came_bytes >= request.num_bytes:
+                break
+    except NotAllowed as error:
+        raise NotAllowed(f"{peer.name}: {error.message}", hint="is this host paired with it?") from error
+    except DeadlineExceeded as error:
+        message = f"{peer.name}: {error.message}"
+        raise DeadlineExceeded(message, hint=f"is potluck running on {peer.name}?") from error
+    except BadMessage as error:
+        raise BadMessage(f"{peer.name}: {error.message}") from error
     finally:
         connection.close()
-
-
-def _measure_speed(connection: PieceConnection, peer: PiecePeer, num_bytes: int, within_s: float) -> float:
-    began_s = last_reply_s = time.monotonic()
-    is_sent = False
-    first_s, first_bytes, came_bytes = 0.0, 0, 0
-    while came_bytes < num_bytes:
-        zmq.zmq_poll([(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)], int(_POLL_S * 1000))
-        now_s = time.monotonic()
-        for answer, buffer in connection.replies():
-            if isinstance(answer, PieceRefused):
-                raise NotAllowed(f"{peer.name} refused to measure: {answer.reason!r}")
-            if not isinstance(answer, PiecePart) or answer.offset != came_bytes or not buffer:
-                raise BadMessage(f"{peer.name} sent what was not asked for")
-            last_reply_s = time.monotonic()
-            if not came_bytes:
-                first_s, first_bytes = last_reply_s, len(buffer)
-            came_bytes += len(buffer)
-        connection.poll_monitor()
-        if connection.lost_reason:
-            raise NotAllowed(f"{peer.name}: {connection.lost_reason}", hint="is this host paired with it?")
-        if connection.is_open and not is_sent:
-            is_sent = connection.send(SpeedTest(1, num_bytes))
-            last_reply_s = now_s
-        if not connection.is_open and now_s - began_s > CONNECT_WITHIN_S:
-            raise DeadlineExceeded(f"nobody answers at {peer.endpoint}", hint=f"is potluck running on {peer.name}?")
-        if connection.is_open and now_s - last_reply_s > SILENT_AFTER_S:
-            raise DeadlineExceeded(f"{peer.name} was silent for {SILENT_AFTER_S:.0f} s")
-        if came_bytes > first_bytes and now_s - began_s > within_s:
-            break
-    took_s = last_reply_s - first_s
+    took_s = last_s - first_s
     return (came_bytes - first_bytes) / took_s if took_s > 0 else 0.0

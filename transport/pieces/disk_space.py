@@ -15,6 +15,7 @@ import msgspec
 
 from transport.errors import ConfigError, NoSpace, PotluckError
 from transport.pieces.locks import open_part
+from transport.process.files import write_atomic
 
 MARGIN_BYTES = 32 << 20
 """Left free for whatever else the host writes."""
@@ -77,9 +78,7 @@ def read_limit(root: Path) -> int | None:
 def write_limit(root: Path, limit_bytes: int | None) -> None:
     with translate_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        new = root / f"{_LIMIT_FILE}.new"
-        new.write_bytes(msgspec.json.encode(_Limit(limit_bytes)))
-        new.replace(root / _LIMIT_FILE)
+        write_atomic(root / _LIMIT_FILE, msgspec.json.encode(_Limit(limit_bytes)), private=False)
 
 
 _PIECE_FOLDER = re.compile(r"[0-9a-f]{2}")

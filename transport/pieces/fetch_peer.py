@@ -19,8 +19,8 @@ from transport.pieces.flow_control import RequestWindow
 from transport.pieces.store import PartialPiece, PieceStore
 from transport.process.polling import PolledExecutor
 from transport.security.curve import Curve
+from transport.timeouts import PEER_SILENT_S
 
-SILENT_AFTER_S = 5.0
 HAVE_INTERVAL_S = 0.5
 """How often a peer that a hint leads to is asked what it has by now."""
 
@@ -35,12 +35,12 @@ _MAX_RETRY_S = 5.0
 
 @dataclass(slots=True)
 class _Active:
-    """A piece that is being asked for, up to `asked`, and has come up to `received`. `is_its_own`: all of it is from
+    """A piece that is coming in: requested up to `requested`, come up to `received`. `is_its_own`: all of it is from
     this peer, by this connection."""
 
     piece: Piece
     partial: PartialPiece
-    asked: int
+    requested: int
     received: int
     is_its_own: bool
     had_bytes: int
@@ -135,22 +135,28 @@ class FetchPeer:
             if self.connection is connection:
                 self.disconnect(connection.lost_reason, now_s)
             return
-        if not connection.is_open:
-            if now_s - self._last_reply_s > SILENT_AFTER_S:
-                self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
-            return
-        if now_s - self._last_reply_s > SILENT_AFTER_S and (self._outstanding or not self._has_have_list):
-            self._window.note_silence()
-            self.disconnect(f"it was silent for {SILENT_AFTER_S:.0f} s", now_s)
+        if self._is_silent(connection.is_open, now_s) or not connection.is_open:
             return
         self._request_have_list(connection, now_s)
         if self._has_have_list:
             self._fill(connection, now_s, usable)
 
-    def receive(self, now_s: float) -> int:
-        """Take what has come; how many bytes of pieces that were. A peer that breaks the rules is refused."""
+    def _is_silent(self, is_open: bool, now_s: float) -> bool:
+        """For too long while something was due: then it is disconnected."""
+        if now_s - self._last_reply_s <= PEER_SILENT_S:
+            return False
+        if not is_open:
+            self.disconnect(f"nobody answers at {self.peer.endpoint}", now_s)
+            return True
+        if not self._outstanding and self._has_have_list:
+            return False
+        self._window.note_silence()
+        self.disconnect(f"it was silent for {PEER_SILENT_S:.0f} s", now_s)
+        return True
+
+    def receive(self, now_s: float) -> None:
+        """Take what has come. A peer that breaks the rules is refused."""
         connection = self.connection
-        before = self.num_bytes
         if connection is not None:
             try:
                 for received in connection.replies():
@@ -160,7 +166,6 @@ class FetchPeer:
                         break
             except BadMessage as error:
                 self.refuse(error.message, now_s)
-        return self.num_bytes - before
 
     def slow_pieces(self, now_s: float) -> list[str]:
         """The digests of those that have been coming in for a while, and will take much longer."""
@@ -234,16 +239,16 @@ class FetchPeer:
             active = self._requesting or self._begin(now_s, usable)
             if active is None:
                 return
-            count = min(self._window.part_bytes, active.piece.num_bytes - active.asked)
+            count = min(self._window.part_bytes, active.piece.num_bytes - active.requested)
             token = next(self._tokens)
-            if not connection.send(PieceRequest(token, active.piece.digest, active.asked, count)):
+            if not connection.send(PieceRequest(token, active.piece.digest, active.requested, count)):
                 return
             if not self._outstanding:
                 self._last_reply_s = now_s
-            self._outstanding[token] = _Outstanding(active, active.asked, count)
+            self._outstanding[token] = _Outstanding(active, active.requested, count)
             self._outstanding_bytes += count
-            active.asked += count
-            self._requesting = active if active.asked < active.piece.num_bytes else None
+            active.requested += count
+            self._requesting = active if active.requested < active.piece.num_bytes else None
         self._window.note_full()
 
     def _begin(self, now_s: float, usable: Collection[str]) -> _Active | None:
@@ -266,7 +271,7 @@ class FetchPeer:
             active = _Active(
                 piece,
                 partial,
-                asked=had_bytes,
+                requested=had_bytes,
                 received=had_bytes,
                 is_its_own=not had_bytes,
                 had_bytes=had_bytes,
@@ -340,7 +345,7 @@ class FetchPeer:
         shared.plan.note_useful(self.peer.key, num_bytes, now_s)
 
     def _end(self, active: _Active) -> None:
-        """Nothing more is asked for, or written."""
+        """Nothing more is requested, or written."""
         active.is_over = True
         del self._active[active.piece.digest]
 

@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 from transport.messages.pieces import Piece, changed_bits, has_piece
 from transport.messages.pool import PieceHint
 from transport.pieces.flow_control import TransferRate
-
-HINT_PATIENCE_S = 10.0
-"""A hinted host that has got nothing new for so long, and gave nothing, is not waited for. At a third of 100 Mbit/s a
-piece takes it 4 s."""
-
-AWAY_PATIENCE_S = 3.0
-"""The same for one that there is no connection to."""
+from transport.timeouts import AWAY_PATIENCE_S, HINT_PATIENCE_S
 
 ENDGAME_IDLE_S = 2.0
 """The head, idle for so long, takes its part of what others give slowly, from the end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,16 @@ import zmq
 
 from transport.errors import DownloadFailed
 from transport.messages.pieces import MAX_PIECE_BYTES, Piece
-from transport.messages.pool import PieceHint, PiecePeer
+from transport.messages.pool import SharedModel
 from transport.pieces.fetch_peer import FetchPeer, FetchState
 from transport.pieces.fetch_plan import FetchPlan
 from transport.pieces.store import PieceStore
 from transport.process.polling import PolledExecutor, SuspendDetector
 from transport.security.curve import Curve
+from transport.timeouts import FETCH_PATIENCE_S, FETCH_UNAVAILABLE_S
 
 log = logging.getLogger("potluck.pieces")
 
-PATIENCE_S = 30.0
-_UNAVAILABLE_TIMEOUT_S = 5.0
 _UNAVAILABLE_INTERVAL_S = 0.2
 _TICK_S = 0.05
 MAX_UNWRITTEN_BYTES = 4 * 2**20
@@ -55,19 +54,16 @@ class FetchReport:
 def fetch(
     pieces: Mapping[int, Piece],
     store: PieceStore,
-    peers: Sequence[PiecePeer],
+    shared: SharedModel,
     *,
     curve: Curve,
     context: zmq.Context[zmq.Socket[bytes]],
-    model: str,
-    what: str,
-    hints: Sequence[PieceHint] = (),
     progress: ReportProgress = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
-    patience_s: float = PATIENCE_S,
+    patience_s: float = FETCH_PATIENCE_S,
 ) -> FetchReport:
-    """Puts into the store what it lacks of `pieces`, which are by their number in the list of the model with the digest
-    `model`; `what` names it to users. The head is the last of the peers. Who will read the pieces has a lease of them.
+    """Puts into the store what it lacks of `pieces`, which are by their number in the list of the `shared` model. The
+    head is the last of its peers. Who will read the pieces has a lease of them.
 
     Raises NoSpace before the first byte is asked for, or when the disk fills up all the same; DownloadFailed when a
     piece is nowhere to be had, or nothing has come for `patience_s`. What came is kept, also when `stop` says so.
@@ -76,18 +72,18 @@ def fetch(
     missing = {index: piece for index, piece in pieces.items() if not store.has_whole(piece)}
     if not missing:
         return FetchReport(is_complete=True, seconds=time.monotonic() - began_s)
-    peers = [peer for peer in peers if peer.key != curve.keys.public]  # What this host gives, it has.
+    peers = [peer for peer in shared.peers if peer.key != curve.keys.public]  # What this host gives, it has.
     if not peers:
-        raise DownloadFailed(f"{what} is not on this host, and no other host offers it", hint=_HINT)
+        raise DownloadFailed(f"{shared.name} is not on this host, and no other host offers it", hint=_HINT)
     once = {piece.digest: piece for piece in missing.values()}.values()
     left_bytes = {piece.digest: store.partial_bytes(piece) for piece in once}
     store.require_space(sum(piece.num_bytes - left_bytes[piece.digest] for piece in once))
-    plan = FetchPlan(missing, [peer.key for peer in peers], hints, began_s)
+    plan = FetchPlan(missing, [peer.key for peer in peers], shared.hints, began_s)
     done = _FetchProgress(sum(left_bytes.values()), sum(piece.num_bytes for piece in once), progress, began_s)
     writing = PolledExecutor(threads=1, max_bytes=MAX_UNWRITTEN_BYTES, max_jobs=_MAX_UNWRITTEN_PARTS)
     syncing = PolledExecutor(threads=_SYNC_THREADS, max_bytes=_MAX_UNSYNCED_BYTES, max_jobs=_MAX_UNSYNCED_PIECES)
-    shared = FetchState(context, curve, store, writing, syncing, plan, model, set(), [], set(), done.add)
-    running = _Fetch(shared, [FetchPeer(peer, shared, began_s) for peer in peers], done, what, patience_s)
+    state = FetchState(context, curve, store, writing, syncing, plan, shared.digest, set(), [], set(), done.add)
+    running = _Fetch(state, [FetchPeer(peer, state, began_s) for peer in peers], done, shared.name, patience_s)
     try:
         is_complete = running.run(stop)
     finally:
@@ -237,7 +233,7 @@ class _Fetch:
             self._unavailable_since_s = None
         elif self._unavailable_since_s is None:
             self._unavailable_since_s = now_s
-        elif now_s - self._unavailable_since_s > min(_UNAVAILABLE_TIMEOUT_S, self._patience_s / 2):
+        elif now_s - self._unavailable_since_s > min(FETCH_UNAVAILABLE_S, self._patience_s / 2):
             raise self._failed(f"no host has piece {unavailable.digest[:12]}")
 
     def _failed(self, why: str) -> DownloadFailed:

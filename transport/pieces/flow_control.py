@@ -39,7 +39,9 @@ _SLOW_BYTES_PER_S = 2 * PART_BYTES
 
 
 class RequestWindow:
-    """Twice as large as long as that makes the transfer at least 15 % faster; tried again every 3 s."""
+    """How much to have asked of a peer at any time: enough to keep the link busy, little enough to lose when it breaks.
+
+    Twice as large as long as that makes the transfer at least 15 % faster; tried again every 3 s."""
 
     def __init__(self) -> None:
         self.num_bytes = INITIAL_WINDOW_BYTES

@@ -1,4 +1,9 @@
-"""Locks that end with their process: one writer for a part file, and leases that keep pieces from eviction."""
+"""Locks that end with their process: one writer for a part file, and leases that keep pieces from eviction.
+
+Where the system can lock a file that is then renamed, it is the part itself that is locked, without a lock file beside
+it: to make and remove one for each piece takes more time than all the rest (ext4 looks for an inode that was not freed
+a moment ago, for each file that is made).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from transport.errors import DeadlineExceeded
 from transport.messages.pieces import Piece
+from transport.timeouts import LEASE_LOCK_S
 
 try:
     import fcntl
@@ -124,7 +130,6 @@ def _is_same(fd: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(fd), there)
 
 
-_WAIT_S = 30.0
 _pieces = msgspec.json.Decoder(tuple[Piece, ...])
 
 
@@ -160,10 +165,10 @@ class Leases:
         self._folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._root / "store.lock", thread_local=False)
         try:
-            lock.acquire(timeout=_WAIT_S, poll_interval=0.01)
+            lock.acquire(timeout=LEASE_LOCK_S, poll_interval=0.01)
         except Timeout:
             raise DeadlineExceeded(
-                f"another process has kept {self._root} locked for {_WAIT_S:.0f} s",
+                f"another process has kept {self._root} locked for {LEASE_LOCK_S:.0f} s",
                 hint="is its disk stuck? stop other potluck processes of this host",
             ) from None
         try:

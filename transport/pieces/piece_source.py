@@ -5,7 +5,6 @@ Only files that one of this host's own piece lists names are ever opened: who as
 
 from __future__ import annotations
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,8 +15,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from transport.messages.pieces import MAX_LIST_BYTES, PieceList, bitmap_of
+from transport.process.files import FileStamp
 
-MAX_OPEN_FILES = 32
 _MAX_KNOWN_LISTS = 8
 _MAX_WHOLE_FILES = 256
 _RECHECK_INTERVAL_S = 0.3
@@ -30,13 +29,6 @@ class Located(NamedTuple):
     num_bytes: int
 
 
-class FileStamp(NamedTuple):
-    """What a file's size and time of change were when its pieces were hashed."""
-
-    num_bytes: int
-    mtime_ns: int
-
-
 class PieceSource(Protocol):
     """Called by the server's thread for every request: both must be quick. May raise OSError."""
 
@@ -45,7 +37,7 @@ class PieceSource(Protocol):
         ...
 
     def have_bitmap(self, model: str) -> bytes:
-        """Which pieces of the model with this digest are here, as `Held` has it; empty for an unknown model."""
+        """Which pieces of the model with this digest are here, as `HaveList` has it; empty for an unknown model."""
         ...
 
 
@@ -60,7 +52,7 @@ class StoredPieces(Protocol):
 
 
 class StoreSource:
-    """Pieces of a content-addressed store, piece lists included. What `held` says can be a moment old."""
+    """Pieces of a content-addressed store, piece lists included. What `have_bitmap` says can be a moment old."""
 
     def __init__(self, store: StoredPieces, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
@@ -159,10 +151,9 @@ class FolderSource:
         if stamp is None:
             return False
         try:
-            found = (self._folder / name).stat()
+            return FileStamp.of(self._folder / name) == stamp
         except OSError:
             return False
-        return FileStamp(found.st_size, found.st_mtime_ns) == stamp
 
 
 class WholeFiles:
@@ -173,58 +164,22 @@ class WholeFiles:
 
     def add(self, sha256: str, path: Path) -> int:
         """How many bytes it has. From any thread. Raises OSError."""
-        found = path.stat()
+        stamp = FileStamp.of(path)
         # Replaced as a whole: the server's thread may be looking.
         places = OrderedDict(self._places)
-        places[sha256] = (path, FileStamp(found.st_size, found.st_mtime_ns))
+        places[sha256] = (path, stamp)
         places.move_to_end(sha256)
         while len(places) > _MAX_WHOLE_FILES:
             places.popitem(last=False)
         self._places = places
-        return found.st_size
+        return stamp.num_bytes
 
     def locate(self, digest: str) -> Located | None:
         place = self._places.get(digest)
         if place is None:
             return None
         path, stamp = place
-        found = path.stat()
-        return Located(path, 0, found.st_size) if FileStamp(found.st_size, found.st_mtime_ns) == stamp else None
+        return Located(path, 0, stamp.num_bytes) if FileStamp.of(path) == stamp else None
 
     def have_bitmap(self, model: str) -> bytes:
         return b""
-
-
-class OpenFileCache:
-    """Reads ranges of files; keeps the last ones open. One owner thread."""
-
-    def __init__(self, max_files: int = MAX_OPEN_FILES) -> None:
-        self._most = max_files
-        self._open: OrderedDict[Path, tuple[int, tuple[int, int, int]]] = OrderedDict()
-
-    def read(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """Fewer bytes only where the file ends. Raises OSError."""
-        descriptor = self._descriptor(path)
-        if not hasattr(os, "pread"):  # Windows
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.read(descriptor, num_bytes)
-        return os.pread(descriptor, num_bytes, offset)
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1][0])
-
-    def _descriptor(self, path: Path) -> int:
-        found = path.stat()
-        # A file that was replaced has the same path.
-        identity = (found.st_ino, found.st_size, found.st_mtime_ns)
-        known = self._open.pop(path, None)
-        if known is not None and known[1] != identity:
-            os.close(known[0])
-            known = None
-        if known is None:
-            known = (os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), identity)
-        self._open[path] = known
-        while len(self._open) > self._most:
-            os.close(self._open.popitem(last=False)[1][0])
-        return known[0]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import zmq
@@ -38,10 +37,12 @@ from transport.messages.pieces import (
     encode,
 )
 from transport.pieces.fair_queue import MAX_CONNECTIONS_PER_KEY, FairQueue, PeerConnection, connection_of
-from transport.pieces.piece_source import OpenFileCache, PieceSource
-from transport.process.polling import Waker
+from transport.pieces.piece_source import PieceSource
+from transport.process.files import OpenFileCache
+from transport.process.polling import PollThread
 from transport.security.connection_cap import MONITORED_EVENTS, ConnectionCap
 from transport.security.curve import Guard, peer_key
+from transport.timeouts import PEER_STALLED_S, PORT_CLOSED_S
 
 log = logging.getLogger("potluck.pieces")
 
@@ -51,10 +52,8 @@ _QUEUED_PARTS = 4
 _QUEUED_REQUESTS = 64
 _MAX_REQUESTS_AT_ONCE = 64
 _ROUNDS_AT_ONCE = 4
-_STALLED_AFTER_S = 30.0
 _UNREAD_BYTES = 2**20
 _ENFORCE_INTERVAL_S = 0.1
-_UNBOUND_WITHIN_S = 0.5
 
 _MORE = int(zmq.SNDMORE)
 _NO_WAIT = int(zmq.DONTWAIT)
@@ -82,7 +81,6 @@ class PieceServer:
         self._cap = ConnectionCap(
             max_connections=MAX_CONNECTIONS, max_per_address=MAX_CONNECTIONS_PER_ADDRESS, max_unread_bytes=_UNREAD_BYTES
         )
-        self._closing = threading.Event()
         self._next_enforce_s = 0.0
         self._socket = context.socket(zmq.ROUTER)
         set_bulk_options(self._socket, max_message_bytes=MAX_REQUEST_FRAME_BYTES)
@@ -91,49 +89,36 @@ class PieceServer:
         guard.prepare(self._socket)
         self._monitor = self._socket.get_monitor_socket(MONITORED_EVENTS)
         self.endpoint = bind(self._socket, endpoint)
-        self._wake = Waker()
-        sources_of_news = (self._socket, self._monitor, self._wake.fileno())
-        self._poll_items: list[tuple[Any, int]] = [(source, zmq.POLLIN) for source in sources_of_news]
-        self._thread = threading.Thread(target=self._run, name="pieces", daemon=True)
-        self._thread.start()
+        self._loop = PollThread(
+            "pieces",
+            (self._socket, self._monitor),
+            self._on_ready,
+            wait_s=lambda: self._peers.wait_s(time.monotonic(), _ENFORCE_INTERVAL_S),
+            on_end=self._end_sockets,
+        )
+        self._loop.start()
 
     def close(self) -> None:
         """Waits at most 2 s. Members notice that the connection ends."""
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(2.0)
+        self._loop.close()
 
-    def _run(self) -> None:
-        try:
-            while not self._closing.is_set():
-                self._poll_once()
-        except Exception:
-            log.exception("this host gives no pieces any more")
-        finally:
-            self._unbind()
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close(0)
-            self._files.close()
-            self._wake.close()
+    def _end_sockets(self) -> None:
+        self._unbind()
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(0)
+        self._files.close()
 
     def _unbind(self) -> None:
         """The next server shall find the port free: libzmq closes it in its own thread."""
         with contextlib.suppress(zmq.ZMQError):
             self._socket.unbind(self.endpoint)
-            deadline_s = time.monotonic() + _UNBOUND_WITHIN_S
+            deadline_s = time.monotonic() + PORT_CLOSED_S
             while self._monitor.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
                 if parse_monitor_message(self._monitor.recv_multipart())["event"] == zmq.EVENT_CLOSED:
                     return
 
-    def _poll_once(self) -> None:
-        wait_ms = int(self._peers.wait_s(time.monotonic(), _ENFORCE_INTERVAL_S) * 1000 + 0.999)
-        poll_items: list[tuple[Any, int]] = [
-            (self._socket, zmq.POLLIN),
-            (self._monitor, zmq.POLLIN),
-            (self._wake.fileno(), zmq.POLLIN),
-        ]
-        ready = dict(zmq.zmq_poll(poll_items, wait_ms))
+    def _on_ready(self, ready: Container[Any]) -> None:
         now_s = time.monotonic()
         if self._monitor in ready:
             self._cap.on_event(parse_monitor_message(self._monitor.recv_multipart()))
@@ -156,8 +141,8 @@ class PieceServer:
                 self._peers.remove(peer)
             elif not self._is_authorized(peer.key):
                 self._end(peer, "it is not a member any more")
-            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > _STALLED_AFTER_S:
-                self._end(peer, f"it has taken nothing for {_STALLED_AFTER_S:.0f} s")
+            elif peer.blocked_since_s is not None and now_s - peer.blocked_since_s > PEER_STALLED_S:
+                self._end(peer, f"it has taken nothing for {PEER_STALLED_S:.0f} s")
 
     def _take(self) -> bool:
         """One message; whether there was one."""

@@ -1,4 +1,8 @@
-"""The store keeps pieces of models on this host's disk, whole ones and partial ones, under their SHA-256."""
+"""The store keeps pieces of models on this host's disk, whole ones and partial ones, under their SHA-256.
+
+`ab/abcd….piece` is whole and was checked; `ab/abcd….part` is coming in, by the process that has it locked.
+Several processes use a store at the same time, and any of them may be killed at any moment.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from transport.pieces.disk_space import (
     whole_digests,
 )
 from transport.pieces.locks import Lease, Leases, PartFile, open_part
+from transport.timeouts import FILE_LOCK_S
 
 _READ_BYTES = 1 << 20
 
@@ -97,7 +102,6 @@ class PartialPiece:
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_PUT_TIMEOUT_S = 10.0
 _PUT_RETRY_S = 0.02
 
 
@@ -177,7 +181,7 @@ class PieceStore:
 
         Raises WrongBytes, NoSpace, DeadlineExceeded.
         """
-        give_up_at_s = time.monotonic() + _PUT_TIMEOUT_S
+        give_up_at_s = time.monotonic() + FILE_LOCK_S
         piece = Piece(digest, len(data))
         while not self.has_whole(piece):
             partial = self.open_partial(piece)

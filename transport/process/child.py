@@ -1,4 +1,8 @@
-"""A parent starts a child with its options and threads, and a child ends when its parent does."""
+"""A parent starts a child with its options and threads, and a child ends when its parent does.
+
+A parent gives each child a pipe as standard input. The pipe ends when the parent does, however that ends, SIGKILL
+included; the child then removes the folder of sockets that it was given and exits at once.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +101,7 @@ _POLL_S = 0.25
 
 def start_parent_watch(remove: Path | None = None) -> None:
     """Start watching standard input. `remove` is deleted when the parent is gone: the crashed parent can't."""
-    threading.Thread(target=_watch_parent, args=(sys.stdin.fileno(), remove), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(sys.stdin.fileno(), remove), name="parent-watch", daemon=True).start()
 
 
 def read_pipe(descriptor: int, max_bytes: int, *, poll_s: float = _POLL_S) -> bytes:

@@ -1,13 +1,22 @@
-"""What a thread that polls sockets needs: a waker, a detector of suspends, and an executor it can poll."""
+"""A thread that polls sockets, and what it needs: a waker, a detector of suspends, and an executor it can poll."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import zmq
+
+from transport.timeouts import THREAD_JOIN_S
+
+log = logging.getLogger("potluck.polling")
 
 
 class Waker:
@@ -36,11 +45,75 @@ class Waker:
         self._out.close()
 
 
+class PollThread:
+    """One thread that owns ZeroMQ sockets: whatever they do happens in the functions that it calls.
+
+    `on_ready(ready)` is called with the sockets that have something to read, with or without any: after `wake` and
+    when `wait_s()` has passed, too. `on_end` is called last, to send what is queued and close the sockets. An error
+    that `on_ready` raises ends the thread; `on_failure` is told, since nobody else would notice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sockets: Sequence[zmq.Socket[bytes]],
+        on_ready: Callable[[Container[Any]], object],
+        *,
+        wait_s: Callable[[], float],
+        on_end: Callable[[], object],
+        on_failure: Callable[[], object] = lambda: None,
+    ) -> None:
+        """It begins with `start`, once whatever it calls is there."""
+        self._on_ready = on_ready
+        self._wait_s = wait_s
+        self._on_end = on_end
+        self._on_failure = on_failure
+        self._waker = Waker()
+        self._items: list[tuple[Any, int]] = [(sock, zmq.POLLIN) for sock in sockets]
+        self._items.append((self._waker.fileno(), zmq.POLLIN))
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Thread-safe: call `on_ready` soon."""
+        self._waker.set()
+
+    def stop(self) -> None:
+        """Thread-safe, and for `on_ready` itself: not again. Does not wait."""
+        self._is_stopping.set()
+        self._waker.set()
+
+    def close(self) -> None:
+        """Stop, and wait for `on_end`, at most THREAD_JOIN_S."""
+        self.stop()
+        self._thread.join(THREAD_JOIN_S)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping.is_set():
+                # Rounded up: what is due in less than a millisecond is not looked for over and over.
+                ready = {source for source, _ in zmq.zmq_poll(self._items, max(0, int(self._wait_s() * 1000 + 0.999)))}
+                self._waker.clear()
+                self._on_ready(ready)
+        except Exception:  # The root of the thread.
+            log.exception("%s has ended", self._thread.name)
+            self._on_failure()
+        finally:
+            self._on_end()
+            self._waker.close()
+
+
 _LATE_S = 0.5
 
 
 class SuspendDetector:
-    """One owner thread, which asks whenever it looks at the clock."""
+    """Tells time that passed from time that this process slept through: a closed lid, a stopped process. After such a
+    pause everybody seems to have been silent for long, although their messages may be waiting to be read.
+
+    One owner thread, which asks whenever it looks at the clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -60,7 +133,7 @@ OnDone = Callable[[BaseException | None], None]
 class PolledExecutor:
     """With one thread, work is done in order. All methods are for the thread that made it.
 
-    Full at `most_bytes` or `max_jobs` that wait: then nothing more should be asked for.
+    Full at `max_bytes` or `max_jobs` that wait: then nothing more should be asked for.
     """
 
     def __init__(self, *, threads: int, max_bytes: int, max_jobs: int) -> None:
@@ -80,18 +153,18 @@ class PolledExecutor:
         return not self._jobs
 
     def fileno(self) -> int:
-        """For a poller: readable when `settle` has something to do."""
+        """For a poller: readable when `run_callbacks` has something to do."""
         return self._wake.fileno()
 
     def submit(self, work: Callable[[], None], on_done: OnDone, num_bytes: int = 0) -> None:
-        """`then` is called by a later `settle`, in the order of submission, with what `work` raised."""
+        """A later `run_callbacks` calls `on_done`, in the order of submission, with what `work` raised."""
         future = self._executor.submit(work)
         self._jobs.append((future, num_bytes, on_done))
         self._queued_bytes += num_bytes
         future.add_done_callback(lambda _: self._wake.set())
 
     def run_callbacks(self) -> None:
-        """Call `then` of all that is done. Raises what it raises."""
+        """Call `on_done` of all that is done. Raises what it raises."""
         self._wake.clear()
         while self._jobs and self._jobs[0][0].done():
             future, num_bytes, on_done = self._jobs.popleft()
@@ -99,7 +172,7 @@ class PolledExecutor:
             on_done(future.exception())
 
     def close(self, *, cancel: bool = False) -> None:
-        """Finish what is queued, or only what has begun, without calling any `then`."""
+        """Finish what is queued, or only what has begun, without calling any `on_done`."""
         self._executor.shutdown(wait=True, cancel_futures=cancel)
         self._jobs.clear()
         self._wake.close()

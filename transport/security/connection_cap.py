@@ -1,4 +1,11 @@
-"""A cap bounds the connections of a socket on a network, and a thread enforces it while the owner computes."""
+"""A cap bounds the connections of a socket on a network, and a thread enforces it while the owner computes.
+
+libzmq accepts whoever comes and has no such limit. It tells a monitor the descriptor of each connection, and one that
+is shut down there ends like one that its peer has closed.
+
+The socket's owner may compute, or load, for minutes. Meanwhile nobody would hold strangers to the cap; and libzmq
+waits, with all traffic of its context, for whoever gets connections' events from a monitor and does not read them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +24,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.process.polling import Waker
+from transport.timeouts import THREAD_JOIN_S
 
 MONITORED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 ENFORCE_INTERVAL_S = 0.1
@@ -148,7 +156,6 @@ def _is_at(sock: socket.socket, endpoint: bytes) -> bool:
     return str(port) == endpoint.decode("ascii", "replace").rpartition(":")[2].rstrip("\0")
 
 
-_END_TIMEOUT_S = 2.0
 _watch_numbers = itertools.count(1)
 
 
@@ -193,7 +200,7 @@ class ConnectionWatch:
             self._cap.mark_active(descriptor)
 
     def enforce(self, now_s: float) -> None:
-        """As `ConnectionCap.look`."""
+        """As `ConnectionCap.enforce`."""
         with self._lock:
             self._cap.enforce(now_s)
 
@@ -201,7 +208,7 @@ class ConnectionWatch:
         """Before the socket."""
         if not self._socket.closed:
             self._socket.disable_monitor()
-        self._thread.join(_END_TIMEOUT_S)
+        self._thread.join(THREAD_JOIN_S)
         self._ended.close()
 
     def _run(self) -> None:

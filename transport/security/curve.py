@@ -1,4 +1,9 @@
-"""CURVE secures every socket that leaves the host: key pairs, their file, and who may connect to which socket."""
+"""CURVE secures every socket that leaves the host: key pairs, their file, and who may connect to which socket.
+
+CurveZMQ: https://rfc.zeromq.org/spec/26/; the handler that decides, ZAP: https://rfc.zeromq.org/spec/27/. A CURVE
+server without such a handler lets any key in, so each socket has a domain of its own, enforced: no handler, no
+connection.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from transport.errors import BadMessage, ConfigError
-from transport.process.atomic_file import write_private
+from transport.process.files import write_atomic
 
 Prepare = Callable[["zmq.Socket[bytes]"], None]
 """Sets more options on a socket before it binds or connects."""
@@ -95,8 +100,8 @@ def is_authenticated(routing_id: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """How a socket that others connect to is kept: `prepare` before it binds, `admits` for every message's key, and
-    `forget` once it is closed."""
+    """How a socket that others connect to is kept: `prepare` before it binds, `is_authorized` for every message's key,
+    and `release` once it is closed."""
 
     prepare: Prepare
     is_authorized: Authorizer
@@ -114,7 +119,7 @@ class Curve:
         self._lock = threading.Lock()
 
     def guard(self, is_authorized: Authorizer) -> Guard:
-        """For a socket that only keys which `admits` accepts can connect to."""
+        """For a socket that only keys which `is_authorized` accepts can connect to."""
         domain = f"potluck-{next(_numbers)}"
         self._handler().configure_curve_callback(domain, _ZapCallback(is_authorized))
         domains = self._domains
@@ -177,7 +182,7 @@ class _ZapCallback:
         try:
             return self._is_authorized(key.decode("ascii", "replace"))
         except Exception:  # The thread that asks would end, and nobody could ever connect again.
-            log.exception("whether a key is admitted can't be told: it is not")
+            log.exception("whether a key is authorized can't be determined: it is not")
             return False
 
 
@@ -200,4 +205,4 @@ def read_keys(path: Path) -> KeyPair:
 
 def write_keys(path: Path, keys: KeyPair) -> None:
     """For this user alone, at once. Raises OSError."""
-    write_private(path, msgspec.json.encode(keys))
+    write_atomic(path, msgspec.json.encode(keys))

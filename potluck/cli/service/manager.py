@@ -12,17 +12,15 @@ from typing import Protocol
 
 from potluck.store.sources import looks_like_path
 from transport.errors import ConfigError
+from transport.process.files import write_atomic
 
 
 def write_service_file(path: Path, content: bytes) -> None:
     """Raises ConfigError. What is there already is replaced; a link itself is, not what it leads to."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_atomic(path, content, private=False)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"{path} can't be written: {error.strerror}", hint="--dry-run prints what would be written there"
         ) from error

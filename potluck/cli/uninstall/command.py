@@ -50,7 +50,7 @@ def uninstall(
         return
     check_not_running(places.home)
     if not yes and (inventory.items or (hub and hub_cache)):
-        _ask()
+        _confirm()
     heads = _heads_that_know_this_host()
     with HeadFile():  # None starts meanwhile.
         if hub_cache and not keep_models:
@@ -97,7 +97,7 @@ def _heads_that_know_this_host() -> list[str]:
     ]
 
 
-def _ask() -> None:
+def _confirm() -> None:
     if not sys.stdin.isatty():
         raise ConfigError("nobody is here to be asked", hint="say --yes to remove it, or --dry-run to see it")
     if not typer.confirm("Remove all this?", err=True):

@@ -16,17 +16,11 @@ from potluck.head.models.search import FileHolder, FileHolders
 from potluck.host.local_head import running_head
 from potluck.system.paths import identity_dir
 from transport.errors import BadMessage, DownloadFailed, NotRunning, PotluckError
-from transport.messages.pieces import PART_BYTES, PieceMissing, PiecePart, PieceRefused, PieceRequest
+from transport.messages.pieces import PART_BYTES, PieceRequest
 from transport.messages.pool import PiecePeer
 from transport.pieces.client import PieceConnection
 from transport.security.curve import Curve, KeyPair
-
-_BLOCK_TIMEOUT_S = 10.0
-"""Who takes longer for a megabyte is no better than the internet."""
-
-_HEAD_TIMEOUT_S = 8.0
-_POLL_S = 0.05
-
+from transport.timeouts import BLOCK_S, POOL_HEAD_S
 
 FindHolders = Callable[[str], list[FileHolder]]
 
@@ -114,36 +108,25 @@ class PoolFiles:
             connection.close()
 
     def _read_from(self, holder: FileHolder, sha256: str, offset: int, out: memoryview) -> None:
-        connection = self._connection_to(holder)
-        late_at_s = time.monotonic() + _BLOCK_TIMEOUT_S
-        requests = [
-            PieceRequest(number, sha256, offset + first, min(PART_BYTES, len(out) - first))
+        requests = {
+            number: PieceRequest(number, sha256, offset + first, min(PART_BYTES, len(out) - first))
             for number, first in enumerate(range(0, len(out), PART_BYTES))
-        ]
-        pending = {ask.token: ask for ask in requests}
-        while pending:
-            if time.monotonic() >= late_at_s:
-                raise DownloadFailed(f"it took more than {_BLOCK_TIMEOUT_S:.0f} s for {len(out):,} bytes")
-            connection.poll_monitor()
-            if connection.lost_reason:
-                raise DownloadFailed(connection.lost_reason)
-            while requests and connection.is_open and connection.send(requests[0]):
-                del requests[0]
-            zmq.zmq_poll([(connection.socket, zmq.POLLIN), (connection.monitor, zmq.POLLIN)], int(_POLL_S * 1000))
-            for answer, buffer in connection.replies():
-                match answer:
-                    case PiecePart(token=token, digest=digest, offset=at):
-                        ask = pending.pop(token, None)
-                        if ask is None or (digest, at, len(buffer)) != (sha256, ask.offset, ask.num_bytes):
-                            raise BadMessage("it sent another part than was asked for")
-                        first = ask.offset - offset
-                        out[first : first + ask.num_bytes] = buffer
-                    case PieceMissing():
-                        raise DownloadFailed("it does not have the file any more")
-                    case PieceRefused(reason=reason):
-                        raise DownloadFailed(f"it refused: {reason!r}")
-                    case _:
-                        raise BadMessage("it sent what was not asked for")
+        }
+        connection = self._connection_to(holder)
+        ends_at_s = time.monotonic() + BLOCK_S
+        for part, buffer in connection.exchange(requests.values(), silent_after_s=BLOCK_S, ends_at_s=ends_at_s):
+            request = requests.pop(part.token, None)
+            if request is None or (part.digest, part.offset, len(buffer)) != (
+                sha256,
+                request.offset,
+                request.num_bytes,
+            ):
+                raise BadMessage("it sent another part than was asked for")
+            first = request.offset - offset
+            out[first : first + request.num_bytes] = buffer
+            if not requests:
+                return
+        raise DownloadFailed(f"it took more than {BLOCK_S:.0f} s for {len(out):,} bytes")
 
 
 @contextmanager
@@ -165,6 +148,6 @@ def open_pool_files() -> Iterator[PoolFiles | None]:
 
 def _holders_from_head(sha256: str) -> list[FileHolder]:
     try:
-        return post_to_head("/potluck/files", {"sha256": sha256}, FileHolders, timeout_s=_HEAD_TIMEOUT_S).holders
+        return post_to_head("/potluck/files", {"sha256": sha256}, FileHolders, timeout_s=POOL_HEAD_S).holders
     except PotluckError:  # No head, or one that is busy: then the file comes from where it would otherwise.
         return []

@@ -16,8 +16,8 @@ from potluck.store.sources import check_name, looks_like_path, parse_source
 from transport.errors import ModelNotFound, PotluckError
 from transport.messages.pool import FindFile, HostFile, HostModel, HostModels, ListHostModels
 from transport.pieces.store import is_digest
+from transport.timeouts import FIND_FILE_S, HOST_REPLY_S
 
-_ANSWER_WITHIN_S = 5.0
 _MAX_MODELS = 1000
 _MAX_MODEL_BYTES = 1 << 44
 _MAX_LISTED = 8
@@ -79,7 +79,7 @@ class ModelSearch:
         hosts = [host for host in self._hosts.with_pieces() if host.peer.identity not in self._queried]
         if not hosts:
             return []
-        answers = self._hosts.rpc.call_all([(host, ListHostModels()) for host in hosts], silence_s=_ANSWER_WITHIN_S)
+        answers = self._hosts.rpc.call_all([(host, ListHostModels()) for host in hosts], silence_s=HOST_REPLY_S)
         found: list[ModelPeer] = []
         for host, answer in zip(hosts, answers, strict=True):
             self._queried[host.peer.identity] = host.name
@@ -131,9 +131,6 @@ def _list_names(models: Sequence[HostModel]) -> str:
     return f"it has: {', '.join(names)}{more}"
 
 
-_HOST_TIMEOUT_S = 3.0
-
-
 class FileHolder(Struct, frozen=True, kw_only=True):
     """A host that serves the file, of so many bytes, under its SHA-256."""
 
@@ -165,7 +162,7 @@ def find_file_holders(hosts: PoolHosts, sha256: str) -> FileHolders:
     if not is_digest(sha256):
         return FileHolders(holders=[])
     queried = hosts.with_pieces()
-    answers = hosts.rpc.call_all([(host, FindFile(sha256=sha256)) for host in queried], silence_s=_HOST_TIMEOUT_S)
+    answers = hosts.rpc.call_all([(host, FindFile(sha256=sha256)) for host in queried], silence_s=FIND_FILE_S)
     return FileHolders(
         holders=[
             FileHolder(name=host.name, endpoint=host.hello.pieces, key=host.key, num_bytes=answer.num_bytes)
@@ -178,7 +175,7 @@ def find_file_holders(hosts: PoolHosts, sha256: str) -> FileHolders:
 def list_remote_models(hosts: PoolHosts) -> RemoteModelList:
     """By host, then as each of them lists its own."""
     queried = hosts.with_pieces()
-    answers = hosts.rpc.call_all([(host, ListHostModels()) for host in queried], silence_s=_HOST_TIMEOUT_S)
+    answers = hosts.rpc.call_all([(host, ListHostModels()) for host in queried], silence_s=FIND_FILE_S)
     return RemoteModelList(
         models=[
             RemoteModelEntry(host=host.name, name=model.name, source=model.source, bytes=model.num_bytes)

@@ -36,14 +36,9 @@ from transport.messages.pieces import PieceList
 from transport.messages.pool import ModelOffered, OfferModel, OfferProgress, PieceHint, PiecePeer, SharedModel
 from transport.pieces.assignment import assign_pieces
 from transport.pieces.store import PieceStore, is_digest
+from transport.timeouts import FALLBACK_AFTER_S, MODEL_SILENT_S, MODEL_STALLED_S, MODEL_WAIT_S
 
 Say = Callable[[str], object]
-FALLBACK_AFTER_S = 6.0
-"""A paired host that runs comes by itself within a few seconds; after that another way is taken, if there is one."""
-
-MAX_WAIT_S = 3600.0
-_SILENT_AFTER_S = 60.0
-_STALLED_AFTER_S = 300.0
 _POLL_S = 0.2
 _REPORT_INTERVAL_S = 15.0
 
@@ -141,7 +136,7 @@ class RemoteModel:
         if not has_another_way:
             self._say("Ctrl-C ends it. What would help: potluck pull on this host or, on another one, potluck join")
         try:
-            self._wait(search, FALLBACK_AFTER_S if has_another_way else MAX_WAIT_S)
+            self._wait(search, FALLBACK_AFTER_S if has_another_way else MODEL_WAIT_S)
             return True
         except PotluckError:
             if not has_another_way:
@@ -162,7 +157,7 @@ class RemoteModel:
         """What is here of the model is not enough. Raises ModelNotFound, DeadlineExceeded."""
         peer_name = self._record.peer if self._record is not None else "a host"
         self._say(f"Waiting for {peer_name}, or another host that has {self._request.name} (Ctrl-C ends it)")
-        self._wait(ModelSearch(self._request, self._pool.hosts, self._say), MAX_WAIT_S)
+        self._wait(ModelSearch(self._request, self._pool.hosts, self._say), MODEL_WAIT_S)
 
     def prepare(self, say: Say, *, for_others: bool) -> StoredModel:
         """As a host that is connected has it now, if one does; else as it was."""
@@ -240,7 +235,7 @@ class RemoteModel:
         offer_request = OfferModel(model=model_peer.model.name)
         (answer,) = self._pool.hosts.rpc.call_all(
             [(host, offer_request)],
-            silence_s=_SILENT_AFTER_S,
+            silence_s=MODEL_SILENT_S,
             on_progress=_OfferProgressReporter(self._request.name, self._say),
         )
         if isinstance(answer, PotluckError):
@@ -300,9 +295,9 @@ class _OfferProgressReporter:
         now_s = time.monotonic()
         if progress.done_bytes > self._done_bytes:
             self._done_bytes, self._progress_s = progress.done_bytes, now_s
-        elif now_s - self._progress_s > _STALLED_AFTER_S:
+        elif now_s - self._progress_s > MODEL_STALLED_S:
             raise DeadlineExceeded(
-                f"{host.name} has read nothing more of {self._name} for {_STALLED_AFTER_S:.0f} s",
+                f"{host.name} has read nothing more of {self._name} for {MODEL_STALLED_S:.0f} s",
                 hint="is its disk busy, or does it share another model first?",
             )
         if now_s < self._next_s or not 0 <= progress.done_bytes <= progress.total_bytes:

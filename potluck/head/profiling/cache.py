@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,12 +17,13 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from devices.hardware.measure import is_noisy, should_remeasure
+from devices.hardware.measure import NoisyMeasurement, is_noisy
 from potluck.head.plan_watch import LearnedFactor
 from potluck.store.manifest import StoredModel
 from transport.links.link_probe import LinkMeasurement
 from transport.messages.measure import ProfileReport
 from transport.messages.ring import WeightsForm
+from transport.process.files import write_atomic
 
 _VERSION = 4
 _LINK_HOLDS_S = 86400.0
@@ -43,13 +42,6 @@ class DeviceKey:
     machine: str
     model: str
     weights: WeightsForm = "stored"
-
-
-class NoisyMeasurement(Struct, frozen=True, kw_only=True):
-    """Other programs disturbed a measurement, at `kept_s`, for the `num_tries`th time."""
-
-    kept_s: float
-    num_tries: int
 
 
 class _CachedDevice(Struct, frozen=True, kw_only=True):
@@ -95,7 +87,7 @@ class ProfileCache:
         """Whether the report is noisy, and is to be taken again now."""
         found = self._device(key)
         noisy = found.noisy if found is not None else None
-        return noisy is not None and should_remeasure(noisy.kept_s, noisy.num_tries, now_s)
+        return noisy is not None and noisy.is_due(now_s)
 
     def mark_noisy(self, key: DeviceKey) -> None:
         """The report is slower than the device was in use, so something disturbed it: measure again next time."""
@@ -150,14 +142,7 @@ class ProfileCache:
         path = self._path(facts)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(msgspec.json.encode({"facts": facts, "found": found}))
-                Path(temporary).replace(path)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_atomic(path, msgspec.json.encode({"facts": facts, "found": found}))
 
     def _path(self, facts: dict[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -41,6 +41,7 @@ from transport.messages.measure import (
 )
 from transport.messages.pool import SharedModel
 from transport.messages.ring import Fence, WeightsForm
+from transport.timeouts import LINK_PROBE_SILENT_S
 
 Result = TypeVar("Result")
 OnMeasuring = Callable[[str, str], None]
@@ -196,7 +197,6 @@ def _or_error(call: Callable[[], Result]) -> Result | PotluckError:
         return error
 
 
-_LINK_SILENT_AFTER_S = 60.0
 _NUM_LARGE_LOCAL = 17
 _NUM_LARGE_NETWORK = 5
 _probe_numbers = itertools.count(1)
@@ -267,7 +267,7 @@ class WorkerProbeEnd:
         pass
 
     def _call(self, request: MeasureRequest, expected: type[Result]) -> Result:
-        (reply,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=_LINK_SILENT_AFTER_S)
+        (reply,) = self._pool.rpc.call_all([(self._worker, request)], silence_s=LINK_PROBE_SILENT_S)
         if isinstance(reply, PotluckError):
             raise reply
         if not isinstance(reply, expected):

@@ -18,14 +18,16 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=2.0)
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 2.0)
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()
 
 
 @pytest.fixture
-def patient(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "roster.json", line_timeout_s=600.0)
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr("devices.pairing.server.PAIRING_SERVER_LINE_S", 600.0)
+    made = House(tmp_path / "roster.json")
     yield made
     made.door.close()

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from devices.pairing.client import check_version, fetch_pool_info
-from devices.pairing.credentials import CODE_LIFETIME_S, INVITE_LIFETIME_S, parse_invite
+from devices.pairing.credentials import parse_invite
 from devices.pairing.identity import fingerprint
 from devices.pairing.json_lines import JsonLineSocket
 from devices.pairing.known_pools import KnownPool
@@ -31,6 +31,7 @@ from transport.errors import (
 )
 from transport.messages.ring import PROTOCOL_VERSION
 from transport.security.curve import new_key_pair
+from transport.timeouts import CODE_LIFETIME_S, INVITE_LIFETIME_S
 
 
 def test_anyone_may_ask_who_is_there(house: House) -> None:
@@ -251,10 +252,10 @@ def test_closing_hangs_up_on_who_waits_and_frees_the_port(house: House) -> None:
         until(lambda: house.asked)
         house.door.close()
         assert is_hung_up(idle)
-        with pytest.raises(PairingFailed, match="hung up"):
+        with pytest.raises(PairingFailed, match="closed the connection"):
             waiting.result(60.0)
     assert house.asked[0].gone.is_set()
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("front-door")])
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("pairing")])
     socket.create_server(("127.0.0.1", house.door.port)).close()
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from potluck.engine.settings import EngineLimits
 from tests.support.engine.fakes import EOS, FENCE, VOCAB, ByteTokenizer, FakeStages, attached_engine
+from transport.codec import Received
 from transport.errors import RingDown
-from transport.links.link import Received
 from transport.messages.requests import (
     Aborted,
     ChoiceFinished,

@@ -29,8 +29,8 @@ from tests.support.engine.fakes import attached_engine
 from tests.support.needs import NEEDS_MLX
 from tests.support.shard.stage_runner import Runner, load_stages
 from tests.support.shard.tiny import NUM_LAYERS, VOCAB_SIZE, memory_checkpoint, tiny_model
+from transport.codec import Received
 from transport.errors import PotluckError
-from transport.links.link import Received
 from transport.messages.requests import Aborted, Delta, EngineEvent, EngineReady, Finished, RequestFailed, Submit
 from transport.messages.ring import DataMessage, Failed, Fence, Sampled, Sampling, Tokens
 

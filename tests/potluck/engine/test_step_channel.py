@@ -8,9 +8,9 @@ from potluck.engine.scheduler import StepPlan
 from potluck.engine.settings import StepDeadlines
 from potluck.engine.step_channel import StepChannel
 from tests.support.engine.fakes import FENCE
+from transport.codec import Received
 from transport.errors import DeadlineExceeded
-from transport.links.link import Received
-from transport.links.memory_link import memory_link
+from transport.links.link import memory_link
 from transport.messages.ring import Entry, SequenceId
 
 PLAN = StepPlan(ops=(), entries=(Entry(SequenceId(1), 0, (1,), 1),))

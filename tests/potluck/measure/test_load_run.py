@@ -81,7 +81,7 @@ def test_the_warm_up_is_not_measured() -> None:
         spell = trial_of(outcome, cell)
         assert spell is not None
         assert 0 < len(spell.requests) < len(server.bodies)
-        assert all(request.due_s >= outcome.begin_s for request in outcome.requests if request.is_measured)
+        assert all(request.scheduled_s >= outcome.begin_s for request in outcome.requests if request.is_measured)
 
 
 def test_a_refused_client_waits_as_long_as_it_is_told() -> None:

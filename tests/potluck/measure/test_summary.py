@@ -86,9 +86,9 @@ def test_the_bound_counts_what_a_token_reads() -> None:
 CELL = LoadCell(clients=2)
 
 
-def request(due_s: float, *arrivals_s: float, started_s: float | None = None, **how: Any) -> LoadRequest:
+def request(scheduled_s: float, *arrivals_s: float, started_s: float | None = None, **how: Any) -> LoadRequest:
     """One token an arrival; without any it is unanswered."""
-    found = HttpExchange(started_s=due_s if started_s is None else started_s)
+    found = HttpExchange(started_s=scheduled_s if started_s is None else started_s)
     for number, at_s in enumerate(arrivals_s, 1):
         text = "data: " + json.dumps({"choices": [{"delta": {"content": "a"}}]}) + "\n\n"
         if number == len(arrivals_s):
@@ -99,7 +99,7 @@ def request(due_s: float, *arrivals_s: float, started_s: float | None = None, **
     if arrivals_s:
         found.reader.status, found.reader.is_done, found.ended_s = 200, True, arrivals_s[-1]
     given = {"tokens": 10, "turn": 0, "is_measured": True, **how}
-    return LoadRequest(due_s=due_s, exchange=found, **given)
+    return LoadRequest(scheduled_s=scheduled_s, exchange=found, **given)
 
 
 def refused(status: int) -> LoadRequest:

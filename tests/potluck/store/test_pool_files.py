@@ -89,7 +89,7 @@ def test_a_host_that_is_gone_or_lies_costs_nothing_but_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_files, "_BLOCK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(pool_files, "BLOCK_S", 1.0)
     gone = guest(head, "beta", BETA, pulled)
     wrong = checksum_of(repository / WEIGHTS)
     liar = guest(head, "gamma", GAMMA, pulled)
@@ -120,7 +120,7 @@ def test_only_what_a_store_downloaded_is_given_and_only_by_its_checksum(
     untold = FileHolder(name="beta", endpoint=beta.piece_server.endpoint, key=beta.keys.public, num_bytes=8)
     with closing(PoolFiles(lambda sha256: [untold], head[0].here.keys)) as files:
         assert files.holds(wanted)
-        with pytest.raises(DownloadFailed, match="does not have the file"):
+        with pytest.raises(DownloadFailed, match="does not have it"):
             files.read(wanted, 0, memoryview(bytearray(8)))
 
 

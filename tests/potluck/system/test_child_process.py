@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from potluck.system.child_process import ChildProcess, stop_processes
+from transport.process.child_process import ChildProcess, stop_processes
 
 _STUBBORN = """
 import signal, sys, time
@@ -34,7 +34,7 @@ time.sleep(600)
 _PARENT = """
 import sys, time
 from pathlib import Path
-from potluck.system.child_process import ChildProcess
+from transport.process.child_process import ChildProcess
 child = ChildProcess("with_a_lifeline", sys.argv[1:], log=Path(sys.argv[1]).parent / "child.log")
 print(child.pid, flush=True)
 time.sleep(600)

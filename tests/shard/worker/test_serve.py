@@ -10,9 +10,8 @@ from shard.worker.local_stage import LocalStage
 from shard.worker.serve import StageServer
 from tests.support.shard.stage_runner import tiny_spec
 from tests.support.shard.tiny import NUM_LAYERS, VOCAB_SIZE
-from transport.codec import EdgeLimits, encode
-from transport.links.link import Received
-from transport.links.memory_link import MemoryReceiver, MemorySender, memory_link
+from transport.codec import EdgeLimits, Received, encode
+from transport.links.link import MemoryReceiver, MemorySender, memory_link
 from transport.messages.ring import (
     DataMessage,
     Entry,

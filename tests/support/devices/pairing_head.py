@@ -78,7 +78,7 @@ def other_code(code: str) -> str:
 
 
 def guests() -> int:
-    return sum(thread.name == "front-door-guest" for thread in threading.enumerate())
+    return sum(thread.name == "pairing-connection" for thread in threading.enumerate())
 
 
 def until(is_so: Callable[[], object]) -> None:

@@ -12,8 +12,7 @@ from potluck.engine.loop import Engine, RingEnds
 from potluck.engine.settings import EngineLimits, StepDeadlines
 from potluck.engine.tokenizer import Prompt
 from transport.errors import BadRequest, NeighbourGone
-from transport.links.link import Receiver, Sender
-from transport.links.memory_link import MemoryReceiver, MemorySender, memory_link
+from transport.links.link import MemoryReceiver, MemorySender, Receiver, Sender, memory_link
 from transport.messages.requests import EngineEvent
 from transport.messages.ring import (
     Entry,

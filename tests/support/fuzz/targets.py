@@ -19,7 +19,7 @@ from potluck.api.openai.chat_request import decode_chat_request
 from shard.formats import safetensors
 from shard.formats.gguf import header as gguf_header
 from transport.codec import EdgeLimits, decode_control, decode_data, encode
-from transport.errors import BadCheckpoint, BadMessage, UnsupportedModel
+from transport.errors import BadCheckpoint, BadMessage, ErrorInfo, UnsupportedModel
 from transport.messages.control import Listening, Register, Stop
 from transport.messages.pool import HostFault, HostFile, HostModel, HostModels, ModelOffered, OfferProgress
 from transport.messages.ring import (
@@ -149,7 +149,7 @@ def _control_seeds() -> tuple[bytes, ...]:
         ModelOffered(4, "ab" * 32, 1 << 27),
         OfferProgress(5, 1, 2),
         HostFile(6, 1 << 27),
-        HostFault(7, "no_space", "full", "make room"),
+        HostFault(7, ErrorInfo("no_space", "full", "make room")),
     )
     return (encode(register), encode(Listening(_FENCE, "ipc:///run/stage")), encode(Stop()), *map(encode, hosts))
 

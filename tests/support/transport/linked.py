@@ -10,8 +10,8 @@ from typing import Any
 
 import zmq
 
-from transport.codec import EdgeLimits
-from transport.links.link import Received, Receiver
+from transport.codec import EdgeLimits, Received
+from transport.links.link import Receiver
 from transport.links.secure_endpoints import SecureEndpoints
 from transport.links.zmq_link import ZmqReceiver, ZmqSender
 from transport.messages.measure import LinkShape

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from transport.messages.pieces import Piece
-from transport.messages.pool import PiecePeer
+from transport.messages.pool import PiecePeer, SharedModel
 from transport.pieces.fetcher import fetch
 from transport.pieces.piece_source import StoreSource
 from transport.pieces.server import PieceServer
@@ -42,7 +42,8 @@ def get(curve: Curve, context: Any, store: PieceStore, told: dict[str, Any]) -> 
 
     pieces = {number: Piece(digest, size) for number, (digest, size) in enumerate(told["pieces"])}
     peer = PiecePeer("head", told["endpoint"], told["peer"])
-    fetch(pieces, store, [peer], curve=curve, context=context, model=told["model"], what="a model", progress=progress)
+    shared = SharedModel(name="a model", digest=told["model"], peers=(peer,))
+    fetch(pieces, store, shared, curve=curve, context=context, progress=progress)
     say("complete")
 
 

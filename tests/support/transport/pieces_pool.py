@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from transport.messages.pieces import LIST_VERSION, PART_BYTES, ListedFile, Piece, PieceList, PlacedPiece
-from transport.messages.pool import PieceHint, PiecePeer
+from transport.messages.pool import PieceHint, PiecePeer, SharedModel
 from transport.pieces.fetcher import FetchReport, fetch
 from transport.pieces.piece_source import Located, PieceSource, StoreSource
 from transport.pieces.server import PieceServer
@@ -91,12 +91,9 @@ class Host:
         return fetch(
             model.pieces if pieces is None else pieces,
             self.store,
-            peers,
+            SharedModel(name="model random", digest=model.digest, peers=tuple(peers), hints=tuple(hints)),
             curve=self.curve,
             context=self.context,
-            model=model.digest,
-            what="model random",
-            hints=hints,
             **options,
         )
 

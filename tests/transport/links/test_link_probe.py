@@ -60,7 +60,7 @@ def test_a_link_on_this_host(context: zmq.Context[zmq.Socket[bytes]], where: str
 def test_nobody_at_the_other_end(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_probe, "CONNECT_S", 0.3)
+    monkeypatch.setattr(link_probe, "LINK_PROBE_CONNECT_S", 0.3)
     end = LinkProbeEnd(context, f"ipc://{tmp_path}/end", SHAPE)
     started = time.monotonic()
     with pytest.raises(NeighbourGone):
@@ -72,7 +72,7 @@ def test_nobody_at_the_other_end(
 def test_an_end_that_falls_silent(
     context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_probe, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(link_probe, "LINK_PROBE_REPLY_S", 0.5)
     leader, mute = two_ends(context, "ipc", tmp_path)
     with pytest.raises(DeadlineExceeded, match="no answer"):
         leader.run(mute.endpoint, leads=True)

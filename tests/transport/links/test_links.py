@@ -23,8 +23,7 @@ from tests.support.transport.linked import (
 )
 from transport.codec import encode
 from transport.errors import BadMessage, ConfigError, NeighbourGone, RingDown
-from transport.links.link import Receiver
-from transport.links.memory_link import memory_link
+from transport.links.link import Receiver, memory_link
 from transport.links.zmq_link import ZmqSender
 from transport.messages.ring import PROTOCOL_VERSION, Entry, Fence, Hello, Hidden, SequenceId
 

@@ -35,7 +35,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody gives up waiting for another one, or does its part, because a busy machine makes it slow."""
     for name in ("HINT_PATIENCE_S", "AWAY_PATIENCE_S", "ENDGAME_IDLE_S"):
         monkeypatch.setattr(fetch_plan, name, 120.0)
-    for name in ("SILENT_AFTER_S", "SLOW_AFTER_S"):
+    for name in ("PEER_SILENT_S", "SLOW_AFTER_S"):
         monkeypatch.setattr(fetch_peer, name, 120.0)
 
 

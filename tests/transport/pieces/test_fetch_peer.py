@@ -109,7 +109,7 @@ class Stuck(StoreSource):
 
 
 def test_a_silent_peer_is_left(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_peer, "SILENT_AFTER_S", 0.5)
+    monkeypatch.setattr(fetch_peer, "PEER_SILENT_S", 0.5)
     stuck = pool.host("stuck", SMALL)
     source = Stuck(stuck.store, 4)
     pool.serve(stuck, sources=[source])
@@ -121,7 +121,7 @@ def test_a_silent_peer_is_left(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_one_that_never_says_what_it_has_is_left_and_named(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_peer, "SILENT_AFTER_S", 0.5)
+    monkeypatch.setattr(fetch_peer, "PEER_SILENT_S", 0.5)
     monkeypatch.setattr(fetch_peer, "HAVE_INTERVAL_S", 0.1)
     mute = pool.host("mute", SMALL)
     source = Stuck(mute.store, 0)
@@ -168,7 +168,7 @@ def test_what_a_peer_lacks_another_one_gives(pool: Pool) -> None:
 
 
 def test_a_piece_that_nobody_has_is_an_error_with_what_was_tried(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "_UNAVAILABLE_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(fetcher, "FETCH_UNAVAILABLE_S", 1.5)
     head, other = pool.server("head", SMALL, [0, 1, 2, 3]), pool.host("other")
     with pytest.raises(DownloadFailed, match=r"model random.*no host has piece.*head: it does not have") as failed:
         other.fetch(SMALL, [head.peer])

@@ -11,15 +11,16 @@ import pytest
 
 from tests.support.transport.pieces_pool import Model, Pool
 from transport.messages.pieces import has_piece
-from transport.pieces.piece_source import FileStamp, FolderSource, OpenFileCache, StoreSource
+from transport.pieces.piece_source import FolderSource, StoreSource
 from transport.pieces.store import PieceStore
+from transport.process.files import FileStamp, OpenFileCache
 
 MODEL = Model(1000, 50, 300)
 FILE = MODEL.list.files[0].name
 
 
 def stamp(path: Path) -> FileStamp:
-    return FileStamp(path.stat().st_size, path.stat().st_mtime_ns)
+    return FileStamp.of(path)
 
 
 @pytest.fixture

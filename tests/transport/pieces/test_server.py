@@ -122,10 +122,10 @@ def test_links_can_be_measured(pool: Pool) -> None:
 def test_a_link_that_can_not_be_measured_says_why(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     head, other = pool.server("head"), pool.host("other")
     pool.members.discard(other.keys.public)
-    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 60.0)
+    monkeypatch.setattr(speed, "PEER_SILENT_S", 60.0)
     with pytest.raises(NotAllowed, match="head: it does not let this host in"):
         measure_link_speed(head.peer, other.curve, other.context)
-    monkeypatch.setattr(speed, "CONNECT_WITHIN_S", 0.3)
+    monkeypatch.setattr(speed, "PEER_SILENT_S", 0.3)
     assert head.server is not None
     head.server.close()
     with pytest.raises(DeadlineExceeded, match="nobody answers"):

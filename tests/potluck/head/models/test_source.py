@@ -26,7 +26,7 @@ from tests.support.doctor.small_head import SmallHead
 from tests.support.head.pool_members import Answer, FakeHost
 from tests.support.shard.tiny import save_tiny
 from tests.support.transport.introductions import wait_until
-from transport.errors import DeadlineExceeded, ModelNotFound
+from transport.errors import DeadlineExceeded, ErrorInfo, ModelNotFound
 from transport.messages.control import ControlMessage
 from transport.messages.pool import (
     HostFault,
@@ -65,8 +65,8 @@ class Pool:
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.setenv("POTLUCK_HOME", str(tmp_path / "head"))
     monkeypatch.setattr(source, "FALLBACK_AFTER_S", 2.0)
-    monkeypatch.setattr(source, "_SILENT_AFTER_S", 3.0)
-    monkeypatch.setattr(source, "_STALLED_AFTER_S", 2.0)
+    monkeypatch.setattr(source, "MODEL_SILENT_S", 3.0)
+    monkeypatch.setattr(source, "MODEL_STALLED_S", 2.0)
     monkeypatch.setitem(client.fetch_small.__kwdefaults__, "patience_s", 3.0)
     (tmp_path / "head").mkdir()
     with ExitStack() as stack:
@@ -177,7 +177,7 @@ def test_nobody_has_it(pool: Pool) -> None:
         pool.stack,
         "gamma",
         GAMMA,
-        lambda question: [HostFault(question.token, "no_space", "\x1bfull[/red]")],
+        lambda question: [HostFault(question.token, ErrorInfo("no_space", "\x1bfull[/red]"))],
     )
     with pytest.raises(ModelNotFound, match="nor has any of the paired hosts: beta, gamma") as raised:
         pool.model.find()
@@ -186,7 +186,7 @@ def test_nobody_has_it(pool: Pool) -> None:
 
 
 def test_who_is_away_is_named_until_the_time_is_over(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "MAX_WAIT_S", 1.0)
+    monkeypatch.setattr(source, "MODEL_WAIT_S", 1.0)
     pool.head.roster.add(new_key_pair().public, "attic", "macOS")
     with pytest.raises(DeadlineExceeded, match="attic"):
         pool.model.find()
@@ -248,7 +248,7 @@ def test_a_host_that_lies_is_left_for_another(pool: Pool, tiny: SharedFolders, t
             case "wrong message":
                 return [HostModels(question.token, ())]
             case "fault":
-                return [HostFault(question.token, "no_space", "the disk is full")]
+                return [HostFault(question.token, ErrorInfo("no_space", "the disk is full"))]
         return [ModelOffered(question.token, digest, 1 << 62)]
 
     def stand_still(token: int) -> None:
