@@ -25,7 +25,7 @@ from potluck.cli.app import main
 
 # What takes seconds on a quiet machine may take minutes on a busy one: these are to end a hang, not to measure.
 READY_S = 240.0
-GONE_S = 30.0
+GONE_S = 120.0
 ASK_S = 120.0
 _SAID = "stderr-"
 DEMO_DEVICES = ("--device", "torch:cpu", "--device", "mlx", "--device", "torch:cpu")
