@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PRODUCT = ("potluck", "shard", "transport", "planner", "devices")
 ROOMS = (*PRODUCT, "bench")
-BUDGET_LINES = 54_750  # Goes down; raised only with a decision record that says why (docs/decisions/0016).
-BUDGET_FILES = 336
+BUDGET_LINES = 54_700  # Goes down; raised only with a decision record that says why (docs/decisions/0016).
+BUDGET_FILES = 331
 MOST_LINES = 450
 TOPLEVEL = {"__init__", "__main__", "entry"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transport.messages.pieces import PieceRequest
-from transport.pieces.fair_queue import MAX_PENDING, FairQueue, PeerConnection, TcpConnection
+from transport.pieces.server import MAX_PENDING, FairQueue, PeerConnection, TcpConnection
 
 ASK = PieceRequest(1, "0" * 64, 0, 1)
 

@@ -31,8 +31,8 @@ from transport.messages.pieces import (
 )
 from transport.pieces import client as speed
 from transport.pieces.client import measure_link_speed
-from transport.pieces.fair_queue import MAX_CONNECTIONS_PER_KEY, MAX_PENDING
 from transport.pieces.piece_source import Located, StoreSource
+from transport.pieces.server import MAX_CONNECTIONS_PER_KEY, MAX_PENDING
 from transport.security.curve import Curve, KeyPair, new_key_pair
 
 MODEL = Model(3 * PART_BYTES, 1000)

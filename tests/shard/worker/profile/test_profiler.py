@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from shard.formats.affine import AffineForm, quantize_rows
 from shard.formats.spec import Backend, ModelSpec
 from shard.pieces.open import open_checkpoint
-from shard.worker.profile.layers import LayerProbe, ProfiledStages
-from shard.worker.profile.profiler import Profiler
+from shard.worker.profile.profiler import LayerProbe, ProfiledStages, Profiler
 from shard.worker.profile.report import ProfileSettings
 from shard.worker.profile.timed_stage import (
     LayerSpan,

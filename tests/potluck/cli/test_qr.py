@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import segno
 
-from devices.pairing.qr import qr_lines
+from potluck.cli.invitation import qr_lines
 
 DARK = {"█": (False, False), "▀": (False, True), "▄": (True, False), " ": (True, True)}
 
