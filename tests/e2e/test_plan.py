@@ -83,8 +83,8 @@ def test_a_file_that_was_saved_with_a_form_keeps_it(pool_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--quantize", "6"), "quantize '6' is unknown"),
-        (("--kv-cache", "4-bit"), "kv_cache '4-bit' is unknown"),
+        (("--quantize", "6"), "--quantize 6: expected one of stored"),
+        (("--kv-cache", "4-bit"), "--kv-cache 4-bit: expected one of full"),
         (("--layers", "pc=6,mac=3"), "places 9 layers"),
         (("--layers", "nobody=8"), "not in the pool"),
         (("--without", "nobody"), "not in the pool"),
@@ -92,7 +92,7 @@ def test_a_file_that_was_saved_with_a_form_keeps_it(pool_file: Path) -> None:
         (("--with", "mac,mem=1GiB,bw=1GB/s"), "has one of that name"),
         (("--with", "x,mem=1GiB,bw=1GB"), "is not a rate"),
         (("--with", "x,mem=1GiB,bw=1GB/s,latency=fast"), "is not a time"),
-        (("--objective", "best"), "is unknown"),
+        (("--objective", "best"), "--objective best: expected one of auto"),
         (("--context", "99999"), "has a context of 8,192"),
         (("--prompt", "4000", "--output", "4000"), "do not go into a context"),
     ],

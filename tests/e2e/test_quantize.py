@@ -102,9 +102,9 @@ def test_the_threads_of_a_host_are_shared_out(home: Home, devices: int, wanted: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--threads", "0"), "threads is 0; it must be at least 1"),
+        (("--threads", "0"), "--threads 0: expected a whole number of at least 1"),
         (("--threads", "100000"), "100000 threads were asked for; this host has"),
-        (("--quantize", "5"), "quantize '5' is unknown"),
+        (("--quantize", "5"), "--quantize 5: expected one of stored"),
     ],
 )
 @pytest.mark.parametrize("command", [("up", "smollm2"), ("run", "smollm2", "Hi"), ("plan", "smollm2"), ("demo",)])

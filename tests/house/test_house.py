@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PRODUCT = ("potluck", "shard", "transport", "planner", "devices")
 ROOMS = (*PRODUCT, "bench")
 BUDGET_LINES = 54_700  # Goes down; raised only with a decision record that says why (docs/decisions/0016).
-BUDGET_FILES = 331
+BUDGET_FILES = 332
 MOST_LINES = 450
 TOPLEVEL = {"__init__", "__main__", "entry"}
 

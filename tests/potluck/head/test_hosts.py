@@ -111,7 +111,7 @@ def test_a_head_that_asks_for_too_much_at_once_is_told_so() -> None:
         service.on_request(ListHostModels(token=token), replies.put)
     refused = replies.get(timeout=5.0)
     assert isinstance(refused, HostFault)
-    assert (refused.code, refused.token) == ("busy", _MAX_CONCURRENT_REQUESTS + 1)
+    assert (refused.error.code, refused.token) == ("busy", _MAX_CONCURRENT_REQUESTS + 1)
     go_on.set()
     answered = [replies.get(timeout=5.0) for _ in range(_MAX_CONCURRENT_REQUESTS)]
     assert {answer.token for answer in answered} == set(range(1, _MAX_CONCURRENT_REQUESTS + 1))
