@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadProgress:
-    """`say` a line (rich markup); `measuring(device, what)` what a device is being measured for; `tick` draws the
-    loading of the stages, some times a second; `invite` shows how other hosts join; `pulling` how far a download is."""
+    """`say` a line (rich markup); `measuring(device, what)` what a device is being measured for; `loading` draws the
+    loading of the stages, often; `show_invitation` how other hosts join; `pulling` how far a download is."""
 
     say: Callable[[str], None]
     measuring: Callable[[str, str], None]
