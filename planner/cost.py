@@ -44,7 +44,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
-    """One kind of step on one device: `cumulative_s[i]` is the time of layers [0, i), so that a span is a difference."""
+    """One kind of step on one device: `cumulative_s[i]` is for layers [0, i), so that a span is a difference."""
 
     cumulative_s: FloatArray
     embed_s: float
