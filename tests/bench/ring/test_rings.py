@@ -49,8 +49,8 @@ class TestEngineRing:
     def test_streams_are_counted_by_the_stages(self, ring: EngineRing, prompts: Prompts) -> None:
         """The rate is this client's view, 0 if it was too busy to see both chats at once: see test_summary."""
         assert [stage.num_layers for stage in ring.plan.stages] == [17, 13]
-        rate, steps = run_streams(ring, prompts, 2, 64)
-        assert rate >= 0 and len(steps) == 2
+        _, steps = run_streams(ring, prompts, 2, 64)
+        assert len(steps) == 2
         assert all(1 <= step.rows <= 2 and step.seconds > 0 for step in steps)
 
     def test_chats_that_go_on_are_measured(self, ring: EngineRing, prompts: Prompts) -> None:
